@@ -1,0 +1,26 @@
+"""A residual MLP on a mixture of Gaussians in the papers' OU process (Ye 2025, Fig. 3).
+
+python -m memsep_jax.main --config=configs/mlp_mixture.py
+"""
+
+from memsep_jax import defaults
+
+
+def get_config(variant="full"):
+    config = defaults.train()
+    config.data.update(name="mixture", num_examples=1_000, k=8, d=32, scale=2.0)
+    config.process.update(name="ornstein_uhlenbeck")
+    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
+    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
+    config.model.update(name="mlp", width=512, depth=4)
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.train.update(steps=10_000, batch_size=256, ema_decay=0.998)
+    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
+    return defaults.variant_of(config, variant, smoke=smoke)
+
+
+def smoke(config):
+    """Tiny, in few dimensions."""
+    defaults.smoke(config)
+    config.data.update(d=4)
+    return config

@@ -1,0 +1,25 @@
+"""When does a diffusion model copy its training data, why, and what helps?
+
+The map of the house, from the ground up. Every function is written for one point
+x [*event] and one time t []; jax.vmap makes the batch.
+
+Mathematics (jax only):
+  process       alpha, sigma and what follows from them; laws of t
+  mixture       the known truth: density, score, samples
+  empirical     the noised training set: weights, denoiser, score, Jacobian
+  score         score_fn(x, t), and how a network's answer becomes one
+  gap           the denoising loss and the noise it is taken over
+  sampling      time grids, probability-flow ODE, reverse SDE
+  memorization  two nearest distinct neighbours, ratio, null level, intervals
+Networks (flax.linen):
+  models        MLP and DiT, for one example
+Learning:
+  data          a data set is an array: load, subset, label, duplicate, draw
+  train         TrainState, loss of one example, train step, optimizers
+  parallel      mesh, replicated, split by batch
+  checkpoint    what is on disk is whole, verified, and the newest
+Experiments (the only rooms that read a config):
+  experiments   run(config, workdir); setup, session, record, figures, report
+"""
+
+__version__ = "0.1.0"

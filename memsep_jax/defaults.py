@@ -1,0 +1,135 @@
+"""Every field of a config with its default; a file in configs/ says what differs.
+
+Fields that are None by default are placeholders with a type. A group is the `name` of
+a constructor and its arguments: data.SOURCES and data.select, process.PROCESSES and
+TIMES, score.PREDICTIONS, models.MODELS, train.OPTIMIZERS, sampling.TIME_GRIDS.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import create, placeholder
+
+
+def train() -> ConfigDict:
+    """The config of experiments/train.py: EDM's setting, small."""
+    return create(
+        experiment="train",
+        seed=0,
+        data=dict(
+            name="digits",
+            num_examples=placeholder(int),  # None: all
+            seed=0,
+            num_held_out=placeholder(int),
+            classes=placeholder(tuple),
+            balanced=False,
+            resolution=placeholder(int),
+            labels="none",  # none, true, random (num_labels of them), unique
+            num_labels=placeholder(int),
+            duplicates=0.0,  # share of the points that occurs `copies` more times
+            copies=1,
+            path=placeholder(str),  # npz, folder
+            dataset=placeholder(str),  # tfds
+            data_dir=placeholder(str),  # cifar10, tfds
+            k=placeholder(int),  # mixture
+            d=placeholder(int),
+            scale=placeholder(float),
+            truth_seed=placeholder(int),
+        ),
+        process=dict(
+            name="variance_exploding",
+            beta_min=placeholder(float),
+            beta_max=placeholder(float),
+        ),
+        times=dict(
+            name="log_normal",
+            mean=placeholder(float),
+            std=placeholder(float),
+            t_min=placeholder(float),
+            t_max=placeholder(float),
+            a=placeholder(float),
+            b=placeholder(float),
+        ),
+        prediction=dict(name="edm", sigma_data=placeholder(float)),
+        model=dict(
+            name="dit",
+            patch=placeholder(int),
+            width=128,
+            depth=4,
+            num_heads=placeholder(int),
+            mlp_ratio=placeholder(float),
+            dropout=0.0,
+            dtype=placeholder(str),  # of the computation: float32, bfloat16
+        ),
+        optimizer=dict(
+            name="adamw",
+            lr=1e-3,
+            weight_decay=0.0,
+            b1=placeholder(float),
+            b2=placeholder(float),
+            momentum=placeholder(float),
+            clip=placeholder(float),
+            schedule="constant",
+            warmup=0,
+        ),
+        train=dict(
+            steps=1_000,
+            batch_size=64,
+            accumulate=1,
+            ema_decay=0.999,
+            flip=False,
+            label_drop=0.0,
+        ),
+        sampler=dict(
+            name="heun",
+            grid="edm",
+            t_min=0.002,
+            t_max=80.0,
+            steps=17,
+            num_samples=1_000,
+            weights="ema",
+        ),
+        memorization=dict(threshold=1 / 3, near=50),
+        run=dict(  # changes no result: may differ when a run goes on
+            log_every=50,
+            save_every=1_000,
+            keep=2,
+            evaluate_every=1_000,
+            evaluate_points=256,
+            snapshots=6,  # on a log grid of steps
+            snapshot_epochs=0,  # one every so many epochs
+            snapshot_samples=250,
+            chunk=250,  # samples looked at together
+        ),
+    )
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same run in seconds: small net, few steps, few samples."""
+    config.data.update(num_examples=16, num_held_out=16)
+    config.model.update(width=16, depth=1)
+    config.optimizer.update(warmup=min(config.optimizer.warmup, 1))
+    config.train.update(steps=4, batch_size=8)
+    config.sampler.update(steps=2, num_samples=8)
+    config.memorization.update(near=4)
+    config.run.update(
+        log_every=1,
+        save_every=2,
+        evaluate_every=2,
+        evaluate_points=8,
+        snapshots=2,
+        snapshot_samples=8,
+        chunk=8,
+    )
+    return config
+
+
+def variant_of(config: ConfigDict, variant: str, **variants) -> ConfigDict:
+    """The named variant of a config; "full" is the config itself.
+
+    Raises: ValueError with the known variants.
+    """
+    variants = {"full": lambda config: config, "smoke": smoke, **variants}
+    if variant not in variants:
+        raise ValueError(
+            f"variant {variant!r} is not known; choose {', '.join(sorted(variants))}"
+        )
+    return variants[variant](config)

@@ -1,0 +1,30 @@
+"""Resumable functions of (config, workdir): numbers first, then pictures."""
+
+from memsep_jax.experiments import report, setup, train
+from memsep_jax.experiments.session import Session
+
+# name -> run(config, session, resume_step)
+EXPERIMENTS = {"report": report.run, "train": train.run}
+
+
+def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
+    """Runs config.experiment in a workdir, or goes on with it where it stopped.
+
+    Args:
+      config: a ConfigDict, as the files in configs/ make it.
+      workdir: a directory; everything is written there and nowhere else.
+      resume_step: go back to this checkpoint; newer ones are moved aside.
+      allow_config_change: go on although the config changed what is computed.
+    Raises:
+      ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError
+      and Interrupted, each with the `exit_code` of the command line.
+    """
+    experiment = setup.look_up(EXPERIMENTS, config.experiment, "experiment")
+    session = Session(workdir, config, allow_config_change)
+    if config.experiment == "report":
+        experiment(config, workdir)
+    elif session.is_complete() and resume_step is None:
+        session.say(f"already complete: {workdir}")
+    else:
+        with session:
+            experiment(config, session, resume_step)

@@ -1,0 +1,337 @@
+"""A config becomes objects: every violation found at once, before anything is compiled.
+
+A group of a config is a `name` and the arguments of the constructor behind that name,
+so the constructors are the schema.
+"""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memsep_jax import data, process, sampling, score, train
+from memsep_jax.models import MODELS
+
+
+class ConfigError(ValueError):
+    """What a person must change in the config, all of it at once."""
+
+    exit_code = 2
+
+
+class Parts(NamedTuple):
+    """All that a config describes, ready to be composed."""
+
+    process: process.Process
+    law: Callable  # (key) -> t []
+    prediction: score.Prediction
+    model: Any
+    tx: optax.GradientTransformation
+    times: jax.Array  # the sampler's grid
+    splits: data.Splits
+    num_classes: int
+    notes: list[str]  # what a person should know before the run
+
+
+class Keys(NamedTuple):
+    """The seed, split once by name."""
+
+    init: jax.Array
+    data: jax.Array
+    train: jax.Array
+    sample: jax.Array
+    evaluate: jax.Array
+
+
+# What a plain number must satisfy; the rest is checked by the constructors.
+RULES = {
+    "train.steps": (lambda v: v >= 1, "at least 1"),
+    "train.batch_size": (lambda v: v >= 1, "at least 1"),
+    "train.accumulate": (lambda v: v >= 1, "at least 1"),
+    "train.ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "train.label_drop": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "model.dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "model.width": (lambda v: v >= 1, "at least 1"),
+    "model.depth": (lambda v: v >= 1, "at least 1"),
+    "sampler.num_samples": (lambda v: v >= 1, "at least 1"),
+    "sampler.weights": (lambda v: v in ("ema", "raw"), "'ema' or 'raw'"),
+    "memorization.threshold": (lambda v: 0 < v < 1, "in (0, 1); the papers use 1/3"),
+    "memorization.near": (lambda v: v >= 2, "at least 2 neighbours"),
+    "run.log_every": (lambda v: v >= 1, "at least 1 step"),
+    "run.save_every": (lambda v: v >= 1, "at least 1 step"),
+    "run.evaluate_every": (lambda v: v >= 1, "at least 1 step"),
+    "run.evaluate_points": (lambda v: v >= 1, "at least 1"),
+    "run.keep": (lambda v: v >= 1, "at least 1 checkpoint"),
+    "run.snapshots": (lambda v: v >= 0, "at least 0"),
+    "run.snapshot_epochs": (lambda v: v >= 0, "at least 0"),
+    "run.snapshot_samples": (lambda v: v >= 1, "at least 1"),
+    "run.chunk": (lambda v: v >= 1, "at least 1 sample"),
+}
+
+SAMPLERS = (*sampling.ODE_METHODS, "sde")
+NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
+REMOTE = ("cifar10", "tfds")
+
+
+def keys(seed: int) -> Keys:
+    """The keys of a run."""
+    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+
+
+def call(table: dict, group, what: str, **given):
+    """table[group.name](the other fields of the group that are not None, **given).
+
+    Raises: ValueError: an unknown name or field, with the known ones; and whatever
+      the constructor has to say.
+    """
+    constructor = look_up(table, group.name, what)
+    taken = _arguments(constructor)
+    fields = {}
+    for field, value in group.items():
+        if field == "name" or value is None:
+            continue
+        if field in taken:
+            fields[field] = value
+        elif not any(field in _arguments(other) for other in table.values()):
+            # A field of a sibling is left over from another choice of name; this is
+            # nobody's.
+            raise ValueError(
+                f"{what}.{field} is not an argument of {group.name}"
+                f"{did_you_mean(field, taken)}; it takes {', '.join(sorted(taken))}"
+            )
+    return constructor(**fields, **given)
+
+
+def look_up(table, name, what: str):
+    """table[name], or a ValueError with the known names."""
+    if name not in table:
+        raise ValueError(
+            f"{what}={name!r} is not known{did_you_mean(str(name), table)}; "
+            f"choose one of {', '.join(sorted(table))}"
+        )
+    return table[name]
+
+
+def did_you_mean(word: str, known) -> str:
+    """ ", did you mean X?" where a known word is close."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def build(config) -> Parts:
+    """All objects of a config.
+
+    Raises:
+      ConfigError: with every violation, a line each.
+      data.DataError: data that cannot be read, where the config itself is right.
+    """
+    wrong: list[str] = []
+
+    def attempt(make, *args, **kwargs):
+        try:
+            return make(*args, **kwargs)
+        except data.DataError:
+            raise
+        except (ValueError, TypeError) as error:
+            wrong.extend(str(error).splitlines())
+            return None
+
+    for field, (rule, text) in RULES.items():
+        group, name = field.split(".")
+        value = config.get(group, {}).get(name)
+        if value is not None and not rule(value):
+            wrong.append(f"{field}={value} must be {text}")
+    made_process = attempt(call, process.PROCESSES, config.process, "process")
+    law = attempt(call, process.TIMES, config.times, "times")
+    prediction = None
+    if made_process:
+        prediction = attempt(
+            call,
+            score.PREDICTIONS,
+            config.prediction,
+            "prediction",
+            process=made_process,
+        )
+    tx = attempt(
+        call, train.OPTIMIZERS, config.optimizer, "optimizer", steps=config.train.steps
+    )
+    attempt(look_up, dict.fromkeys(SAMPLERS), config.sampler.name, "sampler.name")
+    grid = attempt(look_up, sampling.TIME_GRIDS, config.sampler.grid, "sampler.grid")
+    times = None
+    if grid:
+        sampler = config.sampler
+        times = attempt(grid, sampler.t_min, sampler.t_max, sampler.steps)
+    attempt(_check_batch, config, jax.device_count())
+
+    splits = None
+    if not (
+        wrong and config.data.name in REMOTE
+    ):  # nothing is fetched for a bad config
+        try:
+            splits = attempt(_splits, config.data)
+        except data.DataError:
+            if not wrong:
+                raise
+    num_classes = 0
+    if splits is not None and splits.train.label is not None:
+        num_classes = int(splits.train.label.max()) + 1
+    takes_classes = {"num_classes": num_classes}
+    model = attempt(call, MODELS, config.model, "model", **takes_classes)
+    if model is not None and splits is not None and hasattr(model, "check"):
+        attempt(model.check, splits.train.x.shape[1:])
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} thing{'s' * (len(wrong) > 1)} in the config must change:\n"
+            + "\n".join(f"  {line}" for line in wrong)
+        )
+    assert prediction and times is not None and splits  # nothing is wrong
+    notes = _notes(config, splits)
+    return Parts(
+        made_process, law, prediction, model, tx, times, splits, num_classes, notes
+    )
+
+
+def network(parts: Parts, params, label=None, key=None):
+    """F(x, level) with its parameters bound; key switches dropout on."""
+
+    def call_network(x, level):
+        if key is None:
+            return parts.model.apply({"params": params}, x, level, label)
+        return parts.model.apply(
+            {"params": params}, x, level, label, train=True, rngs={"dropout": key}
+        )
+
+    return call_network
+
+
+def score_fn(parts: Parts, params, label=None) -> score.ScoreFn:
+    """The trained network as score_fn(x, t)."""
+    bound = network(parts, params, label)
+    return score.from_network(bound, parts.prediction, parts.process)
+
+
+def init_params(parts: Parts, key):
+    """Fresh parameters for one example of the data."""
+    label = jnp.zeros((), jnp.int32) if parts.num_classes else None
+    x = jnp.zeros(parts.splits.train.x.shape[1:], jnp.float32)
+    # jit: linen's init is slow when it runs operation by operation.
+    return jax.jit(parts.model.init)(key, x, jnp.zeros(()), label)["params"]
+
+
+def loss(parts: Parts, config):
+    """(params, example: a Dataset of one, key) -> [], the loss of one example."""
+
+    def example_loss(params, example, key):
+        t_key, eps_key, drop_key, label_key = jax.random.split(key, 4)
+        t = parts.law(t_key)
+        eps = jax.random.normal(eps_key, example.x.shape, example.x.dtype)
+        label = example.label
+        if parts.num_classes and config.train.label_drop:
+            dropped = jax.random.bernoulli(label_key, config.train.label_drop)
+            label = jnp.where(dropped, parts.num_classes, label)
+        bound = network(parts, params, label, drop_key if _dropout(parts) else None)
+        return train.prediction_loss(
+            bound, parts.prediction, parts.process, example.x, t, eps
+        )
+
+    return example_loss
+
+
+def sample_one(parts: Parts, config, params, key, i):
+    """Generated sample i: it depends on the key and on i, not on its batch.   [*e]."""
+    key, label_key = jax.random.split(jax.random.fold_in(key, i))
+    label = None
+    if parts.num_classes:
+        label = jax.random.randint(label_key, (), 0, parts.num_classes)
+    shape = parts.splits.train.x.shape[1:]
+    draw = sampling.sampler(
+        score_fn(parts, params, label),
+        parts.process,
+        parts.times,
+        shape,
+        config.sampler.name,
+    )
+    return draw(key)
+
+
+def to_json(config) -> dict:
+    """A config as plain values, tuples as lists, as config.json holds it."""
+    return json.loads(config.to_json_best_effort())
+
+
+def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
+    """(field, old, new) for every leaf that differs."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found
+
+
+def _splits(group):
+    # select's arguments are those of every source.
+    shared = {k: v for k, v in group.items() if v is not None}
+    name = shared.pop("name")
+    source = look_up(data.SOURCES, name, "data.name")
+    own = _arguments(source)
+    select = _arguments(data.select) - {"source"}
+    for field in list(shared):
+        if field in own | select:
+            continue
+        if not any(field in _arguments(other) for other in data.SOURCES.values()):
+            known = own | select
+            raise ValueError(
+                f"data.{field} is not an argument of {name}"
+                f"{did_you_mean(field, known)}; it takes {', '.join(sorted(known))}"
+            )
+        del shared[field]
+    return data.splits(name, **shared)
+
+
+def _check_batch(config, devices):
+    batch, parts = config.train.batch_size, config.train.accumulate
+    if batch >= 1 and parts >= 1 and batch % (devices * parts):
+        raise ValueError(
+            f"train.batch_size={batch} must be a multiple of {devices} device"
+            f"{'s' * (devices > 1)} times train.accumulate={parts}"
+        )
+
+
+def _notes(config, splits):
+    n, batch = len(splits.train.x), config.train.batch_size
+    notes = []
+    if n < batch:
+        notes.append(
+            f"n = {n} training points are fewer than the batch of {batch}: a batch "
+            "crosses epochs, each point once an epoch"
+        )
+    horizon = 1 / (1 - config.train.ema_decay)
+    if horizon > config.train.steps:
+        notes.append(
+            f"the EMA looks back {horizon:,.0f} steps and the run has "
+            f"{config.train.steps:,}: EMA weights stay near the start, "
+            "--config.sampler.weights=raw shows the trained ones"
+        )
+    if splits.held_out is None or len(splits.held_out.x) == 0:
+        notes.append("no held-out data: the null level of the ratio cannot be measured")
+    if len(splits.train.x) > splits.num_distinct:
+        notes.append(
+            f"{len(splits.train.x) - splits.num_distinct} training points repeat others"
+        )
+    return notes
+
+
+def _dropout(parts):
+    return getattr(parts.model, "dropout", 0.0) > 0
+
+
+def _arguments(constructor):
+    return set(inspect.signature(constructor).parameters) - NOT_CONFIGURED

@@ -1,0 +1,174 @@
+"""Diffusion transformer with adaLN-zero (Peebles & Xie 2023), for one image."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax.models.layers import Embedding
+
+
+class Attention(nn.Module):
+    """Self-attention with a gate per head: head h adds gate_h W_O^h (A_h V_h)."""
+
+    num_heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, h, gates=None):
+        """h [tokens, width], gates [heads] or None -> [tokens, width]."""
+        width = h.shape[-1]
+        shape = (self.num_heads, width // self.num_heads)
+        init = nn.initializers.xavier_uniform()
+
+        def project(name):
+            layer = nn.DenseGeneral(
+                shape, kernel_init=init, dtype=self.dtype, name=name
+            )
+            return layer(h)
+
+        heads = jax.nn.dot_product_attention(
+            project("query"), project("key"), project("value")
+        )
+        if gates is not None:
+            heads = heads * gates[:, None].astype(heads.dtype)
+        out = nn.DenseGeneral(
+            width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out"
+        )
+        return out(heads)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the embedding."""
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, h, embedding, gates=None, train=False):
+        """h [tokens, width], embedding [width] (after silu) -> [tokens, width]."""
+        width = h.shape[-1]
+        init = nn.initializers.xavier_uniform()
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        modulation = _zero_dense(6 * width, self.dtype, "modulation")(embedding)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
+
+        inner = _norm(self.dtype)(h) * (1 + scale_a) + shift_a
+        inner = Attention(self.num_heads, self.dtype, name="attention")(inner, gates)
+        h = h + gate_a * drop(inner)
+
+        inner = _norm(self.dtype)(h) * (1 + scale_m) + shift_m
+        hidden = int(self.mlp_ratio * width)
+        inner = nn.Dense(hidden, kernel_init=init, dtype=self.dtype, name="mlp_in")(
+            inner
+        )
+        inner = nn.gelu(inner, approximate=True)
+        inner = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_out")(
+            inner
+        )
+        return h + gate_m * drop(inner)
+
+
+class DiT(nn.Module):
+    """Patches -> tokens -> depth blocks -> patches.
+
+    Args:
+      patch: side of a patch; divides height and width of the image.
+      num_heads: divides width.
+      num_classes: 0 for an unconditional network.
+      dtype: of the computation inside the blocks ("bfloat16" on GPU and TPU);
+        parameters stay float32.
+    Raises:
+      ValueError: a side that patch, or a width that num_heads, does not divide.
+    """
+
+    patch: int
+    width: int
+    depth: int
+    num_heads: int
+    num_classes: int = 0
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, t, label=None, gates=None, train=False):
+        """x [h, w, c], t [], label [], gates [depth, heads] (or None) -> [h, w, c]."""
+        self.check(x.shape)
+        rows, columns, channels = (
+            x.shape[0] // self.patch,
+            x.shape[1] // self.patch,
+            x.shape[2],
+        )
+        tokens = x.reshape(rows, self.patch, columns, self.patch, channels)
+        tokens = tokens.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        init = nn.initializers.xavier_uniform()
+        h = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="patches")(
+            tokens
+        )
+        h = h + position_features(rows, columns, self.width).astype(h.dtype)
+
+        embedding = Embedding(self.width, self.num_classes, name="embedding")(t, label)
+        embedding = nn.silu(embedding).astype(h.dtype)
+        for i in range(self.depth):
+            block = Block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.dropout,
+                self.dtype,
+                name=f"block_{i}",
+            )
+            h = block(h, embedding, None if gates is None else gates[i], train)
+
+        modulation = _zero_dense(2 * self.width, self.dtype, "modulation")(embedding)
+        shift, scale = jnp.split(modulation, 2)
+        h = _norm(self.dtype)(h) * (1 + scale) + shift
+        # float32 at the door: the loss and the score are not computed in bfloat16.
+        out = _zero_dense(self.patch**2 * channels, x.dtype, "output")(h)
+        out = out.reshape(rows, columns, self.patch, self.patch, channels)
+        return out.transpose(0, 2, 1, 3, 4).reshape(x.shape)
+
+    def check(self, shape):
+        """Raises ValueError where an image of this shape does not fit."""
+        wrong = []
+        if len(shape) != 3:
+            wrong.append(
+                f"model: dit takes images [h, w, c], not data of shape {shape}"
+            )
+        elif self.patch < 1 or shape[0] % self.patch or shape[1] % self.patch:
+            wrong.append(
+                f"model.patch={self.patch} must divide the image, {shape[0]}x{shape[1]}"
+            )
+        if self.num_heads < 1 or self.width % self.num_heads:
+            wrong.append(
+                f"model.num_heads={self.num_heads} must divide model.width={self.width}"
+            )
+        elif self.width % 4:
+            wrong.append(
+                f"model.width={self.width} must be a multiple of 4 (two axes, sin, cos)"
+            )
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+
+def position_features(rows: int, columns: int, width: int):
+    """Fixed sin-cos positions, half for each axis.   [rows * columns, width]."""
+    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    features = []
+    for place in (column, row):
+        angles = place.reshape(-1, 1) * frequencies
+        features += [np.sin(angles), np.cos(angles)]
+    return jnp.asarray(np.concatenate(features, axis=1), jnp.float32)
+
+
+def _norm(dtype):
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype)
+
+
+def _zero_dense(width, dtype, name):
+    # adaLN-zero: every block starts as the identity, the network as zero.
+    zeros = nn.initializers.zeros
+    return nn.Dense(width, kernel_init=zeros, dtype=dtype, name=name)

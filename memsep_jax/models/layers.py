@@ -1,0 +1,40 @@
+"""Pieces that several networks share."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class Embedding(nn.Module):
+    """Time, and a label where there is one, as one vector (Peebles & Xie 2023).
+
+    With num_classes = 0 the network is unconditional. Label num_classes, or None, is
+    the label of "no label".
+    """
+
+    width: int
+    num_classes: int = 0
+
+    @nn.compact
+    def __call__(self, t, label=None):
+        """t [], label [] int or None -> [width]."""
+        h = nn.Dense(self.width, name="time_in")(time_features(t))
+        h = nn.Dense(self.width, name="time_out")(nn.silu(h))
+        if self.num_classes:
+            table = self.param(
+                "label",
+                nn.initializers.normal(0.02),
+                (self.num_classes + 1, self.width),
+            )
+            h = h + table[self.num_classes if label is None else label]
+        elif label is not None:
+            raise ValueError(
+                "a label was given to an unconditional network: set num_classes"
+            )
+        return h
+
+
+def time_features(t, width=256):
+    """cos, sin of 1000 t at log-spaced frequencies, 1 to 1e-4.   [] -> [width]."""
+    frequencies = jnp.exp(-jnp.log(10_000) * jnp.arange(width // 2) / (width // 2))
+    angles = 1_000 * t * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])

@@ -1,0 +1,128 @@
+"""The forward process X_t = alpha(t) X_0 + sigma(t) eps, and the laws of t.
+
+A process is two functions; drift, diffusion and velocity follow from them by
+autodiff.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Process(NamedTuple):
+    """X_t = alpha(t) X_0 + sigma(t) eps; both map t [] -> []."""
+
+    alpha: Callable[[jax.Array], jax.Array]
+    sigma: Callable[[jax.Array], jax.Array]
+
+
+def ornstein_uhlenbeck() -> Process:
+    """The papers' process dX = -X/2 dt + dB (Ye 2025, section 3)."""
+    return Process(lambda t: jnp.exp(-t / 2), lambda t: jnp.sqrt(-jnp.expm1(-t)))
+
+
+def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
+    """dX = -beta X/2 dt + sqrt(beta) dB, beta linear in t in [0, 1] (Song 2021)."""
+    if not 0 <= beta_min < beta_max:
+        raise ValueError(
+            f"beta_min={beta_min}, beta_max={beta_max} must satisfy "
+            "0 <= beta_min < beta_max"
+        )
+
+    def integral(t):  # of beta from 0 to t
+        return beta_min * t + (beta_max - beta_min) * t**2 / 2
+
+    return Process(
+        lambda t: jnp.exp(-integral(t) / 2),
+        lambda t: jnp.sqrt(-jnp.expm1(-integral(t))),
+    )
+
+
+def variance_exploding() -> Process:
+    """X_t = X_0 + t eps: t is the noise level sigma (Karras 2022)."""
+    return Process(jnp.ones_like, lambda t: t)
+
+
+def rectified_flow() -> Process:
+    """X_t = (1 - t) X_0 + t eps, t in [0, 1) (Liu 2023)."""
+    return Process(lambda t: 1 - t, lambda t: t)
+
+
+PROCESSES = {
+    "ornstein_uhlenbeck": ornstein_uhlenbeck,
+    "variance_preserving": variance_preserving,
+    "variance_exploding": variance_exploding,
+    "rectified_flow": rectified_flow,
+}
+
+
+def perturb(process: Process, x0, t, eps):
+    """X_t from a clean point and its noise.
+
+    Args: x0 [*e], t [], eps [*e].   Returns: [*e].
+    """
+    return process.alpha(t) * x0 + process.sigma(t) * eps
+
+
+def drift(process: Process, t):
+    """f(t) of dX = f X dt + g dB: d log alpha / dt.   t [] -> []."""
+    return jax.grad(process.alpha)(t) / process.alpha(t)
+
+
+def diffusion2(process: Process, t):
+    """g(t)^2 of dX = f X dt + g dB: d sigma^2/dt - 2 f sigma^2.   t [] -> []."""
+    sigma, rate = jax.value_and_grad(process.sigma)(t)
+    return 2 * sigma * rate - 2 * drift(process, t) * sigma**2
+
+
+def noise_to_signal(process: Process, t):
+    """s(t) = sigma / alpha, the noise level in EDM's frame.   t [] -> []."""
+    return process.sigma(t) / process.alpha(t)
+
+
+# Laws of t: (key) -> t [].
+
+
+def uniform(t_min: float, t_max: float):
+    """t ~ U(t_min, t_max)."""
+    _check_range(t_min, t_max, strict=False)
+    return lambda key: jax.random.uniform(key, minval=t_min, maxval=t_max)
+
+
+def log_uniform(t_min: float, t_max: float):
+    """log t ~ U(log t_min, log t_max)."""
+    _check_range(t_min, t_max)
+    low, high = jnp.log(t_min), jnp.log(t_max)
+    return lambda key: jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+
+
+def beta(a: float, b: float, t_max: float = 1.0):
+    """t / t_max ~ Beta(a, b); Beta(0.8, 2) is Algorithm 1 of Ye 2025."""
+    if not (a > 0 and b > 0 and t_max > 0):
+        raise ValueError(f"times: a={a}, b={b} and t_max={t_max} must be positive")
+    return lambda key: t_max * jax.random.beta(key, a, b)
+
+
+def log_normal(mean: float = -1.2, std: float = 1.2):
+    """log t ~ N(mean, std^2), EDM's law of sigma (Karras 2022, table 1)."""
+    if std <= 0:
+        raise ValueError(f"times: std={std} must be positive")
+    return lambda key: jnp.exp(mean + std * jax.random.normal(key))
+
+
+TIMES = {
+    "uniform": uniform,
+    "log_uniform": log_uniform,
+    "beta": beta,
+    "log_normal": log_normal,
+}
+
+
+def _check_range(t_min, t_max, strict=True):
+    if not (t_min < t_max and (t_min > 0 if strict else t_min >= 0)):
+        raise ValueError(
+            f"times: t_min={t_min}, t_max={t_max} must satisfy "
+            f"0 {'<' if strict else '<='} t_min < t_max"
+        )

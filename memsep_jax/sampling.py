@@ -1,0 +1,136 @@
+"""From noise to samples: time grids, probability-flow ODE, reverse SDE.
+
+A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from memsep_jax.process import Process, diffusion2, drift, noise_to_signal
+from memsep_jax.score import ScoreFn, to_denoiser
+
+
+def log_times(t_min: float, t_max: float, steps: int):
+    """Times equally spaced in log t.   Returns: [steps + 1], from t_max to t_min."""
+    _check_grid(t_min, t_max, steps)
+    return jnp.geomspace(t_max, t_min, steps + 1)
+
+
+def edm_times(t_min: float, t_max: float, steps: int, rho: float = 7.0):
+    """Times equally spaced in t^(1/rho) (Karras 2022, eq. 5).
+
+    Returns: [steps + 1], from t_max to t_min. The final Tweedie step is EDM's last
+    step to 0, so EDM's 18 steps (35 calls with Heun) are steps=17 here.
+    """
+    _check_grid(t_min, t_max, steps)
+    ramp = jnp.linspace(t_max ** (1 / rho), t_min ** (1 / rho), steps + 1)
+    # The ends exactly: the last time is where the Tweedie step takes its sigma.
+    return (ramp**rho).at[0].set(t_max).at[-1].set(t_min)
+
+
+TIME_GRIDS = {"log": log_times, "edm": edm_times}
+
+
+def prior(key, process: Process, t, shape):
+    """X_T ~ N(0, sigma(T)^2 I), where sampling starts.   Returns: shape."""
+    return process.sigma(t) * jax.random.normal(key, shape)
+
+
+def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True):
+    """The probability-flow ODE dx/dt = f x - g^2 score / 2 along `times`.
+
+    Args:
+      times: [steps + 1], decreasing.
+      method: "euler", "heun" (second order), or "ddim" (Euler in x/alpha against
+        sigma/alpha, exact when the denoiser does not move; Song 2021).
+      denoise: end with the Tweedie step, since raw samples at t_min still carry
+        noise of size sigma(t_min).
+    Returns:
+      flow: x [*e] at times[0] -> [*e].
+    """
+    if method not in ODE_METHODS:
+        raise ValueError(f"method={method!r} is not one of {sorted(ODE_METHODS)}")
+
+    def slope(x, t):
+        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+
+    def euler(x, t, t_next):
+        return x + (t_next - t) * slope(x, t)
+
+    def heun(x, t, t_next):
+        first = slope(x, t)
+        second = slope(x + (t_next - t) * first, t_next)
+        return x + (t_next - t) * (first + second) / 2
+
+    def ddim(x, t, t_next):
+        s, s_next = noise_to_signal(process, t), noise_to_signal(process, t_next)
+        # d(x/alpha)/ds = eps = -sigma score
+        moved = x / process.alpha(t) - (s_next - s) * process.sigma(t) * score_fn(x, t)
+        return process.alpha(t_next) * moved
+
+    step = {"euler": euler, "heun": heun, "ddim": ddim}[method]
+
+    def flow(x):
+        def body(x, pair):
+            return step(x, *pair).astype(x.dtype), None
+
+        x, _ = jax.lax.scan(body, x, (times[:-1], times[1:]))
+        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
+
+    return flow
+
+
+ODE_METHODS = ("euler", "heun", "ddim")
+
+
+def sde(score_fn: ScoreFn, process: Process, times, denoise=True):
+    """The reverse SDE dX = (f X - g^2 score) dt + g dB, by Euler-Maruyama.
+
+    Args: times [steps + 1], decreasing; denoise as in `ode`.
+    Returns: flow: (x [*e] at times[0], key) -> [*e].
+    """
+
+    def flow(x, key):
+        def body(x, inputs):
+            i, t, t_next = inputs
+            g2 = diffusion2(process, t)
+            slope = drift(process, t) * x - g2 * score_fn(x, t)
+            z = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
+            return x_next.astype(x.dtype), None
+
+        inputs = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+        x, _ = jax.lax.scan(body, x, inputs)
+        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
+
+    return flow
+
+
+def sampler(score_fn: ScoreFn, process: Process, times, shape, method="heun"):
+    """Sample i of a seed, from its own key: prior, then `ode` or, for "sde", `sde`.
+
+    Returns: (key) -> [*shape]. Give sample i the key fold_in(key, i): it then depends
+    on (seed, i) only, whatever the batch it is drawn in.
+    """
+    if method == "sde":
+        flow = sde(score_fn, process, times)
+    else:
+        deterministic = ode(score_fn, process, times, method)
+
+        def flow(x, key):
+            return deterministic(x)
+
+    def draw(key):
+        prior_key, noise_key = jax.random.split(key)
+        return flow(prior(prior_key, process, times[0], shape), noise_key)
+
+    return draw
+
+
+def _check_grid(t_min, t_max, steps):
+    if not 0 < t_min < t_max:
+        raise ValueError(
+            f"sampler: t_min={t_min}, t_max={t_max} must satisfy 0 < t_min < t_max"
+        )
+    if steps < 1:
+        raise ValueError(f"sampler: steps={steps} must be at least 1")

@@ -1,0 +1,152 @@
+"""score_fn(x, t), the one interface, and how a network's answer becomes one.
+
+Noise, denoiser, velocity and score say the same thing in different units. Each of
+them, and EDM's preconditioning, is linear in the network's answer F:
+
+    D(x, t) = skip(t) x + out(t) F(scale(t) x, level(t))
+
+so a `Prediction` is those four functions, and everything else follows.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memsep_jax.process import Process, noise_to_signal
+
+ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [*e], t []) -> [*e]
+
+
+class Prediction(NamedTuple):
+    """What F is asked for: D = skip x + out F(scale x, level) (Karras 2022, eq. 7).
+
+    All map t [] -> []. `weight` multiplies the squared error of F in the loss.
+    """
+
+    skip: Callable
+    out: Callable
+    scale: Callable
+    level: Callable
+    weight: Callable
+
+
+def noise(process: Process) -> Prediction:
+    """F = E[eps | x]; the loss is the eps-loss."""
+    return _prediction(
+        process,
+        skip=lambda t: 1 / process.alpha(t),
+        out=lambda t: -noise_to_signal(process, t),
+    )
+
+
+def denoiser(process: Process) -> Prediction:
+    """F = E[X_0 | x]."""
+    return _prediction(process, skip=jnp.zeros_like, out=jnp.ones_like)
+
+
+def velocity(process: Process) -> Prediction:
+    """F = E[alpha' X_0 + sigma' eps | x], the slope of the flow (Liu 2023)."""
+
+    def determinant(t):
+        rate_a, rate_s = jax.grad(process.alpha)(t), jax.grad(process.sigma)(t)
+        return process.alpha(t) * rate_s - rate_a * process.sigma(t)
+
+    return _prediction(
+        process,
+        skip=lambda t: jax.grad(process.sigma)(t) / determinant(t),
+        out=lambda t: -process.sigma(t) / determinant(t),
+    )
+
+
+def score(process: Process) -> Prediction:
+    """F = grad log p_t, its error weighted by sigma^2 (the eps-loss again)."""
+    return _prediction(
+        process,
+        skip=lambda t: 1 / process.alpha(t),
+        out=lambda t: process.sigma(t) ** 2 / process.alpha(t),
+        weight=lambda t: process.sigma(t) ** 2,
+    )
+
+
+def edm(process: Process, sigma_data: float = 0.5) -> Prediction:
+    """EDM's preconditioning: F has inputs and targets of unit variance.
+
+    Source: Karras 2022, table 1, with x / alpha and s = sigma / alpha for x, sigma.
+    """
+    if sigma_data <= 0:
+        raise ValueError(f"prediction: sigma_data={sigma_data} must be positive")
+
+    def variance(t):
+        return noise_to_signal(process, t) ** 2 + sigma_data**2
+
+    return _prediction(
+        process,
+        skip=lambda t: sigma_data**2 / variance(t) / process.alpha(t),
+        out=lambda t: noise_to_signal(process, t) * sigma_data / jnp.sqrt(variance(t)),
+        scale=lambda t: 1 / (process.alpha(t) * jnp.sqrt(variance(t))),
+    )
+
+
+PREDICTIONS = {
+    "noise": noise,
+    "denoiser": denoiser,
+    "velocity": velocity,
+    "score": score,
+    "edm": edm,
+}
+
+
+def target(prediction: Prediction, process: Process, x0, t, eps):
+    """What F should answer at X_t: (x0 - skip X_t) / out.
+
+    Args: x0 [*e], t [], eps [*e].   Returns: [*e].
+    """
+    skip, out = prediction.skip(t), prediction.out(t)
+    # Expanded, so that x0 cancels exactly where F is the noise, at every sigma.
+    kept = 1 - skip * process.alpha(t)
+    return (kept * x0 - skip * process.sigma(t) * eps) / out
+
+
+def from_network(network, prediction: Prediction, process: Process) -> ScoreFn:
+    """The score of a network F(x, level), read as `prediction` says."""
+
+    def score_fn(x, t):
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        answer = network(prediction.scale(t) * x, prediction.level(t))
+        # (alpha D - x) / sigma^2 with D expanded: no cancellation for small sigma.
+        kept = alpha * prediction.skip(t) - 1
+        return (kept * x + alpha * prediction.out(t) * answer) / sigma**2
+
+    return score_fn
+
+
+def from_noise(noise_fn, process: Process) -> ScoreFn:
+    """-eps(x, t) / sigma(t)."""
+    return lambda x, t: -noise_fn(x, t) / process.sigma(t)
+
+
+def from_denoiser(denoise, process: Process) -> ScoreFn:
+    """(alpha D(x, t) - x) / sigma^2 (Tweedie)."""
+    return lambda x, t: (process.alpha(t) * denoise(x, t) - x) / process.sigma(t) ** 2
+
+
+def from_velocity(velocity_fn, process: Process) -> ScoreFn:
+    """The score whose flow has the slope v(x, t) = E[alpha' x0 + sigma' eps | x]."""
+    prediction = velocity(process)._replace(scale=jnp.ones_like, level=lambda t: t)
+    return from_network(velocity_fn, prediction, process)
+
+
+def to_denoiser(score_fn: ScoreFn, process: Process):
+    """E[X_0 | X_t = x] = (x + sigma^2 score) / alpha (Tweedie).   (x, t) -> [*e]."""
+    return lambda x, t: (x + process.sigma(t) ** 2 * score_fn(x, t)) / process.alpha(t)
+
+
+def _prediction(process, skip, out, scale=jnp.ones_like, weight=jnp.ones_like):
+    # ln(s) / 4, EDM's c_noise, for all: a network's view of t is the noise level, so
+    # one network serves every process.
+    def level(t):
+        return jnp.log(noise_to_signal(process, t)) / 4
+
+    return Prediction(skip, out, scale, level, weight)

@@ -1,0 +1,238 @@
+"""TrainState, the loss of one example, the train step, optimizers and schedules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from memsep_jax.process import Process, perturb
+from memsep_jax.score import Prediction, target
+
+Params = Any
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or update was NaN or infinite; the step was not applied."""
+
+    exit_code = 4
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a step needs and all that a checkpoint holds."""
+
+    step: jax.Array  # [] number of updates applied
+    params: Params
+    ema: Params  # its own buffers, since the state is donated
+    opt_state: optax.OptState
+    mask: Params  # broadcasts against params; all ones when nothing is pruned
+
+
+def init(params: Params, tx: optax.GradientTransformation, mask=None) -> TrainState:
+    """The state before the first step; mask defaults to ones."""
+    if mask is None:
+        mask = full_mask(params)
+    params = apply_mask(params, mask)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=tx.init(params),
+        mask=mask,
+    )
+
+
+def full_mask(params: Params) -> Params:
+    """The mask of the unpruned model: one scalar 1 per leaf."""
+    return jax.tree.map(lambda p: jnp.ones((), p.dtype), params)
+
+
+def apply_mask(params: Params, mask: Params) -> Params:
+    """params * mask, leaf by leaf; mask leaves broadcast."""
+    return jax.tree.map(jnp.multiply, params, mask)
+
+
+def noise_loss(apply, params: Params, process: Process, x0, t, eps):
+    """|| apply(params, X_t, t) - eps ||^2 / d, the eps-loss of one example.
+
+    Args: x0 [*e], t [], eps [*e].   Returns: [].   Source: Ho 2020, eq. 14.
+    """
+    error = apply(params, perturb(process, x0, t, eps), t) - eps
+    return jnp.mean(error**2)
+
+
+def prediction_loss(network, prediction: Prediction, process: Process, x0, t, eps):
+    """Weighted mean square of F(scale X_t, level) - target, for one example.
+
+    Args: network (x [*e], level []) -> [*e]; x0 [*e], t [], eps [*e].   Returns: [].
+    """
+    x = perturb(process, x0, t, eps)
+    answer = network(prediction.scale(t) * x, prediction.level(t))
+    error = answer - target(prediction, process, x0, t, eps)
+    return prediction.weight(t) * jnp.mean(error**2)
+
+
+def make_train_step(
+    loss, tx: optax.GradientTransformation, ema_decay: float, accumulate: int = 1
+):
+    """(state, batch [b, ...], key) -> (state, metrics), to be jitted with donation.
+
+    Args:
+      loss: (params, example, key) -> [] for one example of the batch, which may be
+        any pytree with a leading axis b.
+      accumulate: the batch is split in so many parts, one after the other, for the
+        memory of one; the gradient is that of the whole batch.
+    Returns:
+      A step that leaves a state as it is, step count included, where loss, gradient
+      or update is not finite, so that the caller sees the count stand still.
+    """
+
+    def batch_loss(params, batch, keys):
+        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
+
+    def value_and_grad(params, batch, keys):
+        if accumulate == 1:
+            return jax.value_and_grad(batch_loss)(params, batch, keys)
+        parts = jax.tree.map(
+            lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys)
+        )
+
+        def body(total, part):
+            found = jax.value_and_grad(batch_loss)(params, *part)
+            return jax.tree.map(jnp.add, total, found), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(body, zeros, parts)
+        return jax.tree.map(lambda a: a / accumulate, total)
+
+    def train_step(state: TrainState, batch, key):
+        size = len(jax.tree.leaves(batch)[0])
+        keys = jax.random.split(jax.random.fold_in(key, state.step), size)
+        value, grads = value_and_grad(state.params, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = apply_mask(optax.apply_updates(state.params, updates), state.mask)
+        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        finite = (
+            jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        )
+        new = state.replace(
+            step=state.step + 1, params=params, ema=ema, opt_state=opt_state
+        )
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return state, {
+            "step": state.step,
+            "loss": value,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+        }
+
+    return train_step
+
+
+# Schedules: (lr, steps, warmup) -> (step) -> lr.
+
+
+def constant(lr: float, steps: int | None = None, warmup: int = 0):
+    """Linear warm-up from 0, then constant."""
+    if not warmup:
+        return optax.constant_schedule(lr)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
+    )
+
+
+def cosine(lr: float, steps: int | None = None, warmup: int = 0):
+    """Linear warm-up from 0, then a cosine to 0 at the last of `steps`."""
+    if steps is None or warmup >= steps:
+        raise ValueError(
+            f"optimizer.warmup={warmup} must be below the number of steps, {steps}, of "
+            "a cosine schedule"
+        )
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, steps)
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine}
+
+
+# Optimizers: the first argument is the peak learning rate.
+
+
+def adamw(
+    lr: float,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    clip: float | None = None,
+    schedule: str = "constant",
+    warmup: int = 0,
+    steps: int | None = None,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    Args: clip, the largest global norm of a gradient; steps, for schedules that end.
+    """
+    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, b1=b1, b2=b2)
+    return _clipped(clip, optax.adamw(rate, b1, b2, weight_decay=weight_decay))
+
+
+def adam(
+    lr: float,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    clip: float | None = None,
+    schedule: str = "constant",
+    warmup: int = 0,
+    steps: int | None = None,
+) -> optax.GradientTransformation:
+    """Adam with coupled L2: the decay is part of the gradient (as in Gu 2023)."""
+    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, b1=b1, b2=b2)
+    coupled = optax.add_decayed_weights(weight_decay)
+    return _clipped(clip, optax.chain(coupled, optax.adam(rate, b1, b2)))
+
+
+def sgd(
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    clip: float | None = None,
+    schedule: str = "constant",
+    warmup: int = 0,
+    steps: int | None = None,
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent with momentum and coupled L2."""
+    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, momentum=momentum)
+    coupled = optax.add_decayed_weights(weight_decay)
+    return _clipped(clip, optax.chain(coupled, optax.sgd(rate, momentum)))
+
+
+OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd}
+
+
+def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
+    """The schedule; or one ValueError with a line for each number that is wrong."""
+    wrong = []
+    if not lr > 0:
+        wrong.append(f"optimizer.lr={lr} must be positive")
+    if weight_decay < 0:
+        wrong.append(f"optimizer.weight_decay={weight_decay} must not be negative")
+    if clip is not None and not clip > 0:
+        wrong.append(f"optimizer.clip={clip} must be positive, or None for no clipping")
+    if warmup < 0:
+        wrong.append(f"optimizer.warmup={warmup} must not be negative")
+    for name, value in averages.items():
+        if not 0 <= value < 1:
+            wrong.append(f"optimizer.{name}={value} must be in [0, 1)")
+    if schedule not in SCHEDULES:
+        wrong.append(
+            f"optimizer.schedule={schedule!r} is not one of {', '.join(SCHEDULES)}"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return SCHEDULES[schedule](lr, steps, warmup)
+
+
+def _clipped(clip, tx):
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
