@@ -10,16 +10,21 @@ Mathematics (jax only):
   score         score_fn(x, t), and how a network's answer becomes one
   gap           the denoising loss and the noise it is taken over
   sampling      time grids, probability-flow ODE, reverse SDE
+  fidelity      Frechet distance, from feature arrays
   memorization  two nearest distinct neighbours, ratio, null level, intervals
 Networks (flax.linen):
   models        MLP and DiT, for one example
 Learning:
+  sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
   data          a data set is an array: load, subset, label, duplicate, draw
   train         TrainState, loss of one example, train step, optimizers
+  prune         importance -> keep -> mask -> apply
   parallel      mesh, replicated, split by batch
   checkpoint    what is on disk is whole, verified, and the newest
 Experiments (the only rooms that read a config):
+  defaults      every field of a config, with its default
   experiments   run(config, workdir); setup, session, record, figures, report
+  main          the command line
 """
 
 __version__ = "0.1.0"

@@ -104,8 +104,8 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
         free = shutil.disk_usage(_existing(directory)).free
         raise StorageError(
             f"could not save {path} ({_short(error)}): needed {needed:,} "
-            f"bytes, {free:,} are free. Earlier steps are untouched: free some space and give the same "
-            "command again"
+            f"bytes, {free:,} are free. Earlier steps are untouched: free some space "
+            "and give the same command again"
         ) from error
     if keep is not None:
         for old in steps(directory)[:-keep]:

@@ -6,59 +6,26 @@ batch is a function of (key, step) alone, so a resumed run sees the same batches
 
 import hashlib
 import math
-import os
-import re
-import tarfile
-import warnings
-import zlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image
 
-from memsep_jax.mixture import Mixture, sample, separated
+from memsep_jax.sources import (
+    BRANCH,
+    MAX_HELD_OUT,
+    DataError,
+    Source,
+    check_resolution,
+    check_source,
+    source,
+)
 
-BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 LABELS = ("none", "true", "random", "unique")
 HELD_OUT_SHARE = 0.165  # of a source without a test split: 297 of the 1,797 digits
-MAX_HELD_OUT = 10_000
-SUFFIXES = tuple(
-    f".{kind}"
-    for kind in (
-        "bmp",
-        "gif",
-        "jpeg",
-        "jpg",
-        "pgm",
-        "png",
-        "ppm",
-        "tif",
-        "tiff",
-        "webp",
-    )
-)
-KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR_BYTES = 170_052_171
-CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR_UNPACKED_BYTES = 256 * 2**20  # the true archive holds 184 million
-CIFAR_RECORD = 1 + 32 * 32 * 3  # a label, then the red, green and blue planes
-CIFAR_TRAIN = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
-CIFAR_TEST = ("cifar-10-batches-bin/test_batch.bin",)
-CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer"]
-CIFAR_NAMES += ["dog", "frog", "horse", "ship", "truck"]
-
-
-class DataError(ValueError):
-    """Data that are missing, damaged or unreadable; wrong arguments: ValueError."""
-
-    exit_code = 3
 
 
 class Dataset(NamedTuple):
@@ -68,15 +35,6 @@ class Dataset(NamedTuple):
     label: jax.Array | None = None  # [n] int32
 
 
-class Source(NamedTuple):
-    """The pools of a source as read, before any choice."""
-
-    images: np.ndarray  # uint8 or float32 [n, h, w, c], or float32 [n, d]
-    labels: np.ndarray | None = None  # [n] integer
-    test_images: np.ndarray | None = None
-    test_labels: np.ndarray | None = None
-
-
 class Splits(NamedTuple):
     """What a run trains on, what it never sees, and how to recognize both."""
 
@@ -84,213 +42,6 @@ class Splits(NamedTuple):
     held_out: Dataset | None
     fingerprint: str  # SHA-256 of both
     num_distinct: int  # different points in train
-
-
-# Sources: (**arguments) -> Source.
-
-
-def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits: uint8 [n, 8, 8, 1], labels 0..9."""
-    from sklearn.datasets import load_digits
-
-    read = load_digits()
-    images = np.round(read.images[..., None] * (255 / 16)).astype(np.uint8)
-    return Source(images, read.target.astype(np.int32))
-
-
-def mixture_truth(
-    k: int = 8, d: int = 32, scale: float = 2.0, truth_seed: int = 0
-) -> Mixture:
-    """The law that the source `mixture` draws from."""
-    return separated(jax.random.key(truth_seed), k, d, scale)
-
-
-def mixture(
-    k: int = 8,
-    d: int = 32,
-    scale: float = 2.0,
-    truth_seed: int = 0,
-    size: int = 100_000,
-) -> Source:
-    """`size` draws of a known Gaussian mixture, and 10,000 fresh ones as its test."""
-    if size < 1:
-        raise ValueError(f"mixture: size={size} draws: at least 1")
-    truth = mixture_truth(k, d, scale, truth_seed)
-    key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
-    train_key, test_key = jax.random.split(key)
-    draws = np.asarray(sample(train_key, truth, size), np.float32)
-    fresh = np.asarray(sample(test_key, truth, MAX_HELD_OUT), np.float32)
-    return Source(draws, None, fresh, None)
-
-
-def npz(path) -> Source:
-    """The .npz layout: train_images and, optional, train_labels, test_images, ...
-
-    Images are uint8 or float32 in [-1, 1], [n, h, w, c]; vectors float32 [n, d].
-
-    Raises:
-      DataError: the file is missing, damaged, or holds anything else.
-    """
-    try:
-        # Opened here: np.load leaves the file of a damaged .npz open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as read:
-            if "train_images" not in read:
-                raise KeyError(f"no 'train_images' among {sorted(read)}")
-            found = {key: read[key] for key in KEYS if key in read}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of an .npz") from None
-    except Exception as error:  # numpy, zipfile and zlib each fail in their own way
-        way_out = "write it again by np.savez(path, train_images=...)"
-        if "pickle" in str(error):
-            way_out = "allow_pickle is never used: save plain uint8 or float32 arrays"
-        raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
-    pools = Source(found["train_images"], *(found.get(key) for key in KEYS[1:]))
-    _check_source(pools, str(path))
-    return pools
-
-
-def folder(path, resolution: int | None = None) -> Source:
-    """All images below a folder, sorted by relative path: uint8 [n, h, w, 3].
-
-    Everything becomes RGB: rotated as EXIF says, alpha laid over white, 16-bit grey
-    divided by 257, the first frame of an animation. With `resolution` each image is
-    resized (Lanczos) to a square, its aspect ratio not kept. Links to folders are not
-    followed; hidden and other files are skipped. If every image is in a subfolder,
-    its label is the index of the first-level subfolder in sorted order.
-
-    Raises:
-      DataError: no image, or damaged ones.   ValueError: sizes differ.
-    """
-    _check_resolution(resolution)
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the path of a folder of images")
-    names = sorted(
-        (Path(place) / name).relative_to(root).as_posix()
-        for place, _, files in os.walk(root)
-        for name in files
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
-    if not names:
-        raise DataError(f"{root}: no image below it ({' '.join(SUFFIXES)})")
-    images: list[np.ndarray] = []
-    damaged = []
-    for name in names:
-        try:
-            image = _read_rgb(root / name, resolution)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{root / name}: {error}; make it smaller or take it out"
-            ) from error
-        except Exception:  # every decoder of pillow fails in its own way
-            damaged.append(name)
-            continue
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"{root}: sizes differ ({names[0]} {images[0].shape}, {name} "
-                f"{image.shape}); set resolution to resize all"
-            )
-        images.append(image)
-    if damaged:
-        raise DataError(
-            f"{root}: {len(damaged)} of {len(names)} images cannot be read: "
-            f"{', '.join(damaged[:10])}; repair them or take them out"
-        )
-    labels = None
-    if all("/" in name for name in names):
-        firsts = [name.split("/")[0] for name in names]
-        labels = np.unique(firsts, return_inverse=True)[1].astype(np.int32)
-    read = Source(np.stack(images), labels)
-    _check_source(read, str(root))
-    return read
-
-
-def cifar10(data_dir=None) -> Source:
-    """CIFAR-10 through TensorFlow Datasets (without TensorFlow): 50,000 + 10,000.
-
-    A local archive `<data_dir>/downloads/manual/cifar-10-binary.tar.gz` is taken
-    first. The directory it leaves is the stock `cifar10/3.0.2`, as array_record.
-
-    Raises:
-      DataError: no archive and no network, or an archive that is not the true one.
-    """
-    import tensorflow_datasets
-    from tensorflow_datasets.image_classification import cifar
-
-    root = _data_dir(data_dir)
-    archive = root / "downloads" / "manual" / "cifar-10-binary.tar.gz"
-
-    with tensorflow_datasets.core.registered.skip_registration():
-
-        class Cifar10(cifar.Cifar10):
-            """The stock builder, its archive read by Python's tarfile."""
-
-            def _split_generators(self, dl_manager):
-                path = archive if archive.exists() else dl_manager.download(CIFAR_URL)
-                batches = _cifar_batches(Path(path))
-                self.info.features["label"].names = CIFAR_NAMES
-                return {
-                    "train": self._generate_examples("train_", batches[:5]),
-                    "test": self._generate_examples("test_", batches[5:]),
-                }
-
-            def _generate_examples(self, prefix, batches):
-                records = np.concatenate(batches)
-                planes = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                for i, image in enumerate(planes):
-                    example = {"id": f"{prefix}{i:05d}", "label": int(records[i, 0])}
-                    yield i, example | {"image": Image.fromarray(image)}
-
-    builder = Cifar10(data_dir=root, file_format="array_record")
-    return _prepared(
-        builder,
-        f"put {CIFAR_URL} ({CIFAR_BYTES} bytes, SHA-256 {CIFAR_SHA256}) at {archive}",
-    )
-
-
-def tfds(dataset: str, data_dir=None) -> Source:
-    """An image set of TensorFlow Datasets that is, or can be, prepared without TF.
-
-    Raises:
-      DataError: not prepared as array_record, and cannot be prepared here.
-    """
-    import tensorflow_datasets
-
-    # "namespace:name" would fetch and run code from elsewhere.
-    if not re.fullmatch(r"\w+(/[\w.\-]+)*(:\d+\.\d+\.\d+)?", dataset):
-        raise ValueError(f"tfds: dataset={dataset!r} must be name[/config][:version]")
-    root = _data_dir(data_dir)
-    try:
-        builder = tensorflow_datasets.builder(
-            dataset, data_dir=root, file_format="array_record"
-        )
-    except tensorflow_datasets.core.DatasetNotFoundError:
-        raise ValueError(
-            f"tfds: dataset={dataset!r} is neither known to TensorFlow Datasets nor "
-            f"prepared below {root}; tensorflow_datasets.list_builders() lists them"
-        ) from None
-    return _prepared(
-        builder,
-        "prepare it where TensorFlow and a network are at hand "
-        f"(tfds build {dataset} --file_format=array_record) and copy it below {root}",
-    )
-
-
-SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": digits,
-    "mixture": mixture,
-    "npz": npz,
-    "folder": folder,
-    "cifar10": cifar10,
-    "tfds": tfds,
-}
-
-
-def source(name: str, **source_args) -> Source:
-    """The pools of the source called `name`."""
-    if name not in SOURCES:
-        raise ValueError(f"data.name={name!r} is unknown; known: {', '.join(SOURCES)}")
-    return SOURCES[name](**source_args)
 
 
 # From pools to what a run trains on.
@@ -356,7 +107,7 @@ def select(
         duplicates,
         copies,
     )
-    _check_source(source, "source", warn=False)
+    check_source(source, "source", warn=False)
     tested = source.test_images is not None
     labelled = source.labels is not None
     if tested and (classes is not None or labels == "true"):
@@ -543,7 +294,7 @@ def _check_choice(
     ):
         if value is not None and (value != int(value) or value < low):
             raise ValueError(f"{name}={value} must be an integer, at least {low}")
-    _check_resolution(resolution)
+    check_resolution(resolution)
     if labels not in LABELS:
         raise ValueError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
     if (labels == "random") != (num_labels is not None):
@@ -558,66 +309,6 @@ def _check_choice(
         )
     if classes is not None and not np.size(classes):
         raise ValueError("classes=() keeps nothing; give class numbers, or None")
-
-
-def _check_resolution(resolution):
-    if resolution is not None and resolution not in range(1, 4097):
-        raise ValueError(f"resolution={resolution} must be in 1 .. 4096 pixels")
-
-
-def _check_source(source, where, warn=True):
-    """Refuse what training would only fail on later; `where` names the file."""
-    _check_points(source.images, f"{where}: train_images", warn)
-    _check_labels(source.labels, len(source.images), f"{where}: train_labels")
-    test = source.test_images
-    if test is None:
-        if source.test_labels is not None:
-            raise DataError(f"{where}: test_labels without test_images")
-        return
-    _check_points(test, f"{where}: test_images", warn)
-    _check_labels(source.test_labels, len(test), f"{where}: test_labels")
-    if (test.shape[1:], test.dtype) != (source.images.shape[1:], source.images.dtype):
-        raise DataError(
-            f"{where}: test_images {test.dtype}{test.shape} do not fit train_images "
-            f"{source.images.dtype}{source.images.shape}"
-        )
-
-
-def _check_points(x, where, warn):
-    if (x.dtype.name, x.ndim) not in {("uint8", 4), ("float32", 4), ("float32", 2)}:
-        raise DataError(
-            f"{where} is {x.dtype}{x.shape}; it must be uint8 or float32 [n, h, w, c], "
-            "or float32 [n, d]"
-        )
-    if not x.size:
-        raise DataError(f"{where} is empty: {x.shape}")
-    rows = x.reshape(len(x), -1)
-    if x.dtype == np.float32:
-        _refuse(~np.isfinite(rows).all(axis=1), where, "NaN or Inf")
-        if x.ndim == 4:
-            out = (rows < -1).any(axis=1) | (rows > 1).any(axis=1)
-            _refuse(out, where, "values outside [-1, 1]")
-    constant = np.flatnonzero(rows.min(axis=1) == rows.max(axis=1))
-    if warn and x.ndim == 4 and len(constant):
-        logging.warning(
-            "%s: %d constant images, the first at %d", where, len(constant), constant[0]
-        )
-
-
-def _refuse(bad, where, what):
-    if bad.any():
-        first = np.flatnonzero(bad)[0]
-        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); repair it")
-
-
-def _check_labels(labels, n, where):
-    if labels is None:
-        return
-    if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        raise DataError(
-            f"{where} is {labels.dtype}{labels.shape}; it must be integers [{n}]"
-        )
-    _refuse((labels < 0) | (labels >= 2**31), where, "a label outside 0 .. 2**31 - 1")
 
 
 # Steps of select.
@@ -679,142 +370,3 @@ def _fingerprint(*arrays):
         digest.update(f"{array.dtype.str}{array.shape};".encode())
         digest.update(array.data)
     return digest.hexdigest()
-
-
-# Files.
-
-
-def _read_rgb(path, resolution):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if resolution is not None and image.size != (resolution, resolution):
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def _data_dir(data_dir):
-    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(data_dir or default).expanduser()
-
-
-def _prepared(builder, way_out):
-    """Prepare a TFDS builder if need be, decode it once, keep that as an .npz."""
-    import tensorflow_datasets
-    from tensorflow_datasets.core.download import downloader
-
-    cache = Path(builder.data_path) / "memsep_jax.npz"
-    if cache.exists():
-        try:
-            return npz(cache)
-        except DataError as error:
-            logging.warning("%s; decoding again", error)
-    tensorflow_datasets.disable_progress_bar()
-    downloader.MAX_RETRIES = 0  # else 205 s before an offline machine says so
-    try:
-        builder.download_and_prepare(
-            download_config=tensorflow_datasets.download.DownloadConfig(
-                try_download_gcs=False
-            ),
-        )
-        read = builder.as_data_source()
-    except DataError:
-        raise
-    except Exception as error:  # no network, no TensorFlow, another file format, ...
-        raise DataError(
-            f"{builder.name}: cannot be prepared or read below {builder.data_path} "
-            f"({type(error).__name__}: {str(error)[:300]}); {way_out}"
-        ) from error
-    decoded = _decode(read, builder.name)
-    pairs = zip(KEYS, decoded, strict=True)
-    arrays = {key: value for key, value in pairs if value is not None}
-    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, cache)
-    except OSError as error:
-        logging.warning("%s: not cached (%s)", cache, error)
-        part.unlink(missing_ok=True)
-    return decoded
-
-
-def _decode(read, name):
-    """The pools of prepared TFDS splits, decoded by one pass over each."""
-    pools = []
-    for split in ("train", "test"):
-        if split not in read:
-            pools += [None, None]
-            continue
-        examples = read[split]
-        if not len(examples) or "image" not in examples[0]:
-            raise DataError(f"{name}: no images in split {split!r}; take another set")
-        shape, labelled = examples[0]["image"].shape, "label" in examples[0]
-        images = np.empty((len(examples), *shape), examples[0]["image"].dtype)
-        labels = np.empty(len(examples), np.int32) if labelled else None
-        for i, example in enumerate(examples):
-            if example["image"].shape != shape:
-                raise DataError(
-                    f"{name}: images differ in size ({shape}, {example['image'].shape} "
-                    "...); save them as files and use the source 'folder'"
-                )
-            images[i] = example["image"]
-            if labels is not None:
-                labels[i] = example["label"]
-        pools += [images, labels]
-    if pools[0] is None:
-        raise DataError(f"{name}: no split 'train' among {sorted(read)}")
-    decoded = Source(*pools)
-    _check_source(decoded, name)
-    return decoded
-
-
-def _cifar_batches(path):
-    """The records [n, 3073] of the five training batches and the test batch.
-
-    Nothing is extracted: the six members are read from the stream of the archive,
-    once its size and digest are those of the true one.
-    """
-    with path.open("rb") as file:
-        page = file.read(64).lstrip().lower().startswith((b"<!doctype", b"<html"))
-        file.seek(0)
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if (size, digest) != (CIFAR_BYTES, CIFAR_SHA256):
-        raise DataError(
-            f"{path}: {'an HTML page, not an archive' if page else 'a wrong archive'}: "
-            f"expected {CIFAR_BYTES} bytes, SHA-256 {CIFAR_SHA256}, got {size} bytes, "
-            f"{digest}; delete it and fetch {CIFAR_URL} again"
-        )
-    found, total = {}, 0
-    try:
-        with tarfile.open(path, "r|gz") as archive:
-            for member in archive:
-                total += member.size
-                parts = Path(member.name).parts
-                if not (member.isfile() or member.isdir()) or (
-                    member.name.startswith("/") or ".." in parts
-                ):
-                    raise DataError(f"{path}: refused member {member.name!r}")
-                if total > CIFAR_UNPACKED_BYTES:
-                    raise DataError(f"{path}: refused, too large at {member.name!r}")
-                content = archive.extractfile(member)
-                if content is not None and member.name in CIFAR_TRAIN + CIFAR_TEST:
-                    found[member.name] = np.frombuffer(content.read(), np.uint8)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
-    batches = []
-    for name in CIFAR_TRAIN + CIFAR_TEST:
-        if name not in found or not found[name].size or found[name].size % CIFAR_RECORD:
-            raise DataError(f"{path}: {name} is missing or damaged; fetch it again")
-        batches.append(found[name].reshape(-1, CIFAR_RECORD))
-        _refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
-    return batches

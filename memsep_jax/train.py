@@ -8,6 +8,7 @@ import optax
 from flax import struct
 
 from memsep_jax.process import Process, perturb
+from memsep_jax.prune import apply_mask, full_mask
 from memsep_jax.score import Prediction, target
 
 Params = Any
@@ -41,16 +42,6 @@ def init(params: Params, tx: optax.GradientTransformation, mask=None) -> TrainSt
         opt_state=tx.init(params),
         mask=mask,
     )
-
-
-def full_mask(params: Params) -> Params:
-    """The mask of the unpruned model: one scalar 1 per leaf."""
-    return jax.tree.map(lambda p: jnp.ones((), p.dtype), params)
-
-
-def apply_mask(params: Params, mask: Params) -> Params:
-    """params * mask, leaf by leaf; mask leaves broadcast."""
-    return jax.tree.map(jnp.multiply, params, mask)
 
 
 def noise_loss(apply, params: Params, process: Process, x0, t, eps):

@@ -81,6 +81,7 @@ class Metrics:
         """Keeps the rows up to `step`: later ones, and a torn last one, are redone."""
         self.path = Path(path)
         rows = [row for row in read_metrics(path) if row["step"] <= step]
+        self.steps = {row["step"] for row in rows}
         with replacing(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

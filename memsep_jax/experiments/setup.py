@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memsep_jax import data, process, sampling, score, train
+from memsep_jax import data, process, sampling, score, sources, train
 from memsep_jax.models import MODELS
 
 
@@ -128,14 +128,14 @@ def build(config) -> Parts:
 
     Raises:
       ConfigError: with every violation, a line each.
-      data.DataError: data that cannot be read, where the config itself is right.
+      sources.DataError: data that cannot be read, where the config itself is right.
     """
     wrong: list[str] = []
 
     def attempt(make, *args, **kwargs):
         try:
             return make(*args, **kwargs)
-        except data.DataError:
+        except sources.DataError:
             raise
         except (ValueError, TypeError) as error:
             wrong.extend(str(error).splitlines())
@@ -174,7 +174,7 @@ def build(config) -> Parts:
     ):  # nothing is fetched for a bad config
         try:
             splits = attempt(_splits, config.data)
-        except data.DataError:
+        except sources.DataError:
             if not wrong:
                 raise
     num_classes = 0
@@ -280,13 +280,13 @@ def _splits(group):
     # select's arguments are those of every source.
     shared = {k: v for k, v in group.items() if v is not None}
     name = shared.pop("name")
-    source = look_up(data.SOURCES, name, "data.name")
+    source = look_up(sources.SOURCES, name, "data.name")
     own = _arguments(source)
     select = _arguments(data.select) - {"source"}
     for field in list(shared):
         if field in own | select:
             continue
-        if not any(field in _arguments(other) for other in data.SOURCES.values()):
+        if not any(field in _arguments(other) for other in sources.SOURCES.values()):
             known = own | select
             raise ValueError(
                 f"data.{field} is not an argument of {name}"

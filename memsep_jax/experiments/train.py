@@ -45,6 +45,7 @@ def run(config, session, resume_step=None):
     evaluate(config, parts, state, session)
     with session.phase("report"):
         report.write(session.workdir, session.say)
+    session.write_status()  # the seconds of this table
     session.console.print(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 
@@ -90,7 +91,7 @@ def learn(config, parts, session, resume_step=None):
         session.say(f"resumed from step {start}")
         _warn_of_circumstances(session)
     metrics = record.Metrics(workdir / "metrics.jsonl", start)
-    if start >= steps:
+    if start >= steps and start in metrics.steps:
         return state
     state = jax.device_put(state, parallel.replicated(mesh))
     dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
@@ -107,7 +108,7 @@ def learn(config, parts, session, resume_step=None):
         default=np.inf,
     )  # fmt: skip
     snapshots = snapshot_steps(config, len(parts.splits.train.x))
-    saved, previous, since = start, None, (time.monotonic(), start)
+    previous, since = None, (time.monotonic(), start)
 
     def settle(step, fetched):
         """Waits for a step; the row to log, or {} where it is not logged."""
@@ -123,6 +124,25 @@ def learn(config, parts, session, resume_step=None):
         row = {"step": step, **{k: float(fetched[k]) for k in names}}
         return row | {"steps_per_second": round(rate, 3)}
 
+    def evaluating(step):
+        return step == steps or step % config.run.evaluate_every == 0
+
+    def look(step, row):
+        """Adds to the row what is measured at this step."""
+        nonlocal best
+        if evaluating(step):
+            row = {"step": step} | row | watch.losses(state.ema)
+            held_out = row.get("held_out_losses")
+            if held_out is not None and np.mean(held_out) < best:
+                best = np.mean(held_out)
+                kept = {"params": state.params, "ema": state.ema}
+                checkpoint.save(workdir / "best", step, kept, keep=1)
+        if step in snapshots:
+            kept = {"params": state.params, "ema": state.ema}
+            checkpoint.save(workdir / "snapshots", step, kept)
+            row = {"step": step} | row | watch.snapshot(step, state)
+        return row
+
     def log(row):
         if row:
             metrics.write(**row)
@@ -132,6 +152,8 @@ def learn(config, parts, session, resume_step=None):
         session.deferred(),
         session.progress("training", steps, start) as update,
     ):
+        if start and start not in metrics.steps:  # stopped before it could look
+            log(look(start, {}))
         for step in range(start + 1, steps + 1):
             state, fetched = step_fn(state, dataset)
             # One step late, so the device always has the next one waiting.
@@ -141,32 +163,23 @@ def learn(config, parts, session, resume_step=None):
                 if row:
                     update(row["step"], _status(row))
             previous = (step, fetched)
-            last = step == steps or session.stop is not None
-            saving = last or step % config.run.save_every == 0
-            evaluating = step == steps or step % config.run.evaluate_every == 0
-            if not (saving or evaluating or step in snapshots):
+            due = evaluating(step) or step in snapshots
+            saving = step == steps or step % config.run.save_every == 0
+            if not (due or saving or session.stop is not None):
                 continue
 
             row, previous = settle(*previous), None
-            if evaluating and session.stop is None:
-                row = row | {"step": step} | watch.losses(state.ema)
-                held_out = row.get("held_out_losses")
-                if held_out is not None and np.mean(held_out) < best:
-                    best = np.mean(held_out)
-                    kept = {"params": state.params, "ema": state.ema}
-                    checkpoint.save(workdir / "best", step, kept, keep=1)
-            if step in snapshots and session.stop is None:
-                kept = {"params": state.params, "ema": state.ema}
-                checkpoint.save(workdir / "snapshots", step, kept)
-                row = row | {"step": step} | watch.snapshot(step, state)
-            log(row)
-            update(step, _status(row) if "loss" in row else "")
-            if saving:
+            if due and session.stop is None:
+                row = look(step, row)
+            stopping = session.stop is not None
+            if not (due and stopping):  # else the look, and its row, come on resuming
+                log(row)
+                update(step, _status(row) if "loss" in row else "")
+            if saving or stopping:
                 checkpoint.save(checkpoints, step, state, config.run.keep)
-                saved = step
             since = (time.monotonic(), step)  # steps/s counts steps, not evaluations
-            if session.stop is not None:
-                session.say(f"preempted at step {saved}: saved")
+            if stopping:
+                session.say(f"preempted at step {step}: saved")
                 raise Interrupted(session.stop)
     return state
 

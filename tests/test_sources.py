@@ -1,0 +1,350 @@
+"""Sources: real readers on small files, and everything they refuse."""
+
+import hashlib
+import io
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memsep_jax import data, sources
+
+
+def pool(n=60):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (n + 5, 4, 4, 1), np.uint8)
+    labels = np.arange(n + 5, dtype=np.int32) % 3
+    return sources.Source(images[:n], labels[:n], images[n:], labels[n:])
+
+
+def test_digits():
+    got = data.splits("digits", 100, labels="true")
+    assert got.train.x.shape == (100, 8, 8, 1) and got.train.x.dtype == np.float32
+    assert got.train.x.min() == -1 and got.train.x.max() == 1
+    assert len(got.held_out.x) == 297
+    assert got.num_distinct == 100
+
+
+def test_the_mixture_is_fixed_by_its_truth():
+    few = data.splits("mixture", 50, 1, k=2, d=3, size=400)
+    more = data.splits("mixture", 60, 1, k=2, d=3, size=400)
+    np.testing.assert_array_equal(few.train.x, more.train.x[:50])
+    assert few.held_out.x.shape == (10_000, 3)
+    truth = sources.mixture_truth(k=2, d=3)
+    error = np.mean(np.asarray(few.held_out.x), 0) - np.mean(truth.means, 0)
+    spread = np.sqrt(1 + np.var(truth.means, axis=0)) / 100
+    assert np.all(np.abs(error) < 4 * spread)
+    with pytest.raises(ValueError, match="size=0"):
+        sources.mixture(size=0)
+
+
+def test_npz_reads_images_vectors_and_labels(tmp_path):
+    source, path = pool(), tmp_path / "set.npz"
+    np.savez(path, **dict(zip(sources.KEYS, source, strict=True)))
+    for got, stored in zip(sources.npz(path), source, strict=True):
+        np.testing.assert_array_equal(got, stored)
+    np.savez(path, train_images=np.full((4, 3), 7, np.float32))
+    np.testing.assert_array_equal(
+        data.load("npz", 4, path=path, num_held_out=0).x, np.full((4, 3), 7)
+    )
+
+
+class Trap:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_npz_never_unpickles(tmp_path):
+    path, sign = tmp_path / "set.npz", tmp_path / "executed"
+    np.savez(path, train_images=np.array([Trap(sign)], object))
+    with pytest.raises(data.DataError, match="allow_pickle is never used"):
+        sources.npz(path)
+    assert not sign.exists()
+
+
+IMAGES = np.zeros((3, 2, 2, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (dict(images=IMAGES), "no 'train_images'"),
+        (dict(train_images=IMAGES.astype(np.float64)), "float64"),
+        (dict(train_images=IMAGES[..., 0].astype(np.uint8)), r"n, h, w, c"),
+        (dict(train_images=IMAGES[:0]), "empty"),
+        (dict(train_images=IMAGES + [[[[0]]], [[[np.nan]]], [[[0]]]]), "float64"),
+        (dict(train_images=IMAGES + np.float32(1.5)), r"\[0\] has values outside"),
+        (dict(train_images=IMAGES, train_labels=np.zeros(2, int)), r"integers \[3\]"),
+        (dict(train_images=IMAGES, train_labels=np.zeros(3)), "integers"),
+        (
+            dict(train_images=IMAGES, train_labels=np.arange(3) - 1),
+            r"\[0\] has a label",
+        ),
+        (dict(train_images=IMAGES, test_images=IMAGES[:, :1]), "do not fit"),
+        (dict(train_images=IMAGES, test_labels=np.arange(3)), "without test_images"),
+    ],
+)
+def test_npz_names_what_is_wrong(arrays, message, tmp_path):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(data.DataError, match=message) as caught:
+        sources.npz(path)
+    assert "bad.npz" in str(caught.value) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_found(bad, tmp_path):
+    x = np.zeros((5, 3), np.float32)
+    x[3, 1] = bad
+    np.savez(tmp_path / "bad.npz", train_images=x)
+    with pytest.raises(data.DataError, match=r"bad.npz: train_images\[3\] has NaN"):
+        sources.npz(tmp_path / "bad.npz")
+    with pytest.raises(data.DataError, match=r"train_images\[3\] has NaN"):
+        data.select(data.Source(x))
+
+
+def test_damaged_npz_files_are_refused(tmp_path):
+    whole, cut, text = (tmp_path / name for name in ("a.npz", "cut.npz", "text.npz"))
+    np.savez(whole, train_images=pool().images)
+    cut.write_bytes(whole.read_bytes()[:-100])
+    text.write_text("<html>not found</html>")
+    bare = tmp_path / "bare.npy"
+    np.save(bare, IMAGES)
+    for path in (cut, text, bare, tmp_path):
+        with pytest.raises(data.DataError, match="not a readable"):
+            sources.npz(path)
+    with pytest.raises(data.DataError, match="no such file"):
+        sources.npz(tmp_path / "absent.npz")
+
+
+def test_constant_images_are_allowed_with_a_warning(tmp_path, caplog):
+    np.savez(tmp_path / "flat.npz", train_images=IMAGES)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert len(sources.npz(tmp_path / "flat.npz").images) == 3
+    assert "3 constant images, the first at 0" in caplog.text
+
+
+def save(path, mode="RGB", size=(6, 6), colour=None, **keywords):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour if colour is not None else 0).save(path, **keywords)
+
+
+def test_a_folder_is_sorted_labelled_and_converted(tmp_path):
+    save(tmp_path / "b" / "grey.png", "L", colour=100)
+    save(tmp_path / "b" / "deep" / "wide.png", "I;16", colour=257 * 9)
+    save(tmp_path / "a" / "ünï.PNG", "RGBA", colour=(255, 0, 0, 0))
+    save(tmp_path / "a" / "palette.gif", "P")
+    save(tmp_path / "a" / "zz.bmp", colour=(1, 2, 3))
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "a" / "._zz.png").write_text("left by another system")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    got = sources.folder(tmp_path)
+    assert got.images.shape == (5, 6, 6, 3) and got.labels.tolist() == [0, 0, 0, 1, 1]
+    assert got.images[1:, 0, 0].tolist() == [[1, 2, 3], [255] * 3, [9] * 3, [100] * 3]
+    assert sources.folder(tmp_path / "b" / "deep").labels is None
+
+
+def test_a_folder_of_mixed_sizes_needs_a_resolution(tmp_path):
+    for i, size in enumerate([(6, 6), (9, 5), (6, 6)]):
+        save(tmp_path / f"{i}.png", size=size, colour=(i, i, i))
+    with pytest.raises(ValueError, match=r"1.png \(5, 9, 3\).*set resolution"):
+        sources.folder(tmp_path)
+    got = data.load("folder", path=tmp_path, resolution=4, num_held_out=0)
+    assert got.x.shape == (3, 4, 4, 3)
+
+
+def test_a_folder_lists_damaged_images(tmp_path):
+    with pytest.raises(data.DataError, match="no image"):
+        sources.folder(tmp_path)
+    with pytest.raises(data.DataError, match="no such folder"):
+        sources.folder(tmp_path / "absent")
+    save(tmp_path / "good.jpg", size=(64, 64))
+    whole = (tmp_path / "good.jpg").read_bytes()
+    for i in range(12):
+        (tmp_path / f"bad{i:02}.jpg").write_bytes(whole[: 300 if i % 2 else 10])
+    with pytest.raises(data.DataError, match="12 of 13 .*bad00.jpg.*bad09.jpg; "):
+        sources.folder(tmp_path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "bomb.png", size=(40, 40))
+    for limit in (1_000, 100):  # pillow warns above the limit, raises above twice
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(data.DataError, match="bomb.png.*decompression bomb"):
+            sources.folder(tmp_path)
+
+
+# CIFAR-10 and TensorFlow Datasets: the true route on a small archive.
+
+BATCHES = sources.CIFAR_TRAIN + sources.CIFAR_TEST
+
+
+def records(name, n=4):
+    """n images whose every pixel of channel c is 10 * batch + i + 60 * c."""
+    batch = BATCHES.index(name)
+    pixels = 10 * batch + np.arange(n)[:, None] + 60 * np.arange(3).repeat(1024)
+    labels = (batch + np.arange(n))[:, None] % 10
+    return np.concatenate([labels, pixels], axis=1).astype(np.uint8).tobytes()
+
+
+def pack(monkeypatch, root, members=(), without=()):
+    """Write the archive of CIFAR-10 in small, and make its digest the expected one."""
+    path = root / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name in BATCHES:
+            if name not in without:
+                info = tarfile.TarInfo(name)
+                info.size = len(records(name))
+                archive.addfile(info, io.BytesIO(records(name)))
+        for info in members:
+            content = io.BytesIO(bytes(info.size)) if info.isfile() else None
+            archive.addfile(info, content)
+    return expect(monkeypatch, path)
+
+
+def expect(monkeypatch, path):
+    content = path.read_bytes()
+    monkeypatch.setattr(sources, "CIFAR_BYTES", len(content))
+    monkeypatch.setattr(sources, "CIFAR_SHA256", hashlib.sha256(content).hexdigest())
+    return path
+
+
+def test_cifar10_is_prepared_read_and_cached(tmp_path, monkeypatch):
+    pack(monkeypatch, tmp_path)
+    first = sources.cifar10(tmp_path)
+    assert first.images.shape == (20, 32, 32, 3) and first.images.dtype == np.uint8
+    assert first.test_images.shape == (4, 32, 32, 3)
+    value, label = first.images[:, 0, 0, 0].astype(int), first.labels
+    np.testing.assert_array_equal((value // 10 + value % 10) % 10, label)
+    assert sorted(value) == sorted(10 * b + i for b in range(5) for i in range(4))
+    for c in range(3):
+        expected = np.broadcast_to(value[:, None, None] + 60 * c, (20, 32, 32))
+        np.testing.assert_array_equal(first.images[..., c], expected)
+    (cache,) = tmp_path.rglob("memsep_jax.npz")
+    assert cache.parent == tmp_path / "cifar10" / "3.0.2"
+    assert not list(tmp_path.rglob("*.part"))
+
+    again = sources.cifar10(tmp_path)
+    cache.write_bytes(cache.read_bytes()[:-50])
+    repaired = sources.cifar10(tmp_path)
+    pack(monkeypatch, tmp_path / "other")
+    elsewhere = sources.cifar10(tmp_path / "other")
+    for other in (again, repaired, elsewhere):
+        for one, two in zip(first, other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+    import tensorflow_datasets
+
+    builder = tensorflow_datasets.builder("cifar10", data_dir=tmp_path)
+    stock = builder.as_data_source(split="train")
+    np.testing.assert_array_equal(stock[0]["image"], first.images[0])
+    assert builder.info.features["label"].names == sources.CIFAR_NAMES
+
+
+def member(name, size=0, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, "/etc/passwd"
+    return info
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (member("../x", 3), "refused member '../x'"),
+        (member("/tmp/x", 3), "refused member '/tmp/x'"),
+        (member("link", kind=tarfile.SYMTYPE), "refused member 'link'"),
+        (member("hard", kind=tarfile.LNKTYPE), "refused member 'hard'"),
+        (member("device", kind=tarfile.CHRTYPE), "refused member 'device'"),
+        (member("zeros", 2_000_000), "refused, too large at 'zeros'"),
+    ],
+)
+def test_a_hostile_archive_is_refused(bad, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CIFAR_UNPACKED_BYTES", 1_000_000)
+    pack(monkeypatch, tmp_path, members=[bad])
+    with pytest.raises(data.DataError, match=message):
+        sources.cifar10(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [
+        "cifar-10-binary.tar.gz"
+    ]
+
+
+def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
+    path = pack(monkeypatch, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + b"different")
+    with pytest.raises(data.DataError, match="wrong archive: expected .* got "):
+        sources.cifar10(tmp_path)
+    path.write_text("<!DOCTYPE html><html>try later</html>")
+    with pytest.raises(data.DataError, match="an HTML page, not an archive"):
+        sources.cifar10(tmp_path)
+    path.write_bytes(whole[: len(whole) // 2])
+    expect(monkeypatch, path)
+    with pytest.raises(data.DataError, match="damaged"):
+        sources.cifar10(tmp_path)
+    pack(monkeypatch, tmp_path, without=[sources.CIFAR_TEST[0]])
+    with pytest.raises(data.DataError, match="test_batch.bin is missing"):
+        sources.cifar10(tmp_path)
+
+
+def test_without_archive_and_network_it_says_what_to_do(tmp_path, monkeypatch):
+    import requests
+
+    def offline(*_, **__):
+        raise requests.exceptions.ConnectionError("no network in tests")
+
+    monkeypatch.setattr(requests.Session, "send", offline)
+    start = time.monotonic()
+    with pytest.raises(data.DataError, match="put https.*SHA-256.*manual/cifar-10-bin"):
+        sources.cifar10(tmp_path)
+    with pytest.raises(data.DataError, match="tfds build mnist"):
+        sources.tfds("mnist", tmp_path)
+    assert time.monotonic() - start < 15
+
+
+def test_tfds_reads_what_is_prepared(tmp_path):
+    import tensorflow_datasets
+
+    features = tensorflow_datasets.features
+    with tensorflow_datasets.core.registered.skip_registration():
+
+        class TinySet(tensorflow_datasets.core.GeneratorBasedBuilder):
+            VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+            def _info(self):
+                return tensorflow_datasets.core.DatasetInfo(
+                    builder=self,
+                    features=features.FeaturesDict(
+                        {
+                            "image": features.Image(shape=(None, None, 1)),
+                            "label": features.ClassLabel(num_classes=5),
+                        }
+                    ),
+                )
+
+            def _split_generators(self, _):
+                return {
+                    "train": self._generate_examples(),
+                    "ragged": self._generate_examples(grow=1),
+                }
+
+            def _generate_examples(self, grow=0):
+                for i in range(5):
+                    image = Image.new("L", (4 + i * grow, 4), 10 * i)
+                    yield i, {"image": image, "label": i}
+
+    TinySet(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    got = sources.tfds("tiny_set", tmp_path)
+    np.testing.assert_array_equal(got.images[:, 0, 0, 0], 10 * got.labels)
+    assert got.images.shape == (5, 4, 4, 1) and got.test_images is None
+    with pytest.raises(ValueError, match="neither known"):
+        sources.tfds("no_such_set", tmp_path)
+    with pytest.raises(ValueError, match="must be name"):
+        sources.tfds("huggingface:mnist", tmp_path)
