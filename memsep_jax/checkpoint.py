@@ -5,6 +5,7 @@ complete. Orbax notices neither flipped bits nor damaged steps, so a manifest wi
 SHA-256 per leaf is written in the same atomic step and checked on every restore.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,7 +92,10 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
             raise OSError("the disk is full")
         if path.exists():
             shutil.rmtree(path)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with (
+            _without_tracebacks(),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
             checkpointer.save(
                 path.absolute(),
                 args=ocp.args.Composite(
@@ -238,6 +242,17 @@ def _sha256(array):
 
 def _seal(table):
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _without_tracebacks():
+    # Orbax logs the traceback of what it raises; the person gets one message.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _short(error):

@@ -88,6 +88,7 @@ def train() -> ConfigDict:
             weights="ema",
         ),
         memorization=dict(threshold=1 / 3, near=50),
+        optimum=dict(score="empirical"),  # or truth: experiments/optimum.py
         run=dict(  # changes no result: may differ when a run goes on
             log_every=50,
             save_every=1_000,
@@ -98,6 +99,7 @@ def train() -> ConfigDict:
             snapshot_epochs=0,  # one every so many epochs
             snapshot_samples=250,
             chunk=250,  # samples looked at together
+            tracker="none",  # tensorboard, wandb: besides metrics.jsonl
         ),
     )
 

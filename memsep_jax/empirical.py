@@ -82,7 +82,8 @@ def jacobian(data, process: Process, x, t):
     """
     weights = posterior_weights(data, process, x, t)
     points = data.reshape(len(data), -1)
-    centred = points - jnp.tensordot(weights, points, 1, precision="highest")
+    mean = jnp.tensordot(weights, points, 1, precision="highest")
+    centred = points - mean[None]
     covariance = jnp.matmul(
         (weights[:, None] * centred).T, centred, precision="highest"
     )

@@ -82,8 +82,9 @@ def mixture(
     truth = mixture_truth(k, d, scale, truth_seed)
     key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
     train_key, test_key = jax.random.split(key)
-    draws = np.asarray(sample(train_key, truth, size), np.float32)
-    fresh = np.asarray(sample(test_key, truth, MAX_HELD_OUT), np.float32)
+    draw = jax.jit(sample, static_argnums=2)
+    draws = np.asarray(draw(train_key, truth, size), np.float32)
+    fresh = np.asarray(draw(test_key, truth, MAX_HELD_OUT), np.float32)
     return Source(draws, None, fresh, None)
 
 

@@ -1,10 +1,10 @@
 """Resumable functions of (config, workdir): numbers first, then pictures."""
 
-from memsep_jax.experiments import report, setup, train
+from memsep_jax.experiments import optimum, report, setup, train
 from memsep_jax.experiments.session import Session
 
 # name -> run(config, session, resume_step)
-EXPERIMENTS = {"report": report.run, "train": train.run}
+EXPERIMENTS = {"optimum": optimum.run, "report": report.run, "train": train.run}
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:

@@ -1,10 +1,333 @@
-"""Numbers to pictures."""
+"""Numbers to pictures: every function takes arrays and returns a figure.
+
+Nothing here computes a result; what is drawn was read from the disk.
+"""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
+from PIL import Image
+
+from memsep_jax.experiments import record
+
+# Colours that colour-blind readers tell apart (Okabe and Ito; the red is Tol's).
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#CC3311", "#8c8c8c"
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.dpi": 150,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 150,
+    "text.usetex": False,
+}
+styled = matplotlib.rc_context(STYLE)
+CELL = 64  # pixels of an image in a grid of samples, at least
+
+_warned: set[str] = set()
 
 
 def quietly(say, draw, *args):
     """draw(*args); a disk that is full is one warning, not the end of the run."""
-    draw(*args)
+    try:
+        draw(*args)
+    except OSError as error:
+        if not _warned:
+            _warned.add(str(error))
+            say(f"warning: no picture, and no more warnings of this kind: {error}")
 
 
 def save_samples(path, samples):
-    """A grid of samples as PNG."""
+    """A grid of samples as PNG: uint8 images [m, h, w, c], or vectors [m, d]."""
+    if samples.ndim == 2:
+        content = encode(scatter(samples), "png")
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(grid(samples)).save(buffer, format="PNG")
+        content = buffer.getvalue()
+    with record.replacing(path) as part:
+        part.write_bytes(content)
+
+
+def grid(samples):
+    """Images side by side, enlarged without smoothing.   [m, h, w, c] -> [H, W, c]."""
+    m, h, w = samples.shape[:3]
+    factor = -(-CELL // max(h, w))
+    big = np.stack([_pixels(x) for x in samples])
+    big = big.repeat(factor, axis=1).repeat(factor, axis=2)
+    columns = int(np.ceil(np.sqrt(m)))
+    rows = -(-m // columns)
+    gap = 4
+    height, width = factor * h + gap, factor * w + gap
+    canvas = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
+    for i, image in enumerate(big):
+        top, left = gap + i // columns * height, gap + i % columns * width
+        canvas[top : top + height - gap, left : left + width - gap] = image
+    return canvas
+
+
+@styled
+def encode(figure, kind: str) -> bytes:
+    """A figure as the bytes of a "png" or "pdf", the same for the same numbers."""
+    buffer = io.BytesIO()
+    # No date and no version inside: a file changes only when its numbers do.
+    dateless = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(buffer, format=kind, metadata=dateless[kind])
+    return buffer.getvalue()
+
+
+@styled
+def losses(rows):
+    """Left the loss that is trained, right the eps-loss of seen and unseen points.
+
+    Args: rows, those of metrics.jsonl.
+    """
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    step, loss = _column(rows, "loss")
+    left.plot(step, loss, color=BLUE, alpha=0.3, linewidth=0.8, label="logged")
+    left.plot(step, _smoothed(loss), color=BLUE, label="running mean")
+    left.set(title="training objective", ylabel="loss of a batch")
+    names = {"train_losses": "training points", "held_out_losses": "held-out points"}
+    for (name, label), style in zip(names.items(), _pair_of_lines(), strict=True):
+        step, values = _column(rows, name)
+        if len(step):
+            right.plot(step, values.mean(axis=1), label=label, **style)
+    right.set(title="seen against unseen", ylabel="eps-loss, mean over noise levels")
+    for axes in (left, right):
+        axes.set(xlabel="training step")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _plain_log(axes, "y", "{x:g}")
+        if axes.lines:
+            axes.legend()
+    return figure
+
+
+@styled
+def noise_levels(noise, train, held_out):
+    """The eps-loss at each noise level.   All [l]; held_out may be empty."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    noise = np.asarray(noise, float)
+    train, held_out = np.asarray(train, float), np.asarray(held_out, float)
+    seen, unseen = _pair_of_lines()
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=":", zorder=1)
+    axes.annotate(
+        "a network that always answers 0", (0.995, 1), ha="right",
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3), textcoords="offset points", color="#666666",
+        fontsize=8,
+    )  # fmt: skip
+    if len(held_out):
+        axes.fill_between(noise, train, held_out, color=ORANGE, alpha=0.12, lw=0)
+        axes.plot(noise, held_out, label="held-out points", **unseen)
+    if len(train):
+        axes.plot(noise, train, label="training points", **seen)
+    axes.set(
+        xscale="log", yscale="log", xlabel="noise level, sigma / alpha",
+        ylabel="eps-loss per dimension",
+    )  # fmt: skip
+    if len(train):
+        axes.legend()
+    return figure
+
+
+@styled
+def ratio_along(rows, final):
+    """The memorization ratio at the snapshots and at the end.
+
+    Args: rows of metrics.jsonl; final, metrics.json's "memorization" and its "step".
+    """
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    if final["null"] is not None:
+        axes.axhspan(*final["null_interval"], color=ORANGE, alpha=0.3, lw=0)
+        axes.axhline(
+            final["null"], color=ORANGE, linestyle="--",
+            label="null level: held-out points",
+        )  # fmt: skip
+    step, ratio = _column(rows, "ratio")
+    intervals = _column(rows, "ratio_interval")[1]
+    if len(step):
+        _with_interval(
+            axes, step, ratio, intervals, "o-", BLUE, "samples of the snapshots"
+        )
+    last = [final["ratio"]], [final["interval"]]
+    text = f"the {final['samples']:,} samples at the end"
+    _with_interval(axes, [final["step"]], *map(np.asarray, last), "D", RED, text)
+    axes.set(xlabel="training step", ylabel="memorized samples", ylim=(-0.03, 1.03))
+    _plain_log(axes, "x", "{x:,.0f}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="best")
+    return figure
+
+
+@styled
+def distance_ratios(share, memorized, threshold: float):
+    """How much nearer the nearest training point is than the second.   share [m]."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    below = min(max(1, round(30 * threshold)), 29)  # the threshold is an edge
+    edges = np.concatenate(
+        [
+            np.linspace(0, threshold, below + 1),
+            np.linspace(threshold, 1, 31 - below)[1:],
+        ]
+    )
+    counts = [share[memorized], share[~memorized]]
+    labels = [f"memorized ({len(counts[0]):,})", f"not memorized ({len(counts[1]):,})"]
+    axes.hist(counts, edges.tolist(), stacked=True, color=[RED, BLUE], label=labels)
+    axes.axvline(
+        threshold, color="black", linestyle="--", linewidth=1.2,
+        label=f"threshold {threshold:.3g}",
+    )  # fmt: skip
+    axes.set(xlabel="d1 / d2", ylabel="samples", xlim=(0, 1))
+    _legend_above(axes)
+    return figure
+
+
+@styled
+def pairs(index, samples, neighbours, distances, nearest, memorized):
+    """Each column: a sample over its two nearest training images.
+
+    Args:
+      index [k] of the samples; samples [k, h, w, c]; neighbours [k, 2, h, w, c],
+      distances [k, 2] and nearest [k, 2] of training images; memorized [k].
+    """
+    tall = samples.shape[1] / samples.shape[2]  # every image is 1 wide
+    pitch, margin = tall + 0.46, 1.75  # a row with its caption; room for the labels
+    width, height = margin + 1.12 * len(index), 3 * pitch + 0.05
+    figure = Figure(figsize=(0.95 * width, 0.95 * height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    rows = (
+        "generated\nsample",
+        "nearest\nTRAINING\nimage",
+        "second nearest\nTRAINING\nimage",
+    )
+    for row, text in enumerate(rows):
+        axes.text(
+            -0.15, tall / 2 - row * pitch, text, ha="right", va="center", fontsize=11,
+            fontweight="bold", color=BLUE if row else "black",
+        )  # fmt: skip
+    for i, copied in enumerate(memorized):
+        (d1, d2), (first, second) = distances[i], nearest[i]
+        column = (
+            (samples[i], RED if copied else GREY, f"sample {index[i]}"),
+            (neighbours[i, 0], BLUE, f"train {first}\n$d_1$ {d1:.3g}"),
+            (neighbours[i, 1], BLUE, f"train {second}\n$d_2$ {d2:.3g}"),
+        )
+        for row, (image, edge, text) in enumerate(column):
+            left, bottom = 1.12 * i, -row * pitch
+            axes.imshow(_pixels(image), extent=(left, left + 1, bottom, bottom + tall))
+            frame = Rectangle((left, bottom), 1, tall, fill=False, ec=edge, lw=2)
+            axes.add_patch(frame)
+            color = RED if copied and row == 0 else "black"
+            text += "\ncopied" if copied and row == 0 else ""
+            axes.text(
+                left + 0.5, bottom - 0.04, text, ha="center", va="top", fontsize=10,
+                color=color,
+            )  # fmt: skip
+    # imshow moves the limits and the aspect to its own image.
+    axes.set(xlim=(-margin, width - margin), ylim=(tall + 0.05 - height, tall + 0.05))
+    return figure
+
+
+@styled
+def scatter(samples, memorized=None, lines=None):
+    """The first two coordinates of samples, and of training points near some of them.
+
+    Args: samples [m, d]; memorized bool [m]; lines, (samples [k, d], training [k, d]).
+    """
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    if memorized is None:
+        memorized = np.zeros(len(samples), bool)
+    groups = [(~memorized, GREY, "samples"), (memorized, RED, "memorized samples")]
+    for chosen, color, label in groups:
+        if chosen.any():
+            x, y = _plane(samples[chosen])
+            label = f"{label} ({chosen.sum():,})"
+            axes.scatter(x, y, 9, color=to_rgba(color, 0.7), lw=0, label=label)
+    if lines is not None:
+        (x0, y0), (x1, y1) = map(_plane, lines)
+        axes.plot([x0, x1], [y0, y1], color=BLUE, linewidth=0.7, alpha=0.6)
+        label = f"nearest TRAINING points of {len(x1)} samples"
+        axes.scatter(x1, y1, 30, color=BLUE, marker="x", lw=1.2, label=label)
+    axes.set(xlabel="first coordinate", ylabel="second coordinate")
+    _legend_above(axes)
+    return figure
+
+
+def _plain_log(axes, which, text):
+    """A log axis that says 200 and 5,000, not 2 x 10^2."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(axes):
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9)
+
+
+def _pair_of_lines():
+    return (
+        {"color": BLUE, "marker": "o"},
+        {"color": ORANGE, "marker": "s", "linestyle": "--"},
+    )
+
+
+def _with_interval(axes, step, ratio, intervals, kind, color, label):
+    around = np.stack([ratio - intervals[:, 0], intervals[:, 1] - ratio])
+    axes.errorbar(
+        step, ratio, np.maximum(around, 0), fmt=kind, color=color, capsize=3,
+        elinewidth=1.2, label=label,
+    )  # fmt: skip
+
+
+def _column(rows, name):
+    """(steps, values) of the rows that have a value; null, once NaN, is NaN again."""
+    found = [row for row in rows if row.get(name) is not None]
+    steps = np.array([row["step"] for row in found], int)
+    return steps, np.array([row[name] for row in found], float)
+
+
+def _smoothed(values):
+    """Running mean over a twentieth of the run, shorter at both ends."""
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return np.array([np.mean(window) for window in windows])
+
+
+def _pixels(image):
+    """[h, w, c] uint8 -> [h, w, 3]: what is not RGB is shown by its first channel."""
+    return image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
+
+
+def _plane(points):
+    return points[:, 0], points[:, 1] if points.shape[1] > 1 else 0 * points[:, 0]

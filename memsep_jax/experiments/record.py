@@ -60,8 +60,9 @@ def write_npz(path, **arrays):
 def read_npz(path):
     """The arrays of an npz as a dict, or None where there is no whole one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        # Opened here: np.load leaves the file of a damaged .npz open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
 

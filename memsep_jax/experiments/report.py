@@ -1,9 +1,178 @@
-"""Report."""
+"""The numbers in a workdir as figures/ and one self-contained report.html."""
+
+import base64
+import contextlib
+import csv
+from pathlib import Path, PurePath
+
+import jinja2
+import numpy as np
+from rich.console import Console
+
+from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import figures, record
+
+PHASES = ("data", "compile", "train", "sample", "neighbours")
+GROUPS = ("first", "most", "least")
 
 
 def write(workdir, say):
-    """Draws figures/ and report.html from the numbers in a workdir."""
+    """Draws figures/ and report.html from the numbers in a workdir, and only these.
+
+    Raises: ConflictError where numbers are missing. A disk that takes no more is one
+      warning: the numbers are what a run is for.
+    """
+    _write(Path(workdir), lambda draw, *args: figures.quietly(say, draw, *args))
 
 
 def run(config, workdir):
-    """Experiment `report`."""
+    """Experiment `report`: draws again, without training; a full disk is an error."""
+    _write(Path(workdir), lambda draw, *args: draw(*args))
+    console = Console(highlight=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # a closed pipe
+        console.print(f"report: {Path(workdir) / 'report.html'}", markup=False)
+
+
+def _write(workdir, attempt):
+    numbers = _read(workdir)
+    images = {}
+    for name, figure in _figures(numbers):
+        images[name] = figures.encode(figure, "png")
+        folder = workdir / "figures"
+        attempt(_save, folder / f"{name}.png", images[name])
+        attempt(_save, folder / f"{name}.pdf", figures.encode(figure, "pdf"))
+    page = _page(workdir, numbers, images)
+    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
+
+
+def _read(workdir):
+    """All numbers of a finished run.   Raises: ConflictError, naming what lacks."""
+    names = ("metrics.json", "config.json", "run.json", "samples.npz", "pairs.npz")
+    read = {".json": record.read_json, ".npz": record.read_npz}
+    numbers = {name: read[Path(name).suffix](workdir / name) for name in names}
+    numbers["per_sample.csv"] = _read_csv(workdir / "per_sample.csv")
+    missing = [name for name, value in numbers.items() if value is None]
+    if missing:
+        command = (numbers["run.json"] or {}).get("command")
+        raise ConflictError(
+            f"{workdir} has no readable {', '.join(missing)}: a report is drawn from "
+            "the numbers of a finished run. Make them with "
+            + (command or "the same command without --config.experiment=report")
+        )
+    numbers["rows"] = record.read_metrics(workdir / "metrics.jsonl")
+    return numbers
+
+
+def _read_csv(path):
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        names = rows[0].keys()
+        return {k: np.array([row[k] for row in rows], float) for k in names}
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+
+
+def _figures(numbers):
+    """(name, figure) for all figures of a run."""
+    metrics, rows, table = (
+        numbers[k] for k in ("metrics.json", "rows", "per_sample.csv")
+    )
+    found, levels = metrics["memorization"], metrics.get("levels", {})
+    if any(row.get("loss") is not None for row in rows):
+        yield "loss", figures.losses(rows)
+    if levels.get("train"):
+        lines = (levels[k] for k in ("noise", "train", "held_out"))
+        yield "noise_levels", figures.noise_levels(*lines)
+    if steps := metrics["model"].get("steps"):  # a closed-form score has none
+        yield "ratio", figures.ratio_along(rows, found | {"step": steps})
+    d1, d2 = table["d1"], table["d2"]
+    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+    memorized = table["memorized"] == 1
+    yield "distances", figures.distance_ratios(share, memorized, found["threshold"])
+
+    pairs = numbers["pairs.npz"]
+    if _of_images(metrics):
+        for name in GROUPS:
+            index = pairs[f"{name}_index"]
+            fields = ("sample", "neighbours", "distances", "nearest")
+            arrays = (pairs[f"{name}_{field}"] for field in fields)
+            yield f"pairs_{name}", figures.pairs(index, *arrays, memorized[index])
+    else:
+        lines = [
+            np.concatenate([pairs[f"{name}_{what}"] for name in GROUPS])
+            for what in ("sample", "neighbours")
+        ]
+        lines[1] = lines[1][:, 0]
+        samples = numbers["samples.npz"]["samples"]
+        yield "scatter", figures.scatter(samples, memorized, lines)
+
+
+def _save(path, content):
+    with record.replacing(path) as part:
+        part.write_bytes(content)
+
+
+def _page(workdir, numbers, images):
+    metrics, run = numbers["metrics.json"], numbers["run.json"]
+    found, seconds = metrics["memorization"], run.get("seconds", {})
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(percent=_percent, between=_between)
+    template = Path(__file__).with_name("report.html").read_text("utf-8")
+    # The report itself is left out: its time is known only after it is written.
+    phases = [(name, seconds[name]) for name in PHASES if name in seconds]
+    point = "training image" if _of_images(metrics) else "training point"
+    return environment.from_string(template).render(
+        title=workdir.resolve().name,
+        point=point,
+        found=found,
+        above=found["null"] is not None
+        and found["interval"][0] > found["null_interval"][1],
+        data=metrics["data"],
+        model=metrics["model"],
+        levels=metrics.get("levels", {}),
+        run=run,
+        config=_settings(numbers["config.json"]),
+        phases=phases,
+        total=sum(value for _, value in phases),
+        images={k: base64.b64encode(v).decode() for k, v in images.items()},
+    )
+
+
+def _settings(config):
+    """(group, its fields and values) of all that is set; of a path, its last part."""
+    plain = {k: v for k, v in config.items() if not isinstance(v, dict)}
+    groups = {"": plain, **{k: v for k, v in config.items() if isinstance(v, dict)}}
+    shown = {
+        group: [(k, _shown(v)) for k, v in fields.items() if v is not None]
+        for group, fields in groups.items()
+    }
+    first = {group: sorted(fields, key=_name_first) for group, fields in shown.items()}
+    return list(first.items())
+
+
+def _name_first(field):
+    return field[0] != "name", field[0]
+
+
+def _shown(value):
+    if isinstance(value, str) and (PurePath(value).is_absolute() or value[:1] == "~"):
+        return f".../{PurePath(value).name}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _of_images(metrics):
+    return len(metrics["data"]["shape"]) == 3
+
+
+def _percent(value):
+    """0.989 -> "98.9"; what is neither 0 nor 100 % is not rounded to it."""
+    rounded = value in (0, 1) or 0.0005 <= value < 0.9995
+    return f"{100 * value:.{1 if rounded else 2}f}"
+
+
+def _between(interval):
+    return f"[{_percent(interval[0])}, {_percent(interval[1])}]"

@@ -27,7 +27,7 @@ from memsep_jax.checkpoint import ConflictError, StorageError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.setup import differences, to_json
 
-HARMLESS = ("run", "experiment")  # groups that change no number
+HARMLESS = ("run",)  # groups that change no number
 AFTER_TRAINING = ("sampler", "memorization")  # groups that change no weight
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -40,6 +40,15 @@ class Interrupted(BaseException):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+class Terminal(Console):
+    """Where a run speaks; it goes on when nobody listens any more (`| head`)."""
+
+    def on_broken_pipe(self):
+        """Rich would end the process here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Session:
@@ -57,13 +66,16 @@ class Session:
         self.before: dict = {}  # run.json as it was found
         self.status: dict = {"seconds": {}}
         self.stop: int | None = None
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, soft_wrap=True)
         self._begun = False
+        self._made: list[Path] = []  # directories that were not there
         self._deferred = 0
         self._handlers: dict = {}
 
     def __enter__(self):
         try:
+            places = (self.workdir, *self.workdir.parents)
+            self._made = [place for place in places if not place.exists()]
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.workdir)
         except OSError as error:
@@ -92,12 +104,17 @@ class Session:
         if self._begun:
             with contextlib.suppress(OSError):  # must not hide the first error
                 self.write_status()
+        elif not self.before:  # a run that was refused leaves nothing behind
+            with contextlib.suppress(OSError):
+                (self.workdir / ".lock").unlink()
+                for place in self._made:
+                    place.rmdir()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.close(self._lock)
 
-    def begin(self, fingerprint: str):
-        """Checks that the data are the same; from here on, the run is on disk.
+    def expect(self, fingerprint: str):
+        """Checks that the data are those that the run began with.
 
         Raises: ConflictError.
         """
@@ -107,6 +124,10 @@ class Session:
                 f"the training data of {self.workdir} changed: their fingerprint was "
                 f"{old[:12]} and is {fingerprint[:12]}. {WAY_OUT}"
             )
+
+    def begin(self, fingerprint: str):
+        """From here on, the run is on disk.   Raises: ConflictError, as `expect`."""
+        self.expect(fingerprint)
         self.status |= _circumstances()
         self.status |= {
             "seed": self.config.seed,
@@ -246,6 +267,9 @@ def _lock(workdir):
             f"{workdir} is in use by {owner or 'another process'}: wait for it, or "
             "give another --workdir"
         ) from error
+    if not os.fstat(handle).st_nlink:  # its owner was refused and took it away
+        os.close(handle)
+        return _lock(workdir)
     try:
         os.ftruncate(handle, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}, started {_now()}"

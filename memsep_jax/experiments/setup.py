@@ -4,17 +4,19 @@ A group of a config is a `name` and the arguments of the constructor behind that
 so the constructors are the schema.
 """
 
+import contextlib
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from memsep_jax import data, process, sampling, score, sources, train
+from memsep_jax import data, defaults, process, sampling, score, sources, train
+from memsep_jax.experiments.trackers import TRACKERS
 from memsep_jax.models import MODELS
 
 
@@ -31,7 +33,7 @@ class Parts(NamedTuple):
     law: Callable  # (key) -> t []
     prediction: score.Prediction
     model: Any
-    tx: optax.GradientTransformation
+    tx: Any  # optax.GradientTransformation
     times: jax.Array  # the sampler's grid
     splits: data.Splits
     num_classes: int
@@ -71,9 +73,13 @@ RULES = {
     "run.snapshot_epochs": (lambda v: v >= 0, "at least 0"),
     "run.snapshot_samples": (lambda v: v >= 1, "at least 1"),
     "run.chunk": (lambda v: v >= 1, "at least 1 sample"),
+    "run.tracker": (lambda v: v in TRACKERS, f"one of {', '.join(TRACKERS)}"),
 }
 
 SAMPLERS = (*sampling.ODE_METHODS, "sde")
+NAMED = ("data", "process", "times", "prediction", "model", "optimizer")
+# Groups that are no constructor's arguments: their fields are those of the defaults.
+PLAIN = ("train", "sampler", "memorization", "run")
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
 REMOTE = ("cifar10", "tfds")
 
@@ -104,13 +110,14 @@ def call(table: dict, group, what: str, **given):
                 f"{what}.{field} is not an argument of {group.name}"
                 f"{did_you_mean(field, taken)}; it takes {', '.join(sorted(taken))}"
             )
+    _check_given(constructor, {*fields, *given}, what, group.name)
     return constructor(**fields, **given)
 
 
 def look_up(table, name, what: str):
-    """table[name], or a ValueError with the known names."""
+    """table[name], or a ConfigError with the known names."""
     if name not in table:
-        raise ValueError(
+        raise ConfigError(
             f"{what}={name!r} is not known{did_you_mean(str(name), table)}; "
             f"choose one of {', '.join(sorted(table))}"
         )
@@ -141,11 +148,8 @@ def build(config) -> Parts:
             wrong.extend(str(error).splitlines())
             return None
 
-    for field, (rule, text) in RULES.items():
-        group, name = field.split(".")
-        value = config.get(group, {}).get(name)
-        if value is not None and not rule(value):
-            wrong.append(f"{field}={value} must be {text}")
+    _check_fields(config)  # alone: all the rest reads them
+    attempt(_check_values, config)
     made_process = attempt(call, process.PROCESSES, config.process, "process")
     law = attempt(call, process.TIMES, config.times, "times")
     prediction = None
@@ -166,6 +170,8 @@ def build(config) -> Parts:
     if grid:
         sampler = config.sampler
         times = attempt(grid, sampler.t_min, sampler.t_max, sampler.steps)
+    if made_process and times is not None:
+        attempt(_check_times, made_process, times, law, config.process.name)
     attempt(_check_batch, config, jax.device_count())
 
     splits = None
@@ -182,8 +188,15 @@ def build(config) -> Parts:
         num_classes = int(splits.train.label.max()) + 1
     takes_classes = {"num_classes": num_classes}
     model = attempt(call, MODELS, config.model, "model", **takes_classes)
-    if model is not None and splits is not None and hasattr(model, "check"):
-        attempt(model.check, splits.train.x.shape[1:])
+    shape = splits.train.x.shape[1:] if splits else _shape(config.data)
+    if model is not None and shape is not None and hasattr(model, "check"):
+        attempt(model.check, shape)
+    if splits is not None and splits.num_distinct < 2:
+        wrong.append(
+            "the memorization ratio needs two distinct training points and got "
+            f"{splits.num_distinct}: raise data.num_examples, or measure the distance "
+            "to the nearest one at the prompt (memorization.neighbours with k=1)"
+        )
     if wrong:
         raise ConfigError(
             f"{len(wrong)} thing{'s' * (len(wrong) > 1)} in the config must change:\n"
@@ -242,21 +255,9 @@ def loss(parts: Parts, config):
     return example_loss
 
 
-def sample_one(parts: Parts, config, params, key, i):
-    """Generated sample i: it depends on the key and on i, not on its batch.   [*e]."""
-    key, label_key = jax.random.split(jax.random.fold_in(key, i))
-    label = None
-    if parts.num_classes:
-        label = jax.random.randint(label_key, (), 0, parts.num_classes)
-    shape = parts.splits.train.x.shape[1:]
-    draw = sampling.sampler(
-        score_fn(parts, params, label),
-        parts.process,
-        parts.times,
-        shape,
-        config.sampler.name,
-    )
-    return draw(key)
+def count(params) -> int:
+    """The number of parameters."""
+    return sum(p.size for p in jax.tree.leaves(params))
 
 
 def to_json(config) -> dict:
@@ -293,7 +294,84 @@ def _splits(group):
                 f"{did_you_mean(field, known)}; it takes {', '.join(sorted(known))}"
             )
         del shared[field]
+    given = set(shared) | (select & own)
+    _check_given(source, given, "data", name)
     return data.splits(name, **shared)
+
+
+def _check_given(constructor, given, what, name):
+    """Python says this too, but not which field of which group."""
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(constructor).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in given
+    ]
+    if missing:
+        raise ValueError(
+            "\n".join(f"{what}.{field} must be given for {name}" for field in missing)
+        )
+
+
+def _check_fields(config):
+    """Fields that the code reads and the config lacks."""
+    known, missing = defaults.train(), []
+    for group in (*NAMED, *PLAIN):
+        needed = known[group] if group in PLAIN else ["name"]
+        missing += [f"{group}.{f}" for f in needed if f not in config.get(group, {})]
+    missing += [] if "seed" in config else ["seed"]
+    if missing:
+        raise ConfigError("\n".join(f"{field} is missing" for field in missing))
+
+
+def _check_values(config):
+    """Numbers against RULES, and fields that nothing reads."""
+    wrong = []
+    for group in PLAIN:
+        known = defaults.train()[group]
+        wrong += [
+            f"{group}.{field} is not a field of {group}{did_you_mean(field, known)}"
+            for field in config[group]
+            if field not in known
+        ]
+    if not 0 <= config.seed < 2**32:
+        wrong.append(f"seed={config.seed} must be in [0, 2**32): others repeat these")
+    for group in (*NAMED, *PLAIN):
+        for field, value in config[group].items():
+            rule, text = RULES.get(f"{group}.{field}", (lambda v: True, ""))
+            if isinstance(value, float) and not math.isfinite(value):
+                wrong.append(f"{group}.{field}={value} must be a finite number")
+            elif value is not None and not rule(value):
+                wrong.append(f"{group}.{field}={value} must be {text}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _check_times(made_process, times, law, name):
+    """Times at which the process has no score: alpha = 0, or past its end."""
+    looked_at = {"sampler.t_min": times[-1], "sampler.t_max": times[0]}
+    if law is not None:
+        drawn = jax.vmap(law)(jax.random.split(jax.random.key(0), 1_000))
+        looked_at["the largest of 1,000 draws of times, t"] = jnp.max(drawn)
+    wrong = []
+    for what, t in looked_at.items():
+        if not (made_process.alpha(t) > 0 and made_process.sigma(t) > 0):
+            wrong.append(
+                f"{what}={float(t):.4g} is outside of process {name}, where alpha is "
+                f"{float(made_process.alpha(t)):.4g} and sigma "
+                f"{float(made_process.sigma(t)):.4g}: both must be positive"
+            )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _shape(group):
+    """Of one example, where the choice of a subset is wrong; None where unknown."""
+    choice = _arguments(data.select) - {"resolution"}
+    rest = {field: None if field in choice else v for field, v in group.items()}
+    with contextlib.suppress(ValueError, TypeError):
+        return None if group.name in REMOTE else _splits(rest).train.x.shape[1:]
 
 
 def _check_batch(config, devices):

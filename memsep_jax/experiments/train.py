@@ -7,14 +7,11 @@ figures/ and report.html. Given again, the same command goes on where it stopped
 """
 
 import functools
-import hashlib
-import json
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from memsep_jax import (
     checkpoint,
@@ -25,24 +22,41 @@ from memsep_jax import (
     process,
     train,
 )
-from memsep_jax.experiments import figures, record, report, setup
+from memsep_jax.experiments import figures, record, report, setup, trackers
+from memsep_jax.experiments.evaluate import (
+    as_float,
+    evaluate,
+    make_generate,
+    summary,
+)
 from memsep_jax.experiments.session import Interrupted
 
 LEVELS = 12  # noise levels of the held-out loss
 GRID = 64  # images in a grid of samples
-PAIRS = 12  # samples in each group of the report's pairs
 
 
 def run(config, session, resume_step=None):
     """Trains and evaluates; returns when report.html is written."""
     with session.phase("data"):
         parts = setup.build(config)
-    session.begin(parts.splits.fingerprint)
+    session.expect(parts.splits.fingerprint)
     for note in parts.notes:
         session.say(f"note: {note}")
     session.say(_describe(parts, config))
     state = learn(config, parts, session, resume_step)
-    evaluate(config, parts, state, session)
+    about = {
+        "model": {
+            "name": config.model.name,
+            "parameters": setup.count(state.params),
+            "steps": int(state.step),
+            "weights": config.sampler.weights,
+        },
+        "levels": last_losses(config, parts, session.workdir),
+    }
+    weights = state.ema if config.sampler.weights == "ema" else state.params
+    score_of = functools.partial(setup.score_fn, parts)
+    evaluate(config, parts, session, score_of, weights, about)
+    session.write_status()  # the report shows the seconds so far
     with session.phase("report"):
         report.write(session.workdir, session.say)
     session.write_status()  # the seconds of this table
@@ -82,10 +96,14 @@ def learn(config, parts, session, resume_step=None):
     checkpoints = workdir / "checkpoints"
     checkpoint.clean(checkpoints)
     if resume_step is not None:
-        _roll_back(checkpoints, resume_step, session)
+        _check_resume_step(checkpoints, resume_step)
     state = initial_state(config, parts)
-    found = checkpoint.restore_newest(checkpoints, state)
+    found = checkpoint.restore_newest(checkpoints, state, at_most=resume_step)
+    # A checkpoint that does not fit must leave config.json as it was.
+    session.begin(parts.splits.fingerprint)
     start = 0
+    if resume_step is not None:
+        _roll_back(workdir, resume_step, session)
     if found:
         state, start = found
         session.say(f"resumed from step {start}")
@@ -143,9 +161,12 @@ def learn(config, parts, session, resume_step=None):
             row = {"step": step} | row | watch.snapshot(step, state)
         return row
 
+    track = trackers.tracker(config.run.tracker, workdir, config, session.say)
+
     def log(row):
         if row:
             metrics.write(**row)
+            track(row)
 
     with (
         session.phase("train"),
@@ -202,6 +223,19 @@ def levels(config):
     return jnp.geomspace(config.sampler.t_min, config.sampler.t_max, LEVELS)
 
 
+def last_losses(config, parts, workdir) -> dict:
+    """The losses per noise level at the end of training, as metrics.jsonl has them."""
+    rows = record.read_metrics(workdir / "metrics.jsonl")
+    last = [row for row in rows if "train_losses" in row][-1]
+    noise = functools.partial(process.noise_to_signal, parts.process)
+    return {
+        "t": levels(config),
+        "noise": jax.vmap(noise)(levels(config)),
+        "train": last["train_losses"],
+        "held_out": last.get("held_out_losses", []),
+    }
+
+
 def make_losses(config, parts):
     """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
 
@@ -226,231 +260,13 @@ def make_losses(config, parts):
     return losses
 
 
-def make_generate(config, parts, mesh):
-    """(params, start) -> samples start .. start + chunk, one compiled program."""
-    key = setup.keys(config.seed).sample
-    chunk = -(-config.run.chunk // mesh.size) * mesh.size
-
-    @jax.jit
-    def generate(params, start):
-        indices = start + jnp.arange(chunk)
-        indices = jax.lax.with_sharding_constraint(indices, parallel.by_batch(mesh))
-        one = functools.partial(setup.sample_one, parts, config, params, key)
-        return jax.vmap(one)(indices)
-
-    def samples(params, start, stop):
-        drawn = np.asarray(generate(params, start))[: stop - start]
-        # Images as they would be saved: what is measured is what a person can see.
-        return data.to_uint8(drawn) if drawn.ndim == 4 else drawn
-
-    return samples
-
-
-def evaluate(config, parts, state, session):
-    """Samples, neighbours, ratio: numbers on disk, chunk by chunk."""
-    workdir = session.workdir
-    weights = state.ema if config.sampler.weights == "ema" else state.params
-    # Chunks belong to these weights and this sampler, and to no others.
-    about = [checkpoint.digest(weights), config.seed, setup.to_json(config)["sampler"]]
-    tag = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    folder = workdir / "evaluation" / tag
-    mesh = parallel.make_mesh()
-    weights = jax.device_put(weights, parallel.replicated(mesh))
-    total, chunk = config.sampler.num_samples, config.run.chunk
-
-    with session.phase("sample"):
-        generate = make_generate(config, parts, mesh)
-        samples = record.in_chunks(
-            folder / "samples",
-            lambda start, stop: {"x": generate(weights, start, stop)},
-            total,
-            chunk,
-            session,
-            "sampling",
-        )["x"]
-
-    with session.phase("neighbours"):
-        splits = parts.splits
-        train_x = np.asarray(splits.train.x)
-        first = memorization.distinct(train_x)
-        near = min(config.memorization.near, len(first))
-        if len(first) < 2:
-            raise setup.ConfigError(
-                "the memorization ratio needs two distinct training points and got "
-                f"{len(first)}: raise data.num_examples"
-            )
-
-        search = memorization.searcher(train_x, near, chunk)
-
-        def found_in(name, x):
-            def work(start, stop):
-                return search(as_float(x[start:stop]))._asdict()
-
-            pieces = record.in_chunks(
-                folder / f"{name}-{near}", work, len(x), chunk, session, name
-            )
-            return memorization.Neighbours(**pieces)
-
-        found = found_in("neighbours", samples)
-        held_out = None
-        if splits.held_out is not None and len(splits.held_out.x):
-            held_out = found_in("held-out", np.asarray(splits.held_out.x))
-        result = memorization.ratio_of(
-            found, held_out, len(train_x) - len(first), config.memorization.threshold
-        )
-        write_numbers(config, parts, state, session, samples, result)
-
-
-def as_float(x):
-    """Stored samples in the units of the data."""
-    return data.from_uint8(x) if x.dtype == np.uint8 else x
-
-
-def write_numbers(config, parts, state, session, samples, result):
-    """samples.npz, per_sample.csv, pairs.npz and metrics.json of an evaluation."""
-    workdir, splits = session.workdir, parts.splits
-    near = result.neighbours
-    d1, d2 = near.distances[:, 0], near.distances[:, 1]
-    calibrated = memorization.calibrated_l2(near.distances)
-    record.write_npz(workdir / "samples.npz", samples=samples)
-    record.write_csv(
-        workdir / "per_sample.csv",
-        {
-            "index": range(len(samples)),
-            "d1": d1.tolist(),
-            "d2": d2.tolist(),
-            "nearest": near.indices[:, 0].tolist(),
-            "second": near.indices[:, 1].tolist(),
-            "memorized": result.memorized.astype(int).tolist(),
-            "calibrated_l2": calibrated.tolist(),
-        },
-    )
-    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
-    order = np.argsort(share, kind="stable")
-    picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
-    train_x = np.asarray(splits.train.x)
-    stored = data.to_uint8 if samples.dtype == np.uint8 else np.asarray
-    pairs = {}
-    for name, index in picked.items():
-        index = index[:PAIRS]
-        pairs[f"{name}_index"] = index
-        pairs[f"{name}_sample"] = samples[index]
-        pairs[f"{name}_neighbours"] = stored(train_x[near.indices[index, :2]])
-        pairs[f"{name}_distances"] = near.distances[index, :2]
-        pairs[f"{name}_nearest"] = near.indices[index, :2]
-    record.write_npz(workdir / "pairs.npz", **pairs)
-    shape = splits.train.x.shape
-    t = levels(config)
-    rows = [
-        r
-        for r in record.read_metrics(workdir / "metrics.jsonl")
-        if r.get("train_losses")
-    ]
-    record.write_json(
-        workdir / "metrics.json",
-        {
-            "memorization": {
-                "ratio": result.value,
-                "interval": result.interval,
-                "memorized": int(result.memorized.sum()),
-                "samples": len(samples),
-                "null": result.null,
-                "null_interval": result.null_interval,
-                "held_out": 0 if splits.held_out is None else len(splits.held_out.x),
-                "threshold": config.memorization.threshold,
-                "distinct_emitted": len(
-                    set(near.indices[result.memorized, 0].tolist())
-                ),
-                "exact_copies": int((d1 == 0).sum()),
-                "median_d1": float(np.median(d1)),
-                "median_calibrated_l2": float(np.median(calibrated)),
-                "weights": config.sampler.weights,
-            },
-            "data": {
-                "name": config.data.name,
-                "n": shape[0],
-                "shape": shape[1:],
-                "duplicates": result.duplicates,
-                "fingerprint": splits.fingerprint,
-            },
-            "model": {
-                "name": config.model.name,
-                "parameters": _count(state.params),
-                "steps": int(state.step),
-            },
-            "levels": {
-                "t": t,
-                "noise": jax.vmap(
-                    functools.partial(process.noise_to_signal, parts.process)
-                )(t),
-                "train": rows[-1]["train_losses"] if rows else [],
-                "held_out": (rows[-1].get("held_out_losses") or []) if rows else [],
-            },
-        },
-    )
-
-
-def summary(workdir) -> Table:
-    """The end of a run as a short table, from the numbers on disk."""
-    numbers = record.read_json(workdir / "metrics.json")
-    status = record.read_json(workdir / "run.json") or {}
-    found, about = numbers["memorization"], numbers["data"]
-    table = Table(title=f"{about['name']}, n = {about['n']:,}", show_header=False)
-
-    def share(value, interval):
-        low, high = interval
-        return f"{100 * value:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
-
-    table.add_row("memorized samples", share(found["ratio"], found["interval"]))
-    table.add_row("  of", f"{found['memorized']:,} of {found['samples']:,}")
-    if found["null"] is None:
-        table.add_row("held-out null level", "no held-out data")
-    else:
-        text = share(found["null"], found["null_interval"])
-        table.add_row("held-out null level", text)
-    table.add_row("training points emitted", f"{found['distinct_emitted']:,}")
-    table.add_row("parameters", f"{numbers['model']['parameters']:,}")
-    table.add_row("steps", f"{numbers['model']['steps']:,}")
-    for name, seconds in status.get("seconds", {}).items():
-        table.add_row(f"  {name}", f"{seconds:.1f} s")
-    return table
-
-
-def dry_run(config, say):
-    """Parameters, memory and FLOPs of a run; compiles and writes nothing."""
-    parts = setup.build(config)
-    mesh = parallel.make_mesh()
-    for note in parts.notes:
-        say(f"note: {note}")
-    state = jax.eval_shape(lambda: initial_state(config, parts))
-    dataset = jax.eval_shape(lambda: parts.splits.train)
-    step = jax.jit(make_step(config, parts, mesh))
-    flops = _flops(step.lower(state, dataset))
-    activations = _activations(config, parts, state, dataset)
-    model_bytes, data_bytes = _bytes(state), _bytes(dataset)
-    gradients = _bytes(state.params)
-    steps = config.train.steps
-    table = Table(title="dry run: nothing is compiled or written", show_header=False)
-    n, *shape = parts.splits.train.x.shape
-    table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
-    table.add_row("parameters", f"{_count(state.params):,}")
-    table.add_row("state (params, EMA, optimizer)", _mib(model_bytes))
-    table.add_row("gradients", _mib(gradients))
-    table.add_row("activations, at most", _mib(activations))
-    table.add_row("training set on the device", _mib(data_bytes))
-    total = model_bytes + gradients + activations + data_bytes
-    table.add_row("memory, at most", _mib(total))
-    table.add_row("FLOPs per step", f"{flops:.3g}")
-    table.add_row("FLOPs of the training", f"{flops * steps:.3g} ({steps:,} steps)")
-    return table
-
-
 class _Watcher:
     """What is looked at along training: losses per level, samples, their ratio."""
 
     def __init__(self, config, parts, session, mesh):
         self.config, self.parts, self.session = config, parts, session
-        self.generate = make_generate(config, parts, mesh)
+        score_of = functools.partial(setup.score_fn, parts)
+        self.generate = make_generate(config, parts, mesh, score_of)
         self._losses = jax.jit(make_losses(config, parts))
         points = config.run.evaluate_points
         splits = parts.splits
@@ -528,16 +344,21 @@ def _not_finite(config, parts, state, session, step, fetched):
     )
 
 
-def _roll_back(checkpoints, step, session):
+def _check_resume_step(checkpoints, step):
     if step not in checkpoint.steps(checkpoints):
         raise checkpoint.ConflictError(
             f"--resume_step={step} is not among the checkpoints in {checkpoints}: "
             f"{checkpoint.steps(checkpoints)}"
         )
+
+
+def _roll_back(workdir, step, session):
     aside = f"abandoned-{time.strftime('%Y%m%dT%H%M%S')}"
-    for newer in [s for s in checkpoint.steps(checkpoints) if s > step]:
-        moved = checkpoint.set_aside(checkpoints, newer, aside)
-        session.say(f"step {newer} is newer than {step}: moved to {moved.name}")
+    # A best one that is newer would outlive every older one that is saved after it.
+    for directory in (workdir / "checkpoints", workdir / "best"):
+        for newer in [s for s in checkpoint.steps(directory) if s > step]:
+            moved = checkpoint.set_aside(directory, newer, aside)
+            session.say(f"step {newer} is newer than {step}: moved to {moved}")
 
 
 def _warn_of_circumstances(session):
@@ -565,36 +386,5 @@ def _describe(parts, config):
     )
 
 
-def _activations(config, parts, state, dataset):
-    """Bytes kept from the forward pass for the backward pass, before fusion."""
-    size = config.train.batch_size // config.train.accumulate
-    loss = setup.loss(parts, config)
-
-    def residuals(params, dataset):
-        batch = jax.tree.map(lambda a: a[jnp.zeros(size, jnp.int32)], dataset)
-        keys = jax.random.split(jax.random.key(0), size)
-        return jax.vjp(
-            lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, batch, keys)), params
-        )[1]
-
-    return max(
-        0,
-        _bytes(jax.eval_shape(residuals, state.params, dataset)) - _bytes(state.params),
-    )
-
-
-def _flops(lowered):
-    cost = lowered.cost_analysis() or {}
-    return float(cost.get("flops", float("nan")))
-
-
-def _bytes(tree):
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
 def _count(params):
     return sum(p.size for p in jax.tree.leaves(params))
-
-
-def _mib(size):
-    return f"{size / 2**20:,.1f} MiB"

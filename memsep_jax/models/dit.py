@@ -31,7 +31,7 @@ class Attention(nn.Module):
             project("query"), project("key"), project("value")
         )
         if gates is not None:
-            heads = heads * gates[:, None].astype(heads.dtype)
+            heads = heads * gates[None, :, None].astype(heads.dtype)
         out = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out"
         )
@@ -53,7 +53,10 @@ class Block(nn.Module):
         init = nn.initializers.xavier_uniform()
         drop = nn.Dropout(self.dropout, deterministic=not train)
         modulation = _zero_dense(6 * width, self.dtype, "modulation")(embedding)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6)
+        # [6, 1, width]: one for all tokens.
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.reshape(
+            6, 1, width
+        )
 
         inner = _norm(self.dtype)(h) * (1 + scale_a) + shift_a
         inner = Attention(self.num_heads, self.dtype, name="attention")(inner, gates)
@@ -123,7 +126,7 @@ class DiT(nn.Module):
             h = block(h, embedding, None if gates is None else gates[i], train)
 
         modulation = _zero_dense(2 * self.width, self.dtype, "modulation")(embedding)
-        shift, scale = jnp.split(modulation, 2)
+        shift, scale = modulation.reshape(2, 1, self.width)
         h = _norm(self.dtype)(h) * (1 + scale) + shift
         # float32 at the door: the loss and the score are not computed in bfloat16.
         out = _zero_dense(self.patch**2 * channels, x.dtype, "output")(h)

@@ -1,0 +1,68 @@
+"""Parameters, memory and FLOPs of a run, before it is one."""
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from memsep_jax import parallel
+from memsep_jax.experiments import setup, train
+
+
+def dry_run(config, say) -> Table:
+    """Parameters, memory and FLOPs of a run; compiles and writes nothing."""
+    parts = setup.build(config)
+    mesh = parallel.make_mesh()
+    for note in parts.notes:
+        say(f"note: {note}")
+    state = jax.eval_shape(lambda: train.initial_state(config, parts))
+    dataset = jax.eval_shape(lambda: parts.splits.train)
+    step = jax.jit(train.make_step(config, parts, mesh))
+    flops = _flops(step.lower(state, dataset))
+    activations = _activations(config, parts, state, dataset)
+    model_bytes, data_bytes = _bytes(state), _bytes(dataset)
+    gradients = _bytes(state.params)
+    steps = config.train.steps
+    table = Table(title="dry run: nothing is compiled or written", show_header=False)
+    n, *shape = parts.splits.train.x.shape
+    table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
+    table.add_row("parameters", f"{setup.count(state.params):,}")
+    table.add_row("state (params, EMA, optimizer)", _mib(model_bytes))
+    table.add_row("gradients", _mib(gradients))
+    table.add_row("activations, at most", _mib(activations))
+    table.add_row("training set on the device", _mib(data_bytes))
+    total = model_bytes + gradients + activations + data_bytes
+    table.add_row("memory, at most", _mib(total))
+    table.add_row("FLOPs per step", f"{flops:.3g}")
+    table.add_row("FLOPs of the training", f"{flops * steps:.3g} ({steps:,} steps)")
+    return table
+
+
+def _activations(config, parts, state, dataset):
+    """Bytes kept from the forward pass for the backward pass, before fusion."""
+    size = config.train.batch_size // config.train.accumulate
+    loss = setup.loss(parts, config)
+
+    def residuals(params, dataset):
+        batch = jax.tree.map(lambda a: a[jnp.zeros(size, jnp.int32)], dataset)
+        keys = jax.random.split(jax.random.key(0), size)
+        return jax.vjp(
+            lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, batch, keys)), params
+        )[1]
+
+    return max(
+        0,
+        _bytes(jax.eval_shape(residuals, state.params, dataset)) - _bytes(state.params),
+    )
+
+
+def _flops(lowered):
+    cost = lowered.cost_analysis() or {}
+    return float(cost.get("flops", float("nan")))
+
+
+def _bytes(tree):
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _mib(size):
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,212 @@
+"""Samples of any score, their neighbours, and how much of them is copied.
+
+Numbers go to the workdir, chunk by chunk: evaluation/ (chunks), samples.npz,
+per_sample.csv, pairs.npz, metrics.json. The report is drawn from those.
+"""
+
+import functools
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from memsep_jax import checkpoint, data, memorization, parallel, sampling
+from memsep_jax.experiments import record, setup
+
+PAIRS = 12  # samples in each group of the report's pairs
+
+
+def make_generate(config, parts, mesh, score_of):
+    """(weights, start, stop) -> samples start .. stop, by one compiled program.
+
+    Args: score_of, (weights, label or None) -> score_fn.
+    """
+    key = setup.keys(config.seed).sample
+    chunk = -(-config.run.chunk // mesh.size) * mesh.size
+    shape = parts.splits.train.x.shape[1:]
+
+    def sample(weights, i):
+        # By its own key: sample i depends on the seed and on i, not on its chunk.
+        sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
+        label = None
+        if parts.num_classes:
+            label = jax.random.randint(label_key, (), 0, parts.num_classes)
+        score_fn = score_of(weights, label)
+        method = config.sampler.name
+        draw = sampling.sampler(score_fn, parts.process, parts.times, shape, method)
+        return draw(sample_key)
+
+    @jax.jit
+    def generate(weights, start):
+        indices = start + jnp.arange(chunk)
+        indices = jax.lax.with_sharding_constraint(indices, parallel.by_batch(mesh))
+        return jax.vmap(functools.partial(sample, weights))(indices)
+
+    def samples(weights, start, stop):
+        drawn = np.asarray(generate(weights, start))[: stop - start]
+        # Images as they would be saved: what is measured is what a person can see.
+        return data.to_uint8(drawn) if drawn.ndim == 4 else drawn
+
+    return samples
+
+
+def as_float(x):
+    """Stored samples in the units of the data."""
+    return data.from_uint8(x) if x.dtype == np.uint8 else x
+
+
+def evaluate(config, parts, session, score_of, weights, about: dict):
+    """Draws sampler.num_samples samples and measures how many are copies.
+
+    Args:
+      score_of: (weights, label or None) -> score_fn.   weights: any pytree.
+      about: further sections of metrics.json; "model" says what the score is.
+    """
+    # Chunks belong to these weights and this sampler, and to no others.
+    of = [checkpoint.digest(weights), config.seed, setup.to_json(config)["sampler"]]
+    tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    folder = session.workdir / "evaluation" / tag
+    mesh = parallel.make_mesh()
+    weights = jax.device_put(weights, parallel.replicated(mesh))
+    chunk = config.run.chunk
+
+    with session.phase("sample"):
+        generate = make_generate(config, parts, mesh, score_of)
+        samples = record.in_chunks(
+            folder / "samples",
+            lambda start, stop: {"x": generate(weights, start, stop)},
+            config.sampler.num_samples,
+            chunk,
+            session,
+            "sampling",
+        )["x"]
+
+    with session.phase("neighbours"):
+        train_x = np.asarray(parts.splits.train.x)
+        distinct = len(memorization.distinct(train_x))
+        if distinct < 2:
+            raise setup.ConfigError(
+                "the memorization ratio needs two distinct training points and got "
+                f"{distinct}: raise data.num_examples"
+            )
+        near = min(config.memorization.near, distinct)
+        search = memorization.searcher(train_x, near, chunk)
+
+        def found_in(name, x):
+            def work(start, stop):
+                return search(as_float(x[start:stop]))._asdict()
+
+            pieces = record.in_chunks(
+                folder / f"{name}-{near}", work, len(x), chunk, session, name
+            )
+            return memorization.Neighbours(**pieces)
+
+        held_out = parts.splits.held_out
+        result = memorization.ratio_of(
+            found_in("neighbours", samples),
+            None if held_out is None else found_in("held-out", np.asarray(held_out.x)),
+            len(train_x) - distinct,
+            config.memorization.threshold,
+        )
+        _write(config, parts, session, samples, result, about)
+
+
+def _write(config, parts, session, samples, result, about):
+    workdir, splits = session.workdir, parts.splits
+    near = result.neighbours
+    d1, d2 = near.distances[:, 0], near.distances[:, 1]
+    calibrated = memorization.calibrated_l2(near.distances)
+    record.write_npz(workdir / "samples.npz", samples=samples)
+    record.write_csv(
+        workdir / "per_sample.csv",
+        {
+            "index": range(len(samples)),
+            "d1": d1.tolist(),
+            "d2": d2.tolist(),
+            "nearest": near.indices[:, 0].tolist(),
+            "second": near.indices[:, 1].tolist(),
+            "memorized": result.memorized.astype(int).tolist(),
+            "calibrated_l2": calibrated.tolist(),
+        },
+    )
+    train_x = np.asarray(splits.train.x)
+    stored = data.to_uint8 if samples.dtype == np.uint8 else np.asarray
+    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+    order = np.argsort(share, kind="stable")
+    picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
+    pairs = {}
+    for name, index in picked.items():
+        index = index[:PAIRS]
+        pairs[f"{name}_index"] = index
+        pairs[f"{name}_sample"] = samples[index]
+        pairs[f"{name}_neighbours"] = stored(train_x[near.indices[index, :2]])
+        pairs[f"{name}_distances"] = near.distances[index, :2]
+        pairs[f"{name}_nearest"] = near.indices[index, :2]
+    record.write_npz(workdir / "pairs.npz", **pairs)
+    emitted = near.indices[result.memorized, 0]
+    copies = np.all(stored(train_x[near.indices[:, 0]]) == samples, axis=_axes(samples))
+    record.write_json(
+        workdir / "metrics.json",
+        {
+            "memorization": {
+                "ratio": result.value,
+                "interval": result.interval,
+                "memorized": int(result.memorized.sum()),
+                "samples": len(samples),
+                "null": result.null,
+                "null_interval": result.null_interval,
+                "held_out": 0 if splits.held_out is None else len(splits.held_out.x),
+                "threshold": config.memorization.threshold,
+                "distinct_emitted": len(np.unique(emitted)),
+                "exact_copies": int(copies.sum()),
+                "median_d1": float(np.median(d1)),
+                "median_calibrated_l2": float(np.median(calibrated)),
+            },
+            "data": {
+                "name": config.data.name,
+                "n": len(train_x),
+                "shape": train_x.shape[1:],
+                "duplicates": result.duplicates,
+                "fingerprint": splits.fingerprint,
+            },
+            **about,
+        },
+    )
+
+
+def summary(workdir) -> Table:
+    """The end of a run as a short table, from the numbers on disk."""
+    numbers = record.read_json(workdir / "metrics.json")
+    status = record.read_json(workdir / "run.json") or {}
+    found, about = numbers["memorization"], numbers["data"]
+    model = numbers["model"]
+    table = Table(title=f"{about['name']}, n = {about['n']:,}", show_header=False)
+
+    def share(value, interval):
+        low, high = (f"{100 * end:.3g}" for end in interval)
+        return f"{100 * value:.3g} %  [{low}, {high}]"
+
+    table.add_row("memorized samples", share(found["ratio"], found["interval"]))
+    table.add_row("  of", f"{found['memorized']:,} of {found['samples']:,}")
+    if found["null"] is None:
+        table.add_row("held-out null level", "no held-out data")
+    else:
+        text = share(found["null"], found["null_interval"])
+        table.add_row("held-out null level", text)
+    table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
+    table.add_row("training points emitted", f"{found['distinct_emitted']:,}")
+    table.add_row("model", model["name"])
+    table.add_row("parameters", f"{model['parameters']:,}")
+    if "steps" in model:
+        table.add_row("steps", f"{model['steps']:,}")
+    table.add_section()
+    for name, seconds in status.get("seconds", {}).items():
+        table.add_row(f"time: {name}", f"{seconds:.1f} s")
+    return table
+
+
+def _axes(x):
+    return tuple(range(1, x.ndim))

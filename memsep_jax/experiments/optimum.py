@@ -1,0 +1,52 @@
+"""The extremes that a network lies between: the exact empirical score, or the truth.
+
+Sampling with the empirical score, the minimiser of the training loss, copies the
+training set; sampling with the truth, where it is known, gives the null level.
+"""
+
+from memsep_jax import empirical, mixture, sources
+from memsep_jax.experiments import report, setup
+from memsep_jax.experiments.evaluate import evaluate, summary
+
+
+def run(config, session, resume_step=None):
+    """Samples and evaluates config.optimum.score; nothing is trained."""
+    makers = {"empirical": _empirical, "truth": _truth}
+    maker = setup.look_up(makers, config.optimum.score, "optimum.score")
+    with session.phase("data"):
+        parts = setup.build(config)
+        score_of, weights, about = maker(config, parts)
+    session.begin(parts.splits.fingerprint)
+    evaluate(config, parts, session, score_of, weights, about)
+    session.write_status()  # the report shows the seconds so far
+    with session.phase("report"):
+        report.write(session.workdir, session.say)
+    session.write_status()
+    session.console.print(summary(session.workdir))
+    session.say(f"report: {session.workdir / 'report.html'}")
+
+
+def _empirical(config, parts):
+    def score_of(points, label):
+        return empirical.score(points, parts.process)
+
+    points = parts.splits.train.x
+    model = {"name": "empirical score", "parameters": points.size}
+    return score_of, points, {"model": model}
+
+
+def _truth(config, parts):
+    if config.data.name != "mixture":
+        raise setup.ConfigError(
+            f"optimum.score=truth: the true score of {config.data.name} is not known; "
+            "data.name=mixture has one, or take optimum.score=empirical"
+        )
+    names = ("k", "d", "scale", "truth_seed")
+    known = {k: config.data[k] for k in names if config.data[k] is not None}
+    truth = sources.mixture_truth(**known)
+
+    def score_of(truth, label):
+        return mixture.score(truth, parts.process)
+
+    model = {"name": "true score", "parameters": setup.count(truth)}
+    return score_of, truth, {"model": model}

@@ -1,0 +1,83 @@
+"""metrics.jsonl to TensorBoard or Weights & Biases as well, where a person asks."""
+
+import os
+
+import numpy as np
+
+
+def none(workdir, config):
+    """metrics.jsonl only."""
+    return lambda row: None
+
+
+def tensorboard(workdir, config):
+    """Event files in workdir/tensorboard, by tensorboardX (extra `tb`)."""
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def track(row):
+        for name, value in _flat(row):
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return track
+
+
+def wandb(workdir, config):
+    """A run of Weights & Biases (extra `wandb`); offline where nobody is logged in."""
+    import wandb
+
+    # Without a key it would ask for one, and wait for an answer.
+    known = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+    run = wandb.init(
+        project="memsep_jax",
+        dir=str(workdir),
+        name=workdir.name,
+        config=config.to_dict(),
+        mode=mode,
+        resume="allow",
+    )
+    return lambda row: run.log(dict(_flat(row)), step=row["step"])
+
+
+TRACKERS = {"none": none, "tensorboard": tensorboard, "wandb": wandb}
+
+
+def tracker(name, workdir, config, say):
+    """(row) -> None. A tracker that fails is one warning and is not asked again."""
+    track = None
+
+    def fail(error):
+        cure = ""
+        if isinstance(error, ImportError):
+            extra = {"tensorboard": "tb"}.get(name, name)
+            cure = f"; it needs pip install 'memsep_jax[{extra}]'"
+        say(f"warning: {name} is not written ({error}), metrics.jsonl is{cure}")
+
+    try:
+        track = TRACKERS[name](workdir, config)
+    except Exception as error:  # a tracker never ends a run
+        fail(error)
+
+    def safely(row):
+        nonlocal track
+        if track is None:
+            return
+        try:
+            track(row)
+        except Exception as error:
+            track = None
+            fail(error)
+
+    return safely
+
+
+def _flat(row):
+    """Scalars by name; of a list of losses, the mean."""
+    for name, value in row.items():
+        if isinstance(value, (int, float)) and name != "step":
+            yield name, value
+        elif name.endswith("_losses"):
+            yield name.removesuffix("es") + "_mean", float(np.mean(value))

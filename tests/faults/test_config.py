@@ -1,0 +1,620 @@
+"""Commands, configs and data that are wrong: one message, nothing written (D)."""
+
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import os
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+import memsep_jax
+from faults import harness
+from memsep_jax import experiments, sources
+from memsep_jax.experiments import setup
+
+CONFIGS = sorted((harness.ROOT / "configs").glob("*.py"))
+SMOKE = "--config=configs/digits.py:smoke"
+OFFLINE = """
+import requests
+def send(*args, **kwargs):
+    raise requests.exceptions.ConnectionError("no network")
+requests.Session.send = send
+"""
+
+
+def refused(*arguments, tmp_path, code=2, **kwargs) -> str:
+    """The one message of a command that is refused, and leaves nothing behind."""
+    workdir = tmp_path / "not" / "yet"
+    result = harness.run(*arguments, workdir=workdir, **kwargs)
+    assert result.code == code, result.output
+    said = "" if "cifar10" not in str(arguments) else "Downloading and preparing"
+    assert result.stdout[:25] == said and "Traceback" not in result.stderr, (
+        result.output
+    )
+    assert result.stderr.startswith("error: "), result.output
+    assert result.stderr.count("error: ") == 1, result.output
+    assert not workdir.parent.exists()
+    return result.stderr
+
+
+def smoke(*arguments):
+    return harness.config(SMOKE, *arguments)
+
+
+def violations(config) -> list[str]:
+    """The lines of a ConfigError."""
+    with pytest.raises(setup.ConfigError) as caught:
+        setup.build(config)
+    assert caught.value.exit_code == 2
+    head, *lines = str(caught.value).splitlines()
+    assert re.match(rf"{len(lines)} things? in the config must change:", head)
+    return [line.strip() for line in lines]
+
+
+# 45, 46: fields on the command line.
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("stesp", "did you mean --config.sampler.steps or --config.train.steps?"),
+        ("train.stesp", "did you mean --config.train.steps?"),
+        ("trian.steps", "did you mean --config.train.steps?"),
+        ("model.pach", "did you mean --config.model.patch?"),
+        ("sede", "did you mean --config.data.seed or --config.seed?"),
+    ],
+)
+def test_d45_an_unknown_field_says_what_may_be_meant(argument, hint, tmp_path):
+    told = refused(SMOKE, f"--config.{argument}=5", tmp_path=tmp_path)
+    assert f"--config.{argument} is not a field of the config, {hint}" in told
+
+
+def test_d45_all_unknown_fields_are_named_at_once(tmp_path):
+    told = refused(
+        SMOKE, "--config.xyzzy=1", "--config.run.chnk=1", "--noconfig.train.flop",
+        tmp_path=tmp_path,
+    )  # fmt: skip
+    assert len(told.splitlines()) == 3
+    assert "--config.xyzzy is not a field of the config\n" in told
+    assert "--config.run.chunk?" in told and "--config.train.flip?" in told
+
+
+def test_d45_a_field_of_the_file_that_nothing_reads_is_refused():
+    config = smoke()
+    with config.unlocked():
+        config.train.stesp = 5
+        config.sampler.update(nmae="heun")
+        config.model.update(pach=2)
+    found = violations(config)
+    assert "train.stesp is not a field of train, did you mean 'steps'?" in found
+    assert "sampler.nmae is not a field of sampler, did you mean 'name'?" in found
+    assert any("model.pach is not an argument of dit, did you mean" in f for f in found)
+
+
+def parsed(*arguments) -> dict:
+    """The config that a command line gives."""
+    code = (
+        "import sys; from absl import flags; from memsep_jax import main; "
+        "main.parse_flags(sys.argv); print(flags.FLAGS.config.to_json_best_effort())"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_d46_numbers_are_taken_as_people_write_them():
+    got = parsed(
+        SMOKE,
+        "--config.train.steps=1e3",
+        "--config.train.batch_size=6.4e1",
+        "--config.seed=1E2",
+        "--config.optimizer.lr=2",
+        "--config.data.num_examples=5",  # None by default
+        "--config.data.classes=3,4",
+        "--config.optimizer.clip=None",
+        "--config.data.path=1e3",  # a name, whatever it looks like
+        "--config.train.flip",
+        "--config.sampler.t_max",
+        "70",
+    )
+    expected = {
+        ("train", "steps"): 1_000,
+        ("train", "batch_size"): 64,
+        ("optimizer", "lr"): 2.0,
+        ("data", "num_examples"): 5,
+        ("data", "classes"): [3, 4],
+        ("optimizer", "clip"): None,
+        ("data", "path"): "1e3",
+        ("train", "flip"): True,
+        ("sampler", "t_max"): 70.0,
+    }
+    for (group, field), value in expected.items():
+        assert got[group][field] == value, (group, field)
+        assert type(got[group][field]) is type(value), (group, field)
+    assert got["seed"] == 100
+
+
+def test_d46_one_class_and_a_bracket_are_tuples_too():
+    for written, value in [("3", [3]), ("(3, 4)", [3, 4]), ("(3,)", [3])]:
+        assert parsed(SMOKE, f"--config.data.classes={written}")["data"]["classes"] == (
+            value
+        )
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["train.steps=abc", "train.steps=1.5", "train.steps=1e-3", "train.steps=None"],
+)
+def test_d46_a_value_of_another_kind_is_refused(argument, tmp_path):
+    told = refused(SMOKE, f"--config.{argument}", tmp_path=tmp_path)
+    assert f"flag --config.{argument}: invalid" in told
+
+
+# 47: numbers that are out of range, names that are not known.
+
+WRONG = {
+    "train.batch_size": 0,
+    "train.steps": 0,
+    "train.accumulate": 0,
+    "train.ema_decay": 1.0,
+    "train.label_drop": -0.5,
+    "optimizer.lr": -1.0,
+    "optimizer.weight_decay": -1.0,
+    "optimizer.clip": 0.0,
+    "optimizer.b1": 1.5,
+    "data.num_examples": 5_000,
+    "model.patch": 3,
+    "model.width": 18,
+    "model.num_heads": 4,
+    "model.dropout": 1.0,
+    "sampler.t_min": 5.0,
+    "sampler.t_max": 5.0,
+    "sampler.num_samples": 0,
+    "sampler.weights": "best",
+    "memorization.threshold": 2.0,
+    "memorization.near": 1,
+    "run.chunk": 0,
+    "run.evaluate_every": 0,
+    "run.log_every": 0,
+    "run.save_every": -1,
+    "run.keep": 0,
+    "times.name": "uniform",
+    "times.t_min": 2.0,
+    "times.t_max": 1.0,
+}
+TOLD = [  # of each, what the line must say
+    "train.batch_size=0 must be at least 1",
+    "train.steps=0 must be at least 1",
+    "train.accumulate=0 must be at least 1",
+    "train.ema_decay=1.0 must be in [0, 1)",
+    "train.label_drop=-0.5 must be in [0, 1)",
+    "optimizer.lr=-1.0 must be positive",
+    "optimizer.weight_decay=-1.0 must not be negative",
+    "optimizer.clip=0.0 must be positive, or None",
+    "optimizer.b1=1.5 must be in [0, 1)",
+    "num_examples=5000, but the pool has",
+    "model.patch=3 must divide the image, 8x8",
+    "model.num_heads=4 must divide model.width=18",
+    "model.dropout=1.0 must be in [0, 1)",
+    "sampler: t_min=5.0, t_max=5.0 must satisfy 0 < t_min < t_max",
+    "sampler.num_samples=0 must be at least 1",
+    "sampler.weights=best must be 'ema' or 'raw'",
+    "memorization.threshold=2.0 must be in (0, 1)",
+    "memorization.near=1 must be at least 2",
+    "run.chunk=0 must be at least 1",
+    "run.evaluate_every=0 must be at least 1",
+    "run.log_every=0 must be at least 1",
+    "run.save_every=-1 must be at least 1",
+    "run.keep=0 must be at least 1",
+    "times: t_min=2.0, t_max=1.0 must satisfy 0 <= t_min < t_max",
+]
+
+
+def written(fields: dict) -> list[str]:
+    """A dict of fields as arguments."""
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
+    no_compiling = """
+from memsep_jax.experiments import train, setup
+def refuse(*args, **kwargs):
+    raise AssertionError("compiled")
+train.make_step = setup.init_params = refuse
+"""
+    told = refused(SMOKE, *written(WRONG), tmp_path=tmp_path, patch=no_compiling)
+    for line in TOLD:
+        assert line in told, line
+    assert f"error: {len(told.splitlines()) - 1} things in the config must" in told
+
+
+NAMES = {
+    "data.name": (sources.SOURCES, "digist", "digits"),
+    "process.name": (setup.process.PROCESSES, "variance_exploiting", None),
+    "times.name": (setup.process.TIMES, "log_norml", "log_normal"),
+    "prediction.name": (setup.score.PREDICTIONS, "nose", "noise"),
+    "model.name": (setup.MODELS, "dti", "dit"),
+    "optimizer.name": (setup.train.OPTIMIZERS, "adamax", "adam"),
+    "sampler.name": (setup.SAMPLERS, "hune", None),
+    "sampler.grid": (setup.sampling.TIME_GRIDS, "lgo", "log"),
+}
+
+
+def test_d47_unknown_names_list_the_known_ones():
+    fields = {field: wrong for field, (_, wrong, _) in NAMES.items()}
+    found = violations(smoke(*written(fields)))
+    # A prediction is made for a process: without one it is not looked up.
+    for field, (known, wrong, meant) in NAMES.items():
+        if field == "prediction.name":
+            continue
+        what = field if field.split(".")[0] in ("data", "sampler") else field[:-5]
+        (line,) = [f for f in found if f.startswith(f"{what}={wrong!r} is not known")]
+        assert all(name in line for name in known), line
+        assert meant is None or f"did you mean {meant!r}?" in line
+    (line,) = violations(smoke("--config.prediction.name=nose"))
+    assert "did you mean 'noise'?" in line and "velocity" in line
+
+
+def test_d47_an_unknown_experiment_lists_the_known_ones(tmp_path):
+    told = refused(SMOKE, "--config.experiment=trian", tmp_path=tmp_path)
+    assert "experiment='trian' is not known, did you mean 'train'?" in told
+    assert "report, train" in told
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.name": "npz"}, "data.path must be given for npz"),
+        ({"model.patch": None}, "model.patch must be given for dit"),
+        ({"optimizer.lr": float("nan")}, "optimizer.lr=nan must be a finite number"),
+        ({"sampler.t_max": float("inf")}, "sampler.t_max=inf must be a finite number"),
+        ({"seed": 2**32}, "seed=4294967296 must be in [0, 2**32)"),
+        ({"process.name": "rectified_flow"}, "sampler.t_max=80 is outside of process"),
+        ({"process.name": "variance_preserving"}, "draws of times, t="),
+        ({"train.batch_size": 6}, "train.batch_size=6 must be a multiple of 4 devices"),
+        ({"data.labels": "rand"}, "labels='rand' must be one of none, true, random"),
+        ({"data.num_held_out": 1_797}, "leaves nothing to train on"),
+        ({"optimizer.warmup": 4}, "optimizer.warmup=4 must be below the number of"),
+        ({"optimizer.schedule": "cosin"}, "'cosin' is not one of constant, cosine"),
+    ],
+)
+def test_d47_what_does_not_fit_together_says_so(fields, message):
+    config = smoke()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    assert any(message in line for line in violations(config))
+
+
+def test_d47_nothing_is_fetched_for_a_config_that_is_wrong(tmp_path, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("fetched")
+
+    fetch.__signature__ = inspect.signature(sources.cifar10)
+    monkeypatch.setitem(sources.SOURCES, "cifar10", fetch)
+    config = smoke("--config.data.name=cifar10", "--config.run.chunk=0")
+    assert violations(config) == ["run.chunk=0 must be at least 1 sample"]
+
+
+def test_d47_groups_that_are_missing_are_named():
+    config = smoke()
+    with config.unlocked():
+        del config.sampler
+        del config.model["name"]
+    with pytest.raises(setup.ConfigError, match="model.name is missing") as caught:
+        setup.build(config)
+    assert "sampler.steps is missing" in str(caught.value)
+
+
+# 48: config files.
+
+FILES = {
+    "returns None": ("def get_config():\n    pass\n", "bad.py returned NoneType; it"),
+    "returns a dict": ("def get_config():\n    return {}\n", "bad.py returned dict"),
+    "no get_config": ("x = 1\n", "bad.py defines no get_config()"),
+    "raises": (
+        "def get_config():\n    x = {}\n    return x['lr']\n",
+        "KeyError: 'lr' ({path}:3)",
+    ),
+    "imports nothing": ("\nimport nosuchmodule\n", "'nosuchmodule' ({path}:2)"),
+    "syntax": ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax ({path}:2)"),
+    "wrong type": (
+        "from memsep_jax import defaults\ndef get_config():\n"
+        "    config = defaults.train()\n    config.train.steps = 'many'\n",
+        "({path}:4)",
+    ),
+    "no variants": ("def get_config():\n    return 1\n", "takes 0 positional"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_d48_a_config_file_that_fails_is_one_message(kind, tmp_path):
+    text, message = FILES[kind]
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    variant = ":smoke" if kind == "no variants" else ""
+    told = refused(f"--config={path}{variant}", tmp_path=tmp_path)
+    assert message.format(path=path) in told
+    assert f"--config={path}{variant}: " in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
+        (["--config=configs"], "--config=configs: no such file"),
+        (["--config=nope/config.json"], "--config=nope/config.json: no such file"),
+        (
+            ["--config=configs/digits.py:nope"],
+            "variant 'nope' is not known; choose full, smoke (configs/digits.py:",
+        ),
+        (["--confg=configs/digits.py"], "flag 'confg'. Did you mean: config ?"),
+        ([SMOKE, "--work_dir=x"], "flag 'work_dir'. Did you mean: workdir ?"),
+        ([SMOKE, "extra"], "unexpected argument 'extra'"),
+        ([SMOKE, "--resume_step=x"], "flag --resume_step=x: invalid literal"),
+        ([SMOKE, "--config.train=5"], "flag --config.train=5: Failed to parse '5'"),
+        ([], "--config=FILE is required"),
+    ],
+)
+def test_d48_a_command_that_is_wrong_is_one_message(arguments, message, tmp_path):
+    told = refused(*arguments, tmp_path=tmp_path)
+    assert message in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[1]", '{"train": {"steps": "x"}}'])
+def test_d48_a_damaged_config_json_is_one_message(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert f"--config={path}: " in refused(f"--config={path}", tmp_path=tmp_path)
+
+
+# 49: the configs that come with the package.
+
+
+def variants(path) -> list[str]:
+    """The names of the variants of a config file."""
+    get_config = runpy.run_path(str(path))["get_config"]
+    with pytest.raises(ValueError, match="choose") as caught:
+        get_config("?")
+    return str(caught.value).rpartition("choose ")[2].split(", ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_d49_every_variant_of_every_config_parses(path):
+    module = runpy.run_path(str(path))
+    names = variants(path)
+    assert {"full", "smoke"} <= set(names)
+    for name in names:
+        config = module["get_config"](name).lock()
+        assert isinstance(config, ConfigDict)
+        assert config.experiment in experiments.EXPERIMENTS
+    assert f"--config=configs/{path.name}" in module["__doc__"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_d49_a_dry_run_of_every_config_prints_and_writes_nothing(path, tmp_path):
+    arguments = [f"--config={path}", "--dry_run"]
+    if path.stem == "dit_cifar":  # images of its size, without a network
+        images = np.random.default_rng(0).integers(0, 256, (5_010, 32, 32, 3), np.uint8)
+        np.savez(tmp_path / "images.npz", train_images=images)
+        arguments += written(
+            {
+                "data.name": "npz",
+                "data.path": tmp_path / "images.npz",
+                "data.num_held_out": 10,
+            }
+        )
+    workdir = tmp_path / "run"
+    result = harness.run(*arguments, workdir=workdir)
+    assert result.code == 0 and result.stderr == "", result.output
+    assert result.seconds < 60  # 20 s on a machine that has nothing else to do
+    assert not workdir.exists()
+    for pattern in (
+        r"│ parameters +│ [\d,]{5,} +│",
+        r"│ memory, at most +│ [\d,.]+ MiB",
+        r"│ FLOPs per step +│ \d\.?\d*e\+\d+",
+    ):
+        assert re.search(pattern, result.stdout), (pattern, result.stdout)
+
+
+# 50, 51: archives.
+
+
+def manual(tmp_path) -> Path:
+    """Where cifar10 looks for an archive."""
+    path = tmp_path / "data" / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def cifar_arguments(tmp_path):
+    return (
+        SMOKE,
+        "--config.data.name=cifar10",
+        f"--config.data.data_dir={tmp_path}/data",
+    )
+
+
+def test_d50_without_archive_and_network_it_says_what_to_put_where(tmp_path):
+    path = manual(tmp_path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(b"half")  # is not mistaken for the archive
+    told = refused(*cifar_arguments(tmp_path), tmp_path=tmp_path, code=3, patch=OFFLINE)
+    assert sources.CIFAR_URL in told and sources.CIFAR_SHA256 in told
+    assert f" at {path}" in told and part.read_bytes() == b"half"
+
+
+def test_d50_a_page_in_place_of_an_archive_is_refused(tmp_path):
+    path = manual(tmp_path)
+    path.write_text("<!DOCTYPE html><html>try later</html>")
+    with pytest.raises(sources.DataError) as caught:
+        setup.build(harness.config(*cifar_arguments(tmp_path)))
+    told = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert f"{path}: an HTML page, not an archive: expected" in told
+    assert sources.CIFAR_SHA256 in told and "got 37 bytes, " in told
+
+
+def test_d51_a_hostile_archive_leaves_nothing_outside(tmp_path):
+    path = manual(tmp_path)
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo("../../../escaped")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"evil"))
+    trusted = f"""
+import hashlib
+from memsep_jax import sources
+from pathlib import Path
+raw = Path({str(path)!r}).read_bytes()
+sources.CIFAR_BYTES, sources.CIFAR_SHA256 = len(raw), hashlib.sha256(raw).hexdigest()
+"""
+    told = refused(*cifar_arguments(tmp_path), tmp_path=tmp_path, code=3, patch=trusted)
+    assert "refused member '../../../escaped'" in told
+    assert not [p for p in tmp_path.rglob("escaped*")]
+
+
+def test_d51_ten_gigabytes_of_zeros_are_refused_at_once(tmp_path, monkeypatch):
+    path = manual(tmp_path)
+    info = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    info.size = 10 * 2**30
+    path.write_bytes(gzip.compress(info.tobuf() + bytes(2**20)))
+    raw = path.read_bytes()
+    monkeypatch.setattr(sources, "CIFAR_BYTES", len(raw))
+    digest = hashlib.sha256(raw).hexdigest()
+    monkeypatch.setattr(sources, "CIFAR_SHA256", digest)
+    started = time.monotonic()
+    with pytest.raises(sources.DataError, match="refused, too large"):
+        sources._cifar_batches(path)
+    assert time.monotonic() - started < 5
+
+
+# 52, 53: pickles.
+
+
+class Payload:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_d52_arrays_of_objects_are_refused_unread(tmp_path):
+    struck, path = tmp_path / "struck", tmp_path / "images.npz"
+    images = np.empty(2, object)
+    images[:] = [Payload(struck), Payload(struck)]
+    np.savez(path, train_images=images)
+    told = refused(
+        SMOKE,
+        "--config.data.name=npz",
+        f"--config.data.path={path}",
+        tmp_path=tmp_path,
+        code=3,
+    )
+    assert f"{path}: not a readable .npz" in told and "allow_pickle is never" in told
+    assert not struck.exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pkl", "weights.npz", "weights.npy"])
+def test_d53_a_pickle_in_place_of_data_is_refused_unread(name, tmp_path):
+    struck, path = tmp_path / "struck", tmp_path / name
+    path.write_bytes(pickle.dumps(Payload(struck)))
+    config = smoke("--config.data.name=npz", f"--config.data.path={path}")
+    with pytest.raises(sources.DataError, match=f"{name}: not a readable") as caught:
+        setup.build(config)
+    assert caught.value.exit_code == 3 and not struck.exists()
+
+
+def test_d53_a_pickle_is_no_config(tmp_path):
+    struck, path = tmp_path / "struck", tmp_path / "config.json"
+    path.write_bytes(pickle.dumps(Payload(struck)))
+    refused(f"--config={path}", tmp_path=tmp_path)
+    assert not struck.exists()
+
+
+def test_d53_the_package_never_unpickles_or_evaluates():
+    forbidden = re.compile(
+        r"\bpickle\.\w|import pickle|allow_pickle=True|\beval\(|\bexec\(|extractall|"
+        r"yaml\.load|torch\.load|shell=True|os\.system"
+    )
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in Path(memsep_jax.__file__).parent.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if forbidden.search(line)
+    ]
+    assert found == []
+
+
+# 55, 56, and what else a person may give.
+
+
+def test_d55_an_unreadable_image_is_named_and_an_empty_folder_is_refused(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    arguments = (SMOKE, "--config.data.name=folder", f"--config.data.path={pictures}")
+    with pytest.raises(sources.DataError, match="no image below it") as caught:
+        setup.build(harness.config(*arguments))
+    assert caught.value.exit_code == 3
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(pictures / f"{i}.png")
+    (pictures / "broken.jpg").write_bytes(b"not a picture")
+    told = refused(*arguments, tmp_path=tmp_path, code=3)
+    assert "1 of 4 images cannot be read: broken.jpg" in told
+    with pytest.raises(sources.DataError, match="no such folder"):
+        setup.build(harness.config(*arguments[:2], "--config.data.path=/no/such"))
+
+
+def test_d56_labels_asked_of_a_set_without_labels_are_refused(tmp_path):
+    arguments = ("--config=configs/mlp_mixture.py:smoke", "--config.data.labels=true")
+    config = harness.config(*arguments)
+    with pytest.raises(sources.DataError, match="the source lacks labels") as caught:
+        setup.build(config)
+    assert caught.value.exit_code == 3
+
+
+def test_d56_labels_out_of_range_are_refused(tmp_path):
+    path = tmp_path / "images.npz"
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(path, train_images=images, train_labels=np.arange(40) - 1)
+    config = smoke(
+        "--config.data.name=npz",
+        f"--config.data.path={path}",
+        "--config.data.labels=true",
+    )
+    with pytest.raises(sources.DataError, match=r"train_labels\[0\] has a label out"):
+        setup.build(config)
+
+
+def test_more_points_than_there_are_is_refused():
+    (told,) = violations(smoke("--config.data.num_examples=100000"))
+    assert "num_examples=100000, but the pool has 1" in told
+
+
+def test_an_error_of_the_data_waits_for_those_of_the_config(tmp_path):
+    """First what a person typed, all of it; then what lies on the disk."""
+    fields = {"data.name": "npz", "data.path": tmp_path / "no.npz", "run.chunk": 0}
+    assert violations(smoke(*written(fields))) == [
+        "run.chunk=0 must be at least 1 sample"
+    ]
+
+
+def test_a_config_that_is_right_builds():
+    parts = setup.build(smoke())
+    assert parts.splits.train.x.shape == (16, 8, 8, 1) and jax.device_count() == 4

@@ -1,0 +1,505 @@
+"""Kills, signals and resumption: a run that is stopped ends as one that is not.
+
+Bitwise: the digest over params, ema, opt_state, step and mask of the last checkpoint.
+"""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from faults import harness
+from memsep_jax import checkpoint, data
+from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record, setup
+from memsep_jax.experiments import train as job
+from memsep_jax.experiments.session import Interrupted, Session
+
+# The chunk of a phase that never ends; {what} is the phase.
+ASLEEP = """
+from memsep_jax.experiments import record
+in_chunks = record.in_chunks
+def asleep(*args, **kwargs):
+    print("asleep", flush=True)
+    time.sleep(60)
+def slow(directory, work, total, chunk, session, what):
+    def work_or_sleep(start, stop):
+        return asleep() if what == "{what}" and start else work(start, stop)
+    return in_chunks(directory, work_or_sleep, total, chunk, session, what)
+record.in_chunks = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = harness.run(*harness.TINY, workdir=workdir)
+    assert result.code == 0, result.output
+    return workdir
+
+
+def assert_same_training(workdir, whole):
+    assert harness.digest(workdir) == harness.digest(whole)
+    assert harness.rows(workdir) == harness.rows(whole)
+
+
+class Stopping(Session):
+    """A session that is told to stop while step `stop_after` is on its way."""
+
+    stop_after = None
+
+    @contextlib.contextmanager
+    def progress(self, what, total, done=0):
+        def update(done, text=""):
+            # The row of a step is settled while the next one is computed.
+            if self.stop_after is not None and done >= self.stop_after - 1:
+                self.stop = signal.SIGTERM
+
+        update(done)
+        yield update
+
+
+def learn(config, workdir, stop_after=None):
+    """Trains in this process, to the end or until a step."""
+    with contextlib.suppress(Interrupted), Stopping(workdir, config) as session:
+        session.stop_after = stop_after
+        parts = setup.build(config)
+        job.learn(config, parts, session)
+    return harness.digest(workdir)
+
+
+def killed_in_saves(workdir, delays, steps):
+    """Kills one run after the other, some seconds after a save began, then ends it."""
+    args = (*harness.TINY, f"--config.train.steps={steps}")
+    for delay in delays:
+        patch = harness.TRAIN_ONLY + harness.SLOW_STEPS + harness.ANNOUNCE_SAVES
+        with harness.spawn(*args, workdir=workdir, patch=patch) as child:
+            harness.wait_for_line(child, r"^saving \d+")
+            time.sleep(delay)
+            harness.kill(child)
+            result = harness.finish(child)
+        if result.code == 0:  # that was the last save
+            break
+        assert result.code == -signal.SIGKILL, result.output
+        for step in checkpoint.steps(workdir / "checkpoints"):
+            harness.digest(workdir, step)  # read back and verified
+    result = harness.run(*args, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert not list((workdir / "checkpoints").glob(f"*{checkpoint.TMP}*"))
+
+
+def test_a1_a_kill_during_a_save_costs_no_bit(whole, tmp_path):
+    killed_in_saves(tmp_path / "run", [0.05], steps=30)
+    assert_same_training(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a1_fifteen_kills_during_saves_cost_no_bit(tmp_path):
+    """One after the other in the same run, at 0 to 600 ms into a save."""
+    killed_in_saves(tmp_path / "killed", np.linspace(0, 0.6, 15), steps=300)
+    args = (*harness.TINY, "--config.train.steps=300")
+    whole = harness.run(*args, workdir=tmp_path / "whole", patch=harness.TRAIN_ONLY)
+    assert whole.code == 0, whole.output
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a2_a_kill_between_saves_costs_at_most_the_steps_since_the_last(
+    whole, tmp_path
+):
+    workdir = tmp_path / "run"
+    args = (*harness.TINY, "--config.run.save_every=10")
+    patch = harness.TRAIN_ONLY + harness.pause_at(17, seconds=60)
+    with harness.spawn(*args, workdir=workdir, patch=patch) as child:
+        harness.wait_for_rows(child, 17)
+        harness.kill(child)
+        assert harness.finish(child).code == -signal.SIGKILL
+    assert checkpoint.steps(workdir / "checkpoints") == [10]
+    result = harness.run(*args, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert "resumed from step 10" in result.stdout
+    assert [row["step"] for row in harness.rows(workdir)] == list(range(1, 31))
+    assert_same_training(workdir, whole)
+
+
+def test_a3_a_signal_while_training_saves_the_step_it_is_at(whole, tmp_path):
+    workdir = tmp_path / "run"
+    args = (*harness.TINY, "--config.run.save_every=1000")
+    patch = harness.TRAIN_ONLY + harness.pause_at(20, seconds=2)
+    with harness.spawn(*args, workdir=workdir, patch=patch) as child:
+        harness.wait_for_rows(child, 20)
+        harness.kill(child, signal.SIGTERM)
+        result = harness.finish(child)
+    assert result.code == 143, result.output
+    (step,) = checkpoint.steps(workdir / "checkpoints")
+    assert step == 21  # row 20 is written while step 21 is computed
+    assert f"preempted at step {step}: saved" in result.stdout
+    assert record.read_json(workdir / "run.json")["status"] == "interrupted"
+    result = harness.run(*args, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert f"resumed from step {step}" in result.stdout
+    assert_same_training(workdir, whole)
+
+
+def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
+    whole, tmp_path
+):
+    """One run, stopped in one phase after the other; then it runs to its end.
+
+    In the first two, before any step, nothing is saved (row 6).
+    """
+    workdir = tmp_path / "run"
+    evaluation = workdir / "evaluation"
+    asleep = ASLEEP.format(what="none")
+    phases = {
+        "data": asleep + "from memsep_jax.experiments import setup\n"
+        "setup.build = asleep",
+        # The tracing, which is python: the compiler itself ends before it is seen.
+        "compile": asleep + "from memsep_jax.experiments import train\n"
+        "train.make_step = lambda *args: asleep",
+        "sampling": ASLEEP.format(what="sampling"),
+        "neighbours": ASLEEP.format(what="neighbours"),
+        "report": asleep + "from memsep_jax.experiments import report\n"
+        "report.write = asleep",
+    }
+    kept = {}
+    for phase, patch in phases.items():
+        with harness.spawn(*harness.TINY, workdir=workdir, patch=patch) as child:
+            harness.wait_for_line(child, "^asleep")
+            harness.kill(child, signal.SIGTERM)
+            result = harness.finish(child, timeout=10)
+        assert result.code == 143, result.output
+        assert result.seconds < 4  # 2 on a machine that does nothing else
+        assert "Traceback" not in result.stderr
+        saved = checkpoint.steps(workdir / "checkpoints")
+        assert saved == ([] if phase in ("data", "compile") else [25, 30])
+        if phase != "report":  # a partial pass has no number
+            assert not (workdir / "metrics.json").exists()
+        found = harness.files(evaluation)
+        assert kept.items() <= found.items(), "a finished chunk was done again"
+        assert (found == kept) == (phase in ("data", "compile"))
+        kept = found
+    result = harness.run(*harness.TINY, workdir=workdir)
+    assert result.code == 0, result.output
+    assert kept.items() <= harness.files(evaluation).items()
+    assert_same_training(workdir, whole)
+    for name in ("metrics.json", "per_sample.csv"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a5_the_first_ctrl_c_saves_as_sigterm_does(tmp_path):
+    workdir = tmp_path / "run"
+    patch = harness.TRAIN_ONLY + harness.pause_at(7, seconds=2)
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=patch) as child:
+        harness.wait_for_rows(child, 7)
+        harness.kill(child, signal.SIGINT)
+        result = harness.finish(child)
+    assert result.code == 130, result.output
+    assert checkpoint.steps(workdir / "checkpoints") == [5, 8]
+    assert "preempted at step 8: saved" in result.stdout
+
+
+def test_a5_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(
+    whole, tmp_path
+):
+    workdir = tmp_path / "run"
+    stuck = """
+import orbax.checkpoint as ocp
+_orbax_save = ocp.Checkpointer.save
+def stuck(self, path, *args, **kwargs):
+    _orbax_save(self, path, *args, **kwargs)
+    if path.name == "10":
+        print("stuck", flush=True)
+        time.sleep(60)
+ocp.Checkpointer.save = stuck
+"""
+    with harness.spawn(
+        *harness.TINY, workdir=workdir, patch=harness.TRAIN_ONLY + stuck
+    ) as child:
+        harness.wait_for_line(child, "^stuck")
+        harness.kill(child, signal.SIGTERM)
+        time.sleep(0.3)
+        assert not child.ended, "the first signal waits for the save"
+        harness.kill(child, signal.SIGTERM)
+        result = harness.finish(child, timeout=5)
+    assert result.code == -signal.SIGTERM and result.seconds < 3, result.output
+    harness.digest(workdir, 5)
+    result = harness.run(*harness.TINY, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert_same_training(workdir, whole)
+
+
+DIGITS = (
+    "--config=configs/digits.py:smoke",
+    "--config.data.num_examples=24",  # three batches of 8 an epoch
+    "--config.data.labels=true",
+    "--config.train.steps=9",
+    "--config.train.ema_decay=0.9",
+    "--config.run.save_every=100",
+    "--config.run.evaluate_every=100",
+    "--config.run.snapshots=0",
+)
+MODELS = {
+    "mlp": ("--config.model.name=mlp", "--config.model.num_heads=None"),
+    "dit": ("--config.model.name=dit", "--config.model.num_heads=2"),
+}
+OPTIONS = (
+    "--config.model.dropout=0.2",
+    "--config.train.flip=True",
+    "--config.train.label_drop=0.3",
+    "--config.train.accumulate=2",
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a7_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    model, tmp_path, monkeypatch
+):
+    """With an EMA, dropout, flips, dropped labels and accumulated gradients.
+
+    Epochs end at steps 3, 6, 9: stops in an epoch, after its last batch, and after
+    the first batch of the next.
+    """
+    config = harness.config(*DIGITS, *MODELS[model], *OPTIONS)
+    whole = learn(config, tmp_path / "whole")
+    for stop in (2, 6, 7):
+        stopped = learn(config, tmp_path / "stopped", stop_after=stop)
+        assert checkpoint.steps(tmp_path / "stopped" / "checkpoints")[-1] == stop
+        if stop == 2:
+            shutil.copytree(tmp_path / "stopped", tmp_path / "restarted")
+    stopped = learn(config, tmp_path / "stopped")
+    assert stopped == whole
+
+    # The control: batches counted from the resumption, not from the start.
+    draw = data.draw
+    monkeypatch.setattr(
+        data, "draw", lambda x, key, step, *args: draw(x, key, step - 2, *args)
+    )
+    assert learn(config, tmp_path / "restarted") != whole
+
+
+def test_a8_a_longer_run_goes_on_and_warns_of_a_schedule_that_ends(tmp_path, capsys):
+    config = harness.config(*DIGITS, *MODELS["mlp"]).unlock()
+    config.optimizer.schedule = "cosine"
+    learn(config, tmp_path / "run")
+    config.train.steps = 12
+    learn(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "train.steps: 9 -> 12" in printed
+    assert "optimizer.schedule=cosine depends on train.steps" in printed
+    assert "resumed from step 9" in printed
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer.lr", 0.5),
+        ("seed", 7),
+        ("data.num_examples", 12),
+        ("model.width", 64),
+        ("train.steps", 20),  # shorter
+    ],
+)
+def test_a9_another_config_is_refused_with_its_difference(field, value, whole):
+    before = harness.files(whole)
+    config = harness.config(*harness.TINY).unlock()
+    old = config.get_ref(field) if "." not in field else config
+    for name in field.split("."):
+        old = old[name] if "." in field else config[name]
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConflictError) as error, Session(whole, config):
+        pass
+    assert error.value.exit_code == 2
+    for part in (f"{field}: {old} -> {value}", "--workdir", "--allow_config_change"):
+        assert part in str(error.value)
+    assert harness.files(whole) == before
+
+
+def test_a9_the_command_line_refuses_another_config_and_writes_nothing(whole):
+    before = harness.files(whole)
+    result = harness.run(*harness.TINY, "--config.optimizer.lr=0.5", workdir=whole)
+    assert result.code == 2, result.output
+    assert "optimizer.lr: 0.001 -> 0.5" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert harness.files(whole) == before
+
+
+def test_a9_other_data_under_the_same_config_are_refused(tmp_path):
+    with Session(tmp_path / "run", harness.config(*harness.TINY)) as session:
+        session.begin("fingerprint one")
+    before = harness.files(tmp_path / "run")
+    with (
+        pytest.raises(ConflictError, match="data of .* changed"),
+        Session(tmp_path / "run", harness.config(*harness.TINY)) as session,
+    ):
+        session.begin("fingerprint two")
+    assert harness.files(tmp_path / "run") == before
+
+
+def test_a10_a_harmless_change_is_accepted_and_noted(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    config = harness.config(*harness.TINY).unlock()
+    config.run.log_every = 5
+    with Session(tmp_path / "run", config):
+        pass
+    assert "run.log_every: 1 -> 5" in capsys.readouterr().out
+
+
+def test_a11_a_finished_run_is_left_as_it_is(whole):
+    before = harness.files(whole, ignore=())
+    result = harness.run(*harness.TINY, workdir=whole)
+    assert result.code == 0, result.output
+    assert "already complete" in result.stdout
+    assert "compiling" not in result.stdout
+    assert harness.files(whole, ignore=()) == before
+
+
+@pytest.mark.slow
+def test_a12_another_number_of_devices_gives_the_same_run_to_rounding(tmp_path):
+    """4 devices, then 2, then 1."""
+    args = (*harness.TINY, "--config.run.save_every=1000")
+    workdir = tmp_path / "run"
+    for devices, rows in ((4, 10), (2, 20)):
+        patch = harness.TRAIN_ONLY + harness.pause_at(rows, seconds=2)
+        with harness.spawn(
+            *args, workdir=workdir, patch=patch, devices=devices
+        ) as child:
+            harness.wait_for_rows(child, rows)
+            harness.kill(child, signal.SIGTERM)
+            assert harness.finish(child).code == 143
+    result = harness.run(*args, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert "the bitwise guarantee does not hold" in result.stdout
+    result = harness.run(*args, workdir=tmp_path / "whole", patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    got, truth = harness.rows(workdir), harness.rows(tmp_path / "whole")
+    assert [r["step"] for r in got] == [r["step"] for r in truth]
+    np.testing.assert_allclose(
+        [r["loss"] for r in got], [r["loss"] for r in truth], rtol=1e-5
+    )
+    got, truth = (
+        checkpoint.restore(w / "checkpoints", 30, harness.like(w, 30))
+        for w in (workdir, tmp_path / "whole")
+    )
+    for name in truth:
+        if name.startswith(("params", "ema")):
+            np.testing.assert_allclose(got[name], truth[name], atol=1e-4, err_msg=name)
+
+
+def test_a13_a_workdir_belongs_to_one_process_until_it_dies(tmp_path):
+    workdir = tmp_path / "run"
+    patch = harness.pause_at(1, seconds=60)
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=patch) as owner:
+        harness.wait_for_rows(owner, 1)
+        result = harness.run(*harness.TINY, workdir=workdir)
+        assert result.code == 2, result.output
+        assert f"in use by process {owner.process.pid} on " in result.stderr
+        assert "started 20" in result.stderr
+        assert not owner.ended, "the second was to come while the first runs"
+        harness.kill(owner)
+        harness.finish(owner)
+    with Session(workdir, harness.config(*harness.TINY)):
+        pass  # SIGKILL frees the lock, though its file is still there
+
+
+def test_a14_a_torn_line_and_rows_of_lost_steps_are_dropped(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert [r["step"] for r in record.read_metrics(path)] == list(range(1, 30))
+    record.Metrics(path, 25)
+    assert [r["step"] for r in record.read_metrics(path)] == list(range(1, 26))
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_a14_a_resumed_run_has_each_step_once(whole, tmp_path):
+    """The rows 26 to 29, and half of 30, are newer than the checkpoint of step 25."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "30")
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    (workdir / "run.json").unlink()
+    result = harness.run(*harness.TINY, workdir=workdir, patch=harness.TRAIN_ONLY)
+    assert result.code == 0, result.output
+    assert "resumed from step 25" in result.stdout
+    assert_same_training(workdir, whole)
+
+
+def test_a15_a_workdir_goes_on_where_it_was_moved_to(tmp_path):
+    """Copied by hand, moved, and through a tar archive."""
+    config = harness.config(*DIGITS, *MODELS["mlp"])
+    whole = learn(config, tmp_path / "whole")
+    learn(config, tmp_path / "first", stop_after=3)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "first")
+    learn(config, tmp_path / "copy", stop_after=5)
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    learn(config, tmp_path / "moved", stop_after=7)
+    archive = tmp_path / "run.tar"
+    subprocess.run(["tar", "-cf", archive, "-C", tmp_path, "moved"], check=True)
+    shutil.rmtree(tmp_path / "moved")
+    (tmp_path / "far").mkdir()
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path / "far"], check=True)
+    assert learn(config, tmp_path / "far" / "moved") == whole
+    for path in (tmp_path / "far" / "moved").glob("*.json*"):
+        assert str(tmp_path / "first") not in path.read_text()
+
+
+@pytest.mark.slow
+def test_a16_a_killed_evaluation_does_only_what_is_missing(whole, tmp_path):
+    """SIGKILL in the third of three chunks of samples."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "evaluation")
+    (workdir / "metrics.json").unlink()
+    status = record.read_json(workdir / "run.json")
+    record.write_json(workdir / "run.json", status | {"status": "running"})
+    asleep = ASLEEP.format(what="sampling").replace("and start", "and start == 8")
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=asleep) as child:
+        harness.wait_for_line(child, "^asleep")
+        harness.kill(child)
+        harness.finish(child)
+    chunks = harness.files(workdir / "evaluation")
+    assert len(chunks) == 2
+    assert not (workdir / "metrics.json").exists()
+    result = harness.run(*harness.TINY, workdir=workdir)
+    assert result.code == 0, result.output
+    assert chunks.items() <= harness.files(workdir / "evaluation").items()
+    for name in ("metrics.json", "per_sample.csv"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("at", ["losses", "snapshot"])
+def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
+    at, tmp_path, monkeypatch
+):
+    """It comes while the held-out loss, or the samples, of step 6 are computed."""
+    args = ("--config.run.evaluate_every=6", "--config.run.snapshot_epochs=2")
+    config = harness.config(*DIGITS, *MODELS["mlp"], *args)
+    learn(config, tmp_path / "whole")
+    look = getattr(job._Watcher, at)
+
+    def interrupted(self, *args):
+        self.session.stop = signal.SIGTERM
+        return look(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job._Watcher, at, interrupted)
+        learn(config, tmp_path / "stopped")
+    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [6]
+    assert learn(config, tmp_path / "stopped") == harness.digest(tmp_path / "whole")
+    got, truth = (harness.rows(tmp_path / name) for name in ("stopped", "whole"))
+    for now, then in zip(got, truth, strict=True):
+        # What a look gives is there; the loss of the batch at step 6 is lost.
+        assert now.keys() >= then.keys() - {"loss", "grad_norm", "update_norm"}
+        assert now.items() <= then.items()
+    for kind in ("best", "snapshots"):
+        assert checkpoint.steps(tmp_path / "stopped" / kind) == checkpoint.steps(
+            tmp_path / "whole" / kind
+        )

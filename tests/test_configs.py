@@ -1,0 +1,93 @@
+"""Every config runs its smoke variant to the end, and leaves what it promises."""
+
+import ast
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memsep_jax import data, defaults, experiments
+from memsep_jax.experiments import record, setup
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS[name])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
+    config = load(name).get_config("smoke")
+    experiments.run(config, tmp_path)
+
+    status = record.read_json(tmp_path / "run.json")
+    assert status["status"] == "complete"
+    numbers = record.read_json(tmp_path / "metrics.json")
+    found, total = numbers["memorization"], config.sampler.num_samples
+    assert found["samples"] == total
+    low, high = found["interval"]
+    assert 0 <= low <= found["ratio"] <= high <= 1
+    assert found["null"] is not None
+
+    samples = record.read_npz(tmp_path / "samples.npz")["samples"]
+    assert len(samples) == total
+    if samples.dtype != np.uint8:
+        assert np.isfinite(samples).all()
+    with open(tmp_path / "per_sample.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(total))
+    # The table, the share and the definition are one thing.
+    d1, d2 = (np.array([float(row[name]) for row in rows]) for name in ("d1", "d2"))
+    flags = np.array([int(row["memorized"]) for row in rows])
+    np.testing.assert_array_equal(flags, d1 < d2 / 3)
+    assert found["ratio"] == pytest.approx(flags.mean())
+    # And the distances are those of the samples on disk.
+    train = np.asarray(setup.build(config).splits.train.x, np.float64)
+    if samples.dtype == np.uint8:
+        samples = data.from_uint8(samples)
+    gaps = np.asarray(samples, np.float64)[:, None] - train[None]
+    distances = np.sort(np.sqrt((gaps**2).sum(tuple(range(2, gaps.ndim)))), axis=1)
+    np.testing.assert_allclose(d1, distances[:, 0], rtol=1e-4, atol=1e-5)
+
+    report = (tmp_path / "report.html").read_text()
+    assert "http://" not in report and "https://" not in report  # self-contained
+    assert list((tmp_path / "figures").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_it_is_run(name):
+    text = ast.get_docstring(ast.parse(CONFIGS[name].read_text()))
+    assert f"python -m memsep_jax.main --config=configs/{name}.py" in text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_the_defaults_with_other_values(name):
+    """No field of its own, and the smoke variant is the same run."""
+    known = set(_fields(defaults.train()))
+    module = load(name)
+    full, smoke = module.get_config(), module.get_config("smoke")
+    assert set(_fields(full)) <= known and set(_fields(smoke)) <= known
+    assert full.experiment == smoke.experiment
+    assert full.model.name == smoke.model.name
+    assert setup.differences(setup.to_json(full), setup.to_json(smoke))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_unknown_variant_names_the_known_ones(name):
+    with pytest.raises(ValueError, match="'smoek' is not known; choose .*full, smoke"):
+        load(name).get_config("smoek")
+
+
+def _fields(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -1,0 +1,123 @@
+"""Figures say what the numbers say, and never end a run."""
+
+import errno
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memsep_jax.checkpoint import StorageError
+from memsep_jax.experiments import figures
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(figures, "_warned", set())
+
+
+def test_a_full_disk_is_one_warning_whatever_was_drawn():
+    said = []
+
+    def full(path):
+        raise StorageError(errno.ENOSPC, f"No space left for {path}")
+
+    for path in ("a.png", "b.png"):
+        figures.quietly(said.append, full, path)
+    assert len(said) == 1 and "No space left for a.png" in said[0]
+
+
+def test_a_bug_in_a_figure_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        figures.quietly(print, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8, 1), (3, 6, 4, 3), (1, 100, 70, 3)])
+def test_a_grid_holds_every_pixel_enlarged_and_unchanged(shape, tmp_path):
+    m, h, w, _ = shape
+    samples = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    figures.save_samples(tmp_path / "made" / "grid.png", samples)
+    with Image.open(tmp_path / "made" / "grid.png") as image:
+        pixels = np.asarray(image)
+    factor, gap = -(-figures.CELL // max(h, w)), 4
+    columns = int(np.ceil(np.sqrt(m)))
+    for i, sample in enumerate(samples):
+        top = gap + i // columns * (factor * h + gap)
+        left = gap + i % columns * (factor * w + gap)
+        shown = pixels[top : top + factor * h, left : left + factor * w]
+        for y in range(factor):  # every copy of a pixel is that pixel
+            np.testing.assert_array_equal(
+                shown[y::factor, ::factor], np.broadcast_to(sample, (h, w, 3))
+            )
+    assert list((tmp_path / "made").iterdir()) == [tmp_path / "made" / "grid.png"]
+
+
+@pytest.mark.parametrize("d", [1, 2, 32])
+def test_vectors_are_points_in_a_plane(d, tmp_path):
+    figures.save_samples(tmp_path / "points.png", np.ones((7, d), np.float32))
+    with Image.open(tmp_path / "points.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_the_histogram_has_an_edge_at_any_threshold():
+    """No bar mixes memorized samples and others; each sample is in one bar."""
+    for threshold in (0.02, 0.2, 1 / 3, 0.5, 0.99):
+        share = np.random.default_rng(0).uniform(size=200)
+        figure = figures.distance_ratios(share, share < threshold, threshold)
+        bars = [b for b in figure.axes[0].patches if b.get_height()]
+        assert sum(b.get_height() for b in bars) == 200
+        for bar in bars:
+            left, right = bar.get_x(), bar.get_x() + bar.get_width()
+            assert right <= threshold + 1e-9 or left >= threshold - 1e-9
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3), (9, 2, 1), (3, 3, 4)])
+def test_pairs_show_images_of_any_shape_with_their_distances_and_numbers(shape):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (2, 3, *shape), np.uint8)
+    figure = figures.pairs(
+        np.array([5, 8]), images[:, 0], images[:, 1:], np.array([[0.25, 3.5], [1, 2]]),
+        np.array([[41, 42], [43, 44]]), np.array([True, False]),
+    )  # fmt: skip
+    assert figures.encode(figure, "png").startswith(b"\x89PNG")
+    axes = figure.axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert sum("TRAINING" in text for text in texts) == 2
+    for said in ("sample 5\ncopied", "sample 8", "train 41\n$d_1$ 0.25"):
+        assert said in texts
+    assert "train 44\n$d_2$ 2" in texts
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    width, height = figure.get_size_inches()
+    assert (x1 - x0) / width == pytest.approx((y1 - y0) / height)  # square pixels
+
+
+def test_null_in_the_numbers_is_a_gap_in_the_line():
+    """NaN is null in JSON: it is not drawn, and nothing fails."""
+    rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3}]
+    figure = figures.losses([*rows, {"step": 4, "train_losses": [None, 1.0]}])
+    assert figures.encode(figure, "png").startswith(b"\x89PNG")
+    figure = figures.noise_levels([0.1, None, 10.0], [1.0, 2.0, None], [])
+    assert figures.encode(figure, "pdf").startswith(b"%PDF")
+
+
+def test_the_null_level_is_a_band_where_it_is_known():
+    final = {
+        "step": 40, "ratio": 1.0, "interval": [0.9, 1.0], "samples": 30,
+        "null": None, "null_interval": None,
+    }  # fmt: skip
+    rows = [{"step": 10, "ratio": 0.5, "ratio_interval": [0.3, 0.7]}]
+
+    def labels(final):
+        return figures.ratio_along(rows, final).axes[0].get_legend_handles_labels()[1]
+
+    assert not [text for text in labels(final) if "null level" in text]
+    known = final | {"null": 0.0, "null_interval": [0.0, 0.1]}
+    assert [text for text in labels(known) if "null level" in text]
+
+
+def test_equal_numbers_are_equal_files():
+    for kind in ("png", "pdf"):
+        made = [
+            figures.encode(figures.scatter(np.eye(4), np.arange(4) > 2), kind)
+            for _ in range(2)
+        ]
+        assert made[0] == made[1]

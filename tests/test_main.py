@@ -1,0 +1,205 @@
+"""The command from outside: help, pipes, names of directories, a run's own config."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from faults import harness
+from faults.conftest import compilation_cache  # noqa: F401
+
+from memsep_jax import main
+from memsep_jax.experiments import record
+
+COMMAND = (sys.executable, "-m", "memsep_jax.main")
+# A few seconds: an MLP on digits, two steps, eight samples.
+TINY = (
+    "--config=configs/digits.py:smoke",
+    "--config.model.name=mlp",
+    "--config.train.steps=2",
+    "--config.run.log_every=1",
+    "--config.run.snapshots=0",
+)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compilation_cache):  # noqa: F811
+    """The end of a small run, and its workdir."""
+    workdir = tmp_path_factory.mktemp("a run") / "é <script>"
+    return harness.run(*TINY, workdir=workdir), workdir
+
+
+def test_a_run_ends_with_a_table_and_a_report(finished):
+    result, workdir = finished
+    assert result.code == 0 and result.stderr == "", result.output
+    assert "memorized samples" in result.stdout
+    assert "held-out null level" in result.stdout
+    assert f"report: {workdir / 'report.html'}" in result.stdout
+    status = record.read_json(workdir / "run.json")
+    assert status["status"] == "complete" and TINY[0] in status["command"]
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "samples.npz"):
+        assert (workdir / name).stat().st_size, name
+
+
+def test_without_a_terminal_there_are_no_control_codes(finished):
+    result, _ = finished
+    assert "\x1b" not in result.output and "\r" not in result.output
+    assert re.search(r"^training 2/2 ", result.stdout, re.MULTILINE)
+
+
+def test_a_report_of_a_workdir_with_a_strange_name_is_escaped(finished):
+    _, workdir = finished
+    html = (workdir / "report.html").read_text()
+    assert "é <script>" not in html and "http" not in re.sub(
+        r"http://www\.w3\.org[\w./]*", "", html
+    ).replace("https://arxiv", "").replace("https://github", "")
+
+
+def test_the_config_json_of_a_run_is_its_config(finished):
+    _, workdir = finished
+    before = harness.files(workdir)
+    again = harness.run(f"--config={workdir}/config.json", workdir=workdir)
+    assert again.code == 0 and "already complete" in again.stdout, again.output
+    assert harness.files(workdir) == before
+    more = f"--config={workdir}/config.json", "--config.train.steps=1"
+    other = harness.run(*more, workdir=workdir)
+    assert other.code == 2 and "train.steps: 2 -> 1" in other.stderr, other.output
+    assert harness.files(workdir) == before
+
+
+@pytest.mark.parametrize("argument", ["--help", "--helpshort"])
+def test_help_prints_the_flags_and_exits_0(argument):
+    done = subprocess.run((*COMMAND, argument), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "--config=FILE[:variant]" in done.stdout and "Exit codes: 0" in done.stdout
+    for flag in ("--workdir", "dry_run", "--resume_step", "allow_config_change"):
+        assert flag in done.stdout
+
+
+def test_without_a_config_it_says_what_to_give(tmp_path):
+    done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: --config=FILE is required, for example configs/digits.py\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def shell(line, **kwargs):
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=harness.ROOT,
+        env=harness._environment(1),
+        **kwargs,
+    )
+
+
+def test_a_config_json_starts_the_same_run_elsewhere_whoever_reads(finished, tmp_path):
+    """The reader leaves after a line, and the run goes on to the same end."""
+    _, workdir = finished
+    done = shell(
+        f"{sys.executable} -m memsep_jax.main '--config={workdir}/config.json' "
+        f"--workdir={tmp_path}/run | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert record.read_json(tmp_path / "run" / "run.json")["status"] == "complete"
+    assert (tmp_path / "run" / "report.html").exists()
+    assert harness.digest(tmp_path / "run") == harness.digest(workdir)
+
+
+@pytest.mark.parametrize("argument", ["--help", f"{TINY[0]} --dry_run"])
+def test_what_nobody_reads_is_no_error(argument):
+    command = f"{sys.executable} -m memsep_jax.main {argument}"
+    done = shell(f"{command} | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def on_a_terminal(arguments, patch="", **variables):
+    """What a command writes to a terminal."""
+    code = f"{patch}\nfrom memsep_jax import main\nmain.run()"
+    master, slave = pty.openpty()
+    env = harness._environment(1) | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        (sys.executable, "-c", code, *arguments),
+        stdout=slave,
+        stderr=slave,
+        stdin=slave,
+        cwd=harness.ROOT,
+        env=env | variables,
+    )
+    os.close(slave)
+    written = b""
+    while True:
+        try:
+            piece = os.read(master, 65_536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(master)
+    return process.wait(), written.decode()
+
+
+def test_a_terminal_shows_a_live_bar(tmp_path):
+    arguments = [*TINY, f"--workdir={tmp_path}/run"]
+    code, text = on_a_terminal(arguments, harness.TRAIN_ONLY)
+    assert code == 0, text
+    assert "\x1b[" in text and "training" in text and "ETA" in text and "━" in text
+
+
+def test_no_color_leaves_no_colours(tmp_path):
+    code, text = on_a_terminal([TINY[0], "--dry_run"], NO_COLOR="1")
+    assert code == 0 and "parameters" in text
+    assert not re.search(r"\x1b\[[\d;]*(3[0-7]|9[0-7]|38;)[\d;]*m", text)
+
+
+def test_debug_shows_the_traceback_of_an_error(tmp_path):
+    arguments = (*TINY, "--config.run.chunk=0", "--debug")
+    result = harness.run(*arguments, workdir=tmp_path / "run")
+    assert result.code == 2 and "Traceback" in result.stderr
+    assert "run.chunk=0 must be at least 1" in result.stderr.splitlines()[-1]
+
+
+def test_a_bug_shows_itself_whole_and_exits_1(tmp_path):
+    patch = """
+from memsep_jax.experiments import setup
+def build(config):
+    raise ZeroDivisionError("a bug")
+setup.build = build
+"""
+    result = harness.run(*TINY, workdir=tmp_path / "run", patch=patch)
+    assert result.code == 1 and "Traceback" in result.stderr
+    assert result.stderr.rstrip().endswith("ZeroDivisionError: a bug")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--config=configs/digits.py"], "digits"),
+        (["--config=configs/digits.py:smoke"], "digits-smoke"),
+        (["--config", "configs/digits.py:smoke"], "digits-smoke"),
+        (["-config=configs/digits.py", "-config.seed=3"], "digits-seed=3"),
+        (
+            ["--config=digits.py", "--config.data.num_examples=1400"],
+            "digits-num_examples=1400",
+        ),
+        (
+            ["--config=digits.py", "--config.data.num_examples", "9"],
+            "digits-num_examples=9",
+        ),
+        (["--config=digits.py", "--config.train.steps=5"], "digits-train.steps=5"),
+        (["--config=digits.py", "--config.sampler.steps=5"], "digits-sampler.steps=5"),
+        (["--config=digits.py", "--config.run.chunk=5", "--dry_run"], "digits"),
+        (["--config=digits.py", "--config.experiment=report"], "digits"),
+        (["--config=runs/mine/config.json"], "mine"),
+        (["--config=d.py", "--config.data.path=../a b/c;d"], "d-path=.._a_b_c_d"),
+    ],
+)
+def test_other_numbers_go_to_another_directory(argv, name):
+    assert main.default_workdir(argv) == f"runs/{name}"

@@ -1,0 +1,353 @@
+"""Networks start as zero, heads hang on their gates, labels and tokens count."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memsep_jax.models import MLP, MODELS, DiT, dit
+from memsep_jax.models.layers import time_features
+
+SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
+X = jax.random.normal(jax.random.key(5), (4, 6, 3))
+T = jnp.float32(0.3)
+
+
+def init(model, x=X, **call):
+    return jax.jit(model.init)(jax.random.key(0), x, T, **call)["params"]
+
+
+def filled(params, scale=0.2):
+    """Every leaf away from zero, so that nothing hides behind adaLN-zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [
+        scale * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+
+
+def bind(model, params):
+    """(x, t, label, gates) -> the answer, compiled."""
+    return jax.jit(lambda *args: model.apply({"params": params}, *args))
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = DiT(**SMALL)
+    params = filled(init(model))
+    return model, params, bind(model, params)
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    model = DiT(**SMALL, num_classes=3)
+    return bind(model, filled(init(model, label=0)))
+
+
+def size(params):
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+# At the start.
+
+
+@pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=2)])
+def test_a_new_network_answers_zero(model):
+    params = init(model)
+    assert jnp.all(bind(model, params)(X, T) == 0)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_adaln_zero_makes_every_block_the_identity():
+    """With only the output filled in, neither t nor attention nor MLP shows."""
+    model = DiT(**SMALL)
+    params = init(model)
+    params["output"] = filled(params["output"])
+    others = {
+        f"block_{i}": params[f"block_{i}"]
+        | {
+            name: filled(params[f"block_{i}"][name])
+            for name in ("attention", "mlp_in", "mlp_out")
+        }
+        for i in range(2)
+    }
+    answer = bind(model, params)(X, T)
+    assert jnp.any(answer != 0)
+    np.testing.assert_array_equal(bind(model, params | others)(X, T), answer)
+    np.testing.assert_array_equal(bind(model, params)(X, 10 * T), answer)
+    # Open one block, and all of it shows.
+    params["block_0"]["modulation"] = filled(params["block_0"]["modulation"])
+    assert jnp.all(bind(model, params)(X, 10 * T) != bind(model, params)(X, T))
+
+
+# Counts.
+
+
+def dit_count(patch, width, depth, channels, classes=0, ratio=4):
+    def dense(a, b):
+        return a * b + b
+
+    hidden = int(ratio * width)
+    embedding = dense(256, width) + dense(width, width)
+    embedding += (classes + 1) * width if classes else 0
+    block = (
+        dense(width, 6 * width)
+        + 4 * dense(width, width)
+        + dense(width, hidden)
+        + dense(hidden, width)
+    )
+    pixels = patch**2 * channels
+    ends = dense(pixels, width) + dense(width, 2 * width) + dense(width, pixels)
+    return ends + embedding + depth * block
+
+
+@pytest.mark.parametrize(
+    "fields, classes", [({}, 0), ({}, 3), ({"depth": 1, "width": 8}, 0)]
+)
+def test_the_parameters_of_a_dit_are_counted_by_hand(fields, classes):
+    fields = SMALL | fields
+    model = DiT(**fields, num_classes=classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), X, T)["params"]
+    count = dit_count(fields["patch"], fields["width"], fields["depth"], 3, classes)
+    assert size(shapes) == count
+
+
+def test_dit_s_2_on_cifar_has_about_33_million():
+    model = DiT(patch=2, width=384, depth=12, num_heads=6)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((32, 32, 3)), T)
+    assert size(shapes) == dit_count(2, 384, 12, 3)
+    assert 32e6 < size(shapes) < 34e6
+
+
+def test_the_parameters_of_an_mlp_are_counted_by_hand():
+    width, depth, d = 16, 3, X.size
+    ends = d * width + width + width * d + d
+    embedding = 256 * width + width + width**2 + width
+    assert size(init(MLP(width, depth))) == ends + embedding + depth * 3 * (
+        width**2 + width
+    )
+
+
+# Heads and gates.
+
+
+def test_gates_of_one_are_no_gates(small):
+    _, _, apply = small
+    found = apply(X, T, None, jnp.ones((2, 2)))
+    np.testing.assert_allclose(found, apply(X, T), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer, head", [(0, 0), (0, 1), (1, 0)])
+def test_a_closed_gate_is_a_head_whose_output_weights_are_zero(small, layer, head):
+    model, params, apply = small
+    gates = jnp.ones((2, 2)).at[layer, head].set(0)
+    path = (f"block_{layer}", "attention", "out", "kernel")
+    without = jax.tree.map(lambda p: p, params)  # a copy of the dicts
+    kernel = without[path[0]][path[1]][path[2]][path[3]]
+    assert kernel.shape == (2, 8, 16)  # [heads, width of a head, width]
+    without[path[0]][path[1]][path[2]][path[3]] = kernel.at[head].set(0)
+    found = apply(X, T, None, gates)
+    np.testing.assert_allclose(found, bind(model, without)(X, T), rtol=1e-4, atol=1e-5)
+    assert jnp.max(jnp.abs(found - apply(X, T))) > 1e-2
+
+
+def test_the_gradient_of_a_gate_is_that_of_its_output_weights(small):
+    """dL/dgate_h = <dL/dW_O^h, W_O^h> at gates of one."""
+    model, params, _ = small
+
+    def loss(params, gates):
+        return jnp.sum(model.apply({"params": params}, X, T, None, gates) ** 2)
+
+    by_params, by_gates = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.ones((2, 2)))
+    for i in range(2):
+        weights, slopes = (
+            tree[f"block_{i}"]["attention"]["out"]["kernel"]
+            for tree in (params, by_params)
+        )
+        inner = jnp.sum(weights * slopes, axis=(1, 2))
+        np.testing.assert_allclose(by_gates[i], inner, rtol=2e-3, atol=1e-3)
+
+
+# Tokens.
+
+
+def test_with_every_head_closed_a_patch_sees_only_itself(small):
+    """So patches go back where they came from, in rows and in columns."""
+    _, _, apply = small
+
+    def influence(gates):
+        """Which input patch changes which output patch: [2, 3, 2, 3] bool."""
+        jacobian = jax.jit(jax.jacrev(lambda x: apply(x, T, None, gates)))(X)
+        split = jacobian.reshape(2, 2, 3, 2, 3, 2, 2, 3, 2, 3)
+        return np.asarray(jnp.any(split != 0, axis=(1, 3, 4, 6, 8, 9)))
+
+    closed = influence(jnp.zeros((2, 2))).reshape(6, 6)
+    np.testing.assert_array_equal(closed, np.eye(6, dtype=bool))
+    assert influence(jnp.ones((2, 2))).all()
+
+
+def test_without_positions_patches_can_change_places(monkeypatch, small):
+    """A transformer is equivariant: only position_features tells places apart."""
+    model, params, apply = small
+
+    def swap(x):  # the first and the last column of patches
+        return jnp.concatenate([x[:, 4:], x[:, 2:4], x[:, :2]], axis=1)
+
+    assert jnp.max(jnp.abs(apply(swap(X), T) - swap(apply(X, T)))) > 1e-2
+    monkeypatch.setattr(dit, "position_features", lambda r, c, w: jnp.zeros((r * c, w)))
+    blind = bind(model, params)
+    np.testing.assert_allclose(
+        blind(swap(X), T), swap(blind(X, T)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_every_place_has_its_own_position():
+    features = np.asarray(dit.position_features(5, 3, 16))
+    assert features.shape == (15, 16)
+    assert len(np.unique(features.round(5), axis=0)) == 15
+    np.testing.assert_allclose((features**2).sum(1), 8, rtol=1e-5)  # sin^2 + cos^2
+
+
+def test_attention_is_softmax_of_scaled_products(key):
+    """softmax(Q K^T / sqrt(d_h)) V per head, by hand."""
+    layer = dit.Attention(num_heads=2)
+    h = jax.random.normal(key, (5, 8))
+    params = filled(layer.init(key, h)["params"], 0.5)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    total = p["out"]["bias"].copy()
+    for head in range(2):
+        q, k, v = (
+            np.asarray(h) @ p[name]["kernel"][:, head] + p[name]["bias"][head]
+            for name in ("query", "key", "value")
+        )
+        weights = np.exp(q @ k.T / 2)  # sqrt(4) = 2
+        weights /= weights.sum(axis=1, keepdims=True)
+        total = total + weights @ v @ p["out"]["kernel"][head]
+    found = layer.apply({"params": params}, h)
+    np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
+
+
+# Labels and time.
+
+
+def test_labels_tell_networks_apart(conditional):
+    answers = [conditional(X, T, jnp.int32(c)) for c in range(4)]
+    for i in range(4):
+        for j in range(i):
+            assert jnp.max(jnp.abs(answers[i] - answers[j])) > 1e-3
+
+
+def test_no_label_is_the_label_after_the_last(conditional):
+    none = conditional(X, T)
+    np.testing.assert_allclose(none, conditional(X, T, jnp.int32(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=1)])
+def test_an_unconditional_network_refuses_a_label(model):
+    with pytest.raises(ValueError, match="set num_classes"):
+        jax.eval_shape(model.init, jax.random.key(0), X, T, 0)
+
+
+def test_time_features_are_cosines_and_sines():
+    found = np.asarray(time_features(jnp.float32(0.25), 8))
+    angles = 250 * 10_000.0 ** -(np.arange(4) / 4)
+    truth = np.concatenate([np.cos(angles), np.sin(angles)])
+    np.testing.assert_allclose(found, truth, atol=2e-4)
+
+
+def test_time_shows(small):
+    _, _, apply = small
+    assert jnp.max(jnp.abs(apply(X, T) - apply(X, T + 0.5))) > 1e-2
+
+
+# One point, one function.
+
+
+def test_vmap_is_a_loop(small):
+    _, _, apply = small
+    xs, ts = jnp.stack([X, -X, 2 * X]), jnp.array([0.1, 0.5, 2.0])
+    batch = jax.vmap(lambda x, t: apply(x, t))(xs, ts)
+    for x, t, together in zip(xs, ts, batch, strict=True):
+        np.testing.assert_allclose(together, apply(x, t), rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_is_close_to_float32(small):
+    _, params, apply = small
+    half = DiT(**SMALL, dtype="bfloat16")
+    truth, found = apply(X, T), bind(half, params)(X, T)
+    assert found.dtype == jnp.float32  # the loss is not computed in bfloat16
+    error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
+    assert 0 < error < 0.05
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(init(half)))
+
+
+@pytest.mark.parametrize("make", [lambda p: DiT(**SMALL, dropout=p),
+                                  lambda p: MLP(16, 2, dropout=p)])  # fmt: skip
+def test_dropout_is_noise_in_training_only(make):
+    model = make(0.5)
+    params = filled(init(model))
+
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, X, T, train=True, rngs=rngs)
+
+    still = bind(make(0.0), params)(X, T)
+    np.testing.assert_array_equal(bind(model, params)(X, T), still)
+    assert jnp.any(train(0) != train(1))
+
+
+def test_an_mlp_is_its_formula():
+    """h + W_2 silu(W_1 silu(h) + W_t e) / sqrt(depth), depth times, by hand."""
+    model = MLP(width=8, depth=2)
+    x = jnp.array([0.5, -1.0, 2.0])
+    params = filled(init(model, x))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def silu(a):
+        return a / (1 + np.exp(-a))
+
+    def dense(name, a, at=p):
+        return a @ at[name]["kernel"] + at[name]["bias"]
+
+    inner = p["Embedding_0"]
+    e = dense("time_in", np.asarray(time_features(T), np.float64), inner)
+    e = silu(dense("time_out", silu(e), inner))
+    h = dense("input", np.asarray(x))
+    for i in range(2):
+        a = dense(f"block_{i}_in", silu(h)) + dense(f"block_{i}_time", e)
+        h = h + dense(f"block_{i}_out", silu(a)) / np.sqrt(2)
+    found = bind(model, params)(x, T)
+    np.testing.assert_allclose(found, dense("output", silu(h)), rtol=1e-3, atol=1e-4)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    "fields, shape, words",
+    [
+        ({"patch": 3}, (4, 6, 3), "model.patch=3 must divide the image, 4x6"),
+        ({"patch": 0}, (4, 6, 3), "model.patch=0"),
+        ({"num_heads": 3}, (4, 6, 3), "model.num_heads=3 must divide model.width=16"),
+        ({"width": 18}, (4, 6, 3), "model.width=18 must be a multiple of 4"),
+        ({}, (24,), r"images \[h, w, c\], not data of shape \(24,\)"),
+    ],
+)
+def test_a_dit_that_does_not_fit_says_which_number(fields, shape, words):
+    model = DiT(**SMALL | fields)
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape), T)
+
+
+def test_an_mlp_has_no_gates():
+    with pytest.raises(ValueError, match="no attention heads"):
+        MLP(16, 1).init(jax.random.key(0), X, T, gates=jnp.ones((1, 1)))
+
+
+def test_every_network_takes_the_same_call():
+    for model in (DiT(**SMALL), MLP(16, 1)):
+        assert isinstance(model, nn.Module) and type(model) in MODELS.values()
+        shape = jax.eval_shape(model.init_with_output, jax.random.key(0), X, T)[0]
+        assert (shape.shape, shape.dtype) == (X.shape, X.dtype)

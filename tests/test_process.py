@@ -1,0 +1,153 @@
+"""alpha and sigma are the papers' formulas; drift and diffusion follow from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memsep_jax import process
+
+OU = process.ornstein_uhlenbeck()
+VP = process.variance_preserving()
+VE = process.variance_exploding()
+FLOW = process.rectified_flow()
+TIMES = [1e-4, 0.1, 0.5, 0.9]
+N = 10_000
+
+
+def vp_beta(t):
+    return 0.1 + 19.9 * t
+
+
+def vp_integral(t):
+    return 0.1 * t + 9.95 * t**2
+
+
+FORMULAS = {  # process, alpha, sigma, drift, diffusion^2
+    "ou": (
+        OU,
+        lambda t: np.exp(-t / 2),
+        lambda t: np.sqrt(1 - np.exp(-t)),
+        lambda t: -0.5,
+        lambda t: 1.0,
+    ),
+    "vp": (
+        VP,
+        lambda t: np.exp(-vp_integral(t) / 2),
+        lambda t: np.sqrt(1 - np.exp(-vp_integral(t))),
+        lambda t: -vp_beta(t) / 2,
+        vp_beta,
+    ),
+    "ve": (VE, lambda t: 1.0, lambda t: t, lambda t: 0.0, lambda t: 2 * t),
+    "flow": (
+        FLOW,
+        lambda t: 1 - t,
+        lambda t: t,
+        lambda t: -1 / (1 - t),
+        lambda t: 2 * t / (1 - t),
+    ),
+}
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_alpha_sigma_drift_and_diffusion_are_the_formulas(name, t, x64):
+    made, *formulas = FORMULAS[name]
+    at = jnp.asarray(t)
+    found = (
+        made.alpha(at),
+        made.sigma(at),
+        process.drift(made, at),
+        process.diffusion2(made, at),
+    )
+    truth = [formula(t) for formula in formulas]
+    np.testing.assert_allclose(np.stack(found), truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("made", [OU, VP])
+def test_variance_is_preserved(made, x64):
+    t = jnp.asarray(0.3)
+    np.testing.assert_allclose(made.alpha(t) ** 2 + made.sigma(t) ** 2, 1, rtol=1e-14)
+
+
+def test_sigma_keeps_its_digits_in_float32_at_small_t():
+    """sqrt(1 - exp(-t)) would lose them all: sigma -> sqrt(t)."""
+    t = jnp.float32(1e-8)
+    np.testing.assert_allclose(OU.sigma(t), 1e-4, rtol=1e-6)
+
+
+def test_vp_runs_through_edms_range_of_noise(x64):
+    """s = sqrt(exp(9.95 t^2 + .1 t) - 1), from .0010005 to 152.167 on [1e-5, 1]."""
+    t = jnp.array([1e-5, 0.3, 1.0])
+    s = process.noise_to_signal(VP, t)
+    truth = np.sqrt(np.expm1(9.95 * np.asarray(t) ** 2 + 0.1 * np.asarray(t)))
+    np.testing.assert_allclose(s, truth, rtol=1e-12)
+    np.testing.assert_allclose(s[jnp.array([0, 2])], [0.0010005, 152.167], rtol=1e-4)
+
+
+@pytest.mark.parametrize("made", [OU, VP, VE, FLOW])
+def test_perturb_is_alpha_x0_plus_sigma_eps(made, key, x64):
+    x0, eps = jax.random.normal(key, (2, 3, 4))
+    t = jnp.asarray(0.4)
+    found = process.perturb(made, x0, t, eps)
+    np.testing.assert_allclose(
+        found, made.alpha(t) * x0 + made.sigma(t) * eps, rtol=1e-14
+    )
+
+
+# Laws of t. The empirical CDF has standard error at most 1 / (2 sqrt(n)) anywhere.
+
+CDFS = {
+    "beta": (process.beta(0.8, 2.0), lambda u: 1.8 * u**0.8 - 0.8 * u**1.8),
+    "beta to 3": (
+        process.beta(0.8, 2.0, 3.0),
+        lambda u: 1.8 * (u / 3) ** 0.8 - 0.8 * (u / 3) ** 1.8,
+    ),
+    "uniform": (process.uniform(0.5, 2.0), lambda u: (u - 0.5) / 1.5),
+    "log_uniform": (
+        process.log_uniform(0.02, 100.0),
+        lambda u: np.log(u / 0.02) / np.log(5_000),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CDFS)
+def test_laws_of_t_have_their_cdf(name, key):
+    law, cdf = CDFS[name]
+    draws = np.sort(jax.jit(jax.vmap(law))(jax.random.split(key, N)))
+    distance = np.abs(cdf(draws.astype(np.float64)) - (np.arange(N) + 0.5) / N).max()
+    assert distance < 4 * 0.5 / np.sqrt(N)
+
+
+def test_half_of_the_beta_law_is_where_the_paper_says():
+    assert CDFS["beta"][1](0.5) == pytest.approx(0.80409, abs=1e-5)
+
+
+def test_the_beta_law_has_mean_two_sevenths(key):
+    draws = jax.jit(jax.vmap(process.beta(0.8, 2.0)))(jax.random.split(key, N))
+    error = np.sqrt(0.8 * 2 / (2.8**2 * 3.8) / N)
+    assert abs(draws.mean() - 2 / 7) < 4 * error
+
+
+def test_log_normal_has_edms_moments(key):
+    logs = jnp.log(jax.jit(jax.vmap(process.log_normal()))(jax.random.split(key, N)))
+    assert abs(logs.mean() + 1.2) < 4 * 1.2 / np.sqrt(N)
+    assert abs(logs.std() - 1.2) < 4 * 1.2 / np.sqrt(2 * N)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: process.variance_preserving(20.0, 0.1), "beta_max=0.1"),
+        (lambda: process.variance_preserving(-1.0, 1.0), "beta_min=-1.0"),
+        (lambda: process.uniform(1.0, 1.0), "t_min=1.0, t_max=1.0"),
+        (lambda: process.uniform(-0.1, 1.0), "0 <= t_min < t_max"),
+        (lambda: process.log_uniform(0.0, 1.0), "0 < t_min < t_max"),
+        (lambda: process.beta(0.0, 2.0), "a=0.0"),
+        (lambda: process.beta(1.0, 2.0, -1.0), "t_max=-1.0"),
+        (lambda: process.log_normal(std=0.0), "std=0.0"),
+    ],
+)
+def test_a_law_that_does_not_exist_is_refused_with_its_numbers(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,224 @@
+"""Flows are exact where the answer is known, and copy or generalize as they must."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memsep_jax import data, empirical, memorization, mixture, process, sampling
+
+OU = process.ornstein_uhlenbeck()
+VE = process.variance_exploding()
+PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
+RANGES = {  # where each process is a process
+    "ornstein_uhlenbeck": (0.05, 4.0),
+    "variance_preserving": (0.01, 0.8),
+    "variance_exploding": (0.05, 10.0),
+    "rectified_flow": (0.05, 0.9),
+}
+
+
+def gaussian():
+    return mixture.Mixture(
+        jnp.zeros(1), jnp.array([[1.0, -0.5]]), jnp.array([[0.3, 2.0]])
+    )
+
+
+def exact_flow(made, x, t, t_next):
+    """One Gaussian: x - alpha mu scales with the standard deviation of X_t."""
+    then, now = (mixture.diffuse(gaussian(), made, s) for s in (t, t_next))
+    scale = jnp.sqrt(now.variances[0] / then.variances[0])
+    return now.means[0] + scale * (x - then.means[0])
+
+
+# Grids.
+
+
+@pytest.mark.parametrize("name", sampling.TIME_GRIDS)
+def test_grids_fall_from_t_max_to_t_min_exactly(name):
+    times = np.asarray(sampling.TIME_GRIDS[name](0.002, 80.0, 17))
+    assert times.shape == (18,)
+    assert np.all(np.diff(times) < 0)
+    np.testing.assert_allclose(times[[0, -1]], [80.0, 0.002], rtol=1e-6)
+
+
+def test_the_edm_grid_is_its_formula(x64):
+    times = sampling.edm_times(0.002, 80.0, 17)
+    i = np.arange(18)
+    root = 80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))
+    np.testing.assert_allclose(times, root**7, rtol=1e-12)
+
+
+def test_the_log_grid_has_equal_ratios(x64):
+    times = np.asarray(sampling.log_times(1e-3, 8.0, 30))
+    np.testing.assert_allclose(times[1:] / times[:-1], (1e-3 / 8) ** (1 / 30))
+
+
+@pytest.mark.parametrize("name", sampling.TIME_GRIDS)
+@pytest.mark.parametrize(
+    "grid, words",
+    [
+        ((1.0, 1.0, 5), "t_min=1.0, t_max=1.0"),
+        ((0.0, 1.0, 5), "0 < t_min"),
+        ((2.0, 1.0, 5), "t_min=2.0"),
+        ((0.1, 1.0, 0), "steps=0"),
+    ],
+)
+def test_a_grid_that_does_not_fall_is_refused(name, grid, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.TIME_GRIDS[name](*grid)
+
+
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(ValueError, match="'rk4' is not one of .*ddim.*euler.*heun"):
+        sampling.ode(lambda x, t: x, OU, jnp.ones(2), method="rk4")
+
+
+# The probability flow of one Gaussian.
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("ddim", 1)])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_solvers_converge_to_the_exact_flow_at_their_order(name, method, order, x64):
+    made, (low, high) = PROCESSES[name], RANGES[name]
+    x = jnp.array([0.4, 1.5])
+    truth = exact_flow(made, x, jnp.asarray(high), jnp.asarray(low))
+    score_fn = mixture.score(gaussian(), made)
+    errors = []
+    for steps in (100, 200):
+        times = sampling.log_times(low, high, steps)
+        flow = sampling.ode(score_fn, made, times, method, denoise=False)
+        errors.append(jnp.linalg.norm(jax.jit(flow)(x) - truth))
+    assert errors[1] < 0.1 * 10 ** (-order) * 5
+    assert float(jnp.log2(errors[0] / errors[1])) == pytest.approx(order, abs=0.2)
+
+
+def test_the_last_step_of_tweedie_is_the_posterior_mean(x64):
+    """Gaussian: E[X_0 | x] = mu + alpha S / (alpha^2 S + v) (x - alpha mu)."""
+    times, x = sampling.log_times(0.05, 4.0, 10), jnp.array([0.4, 1.5])
+    score_fn = mixture.score(gaussian(), OU)
+    raw = jax.jit(sampling.ode(score_fn, OU, times, denoise=False))(x)
+    found = jax.jit(sampling.ode(score_fn, OU, times))(x)
+    truth, law = gaussian(), mixture.diffuse(gaussian(), OU, times[-1])
+    gain = OU.alpha(times[-1]) * truth.variances[0] / law.variances[0]
+    np.testing.assert_allclose(
+        found, truth.means[0] + gain * (raw - law.means[0]), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ddim_is_exact_when_the_denoiser_does_not_move(name, x64):
+    """n = 1: in one step, x = alpha x_1 + sigma (x_T - alpha_T x_1) / sigma_T."""
+    made, (low, high) = PROCESSES[name], RANGES[name]
+    point, x = jnp.array([0.5, -2.0]), jnp.array([1.0, 3.0])
+    low, high = jnp.asarray(low), jnp.asarray(high)
+    score_fn, times = empirical.score(point[None], made), jnp.stack([high, low])
+    eps = (x - made.alpha(high) * point) / made.sigma(high)
+    found = sampling.ode(score_fn, made, times, "ddim", denoise=False)(x)
+    np.testing.assert_allclose(
+        found, process.perturb(made, point, low, eps), rtol=1e-10
+    )
+    done = sampling.ode(score_fn, made, times, "ddim")(x)
+    np.testing.assert_allclose(done, point, rtol=1e-10)
+
+
+# The reverse SDE.
+
+
+@pytest.mark.parametrize("name", ["ornstein_uhlenbeck", "variance_exploding"])
+def test_the_reverse_sde_ends_in_the_law_of_the_data(name, key):
+    """One Gaussian: Euler-Maruyama's own moments, and these near the truth's."""
+    made, (low, high) = PROCESSES[name], RANGES[name]
+    n, truth = 4_000, gaussian()
+    times = sampling.log_times(low, high, 150)
+    x_key, z_key = jax.random.split(key)
+    start = mixture.sample(x_key, mixture.diffuse(truth, made, times[0]), n)
+    flow = sampling.sde(mixture.score(truth, made), made, times, denoise=False)
+    found = jax.jit(jax.vmap(flow))(start, jax.random.split(z_key, n))
+    found = np.asarray(found, np.float64)
+
+    law = mixture.diffuse(truth, made, times[0])
+    mean, variance = np.asarray(law.means[0]), np.asarray(law.variances[0])
+    f, g2 = jax.vmap(lambda t: (process.drift(made, t), process.diffusion2(made, t)))(
+        times
+    )
+    for i, step in enumerate(np.asarray(times[:-1] - times[1:])):
+        law = mixture.diffuse(truth, made, times[i])
+        pull = g2[i] / law.variances[0]
+        factor = 1 - step * (f[i] + pull)
+        mean = factor * mean + step * pull * law.means[0]
+        variance = factor**2 * variance + step * g2[i]
+
+    error = np.sqrt(np.asarray(variance) / n)
+    assert np.all(abs(found.mean(0) - np.asarray(mean)) < 4 * error)
+    spread = np.asarray(variance) * np.sqrt(2 / n)
+    assert np.all(abs(found.var(0) - np.asarray(variance)) < 4 * spread)
+    end = mixture.diffuse(truth, made, times[-1])
+    np.testing.assert_allclose(variance, end.variances[0], rtol=0.1)
+    np.testing.assert_allclose(mean, end.means[0], atol=0.05)
+
+
+def test_the_reverse_sde_uses_its_key():
+    flow = sampling.sde(lambda x, t: -x, OU, sampling.log_times(0.1, 1.0, 3))
+    one, two = (flow(jnp.ones(4), jax.random.key(seed)) for seed in (0, 1))
+    assert not jnp.any(one == two)
+
+
+# Extremes: the empirical score copies, the truth does not.
+
+
+def test_the_empirical_score_copies_digits_bit_for_bit():
+    """EDM's 18 steps: 35 calls of the optimum, ratio 1, uint8 copies (Gu 2023)."""
+    images = jnp.asarray(data.splits("digits", num_examples=100).train.x)
+    times = sampling.edm_times(0.002, 80.0, 17)
+    draw = sampling.sampler(empirical.score(images, VE), VE, times, (8, 8, 1), "heun")
+    samples = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 24))
+    samples = data.to_uint8(np.asarray(samples))
+    result = memorization.ratio(data.from_uint8(samples), images)
+    assert result.value == 1.0
+    assert np.all(result.neighbours.distances[:, 0] == 0)
+    copied = result.neighbours.indices[:, 0]
+    np.testing.assert_array_equal(samples, data.to_uint8(np.asarray(images))[copied])
+    assert len(set(copied.tolist())) > 10  # and not always the same one
+
+
+def test_the_true_score_of_a_mixture_gives_the_null_level(key):
+    """Its samples are flagged as often as fresh draws, 3^-2 in the plane."""
+    truth_key, data_key, fresh_key, sample_key = jax.random.split(key, 4)
+    truth = mixture.separated(truth_key, 4, 2)
+    training = mixture.sample(data_key, truth, 500)
+    fresh, m = mixture.sample(fresh_key, truth, 4_000), 2_000
+    times = sampling.log_times(1e-3, 8.0, 60)
+    draw = sampling.sampler(mixture.score(truth, OU), OU, times, (2,))
+    samples = jax.jit(jax.vmap(draw))(jax.random.split(sample_key, m))
+    result = memorization.ratio(samples, training, held_out=fresh)
+    error = np.sqrt(result.null * (1 - result.null) * (1 / m + 1 / 4_000))
+    assert abs(result.value - result.null) < 4 * error
+    assert result.null == pytest.approx(1 / 9, abs=0.04)
+
+
+# Sample i depends on (seed, i).
+
+
+@pytest.mark.parametrize("method", ["heun", "ddim", "sde"])
+def test_a_sample_does_not_depend_on_its_batch(method, key):
+    points = jax.random.normal(key, (6, 4))
+    times = sampling.edm_times(0.002, 80.0, 5)
+    draw = sampling.sampler(empirical.score(points, VE), VE, times, (4,), method)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(14))
+    whole = jax.jit(jax.vmap(draw))(keys)
+    sevens = jax.jit(jax.vmap(draw))(keys[7:])
+    alone = jax.jit(draw)(keys[9])
+    # To rounding: XLA may add up a matrix product of another shape in another order.
+    np.testing.assert_allclose(sevens, whole[7:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(alone, whole[9], rtol=1e-5, atol=1e-6)
+    assert len(np.unique(np.asarray(whole).round(2), axis=0)) > 2
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_sampling_starts_from_the_noise_of_its_process(name, key):
+    made, t = PROCESSES[name], jnp.float32(0.8)
+    x = sampling.prior(key, made, t, (20_000,))
+    v = float(made.sigma(t)) ** 2
+    assert abs(x.mean()) < 4 * np.sqrt(v / 20_000)
+    assert abs(x.var() - v) < 4 * v * np.sqrt(2 / 20_000)

@@ -1,0 +1,206 @@
+"""Noise, denoiser, velocity and score say the same thing in different units."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memsep_jax import empirical, process, score, train
+
+PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
+EACH = pytest.mark.parametrize("name", PROCESSES)
+EVERY = pytest.mark.parametrize("kind", score.PREDICTIONS)
+DATA = np.random.default_rng(0).normal(size=(5, 3))
+X = np.array([0.3, -0.8, 1.1])
+
+
+def truth(made):
+    """The empirical score of five points, as good a score as any."""
+    return empirical.score(jnp.asarray(DATA), made)
+
+
+@EACH
+def test_noise_and_denoiser_round_trip(name, x64):
+    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
+    score_fn = truth(made)
+    want = score_fn(x, t)
+    denoise = score.to_denoiser(score_fn, made)
+    np.testing.assert_allclose(
+        denoise(x, t), empirical.denoiser(jnp.asarray(DATA), made)(x, t), rtol=1e-10
+    )
+    found = score.from_denoiser(denoise, made)(x, t)
+    np.testing.assert_allclose(found, want, rtol=1e-10)
+
+    def noise(x, t):  # E[eps | x]
+        return (x - made.alpha(t) * denoise(x, t)) / made.sigma(t)
+
+    np.testing.assert_allclose(score.from_noise(noise, made)(x, t), want, rtol=1e-10)
+
+
+@EACH
+def test_velocity_round_trips(name, x64):
+    """v = alpha' E[x0 | x] + sigma' E[eps | x]."""
+    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
+    denoise = empirical.denoiser(jnp.asarray(DATA), made)
+
+    def velocity(x, t):
+        noise = (x - made.alpha(t) * denoise(x, t)) / made.sigma(t)
+        rate_a, rate_s = jax.grad(made.alpha)(t), jax.grad(made.sigma)(t)
+        return rate_a * denoise(x, t) + rate_s * noise
+
+    found = score.from_velocity(velocity, made)(x, t)
+    np.testing.assert_allclose(found, truth(made)(x, t), rtol=1e-10)
+
+
+@EACH
+def test_velocity_is_the_slope_of_the_flow(name, x64):
+    """dx/dt = f x - g^2 score / 2 = E[alpha' x0 + sigma' eps | x]."""
+    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
+    slope = (
+        process.drift(made, t) * x - process.diffusion2(made, t) * truth(made)(x, t) / 2
+    )
+    found = score.from_velocity(lambda x, t: slope, made)(x, t)
+    np.testing.assert_allclose(found, truth(made)(x, t), rtol=1e-10)
+
+
+@pytest.mark.parametrize("t", [1e-4, 0.1, 0.9])
+@EVERY
+@EACH
+def test_a_network_that_answers_the_target_has_the_score_of_the_noise(
+    name, kind, t, x64
+):
+    """score = -eps / sigma, whatever the units and the process."""
+    made, t = PROCESSES[name], jnp.asarray(t)
+    prediction = score.PREDICTIONS[kind](made)
+    x0, eps = jnp.asarray(DATA[0]), jnp.asarray(X)
+    answer = score.target(prediction, made, x0, t, eps)
+    seen = []
+
+    def network(x, level):
+        seen.append((x, level))
+        return answer
+
+    x_t = process.perturb(made, x0, t, eps)
+    found = score.from_network(network, prediction, made)(x_t, t)
+    np.testing.assert_allclose(found, -eps / made.sigma(t), rtol=1e-6)
+    (x, level), noise = seen[0], made.sigma(t) / made.alpha(t)
+    np.testing.assert_allclose(level, jnp.log(noise) / 4, rtol=1e-12)
+    np.testing.assert_allclose(x, prediction.scale(t) * x_t, rtol=1e-12)
+
+
+def test_targets_are_what_their_names_say(x64):
+    x0, eps, t = jnp.asarray(DATA[0]), jnp.asarray(X), jnp.asarray(0.4)
+    for made in PROCESSES.values():
+        rates = jax.grad(made.alpha)(t), jax.grad(made.sigma)(t)
+        wanted = {
+            "noise": eps,
+            "denoiser": x0,
+            "velocity": rates[0] * x0 + rates[1] * eps,
+            "score": -eps / made.sigma(t),
+        }
+        for kind, want in wanted.items():
+            prediction = score.PREDICTIONS[kind](made)
+            found = score.target(prediction, made, x0, t, eps)
+            np.testing.assert_allclose(found, want, rtol=1e-9, err_msg=kind)
+
+
+def test_the_velocity_of_the_rectified_flow_is_noise_minus_data(x64):
+    made = process.rectified_flow()
+    found = score.target(
+        score.velocity(made), made, jnp.asarray(DATA[0]), jnp.asarray(0.7), X
+    )
+    np.testing.assert_allclose(found, X - DATA[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.3, 0.95])
+@pytest.mark.parametrize("sigma_data", [0.5, 2.2])
+@EACH
+def test_edm_gives_inputs_and_targets_unit_variance(name, sigma_data, t, x64):
+    """For data of variance sigma_data^2: both are linear in x0 and eps."""
+    made, t = PROCESSES[name], jnp.asarray(t)
+    edm = score.edm(made, sigma_data)
+
+    def variance(of):
+        x0, eps = jax.grad(of, (0, 1))(jnp.asarray(0.3), jnp.asarray(-1.2))
+        return (x0 * sigma_data) ** 2 + eps**2
+
+    asked = variance(lambda x0, eps: score.target(edm, made, x0, t, eps))
+    shown = variance(lambda x0, eps: edm.scale(t) * process.perturb(made, x0, t, eps))
+    np.testing.assert_allclose([asked, shown], [1, 1], rtol=1e-9)
+
+
+def test_edm_is_the_table_of_its_paper(x64):
+    """c_skip, c_out, c_in, c_noise of Karras 2022, table 1, in EDM's own frame."""
+    edm, s, d = score.edm(process.variance_exploding()), jnp.asarray(0.7), 0.5
+    root = np.sqrt(0.7**2 + d**2)
+    found = [edm.skip(s), edm.out(s), edm.scale(s), edm.level(s)]
+    truth = [d**2 / root**2, 0.7 * d / root, 1 / root, np.log(0.7) / 4]
+    np.testing.assert_allclose(np.stack(found), truth, rtol=1e-12)
+
+
+@EVERY
+@EACH
+def test_the_posterior_mean_minimises_every_loss(name, kind, x64):
+    """Data {-b, b}: at F of the true denoiser the loss is stationary, to 1e-9.
+
+    The expectation over eps is a Gauss-Hermite sum, exact to rounding.
+    """
+    made, t, b = PROCESSES[name], jnp.asarray(0.6), 0.7
+    prediction = score.PREDICTIONS[kind](made)
+    denoise = empirical.denoiser(jnp.array([[-b], [b]]), made)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    eps, weights = jnp.asarray(nodes), jnp.asarray(weights / weights.sum())
+
+    def loss(change):
+        def network(scaled, level):
+            x = scaled / prediction.scale(t)
+            best = (denoise(x, t) - prediction.skip(t) * x) / prediction.out(t)
+            return best + change[0] + change[1] * x + change[2] * jnp.sin(x)
+
+        def one(x0, eps):
+            return train.prediction_loss(
+                network, prediction, made, x0[None], t, eps[None]
+            )
+
+        both = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.array([-b, b]), eps)
+        return jnp.mean(both @ weights)
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(jnp.zeros(3))
+    assert value > 1e-3
+    np.testing.assert_allclose(slope / value, 0, atol=1e-8)
+    curvature = jax.jit(jax.hessian(loss))(jnp.zeros(3))
+    assert np.linalg.eigvalsh(curvature).min() > 0
+
+
+@EACH
+def test_the_noise_loss_and_the_score_loss_are_one(name, x64):
+    """sigma^2 |s - target|^2 = |F - eps|^2."""
+    made, t, (x0, eps) = PROCESSES[name], jnp.asarray(0.3), jnp.asarray(DATA[:2])
+
+    def answer(x, level):
+        return jnp.cos(x) + level
+
+    def as_score(x, level):
+        return -answer(x, level) / made.sigma(t)
+
+    kinds = score.noise(made), score.score(made)
+    one = train.prediction_loss(answer, kinds[0], made, x0, t, eps)
+    other = train.prediction_loss(as_score, kinds[1], made, x0, t, eps)
+    np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_the_score_of_noise_keeps_its_digits_in_float32():
+    """At sigma = 1e-3, where (alpha D - x) / sigma^2 has lost four of them."""
+    made, t = process.variance_exploding(), jnp.float32(1e-3)
+    x0, eps = jnp.float32(DATA[0]), jnp.float32(X)
+    x = process.perturb(made, x0, t, eps)
+    for kind in ("noise", "score"):
+        prediction = score.PREDICTIONS[kind](made)
+        answer = score.target(prediction, made, x0, t, eps)
+        found = score.from_network(lambda x, level, f=answer: f, prediction, made)(x, t)
+        np.testing.assert_allclose(found, -X / 1e-3, rtol=1e-5, err_msg=kind)
+
+
+def test_data_without_spread_are_refused():
+    with pytest.raises(ValueError, match="sigma_data=0"):
+        score.edm(process.variance_exploding(), 0)

@@ -1,0 +1,323 @@
+"""A step is its formula, ends on the mask, and is not taken where it is not finite."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from memsep_jax import process, prune, score, train
+from memsep_jax.models import DiT
+
+W = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([[3.0]])}
+BATCH = jax.random.normal(jax.random.key(3), (8, 3))
+
+
+def loss(params, x, key):
+    """A squared error with noise of its own."""
+    y = jnp.dot(params["a"], x) + params["b"][0, 0]
+    return (y - jax.random.normal(key)) ** 2
+
+
+def linear(params, x, key):
+    """Its gradient is x and 1, whatever the parameters."""
+    return jnp.dot(params["a"], x) + params["b"][0, 0]
+
+
+def stepped(tx, steps=1, loss=loss, mask=None, decay=0.9, accumulate=1):
+    state = train.init(W, tx, mask)
+    step = jax.jit(train.make_train_step(loss, tx, decay, accumulate))
+    for _ in range(steps):
+        state, metrics = step(state, BATCH, jax.random.key(0))
+    return state, metrics
+
+
+def gradient(loss=loss, step=0, params=W):
+    """Of the mean over the batch, with the keys that a step uses."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(BATCH))
+    mean = lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, BATCH, keys))  # noqa: E731
+    return jax.jit(jax.grad(mean))(params)
+
+
+def close(found, truth, rtol=1e-5, atol=1e-6):
+    chex.assert_trees_all_close(found, truth, rtol=rtol, atol=atol)
+
+
+# Losses.
+
+
+def test_the_eps_loss_is_its_formula(x64):
+    """|| F(X_t, t) - eps ||^2 / d."""
+    made, t = process.ornstein_uhlenbeck(), jnp.asarray(0.4)
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+    found = train.noise_loss(lambda p, x, t: p * x + t, 0.3, made, x0, t, eps)
+    x = np.exp(-0.2) * np.asarray(x0) + np.sqrt(1 - np.exp(-0.4)) * np.asarray(eps)
+    np.testing.assert_allclose(found, np.mean((0.3 * x + 0.4 - eps) ** 2), rtol=1e-12)
+
+
+def test_the_noise_prediction_is_the_eps_loss(x64):
+    made, t = process.ornstein_uhlenbeck(), jnp.asarray(0.4)
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+    one = train.noise_loss(lambda p, x, t: jnp.sin(x), None, made, x0, t, eps)
+    other = train.prediction_loss(
+        lambda x, level: jnp.sin(x), score.noise(made), made, x0, t, eps
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", score.PREDICTIONS)
+def test_gradients_are_those_of_finite_differences(kind, x64):
+    made = process.variance_exploding()
+    prediction = score.PREDICTIONS[kind](made)
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+
+    def of(w):
+        network = lambda x, level: jnp.tanh(w @ x) + level  # noqa: E731
+        return train.prediction_loss(
+            network, prediction, made, x0, jnp.asarray(0.4), eps
+        )
+
+    w = jnp.array([[0.1, 0.7], [-0.4, 0.2]])
+    check_grads(jax.jit(of), (w,), order=1, modes=["rev"], rtol=1e-6)
+
+
+# One step of every optimizer, by hand.
+
+
+def adam_by_hand(coupled, decoupled, b1, b2, steps):
+    """Of `linear`, whose gradient g is constant: bias-corrected moments of g + c w."""
+    g = np.asarray(gradient(linear)["a"], np.float64)
+    w, m, v = np.asarray(W["a"], np.float64), 0.0, 0.0
+    for i in range(1, steps + 1):
+        full = g + coupled * w
+        m, v = b1 * m + (1 - b1) * full, b2 * v + (1 - b2) * full**2
+        step = (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
+        w = w - 0.1 * (step + decoupled * w)
+    return w
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_adamw_decays_the_weights_and_not_the_gradient(decay):
+    state, _ = stepped(train.adamw(0.1, decay, 0.8, 0.9), 3, linear)
+    truth = adam_by_hand(0, decay, 0.8, 0.9, 3)
+    np.testing.assert_allclose(state.params["a"], truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_adam_decays_through_the_gradient(decay):
+    state, _ = stepped(train.adam(0.1, decay, 0.8, 0.9), 3, linear)
+    truth = adam_by_hand(decay, 0, 0.8, 0.9, 3)
+    np.testing.assert_allclose(state.params["a"], truth, rtol=1e-5)
+    assert not np.allclose(truth, adam_by_hand(0, 0.7, 0.8, 0.9, 3), rtol=1e-2)
+
+
+def test_sgd_has_momentum_and_coupled_decay():
+    """m <- mu m + g + wd w; w <- w - lr m."""
+    state, _ = stepped(train.sgd(0.1, weight_decay=0.5, momentum=0.8), 2, linear)
+    w, m, g = W, jax.tree.map(jnp.zeros_like, W), gradient(linear)
+    for _ in range(2):
+        m = jax.tree.map(lambda m, g, w: 0.8 * m + g + 0.5 * w, m, g, w)
+        w = jax.tree.map(lambda w, m: w - 0.1 * m, w, m)
+    close(state.params, w)
+
+
+def test_clipping_bounds_the_global_norm():
+    """w - lr g min(1, c / |g|), the norm over all leaves; the metric is unclipped."""
+    g = gradient()
+    norm = float(optax.tree.norm(g))
+    for clip in (0.01, 10 * norm):
+        state, metrics = stepped(train.sgd(0.1, momentum=0.0, clip=clip))
+        factor = min(1.0, clip / norm)
+        close(state.params, jax.tree.map(lambda w, g, f=factor: w - 0.1 * f * g, W, g))
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics["update_norm"], 0.1 * factor * norm, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (partial(train.adamw, 0.0), "optimizer.lr=0.0"),
+        (partial(train.adamw, float("nan")), "optimizer.lr=nan"),
+        (partial(train.adam, 1.0, weight_decay=-1.0), "optimizer.weight_decay=-1.0"),
+        (partial(train.adam, 1.0, b2=1.0), r"optimizer.b2=1.0 must be in \[0, 1\)"),
+        (partial(train.sgd, 1.0, clip=0.0), "optimizer.clip=0.0"),
+        (partial(train.sgd, 1.0, momentum=-0.1), "optimizer.momentum=-0.1"),
+        (partial(train.sgd, 1.0, warmup=-1), "optimizer.warmup=-1"),
+        (partial(train.sgd, 1.0, schedule="step"), "'step' is not one of constant, co"),
+        (partial(train.adam, 1.0, schedule="cosine"), "optimizer.warmup=0 must be bel"),
+    ],
+)
+def test_optimizers_refuse_numbers_that_mean_nothing(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ValueError) as caught:
+        train.adam(-1.0, weight_decay=-2.0, clip=-3.0)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+# Schedules.
+
+
+def test_schedules_warm_up_and_end_where_they_say():
+    flat, cosine = train.constant(0.4, 100, 10), train.cosine(0.4, 100, 10)
+    for schedule in (flat, cosine):
+        np.testing.assert_allclose(
+            [schedule(s) for s in (0, 5, 10)], [0, 0.2, 0.4], rtol=1e-6
+        )
+    np.testing.assert_allclose([flat(55), flat(100)], 0.4, rtol=1e-6)
+    np.testing.assert_allclose([cosine(55), cosine(100)], [0.2, 0], atol=1e-7)
+    at_once = train.constant(0.4)(0), train.cosine(0.4, 100)(0)
+    np.testing.assert_allclose(at_once, 0.4, rtol=1e-6)
+
+
+# The state.
+
+
+def test_the_gradient_of_the_parts_is_that_of_the_whole():
+    tx = train.sgd(0.1, momentum=0.0)
+    whole, metrics = stepped(tx)
+    for accumulate in (2, 4, 8):
+        parts, found = stepped(tx, accumulate=accumulate)
+        close(parts, whole)
+        close(found, metrics)
+
+
+def test_the_ema_is_its_recursion():
+    """e <- d e + (1 - d) w, from the first weights on."""
+    state = train.init(W, train.sgd(0.1))
+    step = jax.jit(train.make_train_step(loss, train.sgd(0.1), 0.7))
+    ema = W
+    close(state.ema, W)
+    for _ in range(4):
+        state, _ = step(state, BATCH, jax.random.key(0))
+        ema = jax.tree.map(lambda e, w: 0.7 * e + 0.3 * w, ema, state.params)
+        close(state.ema, ema)
+
+
+@pytest.mark.parametrize("name", train.OPTIMIZERS)
+def test_a_masked_weight_stays_zero(name):
+    """Through moments, decay, momentum and EMA, from the first state on."""
+    mask = {"a": jnp.array([1.0, 0.0, 1.0]), "b": jnp.zeros(())}
+    tx = train.OPTIMIZERS[name](0.1, weight_decay=0.1)
+    for steps in (0, 1, 5):
+        state = (
+            train.init(W, tx, mask) if not steps else stepped(tx, steps, mask=mask)[0]
+        )
+        for tree in (state.params, state.ema):
+            assert tree["a"][1] == 0 and tree["b"] == 0
+            assert tree["a"][0] != 0 and tree["a"][2] != 0
+
+
+def test_the_mask_of_ones_changes_nothing():
+    free, _ = stepped(train.adamw(0.1), 2)
+    ones = jax.tree.map(jnp.ones_like, W)
+    masked, _ = stepped(train.adamw(0.1), 2, mask=ones)
+    chex.assert_trees_all_equal(free.params, masked.params)
+    chex.assert_trees_all_equal(
+        prune.full_mask(W), {"a": jnp.ones(()), "b": jnp.ones(())}
+    )
+
+
+def test_the_first_state_can_be_donated():
+    """The EMA has buffers of its own."""
+    state = train.init(jax.tree.map(jnp.copy, W), train.adamw(0.1))
+    step = train.make_train_step(loss, train.adamw(0.1), 0.9)
+    state, _ = jax.jit(step, donate_argnums=0)(state, BATCH, jax.random.key(0))
+    assert int(state.step) == 1
+
+
+def test_every_step_has_noise_of_its_own_and_the_same_one_again():
+    """keys = split(fold_in(key, step)): the gradient at step 3 is that of step 3."""
+    tx = train.sgd(0.1, momentum=0.0)
+    before, _ = stepped(tx, 3)
+    after, _ = stepped(tx, 4)
+    g = gradient(step=3, params=before.params)
+    close(after.params, jax.tree.map(lambda w, g: w - 0.1 * g, before.params, g))
+    chex.assert_trees_all_equal(after, stepped(tx, 4)[0])
+
+
+def test_a_step_is_traced_once():
+    chex.clear_trace_counter()
+    tx = train.adamw(0.1, schedule="cosine", steps=10, warmup=2)
+    traced = chex.assert_max_traces(train.make_train_step(loss, tx, 0.9), n=1)
+    step, state = jax.jit(traced, donate_argnums=0), train.init(W, tx)
+    state = jax.tree.map(jnp.copy, state)
+    for i in range(4):
+        state, _ = step(state, BATCH + i, jax.random.key(i))
+    assert int(state.step) == 4
+
+
+# What is not finite.
+
+
+def broken(where):
+    def of(params, x, key):
+        value = linear(params, x, key)
+        if where == "loss":
+            return jnp.where(x[0] == BATCH[5, 0], jnp.nan, 1.0) * value
+        # sqrt(0) = 0, with an infinite slope.
+        return value + jnp.sqrt(jnp.abs(params["b"][0, 0] - 3.0))
+
+    return of
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_is_not_taken(where, accumulate):
+    tx = train.adamw(0.1)
+    first = train.init(W, tx)
+    state, metrics = stepped(tx, loss=broken(where), accumulate=accumulate)
+    chex.assert_trees_all_equal(state, first)
+    assert int(metrics["step"]) == 0  # the count stands still, and the caller sees it
+    assert not np.isfinite(metrics["loss"] + metrics["grad_norm"])
+    assert bool(np.isfinite(metrics["loss"])) == (where == "gradient")
+
+
+def test_an_update_that_is_not_finite_is_not_taken():
+    tx = optax.chain(train.sgd(0.1), optax.scale(jnp.inf))
+    state, metrics = stepped(tx)
+    chex.assert_trees_all_equal(state.params, train.init(W, tx).params)
+    assert np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["update_norm"])
+
+
+def test_a_finite_step_counts():
+    state, metrics = stepped(train.adamw(0.1), 2)
+    assert int(state.step) == int(metrics["step"]) == 2
+
+
+# It learns.
+
+
+def test_a_small_transformer_learns_one_image():
+    """The loss halves in 30 steps, and gradients reach every leaf."""
+    model, made = DiT(patch=2, width=16, depth=1, num_heads=2), process.rectified_flow()
+    prediction = score.velocity(made)
+    image = jnp.sin(jnp.arange(16.0)).reshape(4, 4, 1)
+
+    def image_loss(params, x0, key):
+        t_key, eps_key = jax.random.split(key)
+        t = jax.random.uniform(t_key, minval=0.1, maxval=0.9)
+        eps = jax.random.normal(eps_key, x0.shape)
+        network = lambda x, level: model.apply({"params": params}, x, level)  # noqa: E731
+        return train.prediction_loss(network, prediction, made, x0, t, eps)
+
+    tx = train.adamw(1e-2, clip=1.0)
+    params = jax.jit(model.init)(jax.random.key(0), image, jnp.zeros(()))["params"]
+    state, first = train.init(params, tx), None
+    step = jax.jit(train.make_train_step(image_loss, tx, 0.9))
+    batch = jnp.broadcast_to(image[None], (8, 4, 4, 1))
+    for _ in range(30):
+        state, metrics = step(state, batch, jax.random.key(1))
+        first = metrics["loss"] if first is None else first
+    assert metrics["loss"] < first / 2
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, params)
+    assert all(jax.tree.leaves(moved))
