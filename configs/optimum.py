@@ -2,9 +2,9 @@
 
 python -m memsep_jax.main --config=configs/optimum.py
 
-Every sample is a training image, to the last bit. Variants: `full` (1,000 digits), `cifar`
-(5,000 images of an npz, --config.data.path), `truth` (the other extreme: the true
-score of a mixture gives the null level), `smoke`.
+Every sample is a training image, to the last bit. Variants: `full` (1,000 digits),
+`cifar` (5,000 images of an npz, --config.data.path), `truth` (the other extreme: the
+true score of a mixture gives the null level), `smoke`.
 """
 
 from memsep_jax import defaults

@@ -24,6 +24,7 @@ Learning:
 Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default
   experiments   run(config, workdir); setup, session, record, figures, report
+  command       how a command line becomes a config
   main          the command line
 """
 

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -78,7 +79,8 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
     path = directory / str(step)
     arrays = leaves(tree)
     needed = sum(a.nbytes for a in arrays.values())
-    if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
+    floating = [a for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)]
+    if not all(np.isfinite(a).all() for a in floating):
         raise ArithmeticError(
             f"step {step} holds values that are not finite: not saved"
         )

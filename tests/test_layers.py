@@ -18,7 +18,7 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"empirical", "gap", "lipschitz", "sampling"},
     {"models"},
     {"data", "sources", "train", "prune", "parallel", "checkpoint", "defaults"},
-    {"experiments"},
+    {"experiments", "command"},
     {"main"},
 ]
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
@@ -30,10 +30,10 @@ OWNERS = {  # package: rooms that may import it
     "tensorflow_datasets": {"data", "sources"},
     "sklearn": {"data", "sources"},
     "PIL": {"data", "sources", "experiments"},
-    "ml_collections": {"main", "defaults", "experiments"},
+    "ml_collections": {"main", "command", "defaults"},
     "matplotlib": {"experiments.figures"},
     "jinja2": {"experiments.report"},
-    "absl": {"main", "experiments"},
+    "absl": {"main", "command"},
     # Warnings of what is wrong with the data or the disk, and nothing else.
     "absl.logging": {
         "data",

@@ -10,7 +10,7 @@ import pytest
 from faults import harness
 from faults.conftest import compilation_cache  # noqa: F401
 
-from memsep_jax import main
+from memsep_jax import command
 from memsep_jax.experiments import record
 
 COMMAND = (sys.executable, "-m", "memsep_jax.main")
@@ -202,4 +202,4 @@ setup.build = build
     ],
 )
 def test_other_numbers_go_to_another_directory(argv, name):
-    assert main.default_workdir(argv) == f"runs/{name}"
+    assert command.default_workdir(argv) == f"runs/{name}"

@@ -58,15 +58,16 @@ def as_float(x):
     return data.from_uint8(x) if x.dtype == np.uint8 else x
 
 
-def evaluate(config, parts, session, score_of, weights, about: dict):
+def evaluate(config, parts, session, generate, weights, about: dict):
     """Draws sampler.num_samples samples and measures how many are copies.
 
     Args:
-      score_of: (weights, label or None) -> score_fn.   weights: any pytree.
+      generate: as make_generate gives it.   weights: what it is called with.
       about: further sections of metrics.json; "model" says what the score is.
     """
-    # Chunks belong to these weights and this sampler, and to no others.
-    of = [checkpoint.digest(weights), config.seed, setup.to_json(config)["sampler"]]
+    # Chunks belong to these weights, data and sampler, and to no others.
+    of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
+    of.append(setup.to_json(config)["sampler"])
     tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
     folder = session.workdir / "evaluation" / tag
     mesh = parallel.make_mesh()
@@ -74,7 +75,6 @@ def evaluate(config, parts, session, score_of, weights, about: dict):
     chunk = config.run.chunk
 
     with session.phase("sample"):
-        generate = make_generate(config, parts, mesh, score_of)
         samples = record.in_chunks(
             folder / "samples",
             lambda start, stop: {"x": generate(weights, start, stop)},

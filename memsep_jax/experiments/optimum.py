@@ -4,9 +4,9 @@ Sampling with the empirical score, the minimiser of the training loss, copies th
 training set; sampling with the truth, where it is known, gives the null level.
 """
 
-from memsep_jax import empirical, mixture, sources
+from memsep_jax import empirical, mixture, parallel, sources
 from memsep_jax.experiments import report, setup
-from memsep_jax.experiments.evaluate import evaluate, summary
+from memsep_jax.experiments.evaluate import evaluate, make_generate, summary
 
 
 def run(config, session, resume_step=None):
@@ -17,7 +17,8 @@ def run(config, session, resume_step=None):
         parts = setup.build(config)
         score_of, weights, about = maker(config, parts)
     session.begin(parts.splits.fingerprint)
-    evaluate(config, parts, session, score_of, weights, about)
+    generate = make_generate(config, parts, parallel.make_mesh(), score_of)
+    evaluate(config, parts, session, generate, weights, about)
     session.write_status()  # the report shows the seconds so far
     with session.phase("report"):
         report.write(session.workdir, session.say)

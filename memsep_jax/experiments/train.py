@@ -43,7 +43,8 @@ def run(config, session, resume_step=None):
     for note in parts.notes:
         session.say(f"note: {note}")
     session.say(_describe(parts, config))
-    state = learn(config, parts, session, resume_step)
+    generate = network_samples(config, parts)  # compiled once for all of the run
+    state = learn(config, parts, session, resume_step, generate)
     about = {
         "model": {
             "name": config.model.name,
@@ -54,8 +55,7 @@ def run(config, session, resume_step=None):
         "levels": last_losses(config, parts, session.workdir),
     }
     weights = state.ema if config.sampler.weights == "ema" else state.params
-    score_of = functools.partial(setup.score_fn, parts)
-    evaluate(config, parts, session, score_of, weights, about)
+    evaluate(config, parts, session, generate, weights, about)
     session.write_status()  # the report shows the seconds so far
     with session.phase("report"):
         report.write(session.workdir, session.say)
@@ -89,7 +89,13 @@ def make_step(config, parts, mesh):
     return train_step
 
 
-def learn(config, parts, session, resume_step=None):
+def network_samples(config, parts):
+    """(params, start, stop) -> samples of the network."""
+    score_of = functools.partial(setup.score_fn, parts)
+    return make_generate(config, parts, parallel.make_mesh(), score_of)
+
+
+def learn(config, parts, session, resume_step=None, generate=None):
     """Trains to the last step, from the newest valid checkpoint where there is one."""
     mesh = parallel.make_mesh()
     workdir, steps = session.workdir, config.train.steps
@@ -118,7 +124,8 @@ def learn(config, parts, session, resume_step=None):
         session.say("compiling the train step")
         step_fn = jax.jit(make_step(config, parts, mesh), donate_argnums=0)
         step_fn = step_fn.lower(state, dataset).compile()
-        watch = _Watcher(config, parts, session, mesh)
+        generate = generate or network_samples(config, parts)
+        watch = _Watcher(config, parts, session, generate)
 
     best = min(
         (np.mean(r["held_out_losses"]) for r in record.read_metrics(metrics.path)
@@ -263,10 +270,9 @@ def make_losses(config, parts):
 class _Watcher:
     """What is looked at along training: losses per level, samples, their ratio."""
 
-    def __init__(self, config, parts, session, mesh):
+    def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
-        score_of = functools.partial(setup.score_fn, parts)
-        self.generate = make_generate(config, parts, mesh, score_of)
+        self.generate = generate
         self._losses = jax.jit(make_losses(config, parts))
         points = config.run.evaluate_points
         splits = parts.splits

