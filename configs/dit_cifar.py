@@ -7,6 +7,9 @@ file:
 
 python -m memsep_jax.main --config=configs/dit_cifar.py \
     --config.data.name=npz --config.data.path=cifar10.npz
+
+For a GPU: --dry_run counts 4.7e17 FLOPs. The ratio to expect is not measured yet; the
+paper has 73.8 % for its own DiT. Variants: `full`, `smoke`.
 """
 
 from memsep_jax import defaults

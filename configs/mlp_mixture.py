@@ -1,6 +1,10 @@
 """A residual MLP on a mixture of Gaussians in the papers' OU process (Ye 2025, Fig. 3).
 
 python -m memsep_jax.main --config=configs/mlp_mixture.py
+
+1.4 minutes on 2 CPU cores. 92.4 % [90.6, 93.9] of 1,000 samples are copies of the 100
+points, null level 0.03 % [0.01, 0.1]; with --config.data.num_examples=2000, 1.6
+minutes, 0.1 % [0.02, 0.6]. Variants: `full`, `smoke`.
 """
 
 from memsep_jax import defaults

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import checkpoint, data, memorization, parallel, sampling
-from memsep_jax.experiments import record, setup
+from memsep_jax.experiments import record, report, setup
 
 PAIRS = 12  # samples in each group of the report's pairs
 
@@ -186,8 +186,7 @@ def summary(workdir) -> Table:
     table = Table(title=f"{about['name']}, n = {about['n']:,}", show_header=False)
 
     def share(value, interval):
-        low, high = (f"{100 * end:.3g}" for end in interval)
-        return f"{100 * value:.3g} %  [{low}, {high}]"
+        return f"{report.percent(value)} % {report.between(interval)}"
 
     table.add_row("memorized samples", share(found["ratio"], found["interval"]))
     table.add_row("  of", f"{found['memorized']:,} of {found['samples']:,}")

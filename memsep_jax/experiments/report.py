@@ -120,7 +120,7 @@ def _page(workdir, numbers, images):
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(percent=_percent, between=_between)
+    environment.filters.update(percent=percent, between=between)
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     # The report itself is left out: its time is known only after it is written.
     phases = [(name, seconds[name]) for name in PHASES if name in seconds]
@@ -168,11 +168,12 @@ def _of_images(metrics):
     return len(metrics["data"]["shape"]) == 3
 
 
-def _percent(value):
+def percent(value) -> str:
     """0.989 -> "98.9"; what is neither 0 nor 100 % is not rounded to it."""
     rounded = value in (0, 1) or 0.0005 <= value < 0.9995
     return f"{100 * value:.{1 if rounded else 2}f}"
 
 
-def _between(interval):
-    return f"[{_percent(interval[0])}, {_percent(interval[1])}]"
+def between(interval) -> str:
+    """(0.98, 0.994) -> "[98.0, 99.4]"."""
+    return f"[{percent(interval[0])}, {percent(interval[1])}]"
