@@ -8,7 +8,8 @@ Mathematics (jax only):
   mixture       the known truth: density, score, samples
   empirical     the noised training set: weights, denoiser, score, Jacobian
   score         score_fn(x, t), and how a network's answer becomes one
-  gap           the denoising loss and the noise it is taken over
+  gap           denoising loss, Fisher divergence, loss gap and its saturated value
+  lipschitz     spectral norm of a Jacobian, probes between points, bounds
   sampling      time grids, probability-flow ODE, reverse SDE
   fidelity      Frechet distance, from feature arrays
   memorization  two nearest distinct neighbours, ratio, null level, intervals

@@ -129,3 +129,84 @@ def test_draws_from_nothing_are_refused(key):
         gap.noised(key, jnp.zeros((0, 2)), OU, jnp.float32(1), 3)
     with pytest.raises(ValueError, match="m=0"):
         gap.noised(key, jnp.zeros((2, 2)), OU, jnp.float32(1), 0)
+
+
+# The loss gap.
+
+
+def draws(truth, n, t, m=4_000):
+    """A data set, and m draws of X_t with their noise, in the OU process."""
+    data = mixture.sample(jax.random.key(1), truth, n)
+    return data, *gap.noised(jax.random.key(2), data, OU, t, m)
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 1.0])
+def test_both_sides_of_proposition_4_1_agree_on_the_same_draws(t, x64):
+    """Loss-Gap_t = Fisher(Phat_t, P_t) for one data set, within 4 standard errors."""
+    truth = mixture.separated(jax.random.key(0), 3, D)
+    data, x, eps = draws(truth, 40, t)
+    true, fitted = mixture.score(truth, OU), empirical.score(data, OU)
+
+    def sides(x, eps):
+        noise, s, shat = -eps / OU.sigma(t), true(x, t), fitted(x, t)
+        losses = jnp.sum((noise - s) ** 2) - jnp.sum((noise - shat) ** 2)
+        return losses, jnp.sum((s - shat) ** 2)
+
+    losses, divergence = (np.asarray(a) for a in jax.jit(jax.vmap(sides))(x, eps))
+    error = (losses - divergence).std() / np.sqrt(len(x))
+    assert abs((losses - divergence).mean()) < 4 * error
+    np.testing.assert_allclose(gap.fisher(true, fitted, x, t), divergence.mean())
+    difference = gap.denoising_loss(true, x, eps, OU, t) - gap.denoising_loss(
+        fitted, x, eps, OU, t
+    )
+    np.testing.assert_allclose(difference, losses.mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("t", [0.05, 0.7])
+def test_one_training_point_has_a_closed_form(t, x64):
+    """tr[(I/sqrt v - sqrt v A^-1)^2] + a^2 (x1 - mu)' A^-2 (x1 - mu)."""
+    variances = jnp.linspace(0.2, 3.0, D)
+    truth = mixture.Mixture(jnp.zeros(1), jnp.full((1, D), 0.5), variances[None])
+    x1 = jnp.linspace(-1.0, 2.0, D)[None]
+    a, v = OU.alpha(t), OU.sigma(t) ** 2
+    spread = a**2 * variances + v
+    closed = jnp.sum((1 / jnp.sqrt(v) - jnp.sqrt(v) / spread) ** 2)
+    closed += jnp.sum(a**2 * (x1[0] - 0.5) ** 2 / spread**2)
+    x, _ = gap.noised(jax.random.key(3), x1, OU, t, 20_000)
+    true, fitted = mixture.score(truth, OU), empirical.score(x1, OU)
+    each = jax.vmap(lambda x: gap.fisher(true, fitted, x[None], t))(x)
+    error = np.asarray(each).std() / np.sqrt(len(x))
+    assert abs(each.mean() - closed) < 4 * error
+    got = gap.loss_gap(truth, x1, OU, t, jax.random.key(3), 20_000)
+    np.testing.assert_allclose(got, each.mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.8])
+def test_under_a_standard_normal_the_gap_is_the_information(t, x64):
+    """Loss-Gap_t = I(Phat_t) - 2 d + d v + a^2 mean ||x_i||^2."""
+    data, x, _ = draws(normal(), 25, t, m=20_000)
+    true, fitted = mixture.score(normal(), OU), empirical.score(data, OU)
+    a, v = OU.alpha(t), OU.sigma(t) ** 2
+    rest = -2 * D + D * v + a**2 * jnp.mean(jnp.sum(data**2, axis=1))
+    information = jax.vmap(lambda x: jnp.sum(fitted(x, t) ** 2))(x)
+    divergence = jax.vmap(lambda x: gap.fisher(true, fitted, x[None], t))(x)
+    difference = np.asarray(divergence - information - rest)
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(len(x))
+
+
+def test_saturated_is_d_over_e_to_the_t_minus_one_for_unit_covariance(x64):
+    t = jnp.array([0.01, 0.5, 2.0])
+    got = jax.vmap(lambda t: gap.saturated(jnp.ones(D), OU, t))(t)
+    np.testing.assert_allclose(got, D / jnp.expm1(t), rtol=1e-12)
+    assert gap.saturated(jnp.zeros(D), OU, 0.5) == 0
+
+
+@pytest.mark.parametrize("t", [0.05, 0.1, 0.3])
+def test_the_gap_saturates_below_the_collapse_time(t):
+    """d = 32, n = 1,000, K = 8: t_c = 1.345, and the ratio is 1 up to 0.3 t_c."""
+    truth = mixture.separated(jax.random.key(4), 8, 32)
+    data = mixture.sample(jax.random.key(5), truth, 1_000)
+    t = jnp.float32(t)
+    estimate = jax.jit(lambda key: gap.loss_gap(truth, data, OU, t, key, 1_000))
+    ratio = estimate(jax.random.key(6)) / gap.saturated(jnp.ones(32), OU, t)
+    assert 0.95 < ratio < 1.05
