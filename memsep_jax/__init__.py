@@ -10,7 +10,7 @@ Mathematics (jax only):
   score         score_fn(x, t), and how a network's answer becomes one
   gap           denoising loss, Fisher divergence, loss gap and its saturated value
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
-  sampling      time grids, probability-flow ODE, reverse SDE
+  sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood
   fidelity      Frechet distance, from feature arrays
   memorization  two nearest distinct neighbours, ratio, null level, intervals
 Networks (flax.linen):

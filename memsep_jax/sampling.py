@@ -1,4 +1,4 @@
-"""From noise to samples: time grids, probability-flow ODE, reverse SDE.
+"""Time grids, probability-flow ODE, reverse SDE, log-likelihood.
 
 A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a batch.
 """
@@ -104,6 +104,57 @@ def sde(score_fn: ScoreFn, process: Process, times, denoise=True):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
     return flow
+
+
+def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
+    """log p_{t_min}(x) of a score's own law, by its probability-flow ODE (Song 2021).
+
+    The change of variables along the flow from t_min to t_max, where the law is taken
+    for the prior N(0, sigma(t_max)^2 I); by Heun's method.
+
+    Args:
+      times: [steps + 1], decreasing, as for `ode`.
+      probes: 0 for the exact trace, d derivatives a step; else Hutchinson's estimate
+        from so many random signs, the same along the whole trajectory.
+    Returns:
+      log_prob: (x [*e], key) -> [] in nats; key is needed for probes only.
+    """
+    if probes < 0:
+        raise ValueError(f"probes={probes} must be 0 (exact trace) or more")
+
+    def slope(x, t):
+        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+
+    def log_prob(x, key=None):
+        if not probes:
+            signs = jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
+        elif key is None:
+            raise ValueError("log_likelihood with probes draws them: give a key")
+        else:
+            signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+
+        def both(x, t):
+            value, push = jax.linearize(lambda x: slope(x, t), x)
+            terms = jax.vmap(lambda v: jnp.sum(v * push(v)))(signs)
+            return value, jnp.mean(terms) if probes else jnp.sum(terms)
+
+        def body(carry, pair):
+            x, gained = carry
+            t, t_next = pair
+            first, trace = both(x, t)
+            second, trace_next = both(x + (t_next - t) * first, t_next)
+            x_next = x + (t_next - t) * (first + second) / 2
+            gained = gained + (t_next - t) * (trace + trace_next) / 2
+            return (x_next.astype(x.dtype), gained.astype(x.dtype)), None
+
+        start = (x, jnp.zeros((), x.dtype))
+        (end, gained), _ = jax.lax.scan(
+            body, start, (times[::-1][:-1], times[::-1][1:])
+        )
+        v = process.sigma(times[0]) ** 2
+        return gained - (jnp.sum(end**2) / v + x.size * jnp.log(2 * jnp.pi * v)) / 2
+
+    return log_prob
 
 
 def sampler(score_fn: ScoreFn, process: Process, times, shape, method="heun"):

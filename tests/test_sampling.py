@@ -222,3 +222,48 @@ def test_sampling_starts_from_the_noise_of_its_process(name, key):
     v = float(made.sigma(t)) ** 2
     assert abs(x.mean()) < 4 * np.sqrt(v / 20_000)
     assert abs(x.var() - v) < 4 * v * np.sqrt(2 / 20_000)
+
+
+# Likelihood.
+
+
+@pytest.mark.parametrize(
+    ("name", "t_min", "t_max"),
+    [("ornstein_uhlenbeck", 0.02, 24.0), ("variance_exploding", 0.1, 4e4)],
+)
+def test_the_likelihood_under_the_true_score_is_that_of_the_truth(
+    name, t_min, t_max, x64
+):
+    """To second order in the steps; t_max is late, so that the prior is the law."""
+    made = PROCESSES[name]
+    truth = mixture.separated(jax.random.key(0), 3, 2, 1.5)
+    x = 2 * jax.random.normal(jax.random.key(1), (10, 2))
+    noised = mixture.diffuse(truth, made, t_min)
+    exact = jax.vmap(lambda x: mixture.log_prob(noised, x))(x)
+    errors = []
+    for steps in (200, 400):
+        times = sampling.log_times(t_min, t_max, steps)
+        log_prob = sampling.log_likelihood(mixture.score(truth, made), made, times)
+        errors.append(np.abs(jax.jit(jax.vmap(log_prob))(x) - exact).max())
+    assert errors[1] < 8e-3  # in nats, where log_prob is about -5
+    assert 3.3 < errors[0] / errors[1] < 4.7
+
+
+def test_the_likelihood_from_random_probes_is_unbiased(x64):
+    truth = mixture.separated(jax.random.key(0), 2, 4, 1.5)
+    score_fn, times = mixture.score(truth, OU), sampling.log_times(0.02, 8.0, 60)
+    x = jnp.array([0.5, -1.0, 2.0, 0.0])
+    exact = jax.jit(sampling.log_likelihood(score_fn, OU, times))(x)
+    estimate = sampling.log_likelihood(score_fn, OU, times, probes=1)
+    keys = jax.random.split(jax.random.key(1), 400)
+    found = np.asarray(jax.jit(jax.vmap(lambda key: estimate(x, key)))(keys))
+    assert found.std() > 0
+    assert abs(found.mean() - exact) < 4 * found.std() / np.sqrt(len(keys))
+
+
+def test_probes_need_a_key_and_a_count():
+    times = sampling.log_times(0.1, 1.0, 2)
+    with pytest.raises(ValueError, match="give a key"):
+        sampling.log_likelihood(lambda x, t: -x, OU, times, probes=1)(jnp.ones(2))
+    with pytest.raises(ValueError, match="probes=-1"):
+        sampling.log_likelihood(lambda x, t: -x, OU, times, probes=-1)
