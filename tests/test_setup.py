@@ -180,8 +180,9 @@ def test_every_violation_is_in_one_list():
     assert first == f"{len(found)} things in the config must change:"
     text = "\n".join(found)
     for words in (
-        "process='variance_exploring' is not known, did you mean 'variance_exploding'?",
-        "times='gamma' is not known",
+        "process.name='variance_exploring' is not known, did you mean "
+        "'variance_exploding'?",
+        "times.name='gamma' is not known",
         "optimizer.lr=-1.0",
         "optimizer.clip=0.0",
         "train.batch_size=6 must be a multiple of 4 devices times train.accumulate=1",
@@ -189,7 +190,7 @@ def test_every_violation_is_in_one_list():
         "sampler.name='hen' is not known, did you mean 'heun'?",
         "t_min=100.0, t_max=80.0",
         "memorization.threshold=1.5",
-        "model='unet' is not known; choose one of dit, mlp",
+        "model.name='unet' is not known; choose one of dit, mlp",
         "num_examples=10000000",
     ):
         assert words in text, words
@@ -207,7 +208,7 @@ def test_every_violation_is_in_one_list():
         ("memorization.near", 1, "memorization.near=1"),
         ("optimizer.schedule", "cosin", "optimizer.schedule='cosin'"),
         ("model.dropout", 1.0, "model.dropout=1.0"),
-        ("prediction.name", "epsilon", "prediction='epsilon' is not known"),
+        ("prediction.name", "epsilon", "prediction.name='epsilon' is not known"),
         ("data.name", "digit", "data.name='digit' is not known, did you mean 'digits'"),
         ("data.labels", "true", "labels"),
         ("seed", -1, "seed=-1"),

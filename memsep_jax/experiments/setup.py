@@ -95,7 +95,7 @@ def call(table: dict, group, what: str, **given):
     Raises: ValueError: an unknown name or field, with the known ones; and whatever
       the constructor has to say.
     """
-    constructor = look_up(table, group.name, what)
+    constructor = look_up(table, group.name, f"{what}.name")
     taken = _arguments(constructor)
     fields = {}
     for field, value in group.items():

@@ -153,7 +153,7 @@ class DiT(nn.Module):
                 f"model.width={self.width} must be a multiple of 4 (two axes, sin, cos)"
             )
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise ValueError("\n".join(wrong))
 
 
 def position_features(rows: int, columns: int, width: int):

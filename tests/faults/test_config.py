@@ -262,8 +262,7 @@ def test_d47_unknown_names_list_the_known_ones():
     for field, (known, wrong, meant) in NAMES.items():
         if field == "prediction.name":
             continue
-        what = field if field.split(".")[0] in ("data", "sampler") else field[:-5]
-        (line,) = [f for f in found if f.startswith(f"{what}={wrong!r} is not known")]
+        (line,) = [f for f in found if f.startswith(f"{field}={wrong!r} is not known")]
         assert all(name in line for name in known), line
         assert meant is None or f"did you mean {meant!r}?" in line
     (line,) = violations(smoke("--config.prediction.name=nose"))
