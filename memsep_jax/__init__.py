@@ -24,7 +24,8 @@ Learning:
   checkpoint    what is on disk is whole, verified, and the newest
 Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default
-  experiments   run(config, workdir); setup, session, record, figures, report
+  experiments   run(config, workdir): train, optimum, report; what they share is
+                setup, session, evaluate, record, trackers, figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

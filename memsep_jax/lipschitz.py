@@ -63,9 +63,7 @@ def midpoints(data, m: int):
     n = len(data)
     if n < 2 or m < 1:
         raise ValueError(f"midpoints: m={m} of n={n} points: m >= 1 and n >= 2")
-    flat = data.reshape(n, -1)
-    # One row of distances at a time: [n, d], never [n, n, d].
-    squares = jax.lax.map(lambda x: jnp.sum((flat - x[None]) ** 2, axis=1), flat)
+    squares = _squares(data)
     first, second = jnp.triu_indices(n, k=1)
     nearest = jnp.argsort(squares[first, second])[:m]
     return (data[first[nearest]] + data[second[nearest]]) / 2
@@ -92,11 +90,16 @@ def empirical_bounds(data, process: Process, t):
     n = len(data)
     if n < 2:
         raise ValueError(f"empirical_bounds: n={n} points: at least 2")
-    flat = data.reshape(n, -1)
-    squares = jax.lax.map(lambda x: jnp.sum((flat - x[None]) ** 2, axis=1), flat)
+    squares = _squares(data)
     smallest = jnp.min(squares + jnp.where(jnp.eye(n, dtype=bool), jnp.inf, 0))
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
     separated = (n - 2) * jnp.exp(-alpha2 * smallest / (4 * v)) <= 2
     low = jnp.where(separated, alpha2 * smallest / (16 * v**2) - 1 / v, 1 / v)
     high = alpha2 * jnp.max(squares) / (4 * v**2) - 1 / v
     return jnp.maximum(low, 1 / v), jnp.maximum(high, 1 / v)
+
+
+def _squares(data):
+    """|| x_i - x_j ||^2 [n, n], a row at a time: never [n, n, d]."""
+    flat = data.reshape(len(data), -1)
+    return jax.lax.map(lambda x: jnp.sum((flat - x[None]) ** 2, axis=1), flat)

@@ -64,6 +64,11 @@ def prediction_loss(network, prediction: Prediction, process: Process, x0, t, ep
     return prediction.weight(t) * jnp.mean(error**2)
 
 
+def example_keys(key, step, size: int):
+    """The keys of the examples of a step.   Returns: [size]."""
+    return jax.random.split(jax.random.fold_in(key, step), size)
+
+
 def make_train_step(
     loss, tx: optax.GradientTransformation, ema_decay: float, accumulate: int = 1
 ):
@@ -99,7 +104,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch, key):
         size = len(jax.tree.leaves(batch)[0])
-        keys = jax.random.split(jax.random.fold_in(key, state.step), size)
+        keys = example_keys(key, state.step, size)
         value, grads = value_and_grad(state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_mask(optax.apply_updates(state.params, updates), state.mask)

@@ -17,3 +17,19 @@ def key():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def off_zero():
+    """params -> params moved at random: adaLN-zero hides the heads of a fresh DiT."""
+
+    def move(params):
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        moved = [
+            p + 0.2 * jax.random.normal(k, p.shape)
+            for p, k in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, moved)
+
+    return move

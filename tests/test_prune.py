@@ -15,17 +15,10 @@ VE = process.variance_exploding()
 
 
 @pytest.fixture(scope="module")
-def params():
+def params(off_zero):
     """Random everywhere, since adaLN-zero starts every block as the identity."""
     x = jnp.zeros((4, 4, 1))
-    params = jax.jit(MODEL.init)(jax.random.key(0), x, jnp.zeros(()))["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        p + 0.2 * jax.random.normal(k, p.shape)
-        for p, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, noisy)
+    return off_zero(jax.jit(MODEL.init)(jax.random.key(0), x, jnp.zeros(()))["params"])
 
 
 def gate_loss(params):

@@ -86,12 +86,7 @@ def evaluate(config, parts, session, generate, weights, about: dict):
 
     with session.phase("neighbours"):
         train_x = np.asarray(parts.splits.train.x)
-        distinct = len(memorization.distinct(train_x))
-        if distinct < 2:
-            raise setup.ConfigError(
-                "the memorization ratio needs two distinct training points and got "
-                f"{distinct}: raise data.num_examples"
-            )
+        distinct = parts.splits.num_distinct
         near = min(config.memorization.near, distinct)
         search = memorization.searcher(train_x, near, chunk)
 
@@ -175,6 +170,16 @@ def _write(config, parts, session, samples, result, about):
             **about,
         },
     )
+
+
+def finish(session):
+    """Draws the report, and shows the person the numbers."""
+    session.write_status()  # the report shows the seconds so far
+    with session.phase("report"):
+        report.write(session.workdir, session.say)
+    session.write_status()  # and the table those of the report
+    session.console.print(summary(session.workdir))
+    session.say(f"report: {session.workdir / 'report.html'}")
 
 
 def summary(workdir) -> Table:

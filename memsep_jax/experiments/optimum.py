@@ -5,8 +5,8 @@ training set; sampling with the truth, where it is known, gives the null level.
 """
 
 from memsep_jax import empirical, mixture, parallel, sources
-from memsep_jax.experiments import report, setup
-from memsep_jax.experiments.evaluate import evaluate, make_generate, summary
+from memsep_jax.experiments import setup
+from memsep_jax.experiments.evaluate import evaluate, finish, make_generate
 
 
 def run(config, session, resume_step=None):
@@ -19,12 +19,7 @@ def run(config, session, resume_step=None):
     session.begin(parts.splits.fingerprint)
     generate = make_generate(config, parts, parallel.make_mesh(), score_of)
     evaluate(config, parts, session, generate, weights, about)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
-        report.write(session.workdir, session.say)
-    session.write_status()
-    session.console.print(summary(session.workdir))
-    session.say(f"report: {session.workdir / 'report.html'}")
+    finish(session)
 
 
 def _empirical(config, parts):

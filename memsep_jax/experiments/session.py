@@ -176,9 +176,9 @@ class Session:
                 + f"\n{WAY_OUT}"
             )
 
-    def write_status(self, **fields):
-        """Adds fields to run.json."""
-        self.status.update(fields, updated=_now())
+    def write_status(self):
+        """Writes run.json as it stands."""
+        self.status["updated"] = _now()
         record.write_json(self.workdir / "run.json", self.status)
 
     def say(self, text: str):

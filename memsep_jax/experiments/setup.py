@@ -96,7 +96,19 @@ def call(table: dict, group, what: str, **given):
       the constructor has to say.
     """
     constructor = look_up(table, group.name, f"{what}.name")
-    taken = _arguments(constructor)
+    fields = arguments(table, group, what, _arguments(constructor))
+    _check_given(constructor, {*fields, *given}, what, group.name)
+    return constructor(**fields, **given)
+
+
+def arguments(table: dict, group, what: str, taken: set) -> dict:
+    """The fields of a group that are given and taken.
+
+    A field of a sibling in the table is left over from another choice of name, and is
+    dropped; one that is nobody's is a mistake.
+
+    Raises: ValueError.
+    """
     fields = {}
     for field, value in group.items():
         if field == "name" or value is None:
@@ -104,14 +116,11 @@ def call(table: dict, group, what: str, **given):
         if field in taken:
             fields[field] = value
         elif not any(field in _arguments(other) for other in table.values()):
-            # A field of a sibling is left over from another choice of name; this is
-            # nobody's.
             raise ValueError(
-                f"{what}.{field} is not an argument of {group.name}"
+                f"{what}.{field} is not an argument of {group['name']}"
                 f"{did_you_mean(field, taken)}; it takes {', '.join(sorted(taken))}"
             )
-    _check_given(constructor, {*fields, *given}, what, group.name)
-    return constructor(**fields, **given)
+    return fields
 
 
 def look_up(table, name, what: str):
@@ -175,9 +184,8 @@ def build(config) -> Parts:
     attempt(_check_batch, config, jax.device_count())
 
     splits = None
-    if not (
-        wrong and config.data.name in REMOTE
-    ):  # nothing is fetched for a bad config
+    # Nothing is fetched for a bad config.
+    if not (wrong and config.data.name in REMOTE):
         try:
             splits = attempt(_splits, config.data)
         except sources.DataError:
@@ -236,13 +244,18 @@ def init_params(parts: Parts, key):
     return jax.jit(parts.model.init)(key, x, jnp.zeros(()), label)["params"]
 
 
+def noise_of(parts: Parts, x0, key):
+    """The time and the noise of one training example, and two keys for the rest."""
+    t_key, eps_key, drop_key, label_key = jax.random.split(key, 4)
+    eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
+    return parts.law(t_key), eps, drop_key, label_key
+
+
 def loss(parts: Parts, config):
     """(params, example: a Dataset of one, key) -> [], the loss of one example."""
 
     def example_loss(params, example, key):
-        t_key, eps_key, drop_key, label_key = jax.random.split(key, 4)
-        t = parts.law(t_key)
-        eps = jax.random.normal(eps_key, example.x.shape, example.x.dtype)
+        t, eps, drop_key, label_key = noise_of(parts, example.x, key)
         label = example.label
         if parts.num_classes and config.train.label_drop:
             dropped = jax.random.bernoulli(label_key, config.train.label_drop)
@@ -278,25 +291,12 @@ def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
 
 
 def _splits(group):
-    # select's arguments are those of every source.
-    shared = {k: v for k, v in group.items() if v is not None}
-    name = shared.pop("name")
-    source = look_up(sources.SOURCES, name, "data.name")
+    source = look_up(sources.SOURCES, group["name"], "data.name")
     own = _arguments(source)
-    select = _arguments(data.select) - {"source"}
-    for field in list(shared):
-        if field in own | select:
-            continue
-        if not any(field in _arguments(other) for other in sources.SOURCES.values()):
-            known = own | select
-            raise ValueError(
-                f"data.{field} is not an argument of {name}"
-                f"{did_you_mean(field, known)}; it takes {', '.join(sorted(known))}"
-            )
-        del shared[field]
-    given = set(shared) | (select & own)
-    _check_given(source, given, "data", name)
-    return data.splits(name, **shared)
+    select = _arguments(data.select) - {"source"}  # those of every source
+    fields = arguments(sources.SOURCES, group, "data", own | select)
+    _check_given(source, {*fields, *(select & own)}, "data", group["name"])
+    return data.splits(group["name"], **fields)
 
 
 def _check_given(constructor, given, what, name):

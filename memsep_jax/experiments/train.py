@@ -22,12 +22,12 @@ from memsep_jax import (
     process,
     train,
 )
-from memsep_jax.experiments import figures, record, report, setup, trackers
+from memsep_jax.experiments import figures, record, setup, trackers
 from memsep_jax.experiments.evaluate import (
     as_float,
     evaluate,
+    finish,
     make_generate,
-    summary,
 )
 from memsep_jax.experiments.session import Interrupted
 
@@ -56,12 +56,7 @@ def run(config, session, resume_step=None):
     }
     weights = state.ema if config.sampler.weights == "ema" else state.params
     evaluate(config, parts, session, generate, weights, about)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
-        report.write(session.workdir, session.say)
-    session.write_status()  # the seconds of this table
-    session.console.print(summary(session.workdir))
-    session.say(f"report: {session.workdir / 'report.html'}")
+    finish(session)
 
 
 def initial_state(config, parts):
@@ -273,6 +268,7 @@ class _Watcher:
     def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
         self.generate = generate
+        self.search = memorization.searcher(parts.splits.train.x)
         self._losses = jax.jit(make_losses(config, parts))
         points = config.run.evaluate_points
         splits = parts.splits
@@ -302,13 +298,11 @@ class _Watcher:
             stop = min(start + chunk, count)
             parts.append(self.generate(state.ema, start, stop))
         samples = np.concatenate(parts)
-        train_x = np.asarray(self.parts.splits.train.x)
         path = self.session.workdir / "samples" / f"step_{step:08d}.png"
         figures.quietly(self.session.say, figures.save_samples, path, samples[:GRID])
-        if len(memorization.distinct(train_x)) < 2:
-            return {}
-        found = memorization.ratio(
-            as_float(samples), train_x, threshold=config.memorization.threshold
+        # The null level is measured once, at the end: the held-out points stay.
+        found = memorization.ratio_of(
+            self.search(as_float(samples)), None, 0, config.memorization.threshold
         )
         return {"ratio": found.value, "ratio_interval": found.interval}
 
@@ -319,12 +313,12 @@ def _not_finite(config, parts, state, session, step, fetched):
     step -= 1  # the state still stands at the step before
     n, size = len(parts.splits.train.x), config.train.batch_size
     batch = data.draw(parts.splits.train, keys.data, step, size, config.train.flip)
-    example_keys = jax.random.split(jax.random.fold_in(keys.train, step), size)
+    example_keys = train.example_keys(keys.train, step, size)
     loss = setup.loss(parts, config)
     grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
         state.params, batch, example_keys
     )
-    t = jax.vmap(lambda key: parts.law(jax.random.split(key, 4)[0]))(example_keys)
+    t = jax.vmap(lambda key: setup.noise_of(parts, batch.x[0], key)[0])(example_keys)
     sigma = jax.vmap(parts.process.sigma)(t)
     counts = {
         name: int((~np.isfinite(leaf)).sum())

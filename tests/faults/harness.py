@@ -83,8 +83,7 @@ record.Metrics.write = write
 TRAIN_ONLY = """
 from memsep_jax.experiments import train
 train.evaluate = lambda *args: None
-train.report.write = lambda *args: None
-train.summary = lambda workdir: "trained"
+train.finish = lambda session: None
 """
 # A line when the save of a checkpoint begins, and one when it has ended.
 ANNOUNCE_SAVES = """

@@ -47,7 +47,7 @@ def tiny(*arguments):
 @pytest.fixture
 def no_report(monkeypatch):
     """Numbers only: no pictures are drawn of a run."""
-    monkeypatch.setattr(experiments.train.report, "write", lambda *args: None)
+    monkeypatch.setattr(experiments.report, "write", lambda *args: None)
 
 
 # 31, 32: values that are not finite.
@@ -499,16 +499,10 @@ IMAGE = jax.random.normal(jax.random.key(1), (8, 8, 1))
 
 
 @pytest.fixture(scope="module")
-def params():
-    made = jax.jit(NET.init)(jax.random.key(0), IMAGE, jnp.zeros(()))["params"]
-    # adaLN-zero hides the heads of a fresh network: move every parameter off zero.
-    leaves, treedef = jax.tree.flatten(made)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [
-        p + 0.2 * jax.random.normal(k, p.shape)
-        for p, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, noisy)
+def params(off_zero):
+    return off_zero(
+        jax.jit(NET.init)(jax.random.key(0), IMAGE, jnp.zeros(()))["params"]
+    )
 
 
 @jax.jit
