@@ -1,108 +1,349 @@
-"""The noised training set Phat_t: weights, denoiser, score, Jacobian.
+"""The noised training set Phat_t: weights, denoiser, score, Jacobian, density.
 
 The empirical score is the global minimiser of the training loss; a network that
-reaches it copies the training set. All sums stream over the data in chunks with a
-running maximum, so they are exact for every chunk size and finite at every sigma.
+reaches it copies the training set.
+
+At scale, the sums over the training set stream over chunks of it: a matrix product
+gives all logits, and those that matter, the few nearest points of each chunk, are
+recomputed by differences, relative to the nearest point so far. As right as
+differences at every sigma, at the speed of the product, and exact for every chunk
+size. Data may be float, or uint8 pixels, which mean u / 127.5 - 1.
 """
 
-import chex
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
-from memsep_jax.process import Process
-from memsep_jax.score import ScoreFn
+from memsep_jax.process import Process, check_time
+from memsep_jax.score import ScoreFn, from_denoiser
+
+CHUNK = 8_192
+CONTENDERS = 16  # of each chunk: recomputed by differences
+NEVER = -1e37  # the log-weight of a point that is left out; finite, as inf - inf is nan
 
 
-def posterior_weights(data, process: Process, x, t):
+class Posterior(NamedTuple):
+    """The law of X_0 given X_t = x under the empirical law."""
+
+    mean: jax.Array  # [*e] the denoiser
+    entropy: jax.Array  # [] in nats: exp of it is how many points x could come from
+    largest: jax.Array  # [] the largest weight
+
+
+class _Sums(NamedTuple):
+    """Of some training points, with logits relative to the likeliest, the anchor."""
+
+    anchor: jax.Array  # [d]
+    log_weight: jax.Array  # [] of the anchor
+    total: jax.Array  # [] sum of exp(logit), at least 1
+    first: jax.Array  # [d] sum of exp(logit) x_i
+    moment: jax.Array  # [] sum of exp(logit) logit
+
+
+def labelled(labels, label):
+    """Log-weights of the label-conditional law: 0 for the points of a class, else -inf.
+
+    Args: labels [n] int, label [].   Returns: [n].
+    Raises: ValueError where no point has the label.
+    """
+    same = jnp.asarray(labels) == label
+    if _is_known(same) and not np.any(same):
+        raise ValueError(
+            f"label={label} is that of no training point: choose one of "
+            f"{np.unique(labels).tolist()}"
+        )
+    return jnp.where(same, 0.0, -jnp.inf)
+
+
+def posterior_weights(
+    data, process: Process, x, t, log_weights=None, temperature: float = 1.0
+):
     """p(X_0 = data[i] | X_t = x): how much each training point explains x.
 
-    Args: data [n, *e], x [*e], t [].   Returns: [n] weights, summing to 1.
+    All at once, and by differences: the oracle of the streaming forms.
+
+    Args: data [n, *e], x [*e], t []; log_weights and temperature as `posterior`.
+    Returns: [n] weights, summing to 1.
     """
-    chex.assert_equal_shape([data[0], x])
-    return jax.nn.softmax(_logits(data, process, x, t))
+    _check_data(data, 1, log_weights, temperature)
+    _check_query(data, x, t)
+    # Differences, not |x|^2 - 2 x.y + |y|^2: that form is wrong in float32 as t -> 0.
+    gaps = x[None] - process.alpha(t) * _floats(data, x.dtype)
+    squares = jnp.sum(gaps**2, axis=tuple(range(1, gaps.ndim)))
+    logits = -squares / (2 * temperature * process.sigma(t) ** 2)
+    return jax.nn.softmax(logits if log_weights is None else logits + log_weights)
 
 
-def denoiser(data, process: Process, chunk: int = 4_096):
-    """E[X_0 | X_t = x] under the empirical law, the theoretical optimum (Gu 2023, 2).
+def posterior(
+    data,
+    process: Process,
+    chunk: int = CHUNK,
+    log_weights=None,
+    temperature: float = 1.0,
+    mesh=None,
+):
+    """X_0 given X_t = x under the empirical law, streaming over the training set.
 
     Args:
-      data: [n, *e] training points.
-      chunk: points looked at together; the value does not depend on it.
+      data: [n, *e] training points, float or uint8. Under jit, better an argument of
+        the compiled function than a constant inside it.
+      chunk: points looked at together; the value does not depend on it, and extra
+        memory grows with it and the batch, never with batch x n.
+      log_weights: [n], need not be normalised: log of how often each point counts;
+        -inf leaves a point out. `labelled` makes those of one class.
+      temperature: the logits are divided by it; above 1 the weights are smoother.
+      mesh: the data are split over its first axis, and their sums combined exactly.
     Returns:
-      (x [*e], t []) -> [*e], a convex combination of training points.
+      (x [*e], t []) -> Posterior.
+    Raises:
+      ValueError: no data, NaN, a chunk below 1, t <= 0, other shapes or dtypes.
     """
-    if len(data) < 1 or chunk < 1:
-        raise ValueError(
-            f"empirical: n={len(data)} points in chunks of {chunk}: both >= 1"
+    sums = _streaming(data, process, chunk, log_weights, temperature, mesh)
+
+    def at(x, t):
+        found = sums(x, t)
+        mean = found.first / found.total
+        some = found.log_weight > NEVER / 2  # else every point was left out
+        return Posterior(
+            jnp.where(some, mean, jnp.nan).reshape(x.shape),
+            jnp.log(found.total) - found.moment / found.total,
+            1 / found.total,
         )
-    blocks, filled = _blocks(data, chunk)
 
-    def denoise(x, t):
-        chex.assert_equal_shape([data[0], x])
-
-        def body(carry, block):
-            top, total, mean = carry
-            points, real = block
-            logits = jnp.where(real, _logits(points, process, x, t), -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits))
-            weights, kept = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-            moved = jnp.tensordot(weights, points, 1, precision="highest")
-            return (new_top, kept * total + jnp.sum(weights), kept * mean + moved), None
-
-        # Not -inf: inf - inf is nan where the first block's weights underflow.
-        lowest = jnp.finfo(x.dtype).min
-        start = (
-            jnp.asarray(lowest, x.dtype),
-            jnp.zeros((), x.dtype),
-            jnp.zeros_like(x),
-        )
-        (_, total, mean), _ = jax.lax.scan(body, start, (blocks, filled))
-        return mean / total
-
-    return denoise
+    return at
 
 
-def score(data, process: Process, chunk: int = 4_096) -> ScoreFn:
+def denoiser(data, process: Process, chunk: int = CHUNK, **options):
+    """E[X_0 | X_t = x] under the empirical law, the theoretical optimum (Gu 2023, 2).
+
+    Args: as `posterior`.
+    Returns: (x [*e], t []) -> [*e], a convex combination of training points.
+    """
+    at = posterior(data, process, chunk, **options)
+    return lambda x, t: at(x, t).mean
+
+
+def score(data, process: Process, chunk: int = CHUNK, **options) -> ScoreFn:
     """The empirical score -(1/sigma^2) sum_i w_i (x - alpha x_i) (Ye 2025, section 3).
 
-    Args: as `denoiser`.   Returns: score_fn(x [*e], t []) -> [*e].
+    Its Jacobian-vector product is `jax.jvp` of it, streaming too. The Jacobian is
+    symmetric, so nothing needs reverse mode, which would keep batch x n weights.
+
+    Args: as `posterior`.   Returns: score_fn(x [*e], t []) -> [*e].
     """
-    denoise = denoiser(data, process, chunk)
-
-    def score_fn(x, t):
-        return (process.alpha(t) * denoise(x, t) - x) / process.sigma(t) ** 2
-
-    return score_fn
+    return from_denoiser(denoiser(data, process, chunk, **options), process)
 
 
-def jacobian(data, process: Process, x, t):
+def log_prob(data, process: Process, chunk: int = CHUNK, log_weights=None, mesh=None):
+    """log phat_t(x), the density of the noised training set.
+
+    Args: as `posterior`.   Returns: (x [*e], t []) -> [] in nats.
+    """
+    sums = _streaming(data, process, chunk, log_weights, 1.0, mesh)
+
+    def at(x, t):
+        found, v = sums(x, t), process.sigma(t) ** 2
+        gap = x.reshape(-1) - process.alpha(t) * found.anchor
+        if log_weights is None:
+            norm = jnp.log(len(data))
+        else:
+            norm = jax.nn.logsumexp(log_weights)
+        return (
+            found.log_weight
+            - norm
+            + jnp.log(found.total)
+            - (jnp.sum(gap**2) / v + x.size * jnp.log(2 * jnp.pi * v)) / 2
+        )
+
+    return at
+
+
+def jacobian(data, process: Process, x, t, log_weights=None, temperature: float = 1.0):
     """d score / d x = -I/v + (alpha/v)^2 Cov_w(x_i), v = sigma^2 (Ye 2025, section 5).
 
-    Args: data [n, *e], x [*e], t [].   Returns: [d, d], d the size of x.
+    Args: as `posterior_weights`.   Returns: [d, d], d the size of x: for small d.
     """
-    weights = posterior_weights(data, process, x, t)
-    points = data.reshape(len(data), -1)
+    weights = posterior_weights(data, process, x, t, log_weights, temperature)
+    points = _floats(data, x.dtype).reshape(len(data), -1)
     mean = jnp.tensordot(weights, points, 1, precision="highest")
     centred = points - mean[None]
     covariance = jnp.matmul(
         (weights[:, None] * centred).T, centred, precision="highest"
     )
     v = process.sigma(t) ** 2
-    return -jnp.eye(x.size) / v + (process.alpha(t) / v) ** 2 * covariance
+    steep = (process.alpha(t) / v) ** 2 / temperature
+    return -jnp.eye(x.size) / v + steep * covariance
 
 
-def _logits(points, process, x, t):
-    # Differences, not |x|^2 - 2 x.y + |y|^2: that form is wrong in float32 as t -> 0.
-    gaps = x[None] - process.alpha(t) * points
-    squares = jnp.sum(gaps**2, axis=tuple(range(1, points.ndim)))
-    return -squares / (2 * process.sigma(t) ** 2)
+def _streaming(data, process, chunk, log_weights, temperature, mesh):
+    """(x, t) -> _Sums over all of the data."""
+    _check_data(data, chunk, log_weights, temperature)
+    n, d = len(data), int(np.prod(data.shape[1:]))
+
+    def gather(points, extra, x, t):
+        scale = process.alpha(t), process.sigma(t) ** 2 * temperature
+        size = min(chunk, len(points))
+
+        def of_chunk(start):
+            # The last one overlaps the one before, where its points counted already.
+            begin = jnp.minimum(start, len(points) - size)
+            rows = jax.lax.dynamic_slice_in_dim(points, begin, size)
+            prior = jax.lax.dynamic_slice_in_dim(extra, begin, size)
+            prior = jnp.where(begin + jnp.arange(size) >= start, prior, NEVER)
+            return _chunk_sums(_floats(rows, x.dtype), prior, x, *scale)
+
+        def body(sums, start):
+            return _merged(sums, of_chunk(start), x, *scale), None
+
+        starts = np.arange(0, len(points), size)
+        return jax.lax.scan(body, of_chunk(0), starts[1:])[0]
+
+    def sums(x, t):
+        _check_query(data, x, t)
+        x, t = jnp.asarray(x).reshape(-1), jnp.asarray(t)
+        points = jnp.asarray(data).reshape(n, d)
+        extra = jnp.zeros(n, x.dtype) if log_weights is None else log_weights
+        extra = jnp.maximum(extra.astype(x.dtype), NEVER)
+        if mesh is None:
+            return gather(points, extra, x, t)
+        axis = mesh.axis_names[0]
+        short = -n % mesh.shape[axis]
+        points = jnp.pad(points, [(0, short), (0, 0)])
+        extra = jnp.pad(extra, (0, short), constant_values=NEVER)
+
+        def on_one_device(points, extra, x, t):
+            parts = jax.lax.all_gather(gather(points, extra, x, t), axis)
+            scale = process.alpha(t), process.sigma(t) ** 2 * temperature
+            whole = jax.tree.map(lambda a: a[0], parts)
+            for i in range(1, mesh.shape[axis]):
+                part = jax.tree.map(lambda a, i=i: a[i], parts)
+                whole = _merged(whole, part, x, *scale)
+            return whole
+
+        split, everywhere = PartitionSpec(axis), PartitionSpec()
+        return jax.shard_map(
+            on_one_device,
+            mesh=mesh,
+            in_specs=(split, split, everywhere, everywhere),
+            out_specs=everywhere,
+            check_vma=False,  # it cannot see that equal gathers give equal sums
+        )(points, extra, x, t)
+
+    return sums
 
 
-def _blocks(data, chunk):
-    """data [n, *e] -> blocks [b, chunk, *e] and which rows are real [b, chunk]."""
+def _chunk_sums(points, prior, x, alpha, v):
+    """_Sums of points [c, d] with log-weights prior [c]."""
+    count = min(CONTENDERS, len(points))
+    # Logits up to a constant, |x|^2 / (2 v), that no weight depends on. Centred by a
+    # point of the data: rounding grows with the norms.
+    squares = jnp.sum((points - points[:1]) ** 2, axis=1)
+    moved = x - alpha * points[0]
+    product = _product(points, moved)
+    logits = alpha * (product - alpha * squares / 2) / v + prior
+    nearest = jax.lax.optimization_barrier(
+        jax.lax.top_k(jax.lax.stop_gradient(logits), count)[1]
+    )
+    best = nearest[0]
+    anchor, at_best = points[best], prior[best]
+    # One contender after the other: faster on a CPU than gathering [batch, 16, d].
+    contenders = jax.lax.map(
+        lambda i: _relative(points[i], anchor, x, alpha, v) + (prior[i] - at_best),
+        nearest,
+    )
+    # No other point is likelier than the last contender, whatever its rounding says.
+    others = jnp.minimum(logits - logits[best], jnp.min(contenders))
+    logits = others.at[nearest].set(contenders)
+    place = nearest[jnp.argmax(contenders)]
+    logits = logits - logits[place]
+    weights = jnp.exp(logits)
+    return _Sums(
+        points[place],
+        prior[place],
+        jnp.sum(weights),
+        _product(weights, points),
+        jnp.sum(weights * logits),
+    )
+
+
+def _product(a, b):
+    # The barrier keeps XLA from fusing what follows into a slower product on CPUs.
+    return jax.lax.optimization_barrier(jnp.matmul(a, b, precision="highest"))
+
+
+def _relative(point, anchor, x, alpha, v):
+    """log N(x; alpha point, v) - log N(x; alpha anchor, v), without cancellation."""
+    return alpha * jnp.sum((point - anchor) * (x - alpha * (point + anchor) / 2)) / v
+
+
+def _merged(a: _Sums, b: _Sums, x, alpha, v) -> _Sums:
+    """The _Sums of both sets of points."""
+    ahead = _relative(b.anchor, a.anchor, x, alpha, v) + (b.log_weight - a.log_weight)
+    shift_a, shift_b = jnp.minimum(-ahead, 0), jnp.minimum(ahead, 0)
+    keep_a, keep_b = jnp.exp(shift_a), jnp.exp(shift_b)
+    return _Sums(
+        jnp.where(ahead > 0, b.anchor, a.anchor),
+        jnp.where(ahead > 0, b.log_weight, a.log_weight),
+        keep_a * a.total + keep_b * b.total,
+        keep_a * a.first + keep_b * b.first,
+        # exp(s) s is 0 at s = NEVER, and in this order no product is infinite.
+        keep_a * a.moment
+        + (keep_a * shift_a) * a.total
+        + keep_b * b.moment
+        + (keep_b * shift_b) * b.total,
+    )
+
+
+def _floats(points, dtype):
+    """Points in the units of the model; uint8 pixels as `data.from_uint8` does."""
+    points = jnp.asarray(points)
+    return points.astype(dtype) / 127.5 - 1 if points.dtype == np.uint8 else points
+
+
+def _check_data(data, chunk, log_weights, temperature):
     n = len(data)
-    chunk = min(chunk, n)
-    short = -n % chunk
-    padding = [(0, short)] + [(0, 0)] * (data.ndim - 1)
-    blocks = jnp.pad(jnp.asarray(data), padding).reshape(-1, chunk, *data.shape[1:])
-    return blocks, (jnp.arange(n + short) < n).reshape(-1, chunk)
+    if n < 1 or chunk < 1:
+        raise ValueError(f"empirical: n={n} points in chunks of {chunk}: both >= 1")
+    if not (data.dtype == np.uint8 or jnp.issubdtype(data.dtype, jnp.floating)):
+        raise ValueError(
+            f"empirical: data of dtype {data.dtype}: give floats, or uint8 pixels"
+        )
+    if log_weights is not None and jnp.shape(log_weights) != (n,):
+        raise ValueError(
+            f"empirical: log_weights of shape {jnp.shape(log_weights)} for n={n} "
+            "points: give one number a point"
+        )
+    if _is_known(temperature) and not temperature > 0:
+        raise ValueError(f"empirical: temperature={temperature} must be positive")
+    if _is_known(data):
+        seen = np.asarray(data)
+        # NaN goes through min and max, and neither makes an array.
+        if not (np.isfinite(seen.min()) and np.isfinite(seen.max())):
+            raise ValueError(
+                "empirical: the data hold NaN or infinity: drop those points, for "
+                "example data[numpy.isfinite(data).reshape(len(data), -1).all(1)]"
+            )
+
+
+def _check_query(data, x, t):
+    check_time(t)
+    if jnp.shape(x) != data.shape[1:]:
+        raise ValueError(
+            f"empirical: a query of shape {jnp.shape(x)} and data of {data.shape[1:]}: "
+            "one point is asked at a time, jax.vmap makes the batch"
+        )
+    asked, known = jnp.result_type(x), data.dtype
+    if not jnp.issubdtype(asked, jnp.floating) or known not in (np.uint8, asked):
+        raise ValueError(
+            f"empirical: a query of dtype {asked} and data of {known}: cast one of them"
+        )
+
+
+def _is_known(a):
+    """Whether the numbers are there to be looked at, here and now."""
+    return not isinstance(a, jax.core.Tracer) and getattr(
+        a, "is_fully_addressable", True
+    )

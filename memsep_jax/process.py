@@ -58,6 +58,17 @@ PROCESSES = {
 }
 
 
+def check_time(t):
+    """Refuses a time at which no process has a score; a traced one passes unseen.
+
+    Raises: ValueError.
+    """
+    if not isinstance(t, jax.core.Tracer) and not 0 < t < float("inf"):
+        raise ValueError(
+            f"t={t} must be positive and finite: at t = 0 the law has no density"
+        )
+
+
 def perturb(process: Process, x0, t, eps):
     """X_t from a clean point and its noise.
 
