@@ -1,24 +1,83 @@
-"""Denoising loss, Fisher divergence and the gap between them (Ye 2025, section 4)."""
+"""Denoising loss, Fisher divergence and the gap between them (Ye 2025, section 4).
+
+The empirical score loses less on the training set than the truth does. How much less,
+at which times, and whether a given score does so too: estimators with their standard
+errors, and beside them the closed forms that they must meet.
+"""
+
+import math
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
-from memsep_jax.mixture import Mixture
-from memsep_jax.process import Process, perturb
+from memsep_jax.mixture import Law
+from memsep_jax.process import Process, check_time, diffusion2, perturb
 from memsep_jax.score import ScoreFn
 
+BATCH = 250  # draws looked at together: memory does not grow with their number
+DEVIATIONS = 4  # standard errors between a measured and an accidental difference
 
-def noised(key, data, process: Process, t, m: int):
+
+class Estimate(NamedTuple):
+    """A mean over independent draws, and the standard error of that mean."""
+
+    value: jax.Array  # []
+    error: jax.Array  # []
+
+
+class Sides(NamedTuple):
+    """Both sides of Proposition 4.1 of Ye 2025, from the same draws."""
+
+    losses: Estimate  # loss of the truth - loss of the empirical score
+    fisher: Estimate  # E || empirical score - true score ||^2
+    difference: Estimate  # losses - fisher, draw by draw: 0 in the mean
+
+
+class Spectrum(NamedTuple):
+    """The eps-loss of one score at each noise level, and where it memorizes."""
+
+    times: jax.Array  # [k]
+    train: Estimate  # [k] at training points
+    held_out: Estimate  # [k] at held-out points
+    floor: Estimate | None  # [k] of the truth, where it is known, at training points
+    gap: Estimate  # [k] floor - train, or held_out - train
+    memorizes: jax.Array  # bool [k]: gap above 4 standard errors
+
+
+# Losses.
+
+
+def estimate(samples) -> Estimate:
+    """The mean of independent draws and its standard error (nan for one draw).
+
+    Args: samples [m].   Returns: Estimate of [].
+    """
+    if len(samples) < 1:
+        raise ValueError("estimate: no samples: at least 1")
+    error = jnp.std(samples, ddof=1) / math.sqrt(len(samples))
+    return Estimate(jnp.mean(samples), error)
+
+
+def noised(key, data, process: Process, t, m: int, *, log_weights=None):
     """m draws of X_t from the empirical law Phat_t, with the noise of each.
 
-    Args: data [n, *e], t [].   Returns: x [m, *e], eps [m, *e].
+    Args: data [n, *e], t [] > 0, log_weights [n] of the points, unnormalised.
+    Returns: x [m, *e], eps [m, *e].
     """
     if m < 1 or len(data) < 1:
         raise ValueError(f"noised: m={m} draws from n={len(data)} points: both >= 1")
+    _check_times(t)
     choice_key, eps_key = jax.random.split(key)
-    x0 = data[jax.random.randint(choice_key, (m,), 0, len(data))]
+    if log_weights is None:
+        index = jax.random.randint(choice_key, (m,), 0, len(data))
+    else:
+        index = jax.random.categorical(choice_key, log_weights, shape=(m,))
+    x0 = data[index]
     eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
     return perturb(process, x0, t, eps), eps
 
@@ -56,17 +115,106 @@ def fisher(score_a: ScoreFn, score_b: ScoreFn, x, t):
     )
 
 
-def loss_gap(truth: Mixture, data, process: Process, t, key, m: int = 2_000):
+# The loss gap, measured.
+
+
+def sides(
+    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
+) -> Sides:
+    """Both sides of Proposition 4.1 (Ye 2025): Loss-Gap_t = Fisher(Phat_t, P_t).
+
+    With u = -eps/sigma, s the true and s_hat the empirical score, draw by draw
+
+        |u - s|^2 - |u - s_hat|^2 = |s_hat - s|^2 + 2 (u - s_hat).(s_hat - s),
+
+    and the last term has mean 0, because s_hat is E[u | X_t] under Phat_t.
+
+    Args: data [n, *e], t [] > 0, m draws of X_t, log_weights [n] of the points.
+    Returns: Sides of [].
+    """
+    x, eps = noised(key, data, process, t, m, log_weights=log_weights)
+    true = mixture.score(truth, process)
+    fitted = empirical.score(data, process, log_weights=log_weights)
+
+    def at(x, eps):
+        s, s_hat = true(x, t), fitted(x, t)
+        # Not the two losses subtracted: each is about d/v, and they cancel.
+        rest = 2 * jnp.sum((-eps / process.sigma(t) - s_hat) * (s_hat - s))
+        return jnp.sum((s_hat - s) ** 2), rest
+
+    divergence, rest = _each(at, x, eps)
+    return Sides(estimate(divergence + rest), estimate(divergence), estimate(rest))
+
+
+def loss_gap(
+    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
+):
     """Loss-Gap_t: how much less the empirical score loses than the true score.
 
     By Proposition 4.1 of Ye 2025 it is Fisher(Phat_t, P_t) for every data set. This is
     the Fisher form: never negative, and of far smaller variance than the difference of
-    two losses at large t.
+    two losses at large t.   `sides` gives both, with their standard errors.
 
-    Args: data [n, d] draws of the truth, t [], m draws of X_t.   Returns: [].
+    Args: data [n, *e] draws of the truth, t [] > 0, m draws of X_t.   Returns: [].
     """
-    x, _ = noised(key, data, process, t, m)
-    return fisher(mixture.score(truth, process), empirical.score(data, process), x, t)
+    return sides(truth, data, process, t, key, m, log_weights=log_weights).fisher.value
+
+
+def kl(
+    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
+) -> Estimate:
+    """KL(Phat_t || P_t) = E_{Phat_t} [log phat_t - log p_t].
+
+    Args: data [n, *e], t [] > 0, m draws of X_t.   Returns: Estimate of [].
+    """
+    x, _ = noised(key, data, process, t, m, log_weights=log_weights)
+    fitted = empirical.log_prob(data, process, log_weights=log_weights)
+    true = mixture.diffuse(truth, process, t)
+    return estimate(_each(lambda x: fitted(x, t) - mixture.log_prob(true, x), x))
+
+
+def curve(at, times, key):
+    """Any function of a time and a key along a grid, one time after the other.
+
+    Memory is that of one time; each time has its own noise, so errors are independent.
+
+    Args: at, a function (t [], key) -> tree of arrays; times [k] > 0; key.
+    Returns: the tree, its arrays [k, ...].
+    """
+    _check_times(times)
+    times = jnp.asarray(times)
+    steps = jnp.arange(len(times))
+    return jax.lax.map(
+        lambda a: at(a[0], jax.random.fold_in(key, a[1])), (times, steps)
+    )
+
+
+def integral(times, values):
+    """int values dt from the least to the largest time: the trapezoid in log t.
+
+    In log t, because the loss gap is about d/t near 0: t Loss-Gap_t is smooth there.
+
+    Args: times [k] > 0, monotone either way; values [k].   Returns: [].
+    """
+    _check_times(times)
+    return jnp.sum(_trapezoid(times) * values)
+
+
+def kl_integral(times, gaps: Estimate, process: Process) -> Estimate:
+    """int g^2(t) Loss-Gap_t dt = 2 [KL(Phat_t || P_t) at the first - at the last time].
+
+    For every process dX = f X dt + g dB and every data set, since d KL/dt is
+    -g^2/2 Fisher; g = 1 for Ornstein-Uhlenbeck, where it is the plain time integral.
+
+    Args: times [k] > 0; gaps Estimate of [k] with independent errors (from `curve`).
+    Returns: Estimate of [], without the error of the trapezoid.
+    """
+    rate = jax.vmap(lambda t: diffusion2(process, t))(jnp.asarray(times))
+    error = jnp.linalg.norm(_trapezoid(times) * rate * gaps.error)
+    return Estimate(integral(times, rate * gaps.value), error)
+
+
+# The loss gap, in closed form.
 
 
 def saturated(eigenvalues, process: Process, t):
@@ -79,3 +227,234 @@ def saturated(eigenvalues, process: Process, t):
     """
     signal, v = process.alpha(t) ** 2 * eigenvalues, process.sigma(t) ** 2
     return jnp.sum(signal / (v * (v + signal)))
+
+
+def saturated_integral(eigenvalues, process: Process, t0, t1):
+    """int_{t0}^{t1} g^2(t) saturated(t) dt, in closed form for every process.
+
+    sum_j log(u / (u + lam_j)) between u(t0) and u(t1), u = v / alpha^2 (Ornstein-
+    Uhlenbeck: e^t - 1), because g^2 dt = alpha^2 du.
+
+    Args: eigenvalues [d] >= 0, t0 [] > 0, t1 [].   Returns: [].
+    """
+    _check_times(t0)
+    return _log_volume(eigenvalues, process, t0) - _log_volume(eigenvalues, process, t1)
+
+
+def one_point(eigenvalues, offsets, process: Process, t):
+    """Loss-Gap_t of a single training point x_1 under N(mu, Sigma), exactly.
+
+    tr[(I/sqrt(v) - sqrt(v) A^-1)^2] + alpha^2 (x_1 - mu)' A^-2 (x_1 - mu) with
+    A = alpha^2 Sigma + v I. For N(0, I) and Ornstein-Uhlenbeck it is
+    d alpha^4/v + alpha^2 |x_1|^2.
+
+    Args: eigenvalues [d] of Sigma, offsets [d] = x_1 - mu in its eigenbasis, t [] > 0.
+    Returns: [].
+    """
+    _check_times(t)
+    alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
+    spread = alpha2 * eigenvalues + v
+    # 1/v - 2/A + v/A^2 = (A - v)^2 / (v A^2), without the cancellation.
+    return jnp.sum(((alpha2 * eigenvalues) ** 2 / v + alpha2 * offsets**2) / spread**2)
+
+
+def standard_normal(information, data, process: Process, t):
+    """Loss-Gap_t of any data set under N(0, I), from I(Phat_t) = E || s_hat ||^2.
+
+    I(Phat_t) - 2 d/c + (d v + alpha^2 mean |x_i|^2) / c^2, c = alpha^2 + v (1 for
+    Ornstein-Uhlenbeck): P_t = N(0, c I), and E s_hat.X = -d under Phat_t.
+
+    Args: information [], data [n, *e], t [] > 0.   Returns: [].
+    """
+    _check_times(t)
+    alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
+    d, c = data[0].size, alpha2 + v
+    squares = jnp.sum(data**2) / len(data)
+    return information - 2 * d / c + (d * v + alpha2 * squares) / c**2
+
+
+def information_bound(eigenvalues, process: Process, t0, n):
+    """The least that int_{t0}^inf g^2 E Loss-Gap_t dt can be with n training points.
+
+    sum_j log(1 + lam_j / u(t0)) - 2 log n, u = v / alpha^2: the entropy of Phat_t0 is
+    at most that of one noised point plus log n. The truth is N(mu, Sigma), or a mixture
+    of those, whose entropy is larger still.
+
+    Args: eigenvalues [d] of Sigma, t0 [] > 0, n >= 1.   Returns: [].
+    """
+    _check_times(t0)
+    if _concrete(n) and np.min(n) < 1:
+        raise ValueError(f"information_bound: n={n} points: at least 1")
+    return _log_volume(eigenvalues, process, t0) - 2 * jnp.log(n)
+
+
+def entropy_bound(
+    truth: Law, data, process: Process, t0, key, m: int = 2_000, *, log_weights=None
+) -> Estimate:
+    """The least that int_{t0}^inf g^2 Loss-Gap_t dt can be for this data set.
+
+    -d log(2 pi e v0) - 2 H(w) - 2 E_{Phat_t0} log p_t0, with the weights' entropy H(w).
+    Give duplicates once, with their weight: as n rows they count as n points, and the
+    bound, still true, is lower than it need be.
+
+    Args: data [n, *e], t0 [] > 0, m draws of X_t0, log_weights [n], unnormalised.
+    Returns: Estimate of [].
+    """
+    x, _ = noised(key, data, process, t0, m, log_weights=log_weights)
+    true = mixture.diffuse(truth, process, t0)
+    fit = estimate(_each(lambda x: mixture.log_prob(true, x), x))
+    weights = jnp.zeros(len(data)) if log_weights is None else log_weights
+    noise = data[0].size * jnp.log(2 * jnp.pi * jnp.e * process.sigma(t0) ** 2)
+    entropy = jnp.log(effective_size(weights))
+    return Estimate(-noise - 2 * entropy - 2 * fit.value, 2 * fit.error)
+
+
+def effective_size(log_weights):
+    """exp(H(w)): how many equally weighted points the weights are worth.
+
+    Args: log_weights [n], unnormalised; -inf is no point.   Returns: [] in [1, n].
+    """
+    return jnp.exp(jnp.sum(entr(jax.nn.softmax(log_weights))))
+
+
+def collapse_time(n, k, d, process: Process):
+    """The time until which the n noised training points keep apart (unit variances).
+
+    There alpha^2 / v = (n / k)^(2/d) - 1: a component's n/k points fill its volume. For
+    Ornstein-Uhlenbeck -log(1 - v_c), v_c = (n / k)^(-2/d). The largest posterior weight
+    of a noised point is then about .7, and the loss gap falls from `saturated` to 0.
+
+    Args: n [] points of k [] components in d [] dimensions.   Returns: [].
+    Raises: ValueError: unless n > k >= 1 and d >= 1.
+    """
+    if _concrete(n, k, d) and not (np.all(np.greater(n, k)) and np.min([k, d]) >= 1):
+        raise ValueError(
+            f"collapse_time: n={n} points of k={k} components in d={d} dimensions must "
+            "satisfy n > k >= 1 and d >= 1: one point of each component never collapses"
+        )
+    ratio = jnp.sqrt(jnp.expm1(2 / d * jnp.log(n / k)))
+
+    def halve(_, ends):
+        middle = (ends[0] + ends[1]) / 2
+        t = jnp.exp(middle)
+        # Signed, not squared: alpha < 0 past the end of a rectified flow.
+        early = process.alpha(t) > ratio * process.sigma(t)
+        return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
+
+    widest = jnp.full_like(ratio, jnp.log(1e8))
+    return jnp.exp(jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0])
+
+
+# The detector.
+
+
+def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
+    """1 - v I / d, I = E || s ||^2: the least eps-loss that any score has on a law.
+
+    The best guess of the noise is E[eps | X_t] = -sigma s(X_t, t), s the score of the
+    noised law, and what it leaves is E |eps|^2/d - E |sigma s|^2/d. Of P_t it is the
+    least loss on new data; of Phat_t, the least loss on the training set: 0 while the
+    noised training points keep apart.
+
+    Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
+    Returns: Estimate of [], per dimension.
+    """
+    _check_times(t)
+    v = process.sigma(t) ** 2
+    return estimate(_each(lambda x: 1 - v * jnp.mean(score_fn(x, t) ** 2), x))
+
+
+def spectrum(
+    score_fn: ScoreFn,
+    process: Process,
+    data,
+    held_out,
+    times,
+    key,
+    m: int = 2_000,
+    truth_score: ScoreFn | None = None,
+) -> Spectrum:
+    """Where on the noise axis a score, a trained network too, memorizes its data.
+
+    A score whose loss on its training data lies below the truth's `floor` is fitting
+    the empirical score there. The floor is met as the truth's own loss on the same
+    draws, so that the gap is Loss-Gap_t of Ye 2025 with this score for the empirical
+    one, times v/d. Where the truth is not known, the score's loss on held-out data
+    stands for the floor. No sampling is needed.
+
+    Training and held-out points are met in pairs with the same noise. Where m is more
+    than there are pairs, each pair has several noises, and the standard errors are over
+    pairs: they count the chance of the data sets too, which more noise does not reduce.
+
+    Args:
+      score_fn: the score to judge.   data: [n, *e] that it was fitted to.
+      held_out: [n2, *e] more draws of the same law.   times: [k] > 0.
+      m: draws per time.   truth_score: the score of P_t.
+    Returns:
+      Spectrum of [k].
+    Raises:
+      ValueError: shapes that differ, fewer than 2 pairs, times that are not positive.
+    """
+    if data.shape[1:] != held_out.shape[1:]:
+        raise ValueError(
+            f"spectrum: held-out points of shape {held_out.shape[1:]} against data of "
+            f"shape {data.shape[1:]}: resize one of them"
+        )
+    pairs = min(m, len(data), len(held_out))
+    if pairs < 2:
+        raise ValueError(
+            f"spectrum: m={m} draws of n={len(data)} training and {len(held_out)} "
+            "held-out points: each at least 2, to have a standard error"
+        )
+
+    def at(t, key):
+        train_key, held_out_key, eps_key = jax.random.split(key, 3)
+        seen = data[jax.random.permutation(train_key, len(data))[:pairs]]
+        new = held_out[jax.random.permutation(held_out_key, len(held_out))[:pairs]]
+        index = jnp.repeat(jnp.arange(pairs), m // pairs)
+
+        def one(i, key):
+            eps = jax.random.normal(key, data.shape[1:], data.dtype)
+            both = jnp.stack([seen[i], new[i]])
+            losses = jax.vmap(lambda x: eps_loss(score_fn, process, x, t, eps))(both)
+            if truth_score is None:
+                return losses
+            least = eps_loss(truth_score, process, seen[i], t, eps)
+            return jnp.append(losses, least)
+
+        losses = _each(one, index, jax.random.split(eps_key, len(index)))
+        losses = jnp.mean(losses.reshape(pairs, m // pairs, -1), axis=1).T
+        gap = estimate(losses[-1] - losses[0])
+        least = None if truth_score is None else estimate(losses[2])
+        above = gap.value > DEVIATIONS * gap.error
+        return Spectrum(t, estimate(losses[0]), estimate(losses[1]), least, gap, above)
+
+    return curve(at, times, key)
+
+
+def _each(function, *draws):
+    """vmap over the first axis, BATCH draws at a time."""
+    return jax.lax.map(lambda a: function(*a), draws, batch_size=BATCH)
+
+
+def _log_volume(eigenvalues, process, t):
+    """sum_j log(1 + lam_j / u), u = v / alpha^2: 2 E KL(Phat_t || P_t) of one point."""
+    ratio = (process.alpha(t) / process.sigma(t)) ** 2
+    return jnp.sum(jnp.log1p(eigenvalues * ratio))
+
+
+def _trapezoid(times):
+    """Weights [k] of the trapezoid in log t."""
+    times = jnp.asarray(times)
+    widths = jnp.abs(jnp.diff(jnp.log(times)))
+    return times * (jnp.pad(widths, (1, 0)) + jnp.pad(widths, (0, 1))) / 2
+
+
+def _concrete(*values):
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def _check_times(times):
+    if _concrete(times):
+        for t in np.ravel(times):
+            check_time(t)

@@ -1,38 +1,98 @@
-"""Lipschitz constants of scores: spectral norms of Jacobians, probes, bounds."""
+"""Lipschitz constants of scores: spectral norms of Jacobians, probes, bounds.
+
+A norm is measured at a point, so that the largest over any probes is a lower bound of
+the Lipschitz constant; the bounds from above are those of the paper for the empirical
+score, and of the weights for a network.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memsep_jax.process import Process
-from memsep_jax.score import ScoreFn
+from memsep_jax.process import Process, check_time
+from memsep_jax.sampling import path
+from memsep_jax.score import Prediction, ScoreFn
 
 
-def jacobian_norm(score_fn: ScoreFn, x, t, key, iters: int = 50):
+class Norm(NamedTuple):
+    """|| d score / d x ||_2 as power iteration found it."""
+
+    value: jax.Array  # [] never above the norm
+    error: jax.Array  # [] how far above `value` the singular value found may lie
+    converged: jax.Array  # [] bool: error <= tolerance * value
+
+
+def spectral_norm(
+    score_fn: ScoreFn,
+    x,
+    t,
+    key,
+    iters: int = 50,
+    tolerance: float = 1e-3,
+    symmetric: bool = False,
+) -> Norm:
     """|| d score / d x ||_2 at one point, by power iteration on J'J.
 
-    A lower bound that grows with iters; 50 separate the top of a gap of 10 % to 1e-4.
+    With v the last direction, rho = |Jv|^2 and r = |J'Jv - rho v|, some eigenvalue of
+    J'J lies within r of rho: value = sqrt(rho), error = sqrt(rho + r) - value. So the
+    norm is at least `value`, always; and it is at most value + error unless the
+    iteration sits at a smaller singular value, which no residual can tell: a random
+    start does so for a time where the top ones lie close, or the top direction is one
+    of very many. At convergence `value` is much nearer than `error`, which is of
+    first order in the angle to the top direction, where `value` is of second.
 
-    Args: x [*e], t [], iters at least 1.   Returns: [].
+    The number of iterations is fixed, for a cost that is known beforehand and the
+    same for each point of a batch, and one that reverse mode can follow.
+
+    Args:
+      x: [*e].   t: [].
+      iters: products with J and J', at least 1.
+      tolerance: the relative error at which it counts as converged.
+      symmetric: take J' = J, as it is for the score of any law, and J by forward mode
+        only: through the streaming empirical score reverse mode would keep batch x n
+        numbers. Wrong for networks, whose Jacobian need not be symmetric.
+    Returns:
+      Norm of [] arrays.
+    Raises:
+      ValueError: iters below 1, tolerance not positive.
     """
     if iters < 1:
         raise ValueError(f"iters={iters} must be at least 1")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance} must be positive, such as 1e-3")
 
     def at(x):
         return score_fn(x, t)
 
-    _, transposed = jax.vjp(at, x)
-
     def forward(v):
         return jax.jvp(at, (x,), (v,))[1]
 
-    def body(v, _):
-        (pulled,) = transposed(forward(v))
-        norm = jnp.linalg.norm(pulled)
-        return pulled / jnp.where(norm > 0, norm, 1), None
+    pull = None if symmetric else jax.vjp(at, x)[1]
 
-    start = jax.random.normal(key, x.shape, x.dtype)
-    v, _ = jax.lax.scan(body, start / jnp.linalg.norm(start), length=iters)
-    return jnp.linalg.norm(forward(v))
+    def body(v, _):
+        # Unit vectors only: norms of 1e10 are common, and their fourth powers not
+        # numbers in float32.
+        u, value = _unit(forward(v))
+        pulled = forward(u) if pull is None else pull(u)[0]
+        return _unit(pulled)[0], (value, _length(pulled - value * v))
+
+    start, _ = _unit(jax.random.normal(key, x.shape, x.dtype))
+    _, (values, residuals) = jax.lax.scan(body, start, length=iters)
+    value, residual = values[-1], residuals[-1]
+    # sqrt(rho + r) - sqrt(rho) without cancellation; residual = r / value.
+    error = residual / (1 + jnp.sqrt(1 + residual / jnp.where(value > 0, value, 1)))
+    return Norm(value, error, error <= tolerance * value)
+
+
+def jacobian_norm(
+    score_fn: ScoreFn, x, t, key, iters: int = 50, symmetric: bool = False
+):
+    """The value of `spectral_norm`: a lower bound that grows with iters.
+
+    Args: as `spectral_norm`.   Returns: [].
+    """
+    return spectral_norm(score_fn, x, t, key, iters, symmetric=symmetric).value
 
 
 def exact_norm(score_fn: ScoreFn, x, t):
@@ -44,11 +104,72 @@ def exact_norm(score_fn: ScoreFn, x, t):
     return jnp.linalg.norm(jacobian, ord=2)
 
 
-def local(score_fn: ScoreFn, xs, t, key, iters: int = 50):
+def frobenius(score_fn: ScoreFn, x, t, key, probes: int = 64):
+    """|| d score / d x ||_F at one point: E |Ju|^2 over random signs u (Hutchinson).
+
+    Args: x [*e], t [], probes at least 2.
+    Returns: (value [], its standard error []).
+    Raises: ValueError.
+    """
+    if probes < 2:
+        raise ValueError(
+            f"probes={probes} must be at least 2: the standard error comes from them"
+        )
+
+    def square(u):
+        return _length(jax.jvp(lambda x: score_fn(x, t), (x,), (u,))[1]) ** 2
+
+    signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+    squares = jax.vmap(square)(signs)
+    value = jnp.sqrt(jnp.mean(squares))
+    error = jnp.std(squares, ddof=1) / jnp.sqrt(probes)
+    return value, error / (2 * jnp.where(value > 0, value, 1))
+
+
+def local(
+    score_fn: ScoreFn, xs, t, key, iters: int = 50, symmetric: bool = False
+) -> jax.Array:
     """The largest `jacobian_norm` over probes.   Args: xs [m, *e], t [].   [] out."""
     keys = jax.random.split(key, len(xs))
-    norms = jax.vmap(lambda x, key: jacobian_norm(score_fn, x, t, key, iters))
+    norms = jax.vmap(
+        lambda x, key: jacobian_norm(score_fn, x, t, key, iters, symmetric)
+    )
     return jnp.max(norms(xs, keys))
+
+
+def along(
+    score_fn: ScoreFn,
+    process: Process,
+    times,
+    xs,
+    key,
+    method="heun",
+    iters: int = 50,
+    symmetric: bool = False,
+) -> Norm:
+    """`spectral_norm` where sampling goes: on trajectories of the probability flow.
+
+    Args:
+      times: [steps + 1], decreasing.
+      xs: [m, *e] at times[0], where the trajectories start.
+      method: of `sampling.ode`; the others as `spectral_norm`.
+    Returns:
+      Norm of [m, steps + 1] arrays: one row a trajectory, one column a time.
+    """
+    walk = path(score_fn, process, times, method)
+
+    def one(x, key):
+        keys = jax.random.split(key, len(times))
+        # One time after the other: the batch in memory is the m trajectories.
+        return jax.lax.map(
+            lambda at: spectral_norm(score_fn, *at, iters, symmetric=symmetric),
+            (walk(x), times, keys),
+        )
+
+    return jax.vmap(one)(xs, jax.random.split(key, len(xs)))
+
+
+# Where to look: on the segments between training points.
 
 
 def midpoints(data, m: int):
@@ -56,17 +177,57 @@ def midpoints(data, m: int):
 
     There the empirical score explodes like sigma^-4, and not at the points
     themselves, where its norm is 1/v in the median. Scaled by alpha, they are the
-    probes at time t.
+    probes at time t. Pairs of copies come last: nothing lies between them.
 
-    Args: data [n, *e].   Returns: [min(m, n (n - 1) / 2), *e], closest pair first.
+    Args: data [n, *e] float; memory grows with n, not n^2.
+    Returns: [min(m, n (n - 1) / 2), *e], closest pair first.
+    Raises: ValueError.
     """
     n = len(data)
     if n < 2 or m < 1:
         raise ValueError(f"midpoints: m={m} of n={n} points: m >= 1 and n >= 2")
-    squares = _squares(data)
-    first, second = jnp.triu_indices(n, k=1)
-    nearest = jnp.argsort(squares[first, second])[:m]
-    return (data[first[nearest]] + data[second[nearest]]) / 2
+    _check_floats(data)
+    flat = data.reshape(n, -1)
+    m = min(m, n * (n - 1) // 2)
+    others = jnp.arange(n)
+
+    def body(kept, row):
+        """The m best of those kept and the pairs (i, j > i)."""
+        squares, first, second = kept
+        i, x = row
+        new = jnp.sum((flat - x[None]) ** 2, axis=1)
+        new = jnp.where(new > 0, new, jnp.finfo(new.dtype).max)
+        new = jnp.where(others > i, new, jnp.inf)
+        nearest, at = jax.lax.top_k(-jnp.concatenate([squares, new]), m)
+        first = jnp.concatenate([first, jnp.full_like(others, i)])[at]
+        second = jnp.concatenate([second, others])[at]
+        return (-nearest, first, second), None
+
+    nobody = jnp.zeros(m, others.dtype)
+    start = jnp.full(m, jnp.inf, flat.dtype), nobody, nobody
+    (_, first, second), _ = jax.lax.scan(body, start, (others, flat))
+    return (data[first] + data[second]) / 2
+
+
+def segments(key, data, m: int):
+    """Midpoints of m random pairs of training points, far ones too.
+
+    As t falls, the Lipschitz constant comes from the farthest pair with no third point
+    between (the longest Delaunay edge), not from the closest.
+
+    Args: data [n, *e] float.   Returns: [m, *e].   Raises: ValueError.
+    """
+    n = len(data)
+    if n < 2 or m < 1:
+        raise ValueError(f"segments: m={m} of n={n} points: m >= 1 and n >= 2")
+    _check_floats(data)
+    first_key, step_key = jax.random.split(key)
+    first = jax.random.randint(first_key, (m,), 0, n)
+    second = (first + jax.random.randint(step_key, (m,), 1, n)) % n
+    return (data[first] + data[second]) / 2
+
+
+# Bounds.
 
 
 def two_point(distance, process: Process, t):
@@ -74,6 +235,7 @@ def two_point(distance, process: Process, t):
 
     Args: distance [] between the points, t [].   Returns: [].
     """
+    check_time(t)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
     return jnp.maximum(alpha2 * distance**2 / (4 * v**2) - 1 / v, 1 / v)
 
@@ -85,21 +247,61 @@ def empirical_bounds(data, process: Process, t):
     of the closest pair are at least 1/4: (n - 2) exp(-alpha^2 D_min^2 / (4 v)) <= 2;
     elsewhere, and always, 1/v does. high = max(1/v, alpha^2 D_max^2 / (4 v^2) - 1/v).
 
-    Args: data [n, *e] distinct points, n >= 2; t [].   Returns: (low [], high []).
+    Args: data [n, *e] float, distinct points, n >= 2 (copies: low is 1/v); t [].
+    Returns: (low [], high []).
+    Raises: ValueError.
     """
     n = len(data)
     if n < 2:
         raise ValueError(f"empirical_bounds: n={n} points: at least 2")
-    squares = _squares(data)
-    smallest = jnp.min(squares + jnp.where(jnp.eye(n, dtype=bool), jnp.inf, 0))
+    check_time(t)
+    _check_floats(data)
+    flat = data.reshape(n, -1)
+
+    def row(numbered):
+        i, x = numbered
+        squares = jnp.sum((flat - x[None]) ** 2, axis=1)
+        others = jnp.where(jnp.arange(n) == i, jnp.inf, squares)
+        return jnp.min(others), jnp.max(squares)
+
+    nearest, farthest = jax.lax.map(row, (jnp.arange(n), flat))
+    smallest, largest = jnp.min(nearest), jnp.max(farthest)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
     separated = (n - 2) * jnp.exp(-alpha2 * smallest / (4 * v)) <= 2
     low = jnp.where(separated, alpha2 * smallest / (16 * v**2) - 1 / v, 1 / v)
-    high = alpha2 * jnp.max(squares) / (4 * v**2) - 1 / v
+    high = alpha2 * largest / (4 * v**2) - 1 / v
     return jnp.maximum(low, 1 / v), jnp.maximum(high, 1 / v)
 
 
-def _squares(data):
-    """|| x_i - x_j ||^2 [n, n], a row at a time: never [n, n, d]."""
-    flat = data.reshape(len(data), -1)
-    return jax.lax.map(lambda x: jnp.sum((flat - x[None]) ** 2, axis=1), flat)
+def network_bound(bound, prediction: Prediction, process: Process, t):
+    """Of the score of a network whose own Lipschitz constant is at most `bound`.
+
+    The score is ((alpha skip - 1) x + alpha out F(scale x)) / sigma^2, so its constant
+    is at most (|alpha skip - 1| + alpha |out| scale bound) / sigma^2.
+
+    Args: bound [], such as `models.mlp.lipschitz_bound`; t [].   Returns: [].
+    """
+    check_time(t)
+    alpha = process.alpha(t)
+    kept = jnp.abs(alpha * prediction.skip(t) - 1)
+    steep = alpha * jnp.abs(prediction.out(t) * prediction.scale(t)) * bound
+    return (kept + steep) / process.sigma(t) ** 2
+
+
+def _length(v):
+    return jnp.sqrt(jnp.sum(v**2))
+
+
+def _unit(v):
+    """v / |v| and |v|; zero stays zero."""
+    length = _length(v)
+    return v / jnp.where(length > 0, length, 1), length
+
+
+def _check_floats(data):
+    # Differences of uint8 wrap around.
+    if not jnp.issubdtype(data.dtype, jnp.floating):
+        raise ValueError(
+            f"data of dtype {data.dtype} have no distances here: give floats, such as "
+            "data.from_uint8 of pixels"
+        )

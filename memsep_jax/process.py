@@ -63,7 +63,8 @@ def check_time(t):
 
     Raises: ValueError.
     """
-    if not isinstance(t, jax.core.Tracer) and not 0 < t < float("inf"):
+    # float: under jit, even the comparison of a known array would be traced.
+    if not isinstance(t, jax.core.Tracer) and not 0 < float(t) < float("inf"):
         raise ValueError(
             f"t={t} must be positive and finite: at t = 0 the law has no density"
         )

@@ -48,6 +48,38 @@ def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True)
     Returns:
       flow: x [*e] at times[0] -> [*e].
     """
+    step = _step(score_fn, process, method)
+
+    def flow(x):
+        def body(x, pair):
+            return step(x, *pair).astype(x.dtype), None
+
+        x, _ = jax.lax.scan(body, x, (times[:-1], times[1:]))
+        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
+
+    return flow
+
+
+def path(score_fn: ScoreFn, process: Process, times, method="heun"):
+    """Where `ode` goes: every point of the trajectory, its start and raw end included.
+
+    Args: as `ode`.   Returns: x [*e] at times[0] -> [steps + 1, *e], one a time.
+    """
+    step = _step(score_fn, process, method)
+
+    def walk(x):
+        def body(x, pair):
+            x = step(x, *pair).astype(x.dtype)
+            return x, x
+
+        _, later = jax.lax.scan(body, x, (times[:-1], times[1:]))
+        return jnp.concatenate([x[None], later])
+
+    return walk
+
+
+def _step(score_fn, process, method):
+    """One step of the probability flow: (x [*e], t [], t_next []) -> [*e]."""
     if method not in ODE_METHODS:
         raise ValueError(f"method={method!r} is not one of {sorted(ODE_METHODS)}")
 
@@ -68,16 +100,7 @@ def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True)
         moved = x / process.alpha(t) - (s_next - s) * process.sigma(t) * score_fn(x, t)
         return process.alpha(t_next) * moved
 
-    step = {"euler": euler, "heun": heun, "ddim": ddim}[method]
-
-    def flow(x):
-        def body(x, pair):
-            return step(x, *pair).astype(x.dtype), None
-
-        x, _ = jax.lax.scan(body, x, (times[:-1], times[1:]))
-        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
-
-    return flow
+    return {"euler": euler, "heun": heun, "ddim": ddim}[method]
 
 
 ODE_METHODS = ("euler", "heun", "ddim")

@@ -5,6 +5,7 @@ arrays. Nothing is unpickled, no archive is extracted, and TensorFlow is never n
 """
 
 import hashlib
+import inspect
 import os
 import re
 import tarfile
@@ -19,7 +20,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
-from memsep_jax.mixture import Mixture, sample, separated
+from memsep_jax.mixture import LAWS, Law, sample
 
 BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 MAX_HELD_OUT = 10_000
@@ -63,10 +64,27 @@ def digits() -> Source:
 
 
 def mixture_truth(
-    k: int = 8, d: int = 32, scale: float = 2.0, truth_seed: int = 0
-) -> Mixture:
-    """The law that the source `mixture` draws from."""
-    return separated(jax.random.key(truth_seed), k, d, scale)
+    k: int = 8,
+    d: int = 32,
+    scale: float = 2.0,
+    truth_seed: int = 0,
+    law: str = "separated",
+    **shape,
+) -> Law:
+    """The law that the source `mixture` draws from: mixture.LAWS[law].
+
+    Args: shape: the law's other arguments (rank, noise, dof, width); None: its own.
+    """
+    if law not in LAWS:
+        raise ValueError(f"data.law={law!r} is unknown; known: {', '.join(LAWS)}")
+    given = {name: value for name, value in shape.items() if value is not None}
+    taken = list(inspect.signature(LAWS[law]).parameters)[4:]
+    if not given.keys() <= set(taken):
+        raise ValueError(
+            f"law={law!r} does not take {', '.join(sorted(given.keys() - set(taken)))}"
+            f"; it takes {', '.join(taken) or 'nothing'} besides k, d and scale"
+        )
+    return LAWS[law](jax.random.key(truth_seed), k, d, scale, **given)
 
 
 def mixture(
@@ -75,11 +93,17 @@ def mixture(
     scale: float = 2.0,
     truth_seed: int = 0,
     size: int = 100_000,
+    law: str = "separated",
+    rank: int | None = None,
+    noise: float | None = None,
+    dof: float | None = None,
+    width: float | None = None,
 ) -> Source:
-    """`size` draws of a known Gaussian mixture, and 10,000 fresh ones as its test."""
+    """`size` draws of a known law (mixture.LAWS), and 10,000 fresh ones as its test."""
     if size < 1:
         raise ValueError(f"mixture: size={size} draws: at least 1")
-    truth = mixture_truth(k, d, scale, truth_seed)
+    shape = dict(rank=rank, noise=noise, dof=dof, width=width)
+    truth = mixture_truth(k, d, scale, truth_seed, law, **shape)
     key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
     train_key, test_key = jax.random.split(key)
     draw = jax.jit(sample, static_argnums=2)

@@ -122,6 +122,24 @@ def test_ddim_is_exact_when_the_denoiser_does_not_move(name, x64):
     np.testing.assert_allclose(done, point, rtol=1e-10)
 
 
+@pytest.mark.parametrize("method", sampling.ODE_METHODS)
+def test_a_path_starts_at_x_and_ends_where_the_flow_does(method, key):
+    """And each point between is the end of the shorter flow; to rounding, as jitted."""
+    score_fn, times = mixture.score(gaussian(), OU), sampling.log_times(0.05, 4.0, 6)
+    x = jnp.array([0.4, 1.5])
+    found = jax.jit(sampling.path(score_fn, OU, times, method))(x)
+    assert found.shape == (7, 2)
+    np.testing.assert_array_equal(found[0], x)
+    for i in (1, 3, 6):
+        flow = sampling.ode(score_fn, OU, times[: i + 1], method, denoise=False)
+        np.testing.assert_allclose(found[i], jax.jit(flow)(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_path_of_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="'rk4' is not one of"):
+        sampling.path(lambda x, t: x, OU, jnp.ones(2), method="rk4")
+
+
 # The reverse SDE.
 
 

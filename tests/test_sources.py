@@ -5,11 +5,12 @@ import io
 import tarfile
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from memsep_jax import data, sources
+from memsep_jax import data, mixture, sources
 
 
 def pool(n=60):
@@ -38,6 +39,29 @@ def test_the_mixture_is_fixed_by_its_truth():
     assert np.all(np.abs(error) < 4 * spread)
     with pytest.raises(ValueError, match="size=0"):
         sources.mixture(size=0)
+
+
+@pytest.mark.parametrize(
+    "law, shape",
+    [("low_rank", {"rank": 1}), ("student_t", {"dof": 8.0}), ("boxes", {})],
+)
+def test_the_mixture_draws_from_the_law_that_is_named(law, shape):
+    """Train and test draws have the mean of |x| that fresh draws of the truth have."""
+    drawn = sources.mixture(2, 3, size=10_000, law=law, width=None, **shape)
+    truth = sources.mixture_truth(2, 3, law=law, **shape)
+    fresh = np.abs(mixture.sample(jax.random.key(7), truth, 10_000))
+    for x in map(np.abs, (drawn.images, drawn.test_images)):
+        error = np.sqrt((x.var(axis=0) + fresh.var(axis=0)) / 10_000)
+        assert np.all(abs(x.mean(axis=0) - fresh.mean(axis=0)) < 4 * error)
+
+
+def test_what_a_law_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="known: separated, low_rank"):
+        sources.mixture(law="cauchy")
+    with pytest.raises(ValueError, match="rank; it takes width besides"):
+        sources.mixture(law="boxes", rank=2)
+    with pytest.raises(ValueError, match="rank=0"):
+        sources.mixture(law="low_rank", rank=0)
 
 
 def test_npz_reads_images_vectors_and_labels(tmp_path):

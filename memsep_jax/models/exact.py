@@ -1,0 +1,101 @@
+"""Softmax attention that is the score: n keys the empirical one, K keys the truth.
+
+Theorem 5.1 of Ye 2025 says that there exist ReLU networks of width O~(n) for the
+empirical score, and of a width that does not grow with n for the true one. For the
+isotropic mixture the same separation needs no approximation: attention over the n
+training points equals the empirical score, with n d numbers, and attention over the K
+means equals the true score, with K d + 1. Both are upper bounds by construction: that
+no smaller network does is not a theorem.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax.mixture import Mixture
+from memsep_jax.process import Process
+
+
+class Attention(nn.Module):
+    """s(x, t) = (alpha softmax_i((alpha x.k_i - alpha^2 |k_i|^2 / 2) / A) K - x) / A.
+
+    With A = sigma^2 the score of the noised keys; with A = sigma^2 + alpha^2 variance
+    that of a mixture of N(k_i, variance I), which is a mixture of N(alpha k_i, A I) at
+    time t, with the score sum_i w_i (alpha k_i - x) / A. The answer is the score
+    itself at (x, t), so no `score.Prediction` reads it.
+
+    Args:
+      process: gives alpha and sigma.
+      keys: how many.
+      spread: learn the variance; without it, and without one in the params, it is 0.
+      weighted: learn a log-weight per key, unnormalised; likewise, all are equal.
+    """
+
+    process: Process
+    keys: int
+    spread: bool = False
+    weighted: bool = False
+
+    @nn.compact
+    def __call__(self, x, t, label=None, gates=None, train=False):
+        """x [*e], t [] -> the score [*e]. No classes and no heads: no labels, gates."""
+        if label is not None or gates is not None:
+            raise ValueError("exact attention takes no label and no gates")
+
+        def part(name, init, shape, wanted):
+            # What the params hold is used: a weight left out would be another law.
+            if wanted or self.has_variable("params", name):
+                return self.param(name, init, shape)
+            return jnp.zeros(shape, x.dtype)
+
+        points = part(
+            "points", nn.initializers.normal(1.0), (self.keys, *x.shape), True
+        )
+        variance = part("variance", nn.initializers.ones, (), self.spread)
+        log_weights = part(
+            "log_weights", nn.initializers.zeros, (self.keys,), self.weighted
+        )
+        alpha = self.process.alpha(t)
+        total = self.process.sigma(t) ** 2 + alpha**2 * variance
+        # The logits of the formula less |x|^2 / (2 A), which softmax does not see:
+        # the products are wrong in float32 as t -> 0.
+        gaps = x[None] - alpha * points
+        squares = jnp.sum(gaps**2, axis=tuple(range(1, points.ndim)))
+        weights = jax.nn.softmax(log_weights - squares / (2 * total))
+        mean = jnp.tensordot(weights, points, 1, precision="highest")
+        return (alpha * mean - x) / total
+
+
+def empirical_params(data):
+    """The params with which Attention(process, n) is the empirical score: n d numbers.
+
+    Args: data [n, *e] float.   Returns: the tree.
+    """
+    return {"points": jnp.asarray(data)}
+
+
+def mixture_params(mixture: Mixture):
+    """The params with which Attention(process, K) is the mixture's score: K d + 1.
+
+    K more where the weights are not equal.
+
+    Args: mixture, of known numbers.   Returns: the tree.
+    Raises: ValueError where the components are not isotropic with one variance.
+    """
+    if mixture.factors is not None:
+        raise ValueError(
+            "mixture: low-rank factors: attention is the score of isotropic components "
+            "of one variance only, such as those of mixture.separated"
+        )
+    variances = np.asarray(mixture.variances)
+    if np.any(variances != variances.flat[0]):
+        raise ValueError(
+            f"mixture: variances from {variances.min()} to {variances.max()}: "
+            "attention is the score of isotropic components of one variance only"
+        )
+    params = {"points": mixture.means, "variance": mixture.variances[0, 0]}
+    log_weights = np.asarray(mixture.log_weights)
+    if np.any(log_weights != log_weights[0]):
+        params["log_weights"] = mixture.log_weights
+    return params
