@@ -5,16 +5,16 @@ x [*event] and one time t []; jax.vmap makes the batch.
 
 Mathematics (jax only):
   process       alpha, sigma and what follows from them; laws of t
-  mixture       the known truth: density, score, samples
-  empirical     the noised training set: weights, denoiser, score, Jacobian
+  mixture       known truths: Gaussian, low-rank, Student-t, boxes; density, score
+  empirical     the noised training set: weights, denoiser, score, density, Jacobian
   score         score_fn(x, t), and how a network's answer becomes one
-  gap           denoising loss, Fisher divergence, loss gap and its saturated value
+  gap           denoising loss, Fisher divergence, loss gap, its closed forms, detector
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
   sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood
   fidelity      Frechet distance, from feature arrays
   memorization  two nearest distinct neighbours, ratio, null level, intervals
 Networks (flax.linen):
-  models        MLP and DiT, for one example
+  models        MLP and DiT, for one example; attention that is the exact score
 Learning:
   sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
   data          a data set is an array: load, subset, label, duplicate, draw
@@ -24,8 +24,10 @@ Learning:
   checkpoint    what is on disk is whole, verified, and the newest
 Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default
-  experiments   run(config, workdir): train, optimum, report; what they share is
-                setup, session, evaluate, record, trackers, figures, dry_run
+  experiments   run(config, workdir). One run: train, optimum. Sweeps, point by point:
+                loss_gap, lipschitz, capacity, ensemble (many small networks at once),
+                band_swap. report draws any of them again. What they share is setup,
+                session, sweep, evaluate, record, trackers, figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

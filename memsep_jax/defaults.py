@@ -33,6 +33,11 @@ def train() -> ConfigDict:
             d=placeholder(int),
             scale=placeholder(float),
             truth_seed=placeholder(int),
+            law=placeholder(str),  # separated, low_rank, student_t, boxes
+            rank=placeholder(int),  # low_rank
+            noise=placeholder(float),
+            dof=placeholder(float),  # student_t
+            width=placeholder(float),  # boxes
         ),
         process=dict(
             name="variance_exploding",
@@ -89,6 +94,25 @@ def train() -> ConfigDict:
         ),
         memorization=dict(threshold=1 / 3, near=50),
         optimum=dict(score="empirical"),  # or truth: experiments/optimum.py
+        sweep=dict(  # values of each axis; () is the config's own: experiments/sweep.py
+            seeds=3,
+            num_examples=(),
+            d=(),
+            width=(),
+            depth=(),
+            weight_decay=(),
+            together=16,  # networks, or points, in one compiled program
+        ),
+        measure=dict(  # what the sweeps measure
+            times=(1e-3, 1e-2, 0.1, 1.0),
+            draws=2_000,  # of X_t
+            iters=50,  # of the power iteration for a spectral norm
+            probes=0,  # random directions of a trace; 0: exact
+            likelihood=0,  # held-out points of the log-likelihood
+            eps=0.2,  # of Theorem 5.1 of Ye 2025: experiments/capacity.py
+            bands=10,  # of the noise axis: experiments/band_swap.py
+            swap="empirical",  # or trained: the score that copies, in some of the bands
+        ),
         run=dict(  # changes no result: may differ when a run goes on
             log_every=50,
             save_every=1_000,
@@ -112,6 +136,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.train.update(steps=4, batch_size=8)
     config.sampler.update(steps=2, num_samples=8)
     config.memorization.update(near=4)
+    config.sweep.update(seeds=2)
+    config.measure.update(draws=8, likelihood=min(config.measure.likelihood, 4))
     config.run.update(
         log_every=1,
         save_every=2,

@@ -138,6 +138,25 @@ def from_velocity(velocity_fn, process: Process) -> ScoreFn:
     return from_network(velocity_fn, prediction, process)
 
 
+def banded(inside: ScoreFn, outside: ScoreFn, low, high) -> ScoreFn:
+    """`inside` while low <= t < high, `outside` at all other times.
+
+    With low > high the band wraps around: all times but high <= t < low.
+
+    Args: low [], high [], which may be traced: one program serves every band.
+    """
+
+    def score_fn(x, t):
+        within = (low <= t) & (t < high)
+        wrapped = (low <= t) | (t < high)
+        # cond, since a batch of points shares its time: only one score is computed.
+        return jax.lax.cond(
+            jnp.where(low <= high, within, wrapped), inside, outside, x, t
+        )
+
+    return score_fn
+
+
 def to_denoiser(score_fn: ScoreFn, process: Process):
     """E[X_0 | X_t = x] = (x + sigma^2 score) / alpha (Tweedie).   (x, t) -> [*e]."""
     return lambda x, t: (x + process.sigma(t) ** 2 * score_fn(x, t)) / process.alpha(t)

@@ -212,7 +212,8 @@ def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
     wrong = []
     if not lr > 0:
         wrong.append(f"optimizer.lr={lr} must be positive")
-    if weight_decay < 0:
+    # A traced one, of an ensemble of networks, was looked at before.
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay < 0:
         wrong.append(f"optimizer.weight_decay={weight_decay} must not be negative")
     if clip is not None and not clip > 0:
         wrong.append(f"optimizer.clip={clip} must be positive, or None for no clipping")

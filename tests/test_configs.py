@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, defaults, experiments
-from memsep_jax.experiments import record, setup
+from memsep_jax.experiments import record, setup, sweep
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+
+NUMBERS = ("mean", "low", "high")
 
 
 def load(name):
@@ -22,7 +24,42 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SWEEPS = [n for n in CONFIGS if load(n).get_config().experiment in experiments.DRAWINGS]
+SAMPLED = [name for name in CONFIGS if name not in SWEEPS]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_smoke_variant_of_a_sweep_leaves_its_points(name, tmp_path):
+    config = load(name).get_config("smoke")
+    experiments.run(config, tmp_path)
+
+    assert record.read_json(tmp_path / "run.json")["status"] == "complete"
+    metrics = record.read_json(tmp_path / "metrics.json")
+    points = sweep.points(config)
+    assert [Path(path).stem for path in metrics["points"]] == [p.name for p in points]
+    assert len(metrics["table"]) * config.sweep.seeds == len(points)
+    with open(tmp_path / "points.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(points)
+    for row in metrics["table"]:
+        for value in row.values():
+            if isinstance(value, dict) and value["low"] is not None:
+                mean, low, high = (np.array(value[k], float) for k in NUMBERS)
+                assert np.all((low <= mean) & (mean <= high) | np.isnan(mean))
+    report = (tmp_path / "report.html").read_text()
+    assert "http://" not in report and "https://" not in report  # self-contained
+    figures = sorted((tmp_path / "figures").glob("*.png"))
+    assert figures and report.count("data:image/png;base64,") == len(figures)
+
+    # The report is drawn from the numbers alone, to the same pictures.
+    before = [path.read_bytes() for path in figures]
+    for path in figures:
+        path.unlink()
+    config.experiment = "report"
+    experiments.run(config, tmp_path)
+    assert [path.read_bytes() for path in figures] == before
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
     config = load(name).get_config("smoke")
     experiments.run(config, tmp_path)
@@ -81,7 +118,7 @@ def test_a_config_is_the_defaults_with_other_values(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_unknown_variant_names_the_known_ones(name):
-    with pytest.raises(ValueError, match="'smoek' is not known; choose .*full, smoke"):
+    with pytest.raises(ValueError, match="'smoek' is not known; choose .*full.*smoke"):
         load(name).get_config("smoek")
 
 

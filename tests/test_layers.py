@@ -29,6 +29,7 @@ OWNERS = {  # package: rooms that may import it
     "orbax": {"checkpoint"},
     "tensorflow_datasets": {"data", "sources"},
     "sklearn": {"data", "sources"},
+    "scipy": {"experiments.sweep"},
     "PIL": {"data", "sources", "experiments"},
     "ml_collections": {"main", "command", "defaults"},
     "matplotlib": {"experiments.figures"},

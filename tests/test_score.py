@@ -204,3 +204,29 @@ def test_the_score_of_noise_keeps_its_digits_in_float32():
 def test_data_without_spread_are_refused():
     with pytest.raises(ValueError, match="sigma_data=0"):
         score.edm(process.variance_exploding(), 0)
+
+
+def test_a_banded_score_is_one_inside_the_band_and_the_other_outside():
+    """Half open; a band that wraps around is the rest of another band."""
+
+    def one(x, t):
+        return x + t
+
+    def other(x, t):
+        return -x
+
+    @jax.jit
+    def is_inside(low, high, t):
+        x = jnp.ones(2)
+        found = score.banded(one, other, low, high)(x, t)
+        return jnp.all(found == one(x, t))
+
+    times = jnp.array([0.1, 0.2, 0.3, 0.4, 8.0])
+    for low, high, want in (
+        (0.2, 0.4, [False, True, True, False, False]),
+        (0.4, 0.2, [True, False, False, True, True]),
+        (0.0, jnp.inf, [True] * 5),
+        (jnp.inf, 0.0, [False] * 5),
+        (0.3, 0.3, [False] * 5),
+    ):
+        assert [bool(is_inside(low, high, t)) for t in times] == want

@@ -1,10 +1,36 @@
 """Resumable functions of (config, workdir): numbers first, then pictures."""
 
-from memsep_jax.experiments import optimum, report, setup, train
+from memsep_jax.experiments import (
+    band_swap,
+    capacity,
+    ensemble,
+    lipschitz,
+    loss_gap,
+    optimum,
+    report,
+    setup,
+    train,
+)
 from memsep_jax.experiments.session import Session
 
 # name -> run(config, session, resume_step)
-EXPERIMENTS = {"optimum": optimum.run, "report": report.run, "train": train.run}
+EXPERIMENTS = {
+    "band_swap": band_swap.run,
+    "capacity": capacity.run,
+    "ensemble": ensemble.run,
+    "lipschitz": lipschitz.run,
+    "loss_gap": loss_gap.run,
+    "optimum": optimum.run,
+    "report": report.run,
+    "train": train.run,
+}
+DRAWINGS = {  # of the sweeps: what `report` draws again
+    "band_swap": band_swap.draw,
+    "capacity": capacity.draw,
+    "ensemble": ensemble.draw,
+    "lipschitz": lipschitz.draw,
+    "loss_gap": loss_gap.draw,
+}
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
@@ -22,7 +48,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
     experiment = setup.look_up(EXPERIMENTS, config.experiment, "experiment")
     session = Session(workdir, config, allow_config_change)
     if config.experiment == "report":
-        experiment(config, workdir)
+        experiment(config, workdir, DRAWINGS)
     elif session.is_complete() and resume_step is None:
         session.say(f"already complete: {workdir}")
     else:

@@ -4,7 +4,7 @@ Nothing here computes a result; what is drawn was read from the disk.
 """
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,9 +12,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
+    FixedLocator,
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    NullLocator,
     PercentFormatter,
     StrMethodFormatter,
 )
@@ -24,6 +26,7 @@ from memsep_jax.experiments import record
 
 # Colours that colour-blind readers tell apart (Okabe and Ito; the red is Tol's).
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#CC3311", "#8c8c8c"
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", RED, "#56B4E9", "black")
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -279,6 +282,118 @@ def scatter(samples, memorized=None, lines=None):
         axes.scatter(x1, y1, 30, color=BLUE, marker="x", lw=1.2, label=label)
     axes.set(xlabel="first coordinate", ylabel="second coordinate")
     _legend_above(axes)
+    return figure
+
+
+class Line(NamedTuple):
+    """Points that belong together, with the interval of each where it is known."""
+
+    x: Any  # [k]
+    mean: Any  # [k]
+    label: str | None = None
+    low: Any = None  # [k]
+    high: Any = None  # [k]
+    style: str = "o-"
+    color: str | None = None  # None: the next of COLORS
+
+
+class Panel(NamedTuple):
+    """One pair of axes of `curves`."""
+
+    title: str
+    lines: list[Line]
+    xlabel: str
+    ylabel: str
+    xscale: str = "log"
+    yscale: str = "log"
+    percent: bool = False  # y is a share
+
+
+@styled
+def curves(panels):
+    """Lines with their intervals as bands, panels side by side, three to a row."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = (7 if columns == 1 else 4.1 * columns, 3.6 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for i, line in enumerate(panel.lines):
+            color = line.color or COLORS[i % len(COLORS)]
+            axes.plot(line.x, line.mean, line.style, color=color, label=line.label)
+            if line.low is not None:
+                axes.fill_between(
+                    line.x, line.low, line.high, color=color, alpha=0.18, lw=0
+                )
+        axes.set(
+            title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel,
+            xscale=panel.xscale, yscale=panel.yscale,
+        )  # fmt: skip
+        places = sorted({float(x) for line in panel.lines for x in line.x})
+        if panel.xscale == "symlog":  # linear up to the least value above 0
+            least = min((x for x in places if x > 0), default=1.0)
+            axes.set_xscale("symlog", linthresh=least)
+            axes.set_xlim(-least / 4, 1.3 * max(places))
+        if len(places) <= 8 and panel.xscale != "linear":  # each, as it was chosen
+            axes.xaxis.set_major_locator(FixedLocator(places))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        if panel.percent:
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if any(line.label for line in panel.lines):
+            axes.legend(fontsize=8)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    return figure
+
+
+@styled
+def heatmap(shares, rows, columns, row_label, column_label, title):
+    """A table of shares [r, c] as colours, each with its percentage written in."""
+    shares = np.asarray(shares, float)
+    figure = Figure(
+        figsize=(2.2 + 0.9 * len(columns), 1.5 + 0.55 * len(rows)), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for (i, j), share in np.ndenumerate(shares):
+        text = "?" if np.isnan(share) else f"{100 * share:.0f} %"
+        color = "white" if share > 0.6 else "black"
+        axes.text(j, i, text, ha="center", va="center", color=color)
+    axes.set(xlabel=column_label, ylabel=row_label, title=title)
+    axes.set_xticks(range(len(columns)), [f"{value:,}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:,}" for value in rows])
+    axes.grid(False)
+    return figure
+
+
+@styled
+def clouds(panels):
+    """Samples in the plane, memorized ones red, training points as crosses.
+
+    Args: panels of (title, samples [m, d], memorized bool [m], training [n, d]).
+    """
+    figure = Figure(figsize=(2.9 * len(panels), 4.0), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
+    every = np.concatenate([train for *_, train in panels])
+    middle = (every.min(axis=0) + every.max(axis=0)) / 2
+    half = 0.65 * max(np.ptp(every, axis=0))  # a square that strays may leave
+    for axes, (title, samples, memorized, train) in zip(grid.flat, panels, strict=True):
+        x, y = _plane(samples[~memorized])
+        axes.scatter(x, y, 5, color=to_rgba(GREY, 0.6), lw=0, label="samples")
+        x, y = _plane(train)
+        axes.scatter(x, y, 26, color=BLUE, marker="x", lw=0.8, label="training points")
+        x, y = _plane(samples[memorized])
+        axes.scatter(
+            x, y, 11, color=to_rgba(RED, 0.8), lw=0, zorder=3, label="memorized samples"
+        )
+        axes.set(
+            title=title, aspect="equal", xlim=(middle[0] - half, middle[0] + half),
+            ylim=(middle[1] - half, middle[1] + half),
+        )  # fmt: skip
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 

@@ -4,7 +4,7 @@ Sampling with the empirical score, the minimiser of the training loss, copies th
 training set; sampling with the truth, where it is known, gives the null level.
 """
 
-from memsep_jax import empirical, mixture, parallel, sources
+from memsep_jax import empirical, mixture, parallel
 from memsep_jax.experiments import setup
 from memsep_jax.experiments.evaluate import evaluate, finish, make_generate
 
@@ -32,14 +32,7 @@ def _empirical(config, parts):
 
 
 def _truth(config, parts):
-    if config.data.name != "mixture":
-        raise setup.ConfigError(
-            f"optimum.score=truth: the true score of {config.data.name} is not known; "
-            "data.name=mixture has one, or take optimum.score=empirical"
-        )
-    names = ("k", "d", "scale", "truth_seed")
-    known = {k: config.data[k] for k in names if config.data[k] is not None}
-    truth = sources.mixture_truth(**known)
+    truth = setup.truth(config)
 
     def score_of(truth, label):
         return mixture.score(truth, parts.process)

@@ -110,6 +110,16 @@ def read_metrics(path) -> list[dict]:
     return rows
 
 
+def read_points(workdir, metrics) -> list[dict]:
+    """The points of a sweep, as `sweep.run` kept them: what metrics.json lists."""
+    found = []
+    for name in metrics["points"]:
+        arrays = read_npz(Path(workdir) / name)
+        if arrays is not None:
+            found.append(arrays)
+    return found
+
+
 def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
     """work(start, stop) -> dict of arrays, over range(total), each chunk kept on disk.
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import functools
 from pathlib import Path, PurePath
 
 import jinja2
@@ -25,9 +26,17 @@ def write(workdir, say):
     _write(Path(workdir), lambda draw, *args: figures.quietly(say, draw, *args))
 
 
-def run(config, workdir):
-    """Experiment `report`: draws again, without training; a full disk is an error."""
-    _write(Path(workdir), lambda draw, *args: draw(*args))
+def run(config, workdir, drawings):
+    """Experiment `report`: draws again, without training; a full disk is an error.
+
+    Args: drawings, by the name of a sweeping experiment: see `write_sweep`.
+    """
+    workdir = Path(workdir)
+    metrics = record.read_json(workdir / "metrics.json") or {}
+    if (name := metrics.get("experiment")) in drawings:
+        _write_sweep(workdir, drawings[name], lambda draw, *args: draw(*args))
+    else:
+        _write(workdir, lambda draw, *args: draw(*args))
     console = Console(highlight=False, soft_wrap=True)
     with contextlib.suppress(OSError):  # a closed pipe
         console.print(f"report: {Path(workdir) / 'report.html'}", markup=False)
@@ -43,6 +52,76 @@ def _write(workdir, attempt):
         attempt(_save, folder / f"{name}.pdf", figures.encode(figure, "pdf"))
     page = _page(workdir, numbers, images)
     attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
+
+
+def write_sweep(workdir, draw, say):
+    """As `write`, for the numbers of a sweep.
+
+    Args: draw, (metrics, points) -> (name, caption, figure) for each figure; points
+      is what `record.read_points` gives.
+    """
+    attempt = functools.partial(figures.quietly, say)
+    _write_sweep(Path(workdir), draw, attempt)
+
+
+def _write_sweep(workdir, draw, attempt):
+    names = ("metrics.json", "config.json", "run.json")
+    metrics, config, run = (record.read_json(workdir / name) for name in names)
+    if metrics is None or config is None or run is None:
+        raise ConflictError(
+            f"{workdir} has no readable {', '.join(names)}: a report is drawn from the "
+            "numbers of a finished run"
+        )
+    images = []
+    for name, caption, figure in draw(metrics, record.read_points(workdir, metrics)):
+        png = figures.encode(figure, "png")
+        attempt(_save, workdir / "figures" / f"{name}.png", png)
+        pdf = figures.encode(figure, "pdf")
+        attempt(_save, workdir / "figures" / f"{name}.pdf", pdf)
+        images.append((name, caption, base64.b64encode(png).decode()))
+    columns, rows = table(metrics)
+    page = _render(
+        "sweep.html",
+        title=workdir.resolve().name,
+        metrics=metrics,
+        columns=columns,
+        rows=rows,
+        run=run,
+        config=_settings(config),
+        images=images,
+    )
+    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
+
+
+def table(metrics):
+    """The scalars of metrics.json's table as text.   (columns, rows)."""
+    columns = []
+    for row in metrics["table"]:
+        scalar = [k for k, v in row.items() if not isinstance(_mean(v), list)]
+        columns += [k for k in scalar if k not in columns]
+    columns.sort(
+        key=lambda k: isinstance(metrics["table"][0].get(k), dict)
+    )  # axes first
+    rows = [[_cell(row.get(name)) for name in columns] for row in metrics["table"]]
+    return columns, rows
+
+
+def _mean(value):
+    return value["mean"] if isinstance(value, dict) else value
+
+
+def _cell(value):
+    if not isinstance(value, dict):
+        return "" if value is None else f"{value:,}" if _whole(value) else f"{value}"
+    mean, low, high = (value[k] for k in ("mean", "low", "high"))
+    if mean is None:
+        return ""
+    text = f"{mean:,.0f}" if mean == round(mean) else f"{mean:.3g}"
+    return text if low is None or low == high else f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read(workdir):
@@ -116,16 +195,11 @@ def _save(path, content):
 def _page(workdir, numbers, images):
     metrics, run = numbers["metrics.json"], numbers["run.json"]
     found, seconds = metrics["memorization"], run.get("seconds", {})
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=percent, between=between)
-    template = Path(__file__).with_name("report.html").read_text("utf-8")
     # The report itself is left out: its time is known only after it is written.
     phases = [(name, seconds[name]) for name in PHASES if name in seconds]
     point = "training image" if _of_images(metrics) else "training point"
-    return environment.from_string(template).render(
+    return _render(
+        "report.html",
         title=workdir.resolve().name,
         point=point,
         found=found,
@@ -140,6 +214,16 @@ def _page(workdir, numbers, images):
         total=sum(value for _, value in phases),
         images={k: base64.b64encode(v).decode() for k, v in images.items()},
     )
+
+
+def _render(template, **values):
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(percent=percent, between=between)
+    text = Path(__file__).with_name(template).read_text("utf-8")
+    return environment.from_string(text).render(**values)
 
 
 def _settings(config):

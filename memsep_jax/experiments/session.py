@@ -28,7 +28,8 @@ from memsep_jax.experiments import record
 from memsep_jax.experiments.setup import differences, to_json
 
 HARMLESS = ("run",)  # groups that change no number
-AFTER_TRAINING = ("sampler", "memorization")  # groups that change no weight
+# Groups that change no weight, and points that are kept by their values.
+AFTER_TRAINING = ("sampler", "memorization", "sweep", "measure")
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal

@@ -64,6 +64,18 @@ RULES = {
     "sampler.weights": (lambda v: v in ("ema", "raw"), "'ema' or 'raw'"),
     "memorization.threshold": (lambda v: 0 < v < 1, "in (0, 1); the papers use 1/3"),
     "memorization.near": (lambda v: v >= 2, "at least 2 neighbours"),
+    "sweep.seeds": (lambda v: v >= 1, "at least 1"),
+    "sweep.together": (lambda v: v >= 1, "at least 1 point"),
+    "measure.times": (
+        lambda v: all(t > 0 for t in v) and list(v) == sorted(v),
+        "positive and increasing",
+    ),
+    "measure.draws": (lambda v: v >= 1, "at least 1"),
+    "measure.iters": (lambda v: v >= 1, "at least 1"),
+    "measure.likelihood": (lambda v: v >= 0, "at least 0"),
+    "measure.probes": (lambda v: v >= 0, "at least 0"),
+    "measure.eps": (lambda v: v > 0, "positive"),
+    "measure.bands": (lambda v: v >= 1, "at least 1 band"),
     "run.log_every": (lambda v: v >= 1, "at least 1 step"),
     "run.save_every": (lambda v: v >= 1, "at least 1 step"),
     "run.evaluate_every": (lambda v: v >= 1, "at least 1 step"),
@@ -79,7 +91,7 @@ RULES = {
 SAMPLERS = (*sampling.ODE_METHODS, "sde")
 NAMED = ("data", "process", "times", "prediction", "model", "optimizer")
 # Groups that are no constructor's arguments: their fields are those of the defaults.
-PLAIN = ("train", "sampler", "memorization", "run")
+PLAIN = ("train", "sampler", "memorization", "sweep", "measure", "run")
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
 REMOTE = ("cifar10", "tfds")
 
@@ -215,6 +227,18 @@ def build(config) -> Parts:
     return Parts(
         made_process, law, prediction, model, tx, times, splits, num_classes, notes
     )
+
+
+def truth(config):
+    """The known law of the data.   Raises: ConfigError where it is not known."""
+    if config.data.name != "mixture":
+        raise ConfigError(
+            f"the law of data.name={config.data.name} is not known, nor its score: "
+            "data.name=mixture has one"
+        )
+    names = _arguments(sources.mixture) - {"size"}
+    known = {k: config.data[k] for k in names if config.data.get(k) is not None}
+    return sources.mixture_truth(**known)
 
 
 def network(parts: Parts, params, label=None, key=None):

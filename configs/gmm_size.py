@@ -1,0 +1,59 @@
+"""Memorization against network size, n and d (Ye 2025, Fig. 3a).
+
+python -m memsep_jax.main --config=configs/gmm_size.py:small
+
+Variants: `full` (n against width at d = 32), `full_dims` (n against d with a network of
+12 million parameters), `small`, `small_dims`, `smoke`.
+"""
+
+from memsep_jax import defaults
+
+
+def get_config(variant="full"):
+    config = defaults.train()
+    config.experiment = "ensemble"
+    config.data.update(name="mixture", num_held_out=1_000, k=8, d=32, scale=2.0)
+    config.process.update(name="ornstein_uhlenbeck")
+    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
+    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
+    config.model.update(name="mlp", width=1_024, depth=4)
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=1_000)
+    config.train.update(steps=200_000, batch_size=1_024, ema_decay=0.9999)
+    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
+    config.sweep.num_examples = (1_000, 3_200, 10_000, 32_000, 100_000)
+    config.sweep.width = (32, 128, 512, 2_048)
+    return defaults.variant_of(
+        config, variant, full_dims=dims, small=small, small_dims=small_dims, smoke=smoke
+    )
+
+
+def dims(config):
+    """n against d, at one width."""
+    config.model.update(width=1_024)
+    config.sweep.update(width=(), d=(8, 16, 32, 64))
+    return config
+
+
+def small(config):
+    """2 cores: fewer points, fewer dimensions."""
+    config.data.d = 8
+    config.model.update(width=128, depth=3)
+    config.optimizer.update(lr=2e-3, warmup=200)
+    config.train.update(steps=6_000, batch_size=128, ema_decay=0.998)
+    config.sweep.update(num_examples=(32, 128, 512), width=(16, 48, 144))
+    return config
+
+
+def small_dims(config):
+    """2 cores: n against d."""
+    small(config)
+    config.sweep.update(width=(), d=(2, 8, 32))
+    return config
+
+
+def smoke(config):
+    """Two sizes, few steps."""
+    defaults.smoke(config)
+    config.data.d = 4
+    config.sweep.update(num_examples=(8, 16), width=(4, 8))
+    return config

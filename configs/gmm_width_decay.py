@@ -1,0 +1,65 @@
+"""Memorization and likelihood against width and weight decay (Ye 2025, Fig. 3b).
+
+python -m memsep_jax.main --config=configs/gmm_width_decay.py:small
+
+Variants: `full` (width, at two n), `full_decay` (weight decay, at two n), `small`,
+`small_decay`, `smoke`.
+"""
+
+from memsep_jax import defaults
+
+
+def get_config(variant="full"):
+    config = defaults.train()
+    config.experiment = "ensemble"
+    config.data.update(name="mixture", num_held_out=1_000, k=8, d=32, scale=2.0)
+    config.process.update(name="ornstein_uhlenbeck")
+    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
+    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
+    config.model.update(name="mlp", width=1_024, depth=4)
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=1_000)
+    config.train.update(steps=200_000, batch_size=1_024, ema_decay=0.9999)
+    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
+    config.measure.update(likelihood=500, probes=8)
+    config.sweep.num_examples = (3_200, 10_000)
+    config.sweep.width = (32, 64, 128, 256, 512, 1_024)
+    return defaults.variant_of(
+        config,
+        variant,
+        full_decay=decay,
+        small=small,
+        small_decay=small_decay,
+        smoke=smoke,
+    )
+
+
+def decay(config):
+    """Weight decay at the largest width."""
+    config.sweep.width = ()
+    config.sweep.weight_decay = (0.0, 0.01, 0.1, 1.0, 10.0)
+    return config
+
+
+def small(config):
+    """2 cores: fewer points, fewer dimensions."""
+    config.data.d = 8
+    config.model.update(width=128, depth=3)
+    config.optimizer.update(lr=2e-3, warmup=200)
+    config.train.update(steps=6_000, batch_size=128, ema_decay=0.998)
+    config.measure.update(likelihood=200, probes=0)
+    config.sweep.update(num_examples=(64, 10_000), width=(4, 16, 48, 144))
+    return config
+
+
+def small_decay(config):
+    """2 cores: weight decay at the largest width."""
+    return decay(small(config))
+
+
+def smoke(config):
+    """Two widths, few steps."""
+    defaults.smoke(config)
+    config.data.d = 4
+    config.measure.probes = 2
+    config.sweep.update(num_examples=(8, 16), width=(4, 8))
+    return config

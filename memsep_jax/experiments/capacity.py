@@ -1,0 +1,369 @@
+"""How wide must a network be for the empirical score, and how wide for the true one?
+
+What is a theorem: Theorem 5.1 of Ye 2025 says that networks *exist* which reach
+E || s_net - s ||^2 <= eps / sigma^4 for the empirical score with a width of order n,
+and <= eps / sigma^2 for the true score with a width that does not depend on n, both
+under Phat_t. The attention networks of models/exact.py do so without error, with n d
+and K d + 1 numbers. All four are upper bounds by construction: that fewer neurons do
+not suffice is not a theorem.
+
+What is measured here: the smallest width at which a *trained* MLP met that error, for
+these data, this budget of training and these widths. Experiment `capacity`: networks of
+growing width are fitted to either score by regression at one fixed t, on fresh draws
+from Phat_t at each step. The theorem's network sees t; here each network has its own t,
+and its time input is a constant.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax import empirical, gap, mixture, process
+from memsep_jax.experiments import ensemble, figures, setup, sweep
+from memsep_jax.models import exact
+
+TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1
+SWEPT = ("num_examples", "width")
+
+
+class Members(NamedTuple):
+    """What the networks of one width do not share, stacked: [m, ...]."""
+
+    x: jax.Array  # [m, n_max, d] training points, padded
+    n: jax.Array  # [m] how many of them are real
+    t: jax.Array  # [m] the one time of the network
+    target: Any  # params of exact.Attention, padded: the score to fit
+    keys: Any  # setup.Keys of [m] keys
+
+
+def run(config, session, resume_step=None):
+    """Fits and measures every point; returns when the figures are drawn."""
+    with session.phase("data"):
+        parts = setup.build(config)
+        _check_axes(config)
+        _check_times(config, parts.process)
+        _true_params(config)
+    session.begin(parts.splits.fingerprint)
+    rows = sweep.run(
+        config,
+        session,
+        functools.partial(measure, session=session),
+        alike=lambda point: point.values["width"],
+    )
+    times = np.asarray(config.measure.times)
+    about = {"times": times, "sigma": jax.vmap(parts.process.sigma)(times)}
+    about |= {"eps": config.measure.eps, "widths": sorted(config.sweep.width)}
+    with session.phase("exact"):
+        about["exact"] = exact_networks(config)
+    about["smallest"] = smallest(rows, config.measure.eps, about["sigma"], times)
+    sweep.finish(config, session, rows, draw, **about)
+
+
+def exact_networks(config) -> list[dict]:
+    """The numbers and the errors of the attention networks, for each n.
+
+    Errors are those of float32 against the closed forms, relative: the root of
+    E || s_net - s ||^2 / E || s ||^2 under Phat_t, the largest of the times.
+    """
+    rows: list[dict] = []
+    for point in sweep.points(config):
+        n = point.values["num_examples"]
+        if point.values["seed"] or n in [row["num_examples"] for row in rows]:
+            continue
+        parts, truth = setup.build(point.config), setup.truth(point.config)
+        x, made = jnp.asarray(parts.splits.train.x), parts.process
+        rows.append({"num_examples": n})
+        for name, params, score_fn in (
+            ("empirical", exact.empirical_params(x), empirical.score(x, made)),
+            ("true", _true_params(point.config), mixture.score(truth, made)),
+        ):
+            rows[-1] |= {
+                f"{name}_numbers": setup.count(params),
+                f"{name}_error": _exact_error(point.config, params, score_fn, x, made),
+            }
+    return rows
+
+
+def _exact_error(config, params, score_fn, x, made) -> float:
+    network = exact.Attention(made, len(params["points"]))
+    key = setup.keys(config.seed).evaluate
+
+    def error(t):
+        draws, _ = gap.noised(key, x, made, t, config.measure.draws)
+
+        def built(x, t):
+            return network.apply({"params": params}, x, t)
+
+        size = gap.fisher(score_fn, lambda x, t: jnp.zeros_like(x), draws, t)
+        return jnp.sqrt(gap.fisher(built, score_fn, draws, t) / size)
+
+    times = jnp.asarray(config.measure.times)
+    return float(jax.jit(lambda: jax.lax.map(error, times))().max())
+
+
+def measure(points, session):
+    """Fits the networks of some points of one width: one for each target and time.
+
+    Yields: for each point, the numbers of a row; errors are E || s_net - s ||^2 under
+      Phat_t, [times], on draws that no network was trained on.
+    """
+    configs = [point.config for point in points]
+    with session.phase("data"):
+        built = [setup.build(config) for config in configs]
+        members = _members(configs, built)
+    config, parts = configs[0], built[0]
+    started = time.monotonic()
+    with session.phase("train"):
+        state, losses = _fit(config, parts, members, session)
+    seconds = (time.monotonic() - started) / len(points)
+    with session.phase("evaluate"):
+
+        def error(params, member):
+            x = _noised(
+                member.keys.evaluate, member, parts.process, config.measure.draws
+            )
+            student = setup.score_fn(parts, params)
+            teacher = _teacher(parts.process, member)
+
+            def of_one(x):
+                return gap.fisher(student, teacher, x[None], member.t)
+
+            # A few draws at a time: the teacher looks at [draws, n] pairs.
+            return jnp.mean(jax.lax.map(of_one, x, batch_size=gap.BATCH))
+
+        errors = np.asarray(jax.jit(jax.vmap(error))(state.params, members))
+    grid = (len(points), len(TARGETS), len(config.measure.times))
+    errors, losses = errors.reshape(grid), losses.reshape(grid)
+    parameters = setup.count(state.params) // len(members.t)
+    for error, loss in zip(errors, losses, strict=True):
+        row = {"parameters": parameters, "seconds": seconds}
+        for i, name in enumerate(TARGETS):
+            row |= {f"{name}_error": error[i], f"{name}_loss": loss[i]}
+        yield row
+
+
+def smallest(rows, eps, sigma, times) -> list[dict]:
+    """The smallest width that meets the error of Theorem 5.1: null where none does.
+
+    Of the mean error over the seeds ("width"), and of each seed alone ("by_seed").
+
+    Args: rows, those of `sweep.run`.   sigma, times: [times].
+    """
+    found = []
+    sizes = sorted({row["num_examples"].item() for row in rows})
+    for name, power in TARGETS.items():
+        for i, t in enumerate(times):
+            for n in sizes:
+                errors: dict[int, dict[int, float]] = {}
+                for row in rows:
+                    if row["num_examples"] == n:
+                        by_width = errors.setdefault(row["seed"].item(), {})
+                        by_width[row["width"].item()] = row[f"{name}_error"][i]
+                limit = eps / sigma[i] ** power
+                mean = {
+                    width: np.mean([of_seed[width] for of_seed in errors.values()])
+                    for width in next(iter(errors.values()))
+                }
+                found.append(
+                    {
+                        "target": name,
+                        "t": float(t),
+                        "num_examples": n,
+                        "width": _first(mean, limit),
+                        "by_seed": [_first(e, limit) for e in errors.values()],
+                    }
+                )
+    return found
+
+
+def draw(metrics, points):
+    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
+    table, widths = metrics["table"], metrics["widths"]
+    sizes = sorted({row["num_examples"] for row in table})
+    times, eps = metrics["times"], metrics["eps"]
+    for i, (t, sigma) in enumerate(zip(times, metrics["sigma"], strict=True)):
+        panels = []
+        for name, power in TARGETS.items():
+            lines = []
+            for n in sizes:
+                rows = {row["width"]: row for row in table if row["num_examples"] == n}
+                mean, low, high = (
+                    np.array([rows[w][f"{name}_error"][k][i] for w in widths], float)
+                    * sigma**power
+                    for k in ("mean", "low", "high")
+                )
+                low = np.maximum(low, mean / 10)  # a log axis has no 0
+                lines.append(figures.Line(widths, mean, f"n = {n:,}", low, high))
+            limit = figures.Line(
+                [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--",
+                color="black",
+            )  # fmt: skip
+            panels.append(
+                figures.Panel(
+                    f"{name} score", [*lines, limit], "width",
+                    f"error x sigma$^{power}$",
+                )
+            )  # fmt: skip
+        caption = (
+            f"Measured: error of trained networks at t = {t:g} against their width, "
+            "under the noised training set. Dashed: the error of Theorem 5.1 of Ye "
+            "2025, eps / sigma^4 for the empirical and eps / sigma^2 for the true "
+            "score."
+        )
+        yield f"error_{i}", caption, figures.curves(panels)
+    yield (
+        "smallest_width",
+        f"Left, measured: the smallest of the widths {', '.join(map(str, widths))} "
+        "whose mean error over the seeds meets Theorem 5.1; no mark where none does. "
+        "Right, by construction: how many numbers suffice for no error at all. Both "
+        "the theorem and the construction are upper bounds; that smaller networks "
+        "cannot do it is not a theorem.",
+        _smallest_figure(metrics, sizes, times),
+    )
+
+
+def _smallest_figure(metrics, sizes, times):
+    colors = {"empirical": figures.RED, "true": figures.BLUE}
+    lines = []
+    for name in TARGETS:
+        for i, t in enumerate(times):
+            style = ("o-", "s--", "^:", "D-.")[i % 4]
+            chosen = [
+                row["width"]
+                for row in metrics["smallest"]
+                if row["target"] == name and row["t"] == t
+            ]
+            lines.append(
+                figures.Line(
+                    sizes, np.array(chosen, float), f"{name} score, t = {t:g}",
+                    style=style, color=colors[name],
+                )
+            )  # fmt: skip
+    # The widest, which also gives the axis its scale where no width sufficed.
+    widest = [max(metrics["widths"])] * len(sizes)
+    lines.append(
+        figures.Line(sizes, widest, "widest tried", style="--", color=figures.GREY)
+    )
+    numbers = [
+        figures.Line(
+            sizes, [row[f"{name}_numbers"] for row in metrics["exact"]], label,
+            color=colors[name],
+        )
+        for name, label in (
+            ("empirical", "empirical score: n d"),
+            ("true", "true score: K d + 1"),
+        )
+    ]  # fmt: skip
+    return figures.curves(
+        [
+            figures.Panel("trained networks", lines, "n", "smallest width"),
+            figures.Panel("exact attention networks", numbers, "n", "numbers"),
+        ]
+    )
+
+
+def _members(configs, built):
+    """For each point its targets, and for each of these its times."""
+    points = [exact.empirical_params(parts.splits.train.x) for parts in built]
+    truths = [_true_params(config) for config in configs]
+    n_max = max(len(own["points"]) for own in points)
+    keys = max(n_max, *(len(own["points"]) for own in truths))
+    members = [
+        Members(
+            _padded(own, n_max)["points"],
+            jnp.asarray(len(own["points"])),
+            jnp.float32(t),
+            _padded(target, keys),
+            setup.keys(config.seed),
+        )
+        for config, own, true in zip(configs, points, truths, strict=True)
+        for target in (own, true)
+        for t in config.measure.times
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def _padded(params, keys):
+    """The same exact network with more keys, which have no weight."""
+    points, short = params["points"], keys - len(params["points"])
+    log_weights = params.get("log_weights", jnp.zeros(len(points)))
+    return {
+        "points": jnp.pad(points, [(0, short), (0, 0)]),
+        "log_weights": jnp.pad(log_weights, (0, short), constant_values=-jnp.inf),
+        "variance": params.get("variance", jnp.zeros(())),
+    }
+
+
+def _teacher(made, member):
+    """The score to fit: both are exact attention, so one program has both."""
+    network = exact.Attention(made, len(member.target["points"]))
+    return lambda x, t: network.apply({"params": member.target}, x, t)
+
+
+def _noised(key, member, made, m):
+    """m draws from Phat_t at the member's time.   Returns: [m, d]."""
+    rows_key, eps_key = jax.random.split(key)
+    x0 = member.x[jax.random.randint(rows_key, (m,), 0, member.n)]
+    return process.perturb(made, x0, member.t, jax.random.normal(eps_key, x0.shape))
+
+
+def _fit(config, parts, members, session):
+    """All networks at once.   Returns: train.TrainState [m, ...], last losses [m]."""
+
+    def loss(member):
+        teacher, sigma = _teacher(parts.process, member), parts.process.sigma(member.t)
+
+        def of_example(params, x, key):
+            error = setup.score_fn(parts, params)(x, member.t) - teacher(x, member.t)
+            # In units of the noise, where both scores are of order 1 at every t.
+            return jnp.mean((sigma * error) ** 2)
+
+        return of_example
+
+    def batch(member, key):
+        return _noised(key, member, parts.process, config.train.batch_size)
+
+    return ensemble.fit(
+        config, parts, members, loss, lambda member: parts.tx, batch, session
+    )
+
+
+def _true_params(config):
+    """Of the exact network of the truth.   Raises: ConfigError where there is none."""
+    truth = setup.truth(config)
+    if not isinstance(truth, mixture.Mixture):
+        raise setup.ConfigError(
+            f"data.law={config.data.law}: capacity needs isotropic Gaussian components "
+            "of one variance, such as those of data.law=separated"
+        )
+    try:
+        return exact.mixture_params(truth)
+    except ValueError as error:
+        raise setup.ConfigError(f"data.law={config.data.law}: {error}") from error
+
+
+def _check_axes(config):
+    for axis in sweep.AXES:
+        if bool(config.sweep[axis]) != (axis in SWEPT):
+            raise setup.ConfigError(
+                f"sweep.{axis}={config.sweep[axis]}: capacity sweeps num_examples and "
+                "width, at least one value of each, and no other axis"
+            )
+
+
+def _check_times(config, made):
+    for t in config.measure.times:
+        if not (made.alpha(t) > 0 and made.sigma(t) > 0):
+            raise setup.ConfigError(
+                f"measure.times: t={t} is outside of process {config.process.name}, "
+                "where alpha and sigma must both be positive"
+            )
+
+
+def _first(errors, limit):
+    """The smallest width with an error within the limit, or None.   errors: {width}."""
+    return min((w for w, error in errors.items() if error <= limit), default=None)

@@ -1,0 +1,328 @@
+"""Many small networks of one shape, trained and sampled in one compiled program.
+
+Experiment `ensemble`: the points of config.sweep, a network each. Networks that differ
+only in seed, number of points or weight decay are one vmapped ensemble.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax import data, memorization, mixture, sampling, train
+from memsep_jax.experiments import figures, setup, sweep
+
+LABELS = {
+    "num_examples": "n",
+    "d": "d",
+    "width": "width",
+    "depth": "depth",
+    "weight_decay": "weight decay",
+    "seeds": "seeds",
+}
+SHAPE = ("d", "width", "depth")  # axes that change the shape of the network
+
+
+class Members(NamedTuple):
+    """What the networks of an ensemble do not share, stacked."""
+
+    x: jax.Array  # [m, n_max, *e] training points, padded
+    n: jax.Array  # [m] how many of them are real
+    weight_decay: jax.Array  # [m]
+    keys: Any  # setup.Keys of [m] keys
+
+
+def run(config, session, resume_step=None):
+    """Trains and measures every point; returns when the figures are drawn."""
+    with session.phase("data"):
+        if config.measure.likelihood:
+            setup.truth(config)
+        parts = sweep.check(config)
+    session.begin(parts.splits.fingerprint)
+    rows = sweep.run(
+        config,
+        session,
+        functools.partial(measure, session=session),
+        alike=lambda point: tuple(point.values.get(axis) for axis in SHAPE),
+        what="networks",
+    )
+    sweep.finish(config, session, rows, draw)
+
+
+def measure(points, session):
+    """Trains the networks of some points of one shape.
+
+    Yields: for each, the numbers of a row.
+    """
+    configs = [point.config for point in points]
+    with session.phase("data"):
+        built = [setup.build(config) for config in configs]
+    parts, config = built[0], configs[0]
+    started = time.monotonic()
+    with session.phase("train"):
+        state, losses = learn(configs, built, session)
+    seconds = (time.monotonic() - started) / len(points)
+    weights = state.ema if config.sampler.weights == "ema" else state.params
+    with session.phase("sample"):
+        drawn = np.asarray(_samples(config, parts, weights, configs))
+    likelihoods = [{}] * len(points)
+    if config.measure.likelihood:
+        with session.phase("likelihood"):
+            likelihoods = _likelihoods(config, parts, weights, built, configs)
+    for i, (own, samples) in enumerate(zip(built, drawn, strict=True)):
+        finite = bool(np.isfinite(samples).all())
+        row = {
+            "parameters": setup.count(weights) // len(points),
+            "steps": int(state.step[i]),
+            "loss": losses[i],
+            "seconds": seconds,
+            **likelihoods[i],
+        }
+        with session.phase("neighbours"):
+            held_out = None if own.splits.held_out is None else own.splits.held_out.x
+            found = memorization.ratio(
+                samples if finite else np.zeros_like(samples),
+                np.asarray(own.splits.train.x),
+                held_out,
+                config.memorization.threshold,
+            )
+        low, high = found.interval
+        row |= {
+            "ratio": found.value if finite else np.nan,
+            "ratio_low": low if finite else np.nan,
+            "ratio_high": high if finite else np.nan,
+            "null": np.nan if found.null is None else found.null,
+            "samples": samples,
+            "memorized": found.memorized,
+            "train": np.asarray(own.splits.train.x)[: len(samples)],
+        }
+        if not finite:
+            session.say(f"warning: {points[i].name} gave samples that are not finite")
+        yield row
+
+
+def draw(metrics, points):
+    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
+    rows = metrics["table"]
+    varied = [a for a in sweep.AXES if len({row.get(a) for row in rows}) > 1]
+    if not varied:
+        varied = [next(a for a in (*sweep.AXES, "seeds") if a in rows[0])]
+    *others, axis = varied
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        label = ", ".join(f"{LABELS[a]} = {row[a]:,}" for a in others)
+        groups.setdefault(label, []).append(row)
+
+    def lines(name):
+        for label, group in groups.items():
+            x = [row[axis] for row in group]
+            values = (
+                [np.nan if row[name][k] is None else row[name][k] for row in group]
+                for k in ("mean", "low", "high")
+            )
+            mean, low, high = map(np.asarray, values)
+            yield figures.Line(x, mean, label or None, low, high)
+
+    scale = {"xscale": "symlog" if axis == "weight_decay" else "log"}
+    scale |= {"xlabel": LABELS[axis]}
+    (null, *_) = lines("null")
+    null = null._replace(style="--", color="#666666", label="null level", low=None)
+    panels = [
+        figures.Panel(
+            "copies", [*lines("ratio"), null], ylabel="memorized samples",
+            yscale="linear", percent=True, **scale,
+        )
+    ]  # fmt: skip
+    if "log_likelihood" in rows[0]:
+        panels.append(
+            figures.Panel(
+                "held-out points", list(_lost(points, others, axis)),
+                ylabel="log-likelihood below the truth's, nats", **scale,
+            )
+        )  # fmt: skip
+    caption = "Share of memorized samples against " + LABELS[axis]
+    if len(panels) > 1:
+        caption += (
+            ". Right, how far the log-likelihood of held-out points under the model, "
+            "by its probability-flow ODE, lies below that under the truth: medians "
+            "over points and seeds, the range of the seeds as a band, 0.01 where it is "
+            "less"
+        )
+    yield "curves", caption + ".", figures.curves(panels)
+    if len(varied) == 2:
+        columns, names = (sorted({row[a] for row in rows}) for a in varied)
+        shares = np.full((len(names), len(columns)), np.nan)
+        for row in rows:
+            place = names.index(row[varied[1]]), columns.index(row[varied[0]])
+            value = row["ratio"]["mean"]
+            shares[place] = np.nan if value is None else value
+        label = [LABELS[a] for a in varied]
+        figure = figures.heatmap(
+            shares, names, columns, label[1], label[0], "memorized samples"
+        )
+        yield "heatmap", "The same as a table of means over the seeds.", figure
+    first = [point for point in points if int(point["seed"]) == 0]
+    if first and {point["samples"].shape[1:] for point in first} == {(2,)}:
+        panels = []
+        for point in first[:6]:
+            title = ", ".join(f"{LABELS[a]} = {point[a].item():,}" for a in varied)
+            ratio = f"{100 * point['memorized'].mean():.0f} % memorized"
+            arrays = (point[k] for k in ("samples", "memorized", "train"))
+            panels.append((f"{title}\n{ratio}", *arrays))
+        caption = "Samples of the networks of the first seed."
+        yield "clouds", caption, figures.clouds(panels)
+
+
+def _lost(points, others, axis):
+    """Lines of the nats that each network loses: median and range over the seeds."""
+    groups: dict[str, dict] = {}
+    for point in points:
+        label = ", ".join(f"{LABELS[a]} = {point[a].item():,}" for a in others)
+        nats = point["truth_log_likelihood"] - point["log_likelihood"]
+        line = groups.setdefault(label, {})
+        line.setdefault(point[axis].item(), []).append(max(nats.item(), 0.01))
+    for label, line in groups.items():
+        middle, low, high = (
+            [f(values) for values in line.values()] for f in (np.median, min, max)
+        )
+        yield figures.Line(list(line), middle, label or None, low, high)
+
+
+def learn(configs, built, session=None):
+    """Trains the networks of some configs that differ in no field that changes a shape.
+
+    Args: configs, and the setup.Parts of each.
+    Returns: train.TrainState with a leading axis [m], and the last losses [m].
+    """
+    config, parts = configs[0], built[0]
+    loss = setup.loss(parts, config)
+
+    def tx(member):
+        group = config.optimizer.copy_and_resolve_references()
+        group.weight_decay = None
+        return setup.call(
+            train.OPTIMIZERS,
+            group,
+            "optimizer",
+            steps=config.train.steps,
+            weight_decay=member.weight_decay,
+        )
+
+    def batch(member, key):
+        # With replacement, so that n may differ between the networks.
+        rows = jax.random.randint(key, (config.train.batch_size,), 0, member.n)
+        return data.Dataset(member.x[rows])
+
+    members = _members(configs, built)
+    return fit(config, parts, members, lambda member: loss, tx, batch, session)
+
+
+def fit(config, parts, members, loss, tx, batch, session=None):
+    """Trains networks of one shape, each on its part of `members`, as one program.
+
+    Args:
+      members: a tree of arrays [m, ...] with `keys`, the setup.Keys of each network.
+      loss: member -> (params, example, key) -> [].
+      tx: member -> optax.GradientTransformation.
+      batch: (member, key) -> the examples of one step.
+    Returns:
+      train.TrainState with a leading axis [m], and the last losses [m].
+    """
+    shape = parts.splits.train.x.shape[1:]
+    every = min(config.run.log_every, config.train.steps)
+
+    def init(member):
+        x, level = jnp.zeros(shape), jnp.zeros(())
+        params = parts.model.init(member.keys.init, x, level)["params"]
+        return train.init(params, tx(member))
+
+    def advance(state, member, first, last):
+        step = train.make_train_step(loss(member), tx(member), config.train.ema_decay)
+
+        def body(i, carry):
+            examples = batch(member, jax.random.fold_in(member.keys.data, i))
+            state, metrics = step(carry[0], examples, member.keys.train)
+            return state, metrics["loss"]
+
+        return jax.lax.fori_loop(first, last, body, (state, jnp.zeros(())))
+
+    state = jax.jit(jax.vmap(init))(members)
+    advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
+    losses = None
+    for first in range(0, config.train.steps, every):
+        if session is not None:
+            session.check()
+        last = min(first + every, config.train.steps)
+        state, losses = jax.block_until_ready(advance(state, members, first, last))
+    return state, np.asarray(losses)
+
+
+def _members(configs, built):
+    sizes = [len(parts.splits.train.x) for parts in built]
+    padded = [
+        np.pad(
+            np.asarray(parts.splits.train.x),
+            [(0, max(sizes) - n)] + [(0, 0)] * (parts.splits.train.x.ndim - 1),
+        )
+        for parts, n in zip(built, sizes, strict=True)
+    ]
+    keys = [setup.keys(config.seed) for config in configs]
+    return Members(
+        jnp.asarray(np.stack(padded)),
+        jnp.asarray(sizes),
+        jnp.asarray([c.optimizer.weight_decay for c in configs], jnp.float32),
+        jax.tree.map(lambda *k: jnp.stack(k), *keys),
+    )
+
+
+def _samples(config, parts, weights, configs):
+    """[m, num_samples, *e], each network from its own seed."""
+    shape = parts.splits.train.x.shape[1:]
+
+    def draw(params, key):
+        one = sampling.sampler(
+            setup.score_fn(parts, params),
+            parts.process,
+            parts.times,
+            shape,
+            config.sampler.name,
+        )
+        return jax.vmap(one)(jax.random.split(key, config.sampler.num_samples))
+
+    keys = jnp.stack([setup.keys(c.seed).sample for c in configs])
+    return jax.jit(jax.vmap(draw))(weights, keys)
+
+
+def _likelihoods(config, parts, weights, built, configs):
+    """Log-likelihood of held-out points under each network, and under the truth."""
+    m = config.measure.likelihood
+    held_out = jnp.stack([jnp.asarray(p.splits.held_out.x[:m]) for p in built])
+    probes = config.measure.probes
+
+    def under(params, x, key):
+        log_prob = sampling.log_likelihood(
+            setup.score_fn(parts, params), parts.process, parts.times, probes
+        )
+        keys = jax.random.split(key, len(x))
+        return jax.vmap(log_prob)(x, keys)
+
+    keys = jnp.stack([setup.keys(c.seed).evaluate for c in configs])
+    values = np.asarray(jax.jit(jax.vmap(under))(weights, held_out, keys))
+    rows = []
+    for value, x, own in zip(values, held_out, configs, strict=True):
+        truth = mixture.diffuse(setup.truth(own), parts.process, parts.times[-1])
+        known = jax.jit(jax.vmap(functools.partial(mixture.log_prob, truth)))(x)
+        value, known = value.astype(np.float64), np.asarray(known, np.float64)
+        rows.append(
+            {
+                # The median first: the flow of an overfitted network throws some
+                # points far away, and the mean is theirs.
+                "log_likelihood": np.median(value),
+                "log_likelihood_mean": value.mean(),
+                "truth_log_likelihood": np.median(known),
+            }
+        )
+    return rows

@@ -1,0 +1,93 @@
+"""Many networks in one program are the networks one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import gmm_width_decay
+from memsep_jax import experiments
+from memsep_jax.experiments import ensemble, record, setup, sweep
+
+
+def smoke(**axes):
+    config = gmm_width_decay.get_config("smoke")
+    config.sweep.update(num_examples=(), width=(), seeds=1)
+    config.sweep.update(**axes)
+    return config
+
+
+def learned(points):
+    configs = [point.config for point in points]
+    return ensemble.learn(configs, [setup.build(config) for config in configs])
+
+
+def test_a_network_does_not_know_the_others_of_its_ensemble():
+    """Neither their seeds, nor their decay, nor that they have more points."""
+    points = sweep.points(smoke(num_examples=(8, 16), weight_decay=(0.0, 0.5), seeds=2))
+    together, losses = learned(points)
+    for i in (1, 6):
+        alone, loss = learned(points[i : i + 1])
+        own = jax.tree.map(lambda a, i=i: a[i], together.ema)
+        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(alone.ema), strict=True):
+            np.testing.assert_allclose(a, b[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(losses[i], loss[0], rtol=1e-4)
+    np.testing.assert_array_equal(together.step, 4)
+
+
+def test_decay_shrinks_the_weights_and_seeds_part_them():
+    config = smoke(weight_decay=(0.0, 20.0), seeds=2)
+    config.train.steps = 30
+    state, _ = learned(sweep.points(config))
+    norms = jax.vmap(lambda p: jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(p))))
+    light, other, heavy, _ = norms(state.params)
+    assert heavy < 0.9 * light
+    assert light != other
+
+
+def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
+    config = smoke(width=(4, 8), weight_decay=(0.0, 0.1), seeds=2)
+    experiments.run(config, tmp_path)
+    metrics = record.read_json(tmp_path / "metrics.json")
+    assert len(metrics["table"]) == 4 and len(metrics["points"]) == 8
+    for row in metrics["table"]:
+        assert row["seeds"] == 2 and row["steps"]["mean"] == 4
+        assert 0 <= row["ratio"]["mean"] <= 1
+        assert np.isfinite(row["log_likelihood"]["mean"])
+    point = record.read_npz(tmp_path / metrics["points"][0])
+    assert point["samples"].shape == (8, 4) and np.isfinite(point["samples"]).all()
+    assert point["ratio"] == point["memorized"].mean()
+    assert {f.name for f in (tmp_path / "figures").glob("*.png")} == {
+        "curves.png", "heatmap.png",
+    }  # fmt: skip
+
+    # One point lost: that one is done again, to the same numbers, and no other.
+    lost = tmp_path / metrics["points"][3]
+    before = record.read_npz(lost)
+    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in metrics["points"]}
+    lost.unlink()
+    config.run.log_every += 1  # else the run is complete
+    (tmp_path / "run.json").write_text('{"status": "interrupted"}')
+    experiments.run(config, tmp_path)
+    after = record.read_npz(lost)
+    np.testing.assert_allclose(
+        after["samples"], before["samples"], rtol=1e-3, atol=1e-4
+    )
+    for name, written in kept.items():
+        changed = (tmp_path / name).stat().st_mtime_ns != written
+        assert changed == (tmp_path / name == lost)
+
+
+def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
+    config = smoke(width=(8, 4), weight_decay=(0.0, -1.0))
+    with pytest.raises(setup.ConfigError, match="weight_decay=-1.0 must not be"):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_likelihood_needs_a_known_truth(tmp_path):
+    config = smoke()
+    config.data.update(name="digits", k=None, d=None, scale=None)
+    with pytest.raises(setup.ConfigError, match="data.name=mixture has one"):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
