@@ -93,6 +93,12 @@ def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
     distances = np.sort(np.sqrt((gaps**2).sum(tuple(range(2, gaps.ndim)))), axis=1)
     np.testing.assert_allclose(d1, distances[:, 0], rtol=1e-4, atol=1e-5)
 
+    if config.experiment == "train":  # unconditional, with held-out points
+        levels = numbers["levels"]
+        assert len(levels["memorizes"]) == len(levels["noise"])
+        truth = config.data.name == "mixture"
+        assert levels["against"] == ("the true score" if truth else "held-out points")
+
     report = (tmp_path / "report.html").read_text()
     assert "http://" not in report and "https://" not in report  # self-contained
     assert list((tmp_path / "figures").glob("*.png"))

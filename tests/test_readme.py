@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from memsep_jax import main
+from memsep_jax import experiments, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,17 +23,23 @@ COMMANDS = [
 ]
 
 
-def test_the_prompt_example_shows_the_two_extremes():
-    (code,) = [block for language, block in BLOCKS if language == "python"]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+def test_the_prompt_examples_show_what_they_say():
+    first, second = [block for language, block in BLOCKS if language == "python"]
+    names, printed = {}, []
+    for code in (first, second):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, "README.md", "exec"), names)
+        printed.append(out.getvalue())
     truth, copies = [
         [float(word) for word in re.findall(r"\d\.\d+(?:e-\d+)?", line)]
-        for line in printed.getvalue().splitlines()
+        for line in printed[0].splitlines()
     ]
     assert truth[0] <= truth[2] + 0.02 and copies[0] > 0.99
+    *_, smooth, steep, memorizes = printed[1].splitlines()
+    assert float(steep) > 5 * float(smooth)
+    assert memorizes == "[ True  True  True]"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,7 +57,7 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["main", *words])
     flags.FLAGS.unparse_flags()
     assert main.parse_flags(["main", *words]) == ["main"]
-    assert flags.FLAGS.config.experiment in ("train", "optimum", "report")
+    assert flags.FLAGS.config.experiment in experiments.EXPERIMENTS
 
 
 def test_every_config_is_in_the_readme():

@@ -250,6 +250,18 @@ def test_a_ratio_within_the_null_level_is_no_sign_of_copying(tmp_path, undrawn):
     assert "No sign of copying" in text
 
 
+def test_the_noise_levels_that_memorize_are_named(tmp_path, undrawn):
+    workdir = finished(tmp_path)
+    metrics = record.read_json(workdir / "metrics.json")
+    flags = {"memorizes": [True, True, False], "against": "held-out points"}
+    metrics["levels"] |= flags
+    record.write_json(workdir / "metrics.json", metrics)
+    report.write(workdir, print)
+    text = " ".join(read(workdir).text.split())
+    assert "lies below that of held-out points by more than 4 standard errors" in text
+    assert "at 2 of 3 noise levels: 0.01, 0.1: there it memorizes" in text
+
+
 def test_a_score_that_was_not_trained_has_no_training_curves(tmp_path, undrawn):
     workdir = finished(tmp_path)
     metrics = record.read_json(workdir / "metrics.json")

@@ -317,6 +317,10 @@ def curves(panels):
     size = (7 if columns == 1 else 4.1 * columns, 3.6 * rows)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
+    # One legend below where all panels have the same lines.
+    labels = [[line.label for line in panel.lines] for panel in panels]
+    said = [[text for text in panel if text] for panel in labels]
+    shared = len(panels) > 1 and said[0] and all(s in ([], said[0]) for s in said)
     for axes, panel in zip(grid.flat, panels, strict=False):
         for i, line in enumerate(panel.lines):
             color = line.color or COLORS[i % len(COLORS)]
@@ -338,13 +342,18 @@ def curves(panels):
             axes.xaxis.set_major_locator(FixedLocator(places))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
+        if panel.yscale == "log" and np.divide(*axes.get_ylim()[::-1]) > 10:
+            axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten say enough
         if panel.percent:
             axes.set_ylim(-0.03, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-        if any(line.label for line in panel.lines):
+        if not shared and any(line.label for line in panel.lines):
             axes.legend(fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
+    if shared:
+        handles, texts = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -175,8 +175,8 @@ def _estimate(name, estimate):
 
 
 def _label(row, axes):
-    """ "d 8, n 1,000", of the axes that the sweep has."""
-    named = [f"{ensemble.LABELS[a]} {row[a]:,}" for a in axes if a in row]
+    """ "d = 8, n = 1,000", of the axes that the sweep has."""
+    named = [f"{ensemble.LABELS[a]} = {row[a]:,}" for a in axes if a in row]
     return ", ".join(named) or None
 
 

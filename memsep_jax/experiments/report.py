@@ -26,15 +26,15 @@ def write(workdir, say):
     _write(Path(workdir), lambda draw, *args: figures.quietly(say, draw, *args))
 
 
-def run(config, workdir, drawings):
+def run(config, workdir, drawings=None):
     """Experiment `report`: draws again, without training; a full disk is an error.
 
     Args: drawings, by the name of a sweeping experiment: see `write_sweep`.
     """
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
-    if (name := metrics.get("experiment")) in drawings:
-        _write_sweep(workdir, drawings[name], lambda draw, *args: draw(*args))
+    if draw_sweep := (drawings or {}).get(metrics.get("experiment")):
+        _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
     else:
         _write(workdir, lambda draw, *args: draw(*args))
     console = Console(highlight=False, soft_wrap=True)
@@ -221,7 +221,7 @@ def _render(template, **values):
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(percent=percent, between=between)
+    environment.filters.update(percent=percent, between=between, zip=zip)
     text = Path(__file__).with_name(template).read_text("utf-8")
     return environment.from_string(text).render(**values)
 

@@ -18,6 +18,7 @@ from memsep_jax import (
     data,
     gap,
     memorization,
+    mixture,
     parallel,
     process,
     train,
@@ -55,6 +56,8 @@ def run(config, session, resume_step=None):
         "levels": last_losses(config, parts, session.workdir),
     }
     weights = state.ema if config.sampler.weights == "ema" else state.params
+    with session.phase("train"):
+        about["levels"] |= detector(config, parts, weights)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
 
@@ -235,6 +238,41 @@ def last_losses(config, parts, workdir) -> dict:
         "noise": jax.vmap(noise)(levels(config)),
         "train": last["train_losses"],
         "held_out": last.get("held_out_losses", []),
+    }
+
+
+def detector(config, parts, weights) -> dict:
+    """Where on the noise axis the network memorizes, by `gap.spectrum`.
+
+    Against the truth where it is known, else against held-out points; nothing for a
+    conditional network, whose loss needs the labels, or without held-out points.
+    """
+    splits, truth_score = parts.splits, None
+    if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
+        return {}
+    if config.data.name == "mixture":
+        truth_score = mixture.score(setup.truth(config), parts.process)
+    points = config.run.evaluate_points
+
+    @jax.jit
+    def spectrum(weights, seen, held_out):
+        return gap.spectrum(
+            setup.score_fn(parts, weights),
+            parts.process,
+            seen,
+            held_out,
+            levels(config),
+            setup.keys(config.seed).evaluate,
+            points,
+            truth_score,
+        )
+
+    found = spectrum(weights, splits.train.x[:points], splits.held_out.x[:points])
+    return {
+        "gap": found.gap.value,
+        "gap_error": found.gap.error,
+        "memorizes": found.memorizes,
+        "against": "held-out points" if truth_score is None else "the true score",
     }
 
 
