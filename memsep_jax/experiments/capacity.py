@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture, process
 from memsep_jax.experiments import ensemble, figures, setup, sweep
@@ -61,6 +62,7 @@ def run(config, session, resume_step=None):
         about["exact"] = exact_networks(config)
     about["smallest"] = smallest(rows, config.measure.eps, about["sigma"], times)
     sweep.finish(config, session, rows, draw, **about)
+    session.console.print(_widths(about["smallest"]))
 
 
 def exact_networks(config) -> list[dict]:
@@ -178,6 +180,20 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
                     }
                 )
     return found
+
+
+def _widths(found) -> Table:
+    """The smallest widths, a column for each target and time."""
+    shown = Table(title="smallest width that meets the error of Theorem 5.1")
+    shown.add_column("n", justify="right")
+    columns = sorted({(row["target"], row["t"]) for row in found})
+    for target, t in columns:
+        shown.add_column(f"{target}, t = {t:.3g}", justify="right")
+    width = {(r["target"], r["t"], r["num_examples"]): r["width"] for r in found}
+    for n in sorted({row["num_examples"] for row in found}):
+        cells = (width[*column, n] or "none" for column in columns)
+        shown.add_row(f"{n:,}", *map(str, cells))
+    return shown
 
 
 def draw(metrics, points):

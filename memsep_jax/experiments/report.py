@@ -93,7 +93,7 @@ def _write_sweep(workdir, draw, attempt):
     attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
 
 
-def table(metrics):
+def table(metrics, intervals=True):
     """The scalars of metrics.json's table as text.   (columns, rows)."""
     columns = []
     for row in metrics["table"]:
@@ -102,7 +102,10 @@ def table(metrics):
     columns.sort(
         key=lambda k: isinstance(metrics["table"][0].get(k), dict)
     )  # axes first
-    rows = [[_cell(row.get(name)) for name in columns] for row in metrics["table"]]
+    rows = [
+        [_cell(row.get(name), intervals) for name in columns]
+        for row in metrics["table"]
+    ]
     return columns, rows
 
 
@@ -110,14 +113,16 @@ def _mean(value):
     return value["mean"] if isinstance(value, dict) else value
 
 
-def _cell(value):
+def _cell(value, interval):
     if not isinstance(value, dict):
         return "" if value is None else f"{value:,}" if _whole(value) else f"{value}"
     mean, low, high = (value[k] for k in ("mean", "low", "high"))
     if mean is None:
         return ""
-    text = f"{mean:,.0f}" if mean == round(mean) else f"{mean:.3g}"
-    return text if low is None or low == high else f"{text} [{low:.3g}, {high:.3g}]"
+    whole = mean == round(mean) and abs(mean) < 1e9
+    text = f"{mean:,.0f}" if whole else f"{mean:.3g}"
+    known = interval and low is not None and low != high
+    return f"{text} [{low:.3g}, {high:.3g}]" if known else text
 
 
 def _whole(value):

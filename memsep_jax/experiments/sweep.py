@@ -138,13 +138,17 @@ def finish(config, session, rows: list[dict], draw, **about):
 
 
 def summary(workdir) -> Table:
-    """The means over the seeds as a table."""
+    """The means over the seeds as a table, without what is the same everywhere."""
     metrics = record.read_json(workdir / "metrics.json")
-    columns, rows = report.table(metrics)
-    shown = Table(title=metrics["experiment"])
-    for name in columns:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
+    columns, rows = report.table(metrics, intervals=False)
+    seeds = metrics["table"][0]["seeds"]
+    shown = Table(title=f"{metrics['experiment']}: means over {seeds} seeds")
+    cells = list(zip(*rows, strict=True))
+    for name, column in zip(columns, cells, strict=True):
+        if len(set(column)) > 1 or len(rows) == 1:
+            shown.add_column(name.replace("_", " "), justify="right")
+    kept = [column for column in cells if len(set(column)) > 1 or len(rows) == 1]
+    for row in zip(*kept, strict=True):
         shown.add_row(*row)
     return shown
 
