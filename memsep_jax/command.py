@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from memsep_jax import defaults
 
+SHARED = ("run.", "sweep.")  # groups whose fields leave a run where it is
+
 
 class UsageError(Exception):
     """A command that cannot be understood; not a ValueError, which absl rewraps."""
@@ -44,7 +46,8 @@ class ConfigFile(flags.ArgumentParser):
 def default_workdir(argv: list[str]) -> str:
     """runs/<config>[-variant][-field=value ...]: other numbers, another directory."""
     words: list[str] = []
-    names = [name.rpartition(".")[2] for name, _ in _fields(defaults.train())]
+    fields = [name for name, _ in _fields(defaults.train())]
+    names = [f.rpartition(".")[2] for f in fields if not f.startswith(SHARED)]
     for argument in joined(argv):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -53,10 +56,10 @@ def default_workdir(argv: list[str]) -> str:
             saved = path.suffix == ".json"
             stem = path.resolve().parent.name if saved else path.stem
             words = [stem, *([variant] if variant else []), *words]
-        elif name.startswith("config.") and not (
-            name.startswith("config.run.") or argument.endswith("experiment=report")
-        ):
+        elif name.startswith("config."):
             name = name.removeprefix("config.")
+            if name.startswith(SHARED) or argument.endswith("experiment=report"):
+                continue
             last = name.rpartition(".")[2]
             # train.steps and sampler.steps must not share a directory.
             words.append(f"{last if names.count(last) == 1 else name}={value}")

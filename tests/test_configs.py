@@ -50,6 +50,8 @@ def test_the_smoke_variant_of_a_sweep_leaves_its_points(name, tmp_path):
     figures = sorted((tmp_path / "figures").glob("*.png"))
     assert figures and report.count("data:image/png;base64,") == len(figures)
 
+    if name != "gmm_size":  # one for all: drawing takes a second or two
+        return
     # The report is drawn from the numbers alone, to the same pictures.
     before = [path.read_bytes() for path in figures]
     for path in figures:

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from configs import digits
-from memsep_jax.experiments import dry_run, setup, train
+from configs import digits, gmm_size
+from memsep_jax.experiments import dry_run, setup, sweep, train
 
 
 @pytest.fixture
@@ -42,3 +42,13 @@ def test_it_compiles_nothing(config, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     monkeypatch.setattr(train, "learn", refuse)
     dry_run.dry_run(config, lambda line: None)
+
+
+def test_of_a_sweep_it_counts_the_points_and_the_last_network():
+    sweeping = gmm_size.get_config("smoke")
+    found = cells(dry_run.dry_run(sweeping, lambda line: None))
+    assert found["points of the sweep"] == "8"  # two n, two widths, two seeds
+    assert found["the last one"] == "num_examples=16,width=8,seed=1"
+    widest = setup.build(sweep.points(sweeping)[-1].config)
+    params = setup.init_params(widest, jax.random.key(0))
+    assert found["parameters"] == f"{setup.count(params):,}"

@@ -110,24 +110,6 @@ def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_
     )
 
 
-def test_a_lost_point_is_done_again_and_the_others_are_not(workdir):
-    paths = sorted((workdir / "points").rglob("*.npz"))
-    before = {path: path.stat().st_mtime_ns for path in paths}
-    lost = paths[1]
-    numbers = record.read_npz(lost)
-    lost.unlink()
-    status = record.read_json(workdir / "run.json")
-    record.write_json(workdir / "run.json", status | {"status": "interrupted"})
-    experiments.run(tiny(), workdir)
-    changed = [p for p in paths if p.stat().st_mtime_ns != before[p]]
-    assert changed == [lost]
-    again = record.read_npz(lost)
-    assert again.keys() == numbers.keys()
-    for name, value in numbers.items():
-        # One network alone, not four: the rounding of the batch may differ.
-        np.testing.assert_allclose(again[name], value, rtol=1e-3, atol=1e-5)
-
-
 def test_a_truth_that_is_not_known_is_refused_and_leaves_nothing(tmp_path):
     config = tiny()
     config.data.name = "digits"

@@ -197,6 +197,7 @@ setup.build = build
         (["--config=digits.py", "--config.sampler.steps=5"], "digits-sampler.steps=5"),
         (["--config=digits.py", "--config.run.chunk=5", "--dry_run"], "digits"),
         (["--config=digits.py", "--config.experiment=report"], "digits"),
+        (["--config=gmm_size.py:small", "--config.sweep.seeds=9"], "gmm_size-small"),
         (["--config=runs/mine/config.json"], "mine"),
         (["--config=d.py", "--config.data.path=../a b/c;d"], "d-path=.._a_b_c_d"),
     ],

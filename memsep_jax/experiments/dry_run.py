@@ -5,11 +5,19 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from memsep_jax import parallel
-from memsep_jax.experiments import setup, train
+from memsep_jax.experiments import setup, sweep, train
 
 
 def dry_run(config, say) -> Table:
-    """Parameters, memory and FLOPs of a run; compiles and writes nothing."""
+    """Parameters, memory and FLOPs of a run; compiles and writes nothing.
+
+    Of a sweep, those of the network of its last point, which is the largest where axes
+    are written in increasing order.
+    """
+    points = []
+    if any(config.sweep[axis] for axis in sweep.AXES):
+        points = sweep.points(config)
+        config = points[-1].config
     parts = setup.build(config)
     mesh = parallel.make_mesh()
     for note in parts.notes:
@@ -23,6 +31,9 @@ def dry_run(config, say) -> Table:
     gradients = _bytes(state.params)
     steps = config.train.steps
     table = Table(title="dry run: nothing is compiled or written", show_header=False)
+    if points:
+        table.add_row("points of the sweep", f"{len(points):,}")
+        table.add_row("the last one", points[-1].name)
     n, *shape = parts.splits.train.x.shape
     table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
     table.add_row("parameters", f"{setup.count(state.params):,}")

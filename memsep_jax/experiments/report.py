@@ -99,9 +99,8 @@ def table(metrics, intervals=True):
     for row in metrics["table"]:
         scalar = [k for k, v in row.items() if not isinstance(_mean(v), list)]
         columns += [k for k in scalar if k not in columns]
-    columns.sort(
-        key=lambda k: isinstance(metrics["table"][0].get(k), dict)
-    )  # axes first
+    first = metrics["table"][0]  # the axes, then the ratio where there is one
+    columns.sort(key=lambda k: (isinstance(first.get(k), dict), k != "ratio"))
     rows = [
         [_cell(row.get(name), intervals) for name in columns]
         for row in metrics["table"]
