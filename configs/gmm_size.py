@@ -2,8 +2,10 @@
 
 python -m memsep_jax.main --config=configs/gmm_size.py:small
 
-Variants: `full` (n against width at d = 32), `full_dims` (n against d with a network of
-12 million parameters), `small`, `small_dims`, `smoke`.
+In d = 8, n = 32, 128 and 512 give 95, 60 and 4 % copies at width 144, and 2, 0 and 0 %
+at width 16; from d = 8 to d = 32 copies become fewer. Variants: `full` (n against width
+at d = 32) and `full_dims` (n against d with a network of 14 million parameters), for a
+GPU; `small` and `small_dims` (8.2 and 11.8 minutes on 2 busy CPU cores); `smoke`.
 """
 
 from memsep_jax import defaults

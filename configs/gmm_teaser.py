@@ -2,7 +2,9 @@
 
 python -m memsep_jax.main --config=configs/gmm_teaser.py:small
 
-Variants: `full`, `small`, `smoke`.
+At width 2, 8, 32 and 128, 10, 12, 29 and 73 % of the samples are copies of the 64
+points; the null level is 11 %. Variants: `full` (GPU), `small` (2.8 minutes on 2 busy
+CPU cores), `smoke`.
 """
 
 from memsep_jax import defaults
