@@ -38,7 +38,7 @@ class Bands(NamedTuple):
 def run(config, session, resume_step=None):
     """Samples and measures every band of every point; draws the curves."""
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = sweep.check(config)
         setup.truth(config)
         setup.look_up(SCORES, config.measure.swap, "measure.swap")
         if config.measure.bands > config.sampler.steps:

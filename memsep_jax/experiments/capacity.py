@@ -44,8 +44,8 @@ class Members(NamedTuple):
 def run(config, session, resume_step=None):
     """Fits and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
-        parts = setup.build(config)
         _check_axes(config)
+        parts = sweep.check(config)
         _check_times(config, parts.process)
         _true_params(config)
     session.begin(parts.splits.fingerprint)

@@ -23,9 +23,8 @@ COLORS = [c for c in figures.COLORS if c not in (figures.RED, "black")]
 def run(config, session, resume_step=None):
     """Trains and probes every point; returns when the figures are drawn."""
     with session.phase("data"):
-        first = sweep.points(config)[0].config
-        parts = setup.build(first)
-        setup.truth(first)
+        parts = sweep.check(config)
+        setup.truth(config)
     session.begin(parts.splits.fingerprint)
     rows = sweep.run(
         config,

@@ -20,9 +20,8 @@ MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that 
 def run(config, session, resume_step=None):
     """Measures every point; returns when the figures are drawn."""
     with session.phase("data"):
-        first = sweep.points(config)[0].config
-        parts = setup.build(first)
-        setup.truth(first)
+        parts = sweep.check(config)
+        setup.truth(config)
         if config.data.law not in (None, "separated"):
             raise setup.ConfigError(
                 f"data.law={config.data.law}: the saturated loss gap and the collapse "
