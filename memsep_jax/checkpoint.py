@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -106,7 +107,11 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
                 ),
             )
     except Exception as error:  # a full disk is a ValueError or worse down there
-        clean(directory)
+        for _ in range(20):  # its other threads may still write for a moment
+            clean(directory)
+            time.sleep(0.05)
+            if not any(directory.glob(f"*{TMP}*")):
+                break
         free = shutil.disk_usage(_existing(directory)).free
         raise StorageError(
             f"could not save {path} ({_short(error)}): needed {needed:,} "
