@@ -18,17 +18,12 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "band_swap"
-    config.data.update(name="mixture", num_examples=1_000, k=8, d=32, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)
-    config.model.update(name="mlp", width=512, depth=3)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.data.update(num_examples=1_000)
+    config.model.update(width=512, depth=3)
     config.train.update(steps=50_000, batch_size=256, ema_decay=0.998)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=200)
-    config.sampler.num_samples = 2_000
+    config.sampler.update(steps=200, num_samples=2_000)
     config.sweep.update(num_examples=(1_000, 3_162, 10_000), together=3)
     config.measure.update(bands=20)
     return defaults.variant_of(

@@ -14,17 +14,12 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "capacity"
-    config.data.update(name="mixture", num_examples=64, k=4, d=8, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)
-    config.model.update(name="mlp", width=64, depth=1)
-    config.optimizer.update(name="adam", lr=3e-3, clip=1.0, schedule="cosine")
-    config.optimizer.update(warmup=100)
+    config.data.update(num_examples=64, k=4, d=8)
+    config.model.update(width=64, depth=1)
+    config.optimizer.update(name="adam", lr=3e-3, warmup=100)
     config.train.update(steps=30_000, batch_size=512, ema_decay=0.99)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0)
     config.sweep.update(num_examples=(4, 16, 64, 256, 1_024), together=64)
     config.sweep.update(width=(4, 8, 16, 32, 64, 128, 256, 512, 1_024))
     config.measure.update(times=(0.1, 0.3, 0.5), draws=4_000)

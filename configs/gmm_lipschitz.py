@@ -14,17 +14,12 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "lipschitz"
-    config.data.update(name="mixture", num_examples=1_000, num_held_out=16)
-    config.data.update(k=8, d=32, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)
-    config.model.update(name="mlp", width=512, depth=4)
-    config.optimizer.update(lr=2e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.data.update(num_examples=1_000, num_held_out=16)
+    config.model.update(width=512, depth=4)
+    config.optimizer.update(lr=2e-3)
     config.train.update(steps=50_000, batch_size=256, ema_decay=0.998)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
     config.sweep.update(weight_decay=(0.0, 0.1, 1.0, 3.0))
     config.measure.update(draws=64, times=log_times(1e-3, 3, 20))
     return defaults.variant_of(config, variant, small=small, smoke=smoke)

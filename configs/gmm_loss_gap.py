@@ -11,12 +11,9 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "loss_gap"
-    config.data.update(name="mixture", k=8, d=32, scale=2.0, num_held_out=16)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.prediction.update(sigma_data=2.2)
-    config.model.update(name="mlp")  # not used: no network
+    config.data.update(num_held_out=16)
     config.sweep.update(
         d=(8, 16, 32, 64), num_examples=(1_000, 3_200, 10_000, 32_000, 100_000)
     )

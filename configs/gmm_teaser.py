@@ -11,17 +11,13 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "ensemble"
-    config.data.update(name="mixture", num_examples=64, num_held_out=1_000)
-    config.data.update(k=4, d=2, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)
-    config.model.update(name="mlp", width=256, depth=3)
-    config.optimizer.update(lr=2e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.data.update(num_examples=64, num_held_out=1_000)
+    config.data.update(k=4, d=2)
+    config.model.update(width=256, depth=3)
+    config.optimizer.update(lr=2e-3)
     config.train.update(steps=50_000, batch_size=256, ema_decay=0.998)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
     config.sweep.update(width=(2, 8, 32, 128, 512))
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 

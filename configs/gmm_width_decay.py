@@ -12,16 +12,12 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.mixtures()
     config.experiment = "ensemble"
-    config.data.update(name="mixture", num_held_out=1_000, k=8, d=32, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
-    config.model.update(name="mlp", width=1_024, depth=4)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=1_000)
+    config.data.update(num_held_out=1_000)
+    config.model.update(width=1_024, depth=4)
+    config.optimizer.update(warmup=1_000)
     config.train.update(steps=200_000, batch_size=1_024, ema_decay=0.9999)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
     config.measure.update(likelihood=500, probes=8)
     config.sweep.num_examples = (3_200, 10_000)
     config.sweep.width = (32, 64, 128, 256, 512, 1_024)

@@ -11,15 +11,10 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
-    config.data.update(name="mixture", num_examples=100, k=8, d=8, scale=2.0)
-    config.process.update(name="ornstein_uhlenbeck")
-    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
-    config.model.update(name="mlp", width=256, depth=4)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config = defaults.mixtures()
+    config.data.update(num_examples=100, d=8)
+    config.model.update(width=256, depth=4)
     config.train.update(steps=10_000, batch_size=128, ema_decay=0.998)
-    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
     return defaults.variant_of(config, variant, smoke=smoke)
 
 

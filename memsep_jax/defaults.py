@@ -128,6 +128,19 @@ def train() -> ConfigDict:
     )
 
 
+def mixtures() -> ConfigDict:
+    """`train` for an MLP on mixtures in the papers' OU process (Ye 2025, section 6)."""
+    config = train()
+    config.data.update(name="mixture", k=8, d=32, scale=2.0)
+    config.process.update(name="ornstein_uhlenbeck")
+    config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
+    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
+    config.model.update(name="mlp")
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
+    return config
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same run in seconds: small net, few steps, few samples."""
     config.data.update(num_examples=16, num_held_out=16)
