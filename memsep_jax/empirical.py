@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from memsep_jax.process import Process, check_time
+from memsep_jax.process import Process, check_time, is_known
 from memsep_jax.score import ScoreFn, from_denoiser
 
 CHUNK = 8_192
@@ -50,7 +50,7 @@ def labelled(labels, label):
     Raises: ValueError where no point has the label.
     """
     same = jnp.asarray(labels) == label
-    if _is_known(same) and not np.any(same):
+    if is_known(same) and not np.any(same):
         raise ValueError(
             f"label={label} is that of no training point: choose one of "
             f"{np.unique(labels).tolist()}"
@@ -318,9 +318,9 @@ def _check_data(data, chunk, log_weights, temperature):
             f"empirical: log_weights of shape {jnp.shape(log_weights)} for n={n} "
             "points: give one number a point"
         )
-    if _is_known(temperature) and not temperature > 0:
+    if is_known(temperature) and not temperature > 0:
         raise ValueError(f"empirical: temperature={temperature} must be positive")
-    if _is_known(data):
+    if is_known(data):
         seen = np.asarray(data)
         # NaN goes through min and max, and neither makes an array.
         if not (np.isfinite(seen.min()) and np.isfinite(seen.max())):
@@ -342,10 +342,3 @@ def _check_query(data, x, t):
         raise ValueError(
             f"empirical: a query of dtype {asked} and data of {known}: cast one of them"
         )
-
-
-def _is_known(a):
-    """Whether the numbers are there to be looked at, here and now."""
-    return not isinstance(a, jax.core.Tracer) and getattr(
-        a, "is_fully_addressable", True
-    )

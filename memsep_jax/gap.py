@@ -16,7 +16,7 @@ from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
 from memsep_jax.mixture import Law
-from memsep_jax.process import Process, check_time, diffusion2, perturb
+from memsep_jax.process import Process, check_time, diffusion2, is_known, perturb
 from memsep_jax.score import ScoreFn
 
 BATCH = 250  # draws looked at together: memory does not grow with their number
@@ -283,7 +283,7 @@ def information_bound(eigenvalues, process: Process, t0, n):
     Args: eigenvalues [d] of Sigma, t0 [] > 0, n >= 1.   Returns: [].
     """
     _check_times(t0)
-    if _concrete(n) and np.min(n) < 1:
+    if is_known(n) and np.min(n) < 1:
         raise ValueError(f"information_bound: n={n} points: at least 1")
     return _log_volume(eigenvalues, process, t0) - 2 * jnp.log(n)
 
@@ -327,7 +327,7 @@ def collapse_time(n, k, d, process: Process):
     Args: n [] points of k [] components in d [] dimensions.   Returns: [].
     Raises: ValueError: unless n > k >= 1 and d >= 1.
     """
-    if _concrete(n, k, d) and not (np.all(np.greater(n, k)) and np.min([k, d]) >= 1):
+    if is_known(n, k, d) and not (np.all(np.greater(n, k)) and np.min([k, d]) >= 1):
         raise ValueError(
             f"collapse_time: n={n} points of k={k} components in d={d} dimensions must "
             "satisfy n > k >= 1 and d >= 1: one point of each component never collapses"
@@ -450,11 +450,7 @@ def _trapezoid(times):
     return times * (jnp.pad(widths, (1, 0)) + jnp.pad(widths, (0, 1))) / 2
 
 
-def _concrete(*values):
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
-
-
 def _check_times(times):
-    if _concrete(times):
+    if is_known(times):
         for t in np.ravel(times):
             check_time(t)

@@ -58,13 +58,21 @@ PROCESSES = {
 }
 
 
+def is_known(*values) -> bool:
+    """Whether all numbers are there to be looked at: not traced, not on other hosts."""
+    return all(
+        not isinstance(a, jax.core.Tracer) and getattr(a, "is_fully_addressable", True)
+        for a in values
+    )
+
+
 def check_time(t):
     """Refuses a time at which no process has a score; a traced one passes unseen.
 
     Raises: ValueError.
     """
     # float: under jit, even the comparison of a known array would be traced.
-    if not isinstance(t, jax.core.Tracer) and not 0 < float(t) < float("inf"):
+    if is_known(t) and not 0 < float(t) < float("inf"):
         raise ValueError(
             f"t={t} must be positive and finite: at t = 0 the law has no density"
         )

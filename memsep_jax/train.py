@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from memsep_jax.process import Process, perturb
+from memsep_jax.process import Process, is_known, perturb
 from memsep_jax.prune import apply_mask, full_mask
 from memsep_jax.score import Prediction, target
 
@@ -213,7 +213,7 @@ def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
     if not lr > 0:
         wrong.append(f"optimizer.lr={lr} must be positive")
     # A traced one, of an ensemble of networks, was looked at before.
-    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay < 0:
+    if is_known(weight_decay) and weight_decay < 0:
         wrong.append(f"optimizer.weight_decay={weight_decay} must not be negative")
     if clip is not None and not clip > 0:
         wrong.append(f"optimizer.clip={clip} must be positive, or None for no clipping")

@@ -51,7 +51,7 @@ def run(config, session, resume_step=None):
         config,
         session,
         functools.partial(measure, session=session),
-        alike=lambda point: tuple(point.values.get(axis) for axis in ensemble.SHAPE),
+        alike=sweep.shape,
     )
     sweep.finish(config, session, rows, draw, swap=config.measure.swap)
 
@@ -272,11 +272,7 @@ def _figure(metrics, copying, what, ylabel, level):
         for name, style in (("collapse_time", ":"), ("spacing_time", "-.")):
             if (t := row[name]["mean"]) is not None:
                 lines.append(figures.Line([t, t], [0, 1], style=style, color="#666666"))
-        title = ", ".join(
-            f"{ensemble.LABELS[axis]} = {row[axis]:,}"
-            for axis in sweep.AXES
-            if axis in row
-        )
+        title = sweep.label(row)
         panels.append(
             figures.Panel(
                 title, lines, "time t", ylabel, yscale="linear",

@@ -15,16 +15,6 @@ import numpy as np
 from memsep_jax import data, memorization, mixture, sampling, train
 from memsep_jax.experiments import figures, setup, sweep
 
-LABELS = {
-    "num_examples": "n",
-    "d": "d",
-    "width": "width",
-    "depth": "depth",
-    "weight_decay": "weight decay",
-    "seeds": "seeds",
-}
-SHAPE = ("d", "width", "depth")  # axes that change the shape of the network
-
 
 class Members(NamedTuple):
     """What the networks of an ensemble do not share, stacked."""
@@ -46,7 +36,7 @@ def run(config, session, resume_step=None):
         config,
         session,
         functools.partial(measure, session=session),
-        alike=lambda point: tuple(point.values.get(axis) for axis in SHAPE),
+        alike=sweep.shape,
         what="networks",
     )
     sweep.finish(config, session, rows, draw)
@@ -108,13 +98,11 @@ def draw(metrics, points):
     """(name, caption, figure) of the sweep: see `report.write_sweep`."""
     rows = metrics["table"]
     varied = [a for a in sweep.AXES if len({row.get(a) for row in rows}) > 1]
-    if not varied:
-        varied = [next(a for a in (*sweep.AXES, "seeds") if a in rows[0])]
+    varied = varied or [next(a for a in sweep.AXES if a in rows[0])]
     *others, axis = varied
-    groups: dict[str, list[dict]] = {}
+    groups: dict[str | None, list[dict]] = {}
     for row in rows:
-        label = ", ".join(f"{LABELS[a]} = {row[a]:,}" for a in others)
-        groups.setdefault(label, []).append(row)
+        groups.setdefault(sweep.label(row, others), []).append(row)
 
     def lines(name):
         for label, group in groups.items():
@@ -124,10 +112,10 @@ def draw(metrics, points):
                 for k in ("mean", "low", "high")
             )
             mean, low, high = map(np.asarray, values)
-            yield figures.Line(x, mean, label or None, low, high)
+            yield figures.Line(x, mean, label, low, high)
 
     scale = {"xscale": "symlog" if axis == "weight_decay" else "log"}
-    scale |= {"xlabel": LABELS[axis]}
+    scale |= {"xlabel": sweep.LABELS[axis]}
     (null, *_) = lines("null")
     null = null._replace(style="--", color="#666666", label="null level", low=None)
     panels = [
@@ -143,7 +131,7 @@ def draw(metrics, points):
                 ylabel="log-likelihood below the truth's, nats", **scale,
             )
         )  # fmt: skip
-    caption = "Share of memorized samples against " + LABELS[axis]
+    caption = "Share of memorized samples against " + sweep.LABELS[axis]
     if len(panels) > 1:
         caption += (
             ". Right, how far the log-likelihood of held-out points under the model, "
@@ -159,7 +147,7 @@ def draw(metrics, points):
             place = names.index(row[varied[1]]), columns.index(row[varied[0]])
             value = row["ratio"]["mean"]
             shares[place] = np.nan if value is None else value
-        label = [LABELS[a] for a in varied]
+        label = [sweep.LABELS[a] for a in varied]
         figure = figures.heatmap(
             shares, names, columns, label[1], label[0], "memorized samples"
         )
@@ -168,7 +156,7 @@ def draw(metrics, points):
     if first and {point["samples"].shape[1:] for point in first} == {(2,)}:
         panels = []
         for point in first[:6]:
-            title = ", ".join(f"{LABELS[a]} = {point[a].item():,}" for a in varied)
+            title = sweep.label(point, varied)
             ratio = f"{100 * point['memorized'].mean():.0f} % memorized"
             arrays = (point[k] for k in ("samples", "memorized", "train"))
             panels.append((f"{title}\n{ratio}", *arrays))
@@ -178,9 +166,9 @@ def draw(metrics, points):
 
 def _lost(points, others, axis):
     """Lines of the nats that each network loses: median and range over the seeds."""
-    groups: dict[str, dict] = {}
+    groups: dict[str | None, dict] = {}
     for point in points:
-        label = ", ".join(f"{LABELS[a]} = {point[a].item():,}" for a in others)
+        label = sweep.label(point, others)
         nats = point["truth_log_likelihood"] - point["log_likelihood"]
         line = groups.setdefault(label, {})
         line.setdefault(point[axis].item(), []).append(max(nats.item(), 0.01))
@@ -188,7 +176,7 @@ def _lost(points, others, axis):
         middle, low, high = (
             [f(values) for values in line.values()] for f in (np.median, min, max)
         )
-        yield figures.Line(list(line), middle, label or None, low, high)
+        yield figures.Line(list(line), middle, label, low, high)
 
 
 def learn(configs, built, session=None):

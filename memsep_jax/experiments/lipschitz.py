@@ -30,7 +30,7 @@ def run(config, session, resume_step=None):
         config,
         session,
         functools.partial(measure, session=session),
-        alike=lambda point: tuple(point.values.get(axis) for axis in ensemble.SHAPE),
+        alike=sweep.shape,
         what="networks",
     )
     sweep.finish(config, session, rows, draw)
@@ -163,7 +163,7 @@ def draw(metrics, points):
     for values, rows in groups.items():
         ending = ",".join(f"{axis}={value}" for axis, value in values)
         ending = f"_{ending}" if len(groups) > 1 else ""
-        where = "; ".join(f"{ensemble.LABELS[a]} = {v:,}" for a, v in values)
+        where = sweep.label(dict(values))
         where = f" ({where})" if where else ""
         yield (
             f"norms{ending}",

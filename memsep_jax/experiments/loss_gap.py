@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture
-from memsep_jax.experiments import ensemble, figures, record, setup, sweep
+from memsep_jax.experiments import figures, record, setup, sweep
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that of d
 
@@ -117,7 +117,7 @@ def draw(metrics, points):
         title = "" if d is None else f"d = {d}"
         lines, floor_lines = [], []
         for i, row in enumerate(rows):
-            label, color = _label(row, ["num_examples"]), _of(figures.COLORS, i)
+            label, color = sweep.label(row, ["num_examples"]), _of(figures.COLORS, i)
             lines += [_line(row, "gap", label, color), _mark(row, color)]
             floor_lines.append(_line(row, "floor_empirical", label, color))
             collapse, _, _ = _values(row, "collapse_time")  # nan: it never does
@@ -173,12 +173,6 @@ def _estimate(name, estimate):
     return {name: estimate.value, f"{name}_error": estimate.error}
 
 
-def _label(row, axes):
-    """ "d = 8, n = 1,000", of the axes that the sweep has."""
-    named = [f"{ensemble.LABELS[a]} = {row[a]:,}" for a in axes if a in row]
-    return ", ".join(named) or None
-
-
 def _values(row, name):
     """Mean, low and high of a row as arrays: null on disk is nan again."""
     return (np.asarray(row[name][k], float) for k in ("mean", "low", "high"))
@@ -223,7 +217,7 @@ def _ratios(table):
     shown.add_column("time", justify="right")
     cells = []
     for row in table:
-        shown.add_column(_label(row, ["d", "num_examples"]), justify="right")
+        shown.add_column(sweep.label(row, ["d", "num_examples"]), justify="right")
         cells.append(
             [
                 f"{m:.2f} [{a:.2f}, {b:.2f}]"

@@ -26,6 +26,8 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
 }
 
 
+LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
+SHAPE = ("d", "width", "depth")  # axes that change the shape of a network
 # Of a point, but nothing to be averaged over seeds.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
 
@@ -36,6 +38,17 @@ class Point(NamedTuple):
     name: str  # "num_examples=100,width=64,seed=0"
     values: dict[str, Any]  # axis -> value, the seed last
     config: Any  # the ConfigDict of a run of this point alone
+
+
+def shape(point: Point) -> tuple:
+    """Equal for points whose networks have one shape: `alike` of an ensemble."""
+    return tuple(point.values.get(axis) for axis in SHAPE)
+
+
+def label(row: dict, axes=tuple(AXES)) -> str | None:
+    """ "n = 100, width = 64", of the axes that a row or point has."""
+    named = [f"{LABELS[a]} = {np.asarray(row[a]).item():,}" for a in axes if a in row]
+    return ", ".join(named) or None
 
 
 def points(config) -> list[Point]:
@@ -64,6 +77,11 @@ def check(config) -> setup.Parts:
 
     Returns: the parts of the first point.   Raises: setup.ConfigError.
     """
+    if not any(config.sweep[axis] for axis in AXES):
+        raise setup.ConfigError(
+            "sweep: no axis has a value: give one, such as "
+            f"--config.sweep.num_examples='(100,)', of {', '.join(AXES)}"
+        )
     first, *others = (p for p in points(config) if p.values["seed"] == 0)
     parts = setup.build(first.config)
     for point in others:
