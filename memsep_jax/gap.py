@@ -16,7 +16,14 @@ from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
 from memsep_jax.mixture import Law
-from memsep_jax.process import Process, check_time, diffusion2, is_known, perturb
+from memsep_jax.process import (
+    Process,
+    check_time,
+    diffusion2,
+    is_known,
+    perturb,
+    time_of,
+)
 from memsep_jax.score import ScoreFn
 
 BATCH = 250  # draws looked at together: memory does not grow with their number
@@ -332,17 +339,7 @@ def collapse_time(n, k, d, process: Process):
             f"collapse_time: n={n} points of k={k} components in d={d} dimensions must "
             "satisfy n > k >= 1 and d >= 1: one point of each component never collapses"
         )
-    ratio = jnp.sqrt(jnp.expm1(2 / d * jnp.log(n / k)))
-
-    def halve(_, ends):
-        middle = (ends[0] + ends[1]) / 2
-        t = jnp.exp(middle)
-        # Signed, not squared: alpha < 0 past the end of a rectified flow.
-        early = process.alpha(t) > ratio * process.sigma(t)
-        return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
-
-    widest = jnp.full_like(ratio, jnp.log(1e8))
-    return jnp.exp(jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0])
+    return time_of(process, 1 / jnp.sqrt(jnp.expm1(2 / d * jnp.log(n / k))))
 
 
 # The detector.

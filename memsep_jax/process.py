@@ -102,6 +102,24 @@ def noise_to_signal(process: Process, t):
     return process.sigma(t) / process.alpha(t)
 
 
+def time_of(process: Process, noise):
+    """The time at which sigma / alpha is `noise`; where it never is, 1e-8 or 1e8.
+
+    By bisection in log t, to rounding.   noise [] -> t [].
+    """
+    noise = jnp.asarray(noise, float)
+
+    def halve(_, ends):
+        middle = (ends[0] + ends[1]) / 2
+        t = jnp.exp(middle)
+        # Signed, not squared: alpha < 0 past the end of a rectified flow.
+        early = process.sigma(t) < noise * process.alpha(t)
+        return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
+
+    widest = jnp.full_like(noise, jnp.log(1e8))
+    return jnp.exp(jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0])
+
+
 # Laws of t: (key) -> t [].
 
 
@@ -130,6 +148,14 @@ def log_normal(mean: float = -1.2, std: float = 1.2):
     if std <= 0:
         raise ValueError(f"times: std={std} must be positive")
     return lambda key: jnp.exp(mean + std * jax.random.normal(key))
+
+
+def on_clock(law, clock: Process, process: Process):
+    """The time of `process` that is as noisy as `clock` is at u, u ~ law.
+
+    So a law that a paper states in the time of its own process keeps its meaning.
+    """
+    return lambda key: time_of(process, noise_to_signal(clock, law(key)))
 
 
 TIMES = {

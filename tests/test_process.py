@@ -151,3 +151,23 @@ def test_log_normal_has_edms_moments(key):
 def test_a_law_that_does_not_exist_is_refused_with_its_numbers(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", process.PROCESSES)
+@pytest.mark.parametrize("noise", [0.01, 0.3, 5.0])
+def test_a_time_is_found_by_its_noise(name, noise, x64):
+    made = process.PROCESSES[name]()
+    t = jax.jit(lambda s: process.time_of(made, s))(noise)
+    assert process.noise_to_signal(made, t) == pytest.approx(noise, rel=1e-6)
+
+
+def test_a_law_on_another_clock_keeps_its_noise(x64):
+    """u ~ Beta(.8, 2) on the VP clock is below .5 with 1.8 u^.8 - .8 u^1.8, u = .5."""
+    vp, ou = process.variance_preserving(), process.ornstein_uhlenbeck()
+    law = process.on_clock(process.beta(0.8, 2.0), vp, ou)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    t = jax.jit(jax.vmap(law))(keys)
+    middle = process.time_of(ou, process.noise_to_signal(vp, 0.5))
+    truth = 1.8 * 0.5**0.8 - 0.8 * 0.5**1.8
+    share = np.mean(t < middle)
+    assert abs(share - truth) < 4 * np.sqrt(truth * (1 - truth) / len(t))
