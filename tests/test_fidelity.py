@@ -1,9 +1,11 @@
-"""The Frechet distance against closed forms and scipy's matrix square root."""
+"""Quality of samples against closed forms, definitions in loops, and scipy."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 from absl import logging
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memsep_jax import fidelity
 
@@ -41,3 +43,196 @@ def test_it_is_the_matrix_square_root_of_the_definition(n):
     truth = gap @ gap + np.trace(s_a + s_b) - 2 * cross
     np.testing.assert_allclose(fidelity.frechet(a, b), truth, rtol=1e-6)
     np.testing.assert_allclose(fidelity.frechet(b, a), truth, rtol=1e-6)
+
+
+# Precision and recall, density and coverage.
+
+
+def dense(a, b, k):
+    """[n, m] whether a_i is in the ball of b_j, pair by pair as defined."""
+    inside = np.zeros((len(a), len(b)), bool)
+    for j, centre in enumerate(b):
+        others = [np.sum((centre - y) ** 2) for i, y in enumerate(b) if i != j]
+        inside[:, j] = [np.sum((x - centre) ** 2) <= sorted(others)[k - 1] for x in a]
+    return inside
+
+
+def check_against_dense(a, b, k):
+    forward, backward = dense(a, b, k), dense(b, a, k)
+    truth = forward.any(axis=1).mean(), backward.any(axis=1).mean()
+    assert fidelity.precision_recall(a, b, k) == pytest.approx(truth, rel=1e-12)
+    truth = forward.sum() / (k * len(a)), forward.any(axis=0).mean()
+    assert fidelity.density_coverage(a, b, k) == pytest.approx(truth, rel=1e-12)
+
+
+@pytest.mark.parametrize("tile", [3, 1_024])
+@pytest.mark.parametrize("k, d, offset", [(1, 1, 0.0), (3, 4, 1e5), (7, 30, 0.0)])
+def test_balls_are_those_of_the_definition(k, d, offset, tile, monkeypatch):
+    """However the points are tiled, tiles with fewer than k points among them."""
+    monkeypatch.setattr(fidelity, "TILE", tile)
+    rng = np.random.default_rng(d)
+    a, b = 0.8 * rng.normal(size=(23, d)), rng.normal(size=(32, d)) + 0.3
+    a[:3], b[:4] = b[5:8], b[4]  # copies and duplicates
+    check_against_dense(a + offset, b + offset, k)
+
+
+coordinates = st.integers(-2, 2) | st.sampled_from([0.1, 0.3, 1e-9, 1e6])
+features = st.integers(1, 3).flatmap(
+    lambda d: st.tuples(
+        *[st.lists(st.tuples(*[coordinates] * d), min_size=5, max_size=9)] * 2
+    )
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sets=features, k=st.integers(1, 4), tile=st.integers(1, 6), seed=st.integers(0))
+def test_ties_fall_as_defined_and_no_order_matters(sets, k, tile, seed):
+    """Points of a lattice tie all the time; permuted sets have the same numbers."""
+    a, b = (np.array(points, float) for points in sets)
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "TILE", tile)
+        check_against_dense(a, b, k)
+        for score in (fidelity.precision_recall, fidelity.density_coverage):
+            assert score(rng.permutation(a), rng.permutation(b), k) == score(a, b, k)
+    a, b = a[:5], b[:5]  # whole sets: a subset would depend on the order
+    moved = fidelity.kid(rng.permutation(a), rng.permutation(b), subsets=1)
+    here = fidelity.kid(a, b, subsets=1)
+    scale = max(1, np.abs(a).max(), np.abs(b).max()) ** 6 * 27
+    assert moved.value == pytest.approx(here.value, rel=1e-9, abs=1e-12 * scale)
+
+
+def test_equal_sets_have_all_and_far_sets_nothing():
+    """In equal sets a ball holds its centre and k others: density (k + 1) / k."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8)).astype(np.float32)
+    for shift in (0, 1e4):
+        near = x.astype(np.float64) + shift
+        assert fidelity.precision_recall(near, near[::-1]) == (1, 1)
+        assert fidelity.density_coverage(near, near) == pytest.approx((6 / 5, 1))
+    assert fidelity.precision_recall(x, x + 100) == (0, 0)
+    assert fidelity.density_coverage(x, x + 100) == (0, 0)
+
+
+def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision():
+    rng = np.random.default_rng(1)
+    one, two = rng.normal(size=(60, 3)), 50 + rng.normal(size=(20, 3))
+    both = np.concatenate([one, two])
+    assert fidelity.precision_recall(one, both) == (1, 60 / 80)
+    assert fidelity.precision_recall(both, one) == (60 / 80, 1)
+    density, coverage = fidelity.density_coverage(one, both)
+    assert density == pytest.approx(6 / 5) and coverage == 60 / 80
+    density, coverage = fidelity.density_coverage(both, one)
+    assert density == pytest.approx(6 / 5 * 60 / 80) and coverage == 1
+
+
+def test_a_copy_of_a_point_that_occurs_often_is_inside_its_ball_of_radius_0():
+    rng = np.random.default_rng(2)
+    point = rng.normal(size=64)
+    b = np.concatenate([np.tile(point, (6, 1)), 10 + rng.normal(size=(20, 64))])
+    a = np.concatenate(
+        [np.tile(point, (3, 1)), np.tile(np.nextafter(point, 9), (3, 1))]
+    )
+    assert fidelity.precision_recall(a, b, k=5)[0] == 3 / 6
+    assert fidelity.density_coverage(a, b, k=5) == pytest.approx((6 / 5 / 2, 6 / 26))
+
+
+def test_coverage_of_one_law_is_that_of_its_lemma():
+    """1 - (n-1)...(n-k) / ((2n-1)...(2n-k)) for n fresh draws each (Naeem 2020)."""
+    n, k, runs = 40, 3, 200
+    rng = np.random.default_rng(3)
+    found = [
+        fidelity.density_coverage(rng.normal(size=(n, 2)), rng.normal(size=(n, 2)), k)
+        for _ in range(runs)
+    ]
+    i = np.arange(1, k + 1)
+    truth = 1, 1 - np.prod((n - i) / (2 * n - i))
+    error = np.std(found, axis=0) / np.sqrt(runs)
+    assert np.all(np.abs(np.mean(found, axis=0) - truth) < 4 * error)
+
+
+# The kernel distance.
+
+
+def test_kid_is_the_double_sum_of_its_definition(monkeypatch):
+    monkeypatch.setattr(fidelity, "TILE", 2)
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(5, 3)), 0.7 + rng.normal(size=(5, 3))
+
+    def kernel(x, y):
+        return (sum(u * v for u, v in zip(x, y, strict=True)) / 3 + 1) ** 3
+
+    own = sum(
+        kernel(c[i], c[j]) / 20
+        for c in (a, b)
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    )
+    truth = own - 2 * sum(kernel(x, y) for x in a for y in b) / 25
+    found = fidelity.kid(a, b, subsets=3)
+    assert found.value == pytest.approx(truth, rel=1e-12)
+    assert found.std < 1e-12  # each subset is the whole set
+    assert fidelity.kid(b, a, subsets=1).value == pytest.approx(truth, rel=1e-12)
+
+
+def test_kid_of_one_law_is_0_on_average_and_of_a_shift_is_its_mean():
+    """d = 1: E k(x, y) from the moments of N(mu, 1); V-statistics would miss 0."""
+    rng, runs = np.random.default_rng(5), 400
+
+    def mean(mu):
+        found = [
+            fidelity.kid(rng.normal(size=(20, 1)), mu + rng.normal(size=(30, 1)), 2, 15)
+            for _ in range(runs)
+        ]
+        values = np.array([kid.value for kid in found])
+        return values.mean(), values.std() / np.sqrt(runs)
+
+    def moments(mu):
+        return np.array([1, mu, mu**2 + 1, mu**3 + 3 * mu])
+
+    for mu in (0.0, 0.5):
+        gap = moments(mu) - moments(0.0)
+        truth = np.array([1, 3, 3, 1]) @ gap**2  # (xy + 1)^3, term by term
+        found, error = mean(mu)
+        assert abs(found - truth) < 4 * error
+
+
+def test_kid_over_subsets_has_its_seed_its_spread_and_the_mean_of_the_whole():
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(size=(60, 4)), 0.5 + rng.normal(size=(80, 4))
+    found = fidelity.kid(a, b, subsets=400, size=10)
+    assert found == fidelity.kid(a, b, subsets=400, size=10)
+    assert found != fidelity.kid(a, b, subsets=400, size=10, seed=1)
+    assert found.std > 0
+    # A subset of each is drawn uniformly: unbiased for the statistic of all pairs.
+    z = [(c @ e.T / 4 + 1) ** 3 for c, e in ((a, a), (b, b), (a, b))]
+    n, m = len(a), len(b)
+    whole = (z[0].sum() - np.trace(z[0])) / (n * (n - 1)) - 2 * z[2].mean()
+    whole += (z[1].sum() - np.trace(z[1])) / (m * (m - 1))
+    assert abs(found.value - whole) < 4 * found.std / np.sqrt(400)
+
+
+@pytest.mark.parametrize("score", ["precision_recall", "density_coverage", "kid"])
+def test_features_that_cannot_be_compared_are_refused(score):
+    x, score_of = np.zeros((9, 4)), getattr(fidelity, score)
+    with pytest.raises(ValueError, match=rf"{score} takes .*\(9, 4\) and \(9, 3\)"):
+        score_of(x, x[:, :3])
+    with pytest.raises(ValueError, match=rf"{score} takes features"):
+        score_of(x[:, :0], x[:, :0])
+    with pytest.raises(ValueError, match=f"{score}: features hold NaN"):
+        score_of(x, np.where(x == 0, np.nan, x))
+    with pytest.raises(ValueError, match=f"{score} of 9 against 1 samples"):
+        score_of(x, x[:1])
+
+
+def test_counts_that_make_no_sense_are_refused():
+    x = np.zeros((4, 2))
+    with pytest.raises(ValueError, match="k=4 other points need at least 5; .*lower k"):
+        fidelity.precision_recall(x, np.zeros((9, 2)), k=4)
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k={k} neighbours must be at least 1"):
+            fidelity.density_coverage(x, x, k)
+    for bad in ({"subsets": 0}, {"size": 1}):
+        with pytest.raises(ValueError, match="kid: subsets="):
+            fidelity.kid(x, x, **bad)
