@@ -1,4 +1,4 @@
-"""Time grids, probability-flow ODE, reverse SDE, log-likelihood.
+"""Time grids, probability-flow ODE, reverse SDE, log-likelihood, noise search.
 
 A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a batch.
 """
@@ -199,6 +199,59 @@ def sampler(score_fn: ScoreFn, process: Process, times, shape, method="heun"):
         return flow(prior(prior_key, process, times[0], shape), noise_key)
 
     return draw
+
+
+def search_noise(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
+    """The initial noise on a sphere whose flow comes closest to a target x.
+
+    The probability flow is invertible: *every* point, a held-out one too, has some
+    noise that leads to it. Only noise that sampling could draw, of the typical length
+    sqrt(d) sigma(T), says that the model emits x; so z stays on that sphere.
+
+    Gradient descent on |flow(z) - x|^2 through the ODE, in steps of length lr radius
+    that fall to 0 as a cosine. A gradient holds every step of the flow in memory; give
+    `ode` jax.checkpoint(score_fn) where that is too much.
+
+    Args:
+      flow: z [*e] -> [*e], as from `ode`.   x: [*e].   radius: length of z, a number.
+    Returns:
+      search: (key) -> z [*e], the best seen from the random start of that key.
+    Raises: ValueError: radius, steps or lr not positive.
+    """
+    if not (radius > 0 and steps >= 1 and lr > 0):
+        raise ValueError(
+            f"search_noise: radius={radius}, steps={steps}, lr={lr} must be positive"
+        )
+
+    def unit(z):
+        z = z / jnp.max(jnp.abs(z))  # or squares leave float32
+        return z / jnp.sqrt(jnp.sum(z**2))
+
+    def loss(z):
+        return jnp.sum((flow(z) - x) ** 2).astype(x.dtype)
+
+    def search(key):
+        def body(i, carry):
+            z, best, least = carry
+            value, grad = jax.value_and_grad(loss)(z)
+            better = value < least  # never where it is NaN
+            best, least = jnp.where(better, z, best), jnp.where(better, value, least)
+            length = lr * (1 + jnp.cos(jnp.pi * i / steps)) / 2
+            here, slope = z / radius, unit(grad)
+            # Along the sphere: where x is out of reach, the rest points away from it.
+            along = unit(slope - jnp.sum(slope * here) * here)
+            moved = radius * unit(here - length * along)
+            # No direction (0, NaN, infinite): from the best again, a shorter step.
+            z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
+            return z.astype(x.dtype), best, least
+
+        start = radius * unit(jax.random.normal(key, x.shape, x.dtype))
+        start = start.astype(x.dtype)
+        carry = start, start, jnp.full((), jnp.inf, x.dtype)
+        # The last round has length 0: it only looks at where the one before it ended.
+        return jax.lax.fori_loop(0, steps + 1, body, carry)[1]
+
+    return search
 
 
 def _check_grid(t_min, t_max, steps):

@@ -285,3 +285,103 @@ def test_probes_need_a_key_and_a_count():
         sampling.log_likelihood(lambda x, t: -x, OU, times, probes=1)(jnp.ones(2))
     with pytest.raises(ValueError, match="probes=-1"):
         sampling.log_likelihood(lambda x, t: -x, OU, times, probes=-1)
+
+
+# The search for noise that leads to a target.
+
+
+def keys_and_starts(radius, shape, count=8):
+    """Keys, and where the search says that it starts: normal vectors, scaled."""
+    keys = jax.random.split(jax.random.key(7), count)
+    z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    flat = jnp.linalg.norm(z.reshape(count, -1), axis=1)
+    return keys, radius * z / flat.reshape(-1, *[1] * len(shape))
+
+
+def miss(flow, x):
+    return jax.jit(jax.vmap(lambda z: jnp.sqrt(jnp.sum((flow(z) - x) ** 2))))
+
+
+def test_the_search_finds_the_noise_that_leads_to_a_sample(x64):
+    """One Gaussian: the flow is affine and one to one, so that noise is the only."""
+    times = sampling.log_times(0.05, 4.0, 12)
+    flow = sampling.ode(mixture.score(gaussian(), OU), OU, times)
+    radius = float(jnp.sqrt(2.0) * OU.sigma(times[0]))
+    keys, starts = keys_and_starts(radius, (2,))
+    z0 = radius * jnp.array([-0.6, 0.8])
+    search = sampling.search_noise(flow, jax.jit(flow)(z0), radius, steps=150)
+    found = jax.jit(jax.vmap(search))(keys)
+    np.testing.assert_allclose(found, jnp.tile(z0, (8, 1)), atol=1e-3)
+    np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), radius, rtol=1e-12)
+    assert (
+        np.linalg.norm(starts - z0[None], axis=1).max() > radius
+    )  # and was not begun there
+
+
+def test_a_target_that_only_other_noise_reaches_stays_away(x64):
+    """flow(z) = c z: x = 3 c z0 has noise of length 3 radius; on the sphere z0 is
+    nearest, and misses by 2 c radius."""
+    law = mixture.Mixture(jnp.zeros(1), jnp.zeros((1, 12)), jnp.full((1, 12), 0.5))
+    times = sampling.log_times(0.05, 4.0, 5)
+    image = (2, 2, 3)
+
+    def flow(z):
+        return sampling.ode(mixture.score(law, OU), OU, times)(z.ravel()).reshape(image)
+
+    radius = 3.0
+    keys, _ = keys_and_starts(radius, image)
+    z0 = radius * jnp.full(image, 12**-0.5)
+    end = jax.jit(flow)(z0)
+    search = sampling.search_noise(flow, 3 * end, radius)
+    found = jax.jit(jax.vmap(search))(keys)
+    np.testing.assert_allclose(found, jnp.tile(z0, (8, 1, 1, 1)), atol=1e-3)
+    away = 2 * jnp.linalg.norm(end.ravel())
+    np.testing.assert_allclose(miss(flow, 3 * end)(found), away, rtol=1e-6)
+
+
+def test_the_search_never_ends_further_away_than_it_began(key):
+    """Not even with one step of nearly a right angle, which spoils a good start."""
+    truth = mixture.separated(key, 4, 3)
+    times = sampling.log_times(0.05, 6.0, 6)
+    flow, x = sampling.ode(mixture.score(truth, OU), OU, times), truth.means[1]
+    keys, starts = keys_and_starts(2.0, (3,), 32)
+    search = sampling.search_noise(flow, x, 2.0, steps=1, lr=30.0)
+    found = jax.jit(jax.vmap(search))(keys)
+    began, ended = miss(flow, x)(starts), miss(flow, x)(found)
+    assert np.all(ended <= began * (1 + 1e-5))
+    stayed = np.all(np.isclose(found, starts, atol=1e-5), axis=1)
+    assert 0 < stayed.sum() < 16
+    np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), 2.0, rtol=1e-6)
+
+
+def test_a_flow_that_fails_in_places_does_not_spoil_the_search(x64):
+    """NaN where z_1 > 1.6, around the target: the rim is the best there is."""
+    x, radius = jnp.array([2.0, 0.0]), 2.0
+    keys, starts = keys_and_starts(radius, (2,), 16)
+    outside = starts[:, 0] <= 1.6
+    assert 0 < outside.sum() < 16
+    search = sampling.search_noise(lambda z: z / (z[0] <= 1.6), x, radius)
+    # 1 / False is infinite, its gradient NaN.
+    found = jax.jit(jax.vmap(search))(keys)
+    np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), radius, rtol=1e-12)
+    np.testing.assert_allclose(found[~outside], starts[~outside], rtol=1e-12)
+    assert np.all(found[outside][:, 0] <= 1.6)
+    np.testing.assert_allclose(found[outside][:, 0], 1.6, atol=0.05)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_size_of_a_gradient_does_not_matter_to_the_search(size, key):
+    """Its square leaves float32, its direction does not."""
+
+    def flow(z):
+        return jnp.sqrt(size) * z
+
+    z0 = jnp.array([0.0, 2.0, 0.0])
+    found = jax.jit(sampling.search_noise(flow, flow(z0), 2.0))(key)
+    np.testing.assert_allclose(found, z0, atol=5e-3)
+
+
+@pytest.mark.parametrize("radius, steps, lr", [(0.0, 9, 0.1), (1, 0, 0.1), (1, 9, -1)])
+def test_a_search_without_length_is_refused(radius, steps, lr):
+    with pytest.raises(ValueError, match=f"radius={radius}, steps={steps}, lr={lr} mu"):
+        sampling.search_noise(lambda z: z, jnp.ones(2), radius, steps, lr)
