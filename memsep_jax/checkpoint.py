@@ -3,14 +3,20 @@
 A step is a directory that orbax writes under a temporary name and renames when it is
 complete. Orbax notices neither flipped bits nor damaged steps, so a manifest with a
 SHA-256 per leaf is written in the same atomic step and checked on every restore.
+
+To go on elsewhere, `pack` writes a state as one .npz with the same manifest, and
+`unpack` reads it back by the same checks.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -21,6 +27,9 @@ from absl import logging
 
 SCHEMA = 1
 TMP = ".orbax-checkpoint-tmp"
+MANIFEST = "manifest.json"  # in a packed file; leaves end in .npy there
+MAX_MANIFEST = 1 << 26  # bytes: some 400,000 leaves
+MAX_HEADER = 1 << 16  # bytes of a .npy before its data
 
 
 class CorruptError(RuntimeError):
@@ -47,8 +56,7 @@ class _DamagedError(Exception):
 
 def leaves(tree) -> dict[str, np.ndarray]:
     """The leaves of a pytree on the host, by path ("params/block_0/mlp_in/kernel")."""
-    paths = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
-    return {_name(path): np.asarray(leaf) for path, leaf in paths}
+    return {name: np.asarray(a) for name, a in _by_path(jax.device_get(tree)).items()}
 
 
 def digest(tree) -> str:
@@ -79,20 +87,9 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
     directory = Path(directory)
     path = directory / str(step)
     arrays = leaves(tree)
-    needed = sum(a.nbytes for a in arrays.values())
-    floating = [a for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)]
-    if not all(np.isfinite(a).all() for a in floating):
-        raise ArithmeticError(
-            f"step {step} holds values that are not finite: not saved"
-        )
-    table = {
-        name: [list(a.shape), str(a.dtype), _sha256(a)] for name, a in arrays.items()
-    }
-    manifest = {"schema": SCHEMA, "step": step, "leaves": table, "sha256": _seal(table)}
+    manifest, needed = _manifest(step, arrays), _nbytes(arrays)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(directory).free < needed:
-            raise OSError("the disk is full")
+        _make_room(directory, needed)
         if path.exists():
             shutil.rmtree(path)
         with (
@@ -112,12 +109,7 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
             time.sleep(0.05)
             if not any(directory.glob(f"*{TMP}*")):
                 break
-        free = shutil.disk_usage(_existing(directory)).free
-        raise StorageError(
-            f"could not save {path} ({_short(error)}): needed {needed:,} "
-            f"bytes, {free:,} are free. Earlier steps are untouched: free some space "
-            "and give the same command again"
-        ) from error
+        raise _not_saved(path, needed, error) from error
     if keep is not None:
         for old in steps(directory)[:-keep]:
             shutil.rmtree(directory / str(old))
@@ -184,44 +176,117 @@ def clean(directory) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def pack(path, step: int, tree) -> None:
+    """Writes one state as one .npz, whole or not at all: to be moved, and gone on from.
+
+    Each leaf is an array by its path, as np.load reads it (bfloat16 as uint16).
+
+    Raises: StorageError with path, bytes needed and bytes free; a file that was there
+      stays.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    arrays = leaves(tree)
+    manifest, needed = json.dumps(_manifest(step, arrays)), _nbytes(arrays)
+    try:
+        _make_room(path.parent, needed)
+        with open(part, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                # Without dates: equal states are equal files.
+                archive.writestr(zipfile.ZipInfo(MANIFEST), manifest)
+                for name, array in arrays.items():
+                    array = _for_numpy(array)
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash may leave the new name without data
+        os.replace(part, path)
+    except OSError as error:
+        raise _not_saved(path, needed, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def unpack(path, like):
+    """The state in a file of `pack`, verified leaf by leaf.   Returns: (tree, step).
+
+    Args: like, a pytree of arrays or ShapeDtypeStructs, with shardings or without.
+    Raises: CorruptError (missing or damaged), ConflictError (whole, but another
+      model's).
+    """
+    path = Path(path)
+    try:
+        with _reading("file"):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            with _reading("manifest"):
+                manifest = json.loads(_member(archive, MANIFEST, MAX_MANIFEST))
+                step = int(manifest["step"])
+            digests = _check(path, manifest, like)
+            return _verified(like, digests, functools.partial(_packed, archive)), step
+    except _DamagedError as error:
+        raise CorruptError(f"{path}: {error}") from error
+
+
 def _restore(path, like):
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        try:
+        with _reading("manifest"):
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             manifest = checkpointer.restore(path.absolute(), args=args).manifest
-            schema, table = manifest["schema"], manifest["leaves"]
-            sealed = manifest["sha256"] == _seal(table)
-        except Exception as error:
-            raise _DamagedError(f"manifest unreadable ({_short(error)})") from error
-        if not sealed:
-            raise _DamagedError("manifest digest mismatch")
-        if schema != SCHEMA:
-            raise ConflictError(
-                f"{path} has checkpoint schema {schema}, this version of memsep_jax "
-                f"reads {SCHEMA}: use the version that wrote it"
-            )
-        paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-        wanted = {_name(p): leaf for p, leaf in paths}
-        _check_same(path, wanted, table)
+        digests = _check(path, manifest, like)
         # Targets bound by the config's tree: a lying file cannot ask for more memory.
-        targets = {n: np.empty(a.shape, a.dtype) for n, a in wanted.items()}
-        try:
+        targets = {n: np.empty(a.shape, a.dtype) for n, a in _by_path(like).items()}
+        with _reading("arrays"):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
             arrays = checkpointer.restore(path.absolute(), args=args).state
-        except Exception as error:
-            raise _DamagedError(f"arrays unreadable ({_short(error)})") from error
-    restored = []
-    for name, target in wanted.items():
-        array = np.asarray(arrays[name], target.dtype)
-        if _sha256(array) != table[name][2]:
-            raise _DamagedError(f"digest mismatch in {name}")
-        sharding = getattr(target, "sharding", None)
-        restored.append(jax.device_put(array, sharding))
-    return jax.tree.unflatten(treedef, restored)
+    return _verified(like, digests, lambda n, a: np.asarray(arrays[n], a.dtype))
 
 
-def _check_same(path, wanted, table):
-    found = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
+def _packed(archive, name, target):
+    # Type and shape are those of the target, and its digest covers them: the header of
+    # a .npy is for other readers, so it can neither lie to us nor name a pickle.
+    nbytes = math.prod(target.shape) * np.dtype(target.dtype).itemsize
+    with _reading(name):
+        raw = _member(archive, f"{name}.npy", nbytes + MAX_HEADER)
+        return np.ndarray(target.shape, target.dtype, raw, len(raw) - nbytes)
+
+
+def _member(archive, name, at_most):
+    info = archive.getinfo(name)
+    # Stored as it is: nothing unfolds to more than was asked for.
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > at_most:
+        raise ValueError("not as it was packed")
+    with archive.open(info) as file:
+        return file.read(at_most)
+
+
+def _manifest(step, arrays):
+    floating = [a for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)]
+    if not all(np.isfinite(a).all() for a in floating):
+        raise ArithmeticError(
+            f"step {step} holds values that are not finite: not saved"
+        )
+    table = {
+        name: [list(a.shape), str(a.dtype), _sha256(a)] for name, a in arrays.items()
+    }
+    return {"schema": SCHEMA, "step": step, "leaves": table, "sha256": _seal(table)}
+
+
+def _check(path, manifest, like):
+    """The digests by leaf, where the manifest is whole and tells of such a tree."""
+    with _reading("manifest"):
+        schema, table = manifest["schema"], manifest["leaves"]
+        sealed = manifest["sha256"] == _seal(table)
+        found = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
+    if not sealed:
+        raise _DamagedError("manifest digest mismatch")
+    if schema != SCHEMA:
+        raise ConflictError(
+            f"{path} has checkpoint schema {schema}, this version of memsep_jax "
+            f"reads {SCHEMA}: use the version that wrote it"
+        )
+    wanted = _by_path(like)
     expected = {n: (tuple(a.shape), str(a.dtype)) for n, a in wanted.items()}
     wrong = [
         f"  {n}: saved {found.get(n, 'absent')}, expected {expected.get(n, 'absent')}"
@@ -235,6 +300,49 @@ def _check_same(path, wanted, table):
             "model.width, model.depth, model.name and optimizer.name):\n"
             + "\n".join(wrong[:10] + more)
         )
+    return {n: sha256 for n, (_, _, sha256) in table.items()}
+
+
+def _verified(like, digests, read):
+    """The tree of `like`: each leaf by read(name, target), checked, put in place."""
+    restored = []
+    for name, target in _by_path(like).items():
+        array = read(name, target)
+        if _sha256(array) != digests[name]:
+            raise _DamagedError(f"digest mismatch in {name}")
+        restored.append(jax.device_put(array, getattr(target, "sharding", None)))
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+@contextlib.contextmanager
+def _reading(what):
+    try:
+        yield
+    except Exception as error:
+        raise _DamagedError(f"{what} unreadable ({_short(error)})") from error
+
+
+def _make_room(directory, needed):
+    directory.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError("the disk is full")
+
+
+def _not_saved(path, needed, error):
+    free = shutil.disk_usage(_existing(path.parent)).free
+    return StorageError(
+        f"could not save {path} ({_short(error)}): needed {needed:,} "
+        f"bytes, {free:,} are free. Earlier steps are untouched: free some space "
+        "and give the same command again"
+    )
+
+
+def _by_path(tree):
+    return {_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _nbytes(arrays):
+    return sum(a.nbytes for a in arrays.values())
 
 
 def _name(path):
@@ -245,6 +353,13 @@ def _sha256(array):
     array = np.ascontiguousarray(array)
     head = f"{array.dtype}{array.shape}".encode()
     return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+def _for_numpy(array):
+    # In the order of C, as it is read back; a type of JAX alone (bfloat16) as bits.
+    array = np.asarray(array, order="C")
+    known = array.dtype.isbuiltin == 1
+    return array if known else array.view(f"u{array.dtype.itemsize}")
 
 
 def _seal(table):
