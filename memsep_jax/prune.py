@@ -1,5 +1,11 @@
-"""Importance -> keep -> mask -> apply: pruning as a mask over a Flax parameter tree."""
+"""Importance -> keep -> mask -> apply: pruning as a mask over a Flax parameter tree.
 
+What is pruned is a group of parameters behind one gate: a head of attention (Ye 2025,
+Algorithm 1), a neuron of an MLP, a whole block. A gate of 0, a mask of 0 and taking
+the parameters away (`compact`) are the same function.
+"""
+
+import re
 from typing import Any
 
 import jax
@@ -18,41 +24,134 @@ HEAD_AXIS = {
     ("value", "bias"): 0,
     ("out", "kernel"): 0,  # its bias belongs to the layer and is kept
 }
+NEURON_AXIS = {
+    ("mlp_in", "kernel"): 1,
+    ("mlp_in", "bias"): 0,
+    ("mlp_out", "kernel"): 0,  # as above
+}
+# Gates stand in [layers, units]; all blocks are the units of one layer, [1, depth].
+GROUPS = {"heads": HEAD_AXIS, "neurons": NEURON_AXIS, "blocks": {}}
+CRITERIA = (
+    "small_t",  # E |dL/dgate| at small t more often than at large t: the paper's
+    "uniform_t",  # the same at all t alike
+    "large_t",  # and at large t more often
+    "magnitude",  # the norm of the parameters
+    "activation",  # the size of what the unit computes
+    "random",
+    "random_per_layer",  # as many in every layer as by small_t
+    "highest_first",  # those that small_t would keep longest: the negative control
+)
+CHUNK = 256  # examples whose gate gradients are taken together
 
 
-def head_importance(loss, x0, t, eps, shape: tuple[int, int]):
+def gates(params: Params, group: str = "heads"):
+    """The open gates of a group.   Returns: ones [layers, units].
+
+    Raises: ValueError: an unknown group, a network that has no such gates.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"prune.group={group!r} is not one of {', '.join(GROUPS)}")
+    depth = sum(_block(name) is not None for name in params)
+    if group == "blocks" and depth:
+        return jnp.ones((1, depth))
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        place = _place(path, group)
+        if place is not None:
+            return jnp.ones((depth, p.shape[place[1]]))
+    raise ValueError(f"prune.group={group!r}: the network has none; a dit has")
+
+
+# Importance: every criterion gives [layers, units], of unit norm in every layer.
+
+
+def importance(sizes, examples, chunk: int = CHUNK):
+    """E of sizes(example) [layers, units], of unit norm in every layer.
+
+    Args: examples, any pytree of arrays [b, ...]; they stream, `chunk` at a time, and
+      the result does not depend on it.
+    """
+    each = jax.lax.map(sizes, examples, batch_size=chunk)
+    return _normalised(jnp.mean(each, axis=0))
+
+
+def head_importance(loss, x0, t, eps, shape: tuple[int, int], chunk: int = CHUNK):
     """I(h) = E |dL/dgate_h|, of unit norm in every layer (Ye 2025, Algorithm 1).
 
     Args:
       loss: (gates [depth, heads], x0 [*e], t [], eps [*e]) -> [], of one example.
-      x0: [b, *e].   t: [b].   eps: [b, *e].   shape: (depth, heads).
+      x0: [b, *e].   t: [b].   eps: [b, *e].   shape: that of the gates of any group.
     Returns:
-      [depth, heads]. The absolute value is taken per example, so it does not depend
-      on how examples are batched.
+      [depth, heads]. The absolute value is taken per example: the mean of the slopes
+      is 0 at a minimum of the loss, and that of a batch is noise of its size.
     """
 
-    def slopes(x0, t, eps):
-        return jnp.abs(jax.grad(loss)(jnp.ones(shape), x0, t, eps))
+    def slopes(example):
+        return jnp.abs(jax.grad(loss)(jnp.ones(shape), *example))
 
-    mean = jnp.mean(jax.vmap(slopes)(x0, t, eps), axis=0)
-    norm = jnp.linalg.norm(mean, axis=1, keepdims=True)
-    return mean / jnp.where(norm > 0, norm, 1)  # a layer that does nothing: all zero
+    return importance(slopes, (x0, t, eps), chunk)
+
+
+def magnitude(params: Params, group: str = "heads"):
+    """The l2 norm of the parameters behind every gate, of unit norm in every layer."""
+    squares = jnp.zeros_like(gates(params, group))
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        place = _place(path, group)
+        if place is None:
+            continue
+        layer, axis = place
+        if axis is None:
+            squares = squares.at[0, layer].add(jnp.sum(p**2))
+        else:
+            others = tuple(i for i in range(p.ndim) if i != axis)
+            squares = squares.at[layer].add(jnp.sum(p**2, axis=others))
+    return _normalised(jnp.sqrt(squares))
+
+
+def activations(intermediates: Params, group: str = "heads"):
+    """How large the output of every unit is, as the network left it on its way.
+
+    Args: intermediates, of model.apply(..., mutable="intermediates") for one example.
+    Returns: [layers, units], means over tokens.
+    """
+    found = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(intermediates):
+        names = _names(path)
+        if group in names:
+            found[_block(names[0])] = value
+    rows = jnp.stack([found[i] for i in sorted(found)])
+    return rows[None] if group == "blocks" else rows
+
+
+# Keep: which units stay.
+
+
+def count(units: int, ratio: float) -> int:
+    """floor(ratio H), how many of H units fall.   Raises: ValueError: the ratio."""
+    if not 0 <= ratio < 1:
+        raise ValueError(
+            f"prune.ratio={ratio} must be in [0, 1): the share of heads to remove"
+        )
+    return int(np.floor(ratio * units + 1e-9))  # 0.29 x 100 is 29
 
 
 def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
     """All but the floor(ratio H) least important heads, ranked over all layers.
 
-    Args: importance [depth, heads]; at least min_per_layer heads stay in every layer.
-    Returns: bool [depth, heads]; ties fall in the order of their index.
+    Args: importance [depth, heads], or [layers, units] of any group; at least
+      min_per_layer of them stay in every layer.
+    Returns: bool, the shape of importance; ties fall in the order of their index.
     Raises: ValueError: a ratio outside [0, 1), importance that is not finite.
     """
     importance = np.asarray(importance)
-    if importance.ndim != 2 or not np.isfinite(importance).all():
+    if importance.ndim != 2:
+        raise ValueError(f"importance of shape {importance.shape}: [depth, heads]")
+    bad = np.argwhere(~np.isfinite(importance))
+    if len(bad):
         raise ValueError(
-            f"importance of shape {importance.shape} must be finite [depth, heads]: "
-            f"{np.count_nonzero(~np.isfinite(importance))} values are not finite"
+            f"importance: {len(bad)} values are not finite, the first of layer "
+            f"{bad[0][0]}, unit {bad[0][1]}: nothing can be ranked by it"
         )
-    drop = _count(importance.shape, ratio)
+    drop = count(importance.size, ratio)
     keep = np.ones(importance.shape, bool)
     for head in np.argsort(importance, axis=None, kind="stable"):
         layer = head // importance.shape[1]
@@ -64,44 +163,73 @@ def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
     return keep
 
 
-def keep_random(key, shape: tuple[int, int], ratio: float) -> np.ndarray:
+def keep_random(key, shape: tuple[int, int], ratio: float, like=None) -> np.ndarray:
     """The random baseline: floor(ratio H) heads dropped without replacement.
 
+    Args: like, bool of this shape: as many are kept in every layer as there.
     Returns: bool [depth, heads] with at least one head in every layer.
     """
-    return keep_top(jax.random.permutation(key, np.prod(shape)).reshape(shape), ratio)
+    order = jax.random.permutation(key, np.prod(shape)).reshape(shape)
+    if like is None:
+        return keep_top(order, ratio)
+    place = np.argsort(np.argsort(order, axis=1), axis=1)
+    return place < np.asarray(like).sum(axis=1, keepdims=True)
 
 
-def head_mask(params: Params, keep) -> Params:
-    """q, k, v and output of every head that is not kept become 0.
+# Masks, and networks without what is masked.
 
-    Args: keep bool [depth, heads].
+
+def group_mask(params: Params, keep, group: str = "heads") -> Params:
+    """The parameters behind every gate that is not kept become 0.
+
+    Args: keep bool [layers, units], as `gates` has them.
     Returns: a tree like params of small arrays that broadcast against it.
     Raises: ValueError naming the leaf, where keep does not fit the parameters.
     """
-    keep = np.asarray(keep)
+    keep = _fitting(params, keep, group)
 
     def leaf(path, p):
-        names = tuple(
-            k.key for k in path
-        )  # ("block_0", "attention", "query", "kernel")
-        axis = HEAD_AXIS.get(names[-2:])
-        if axis is None:
+        place = _place(path, group)
+        if place is None:
             return jnp.ones((), p.dtype)
-        block = int(names[0].removeprefix("block_"))
-        if block >= len(keep) or keep.shape[1:] != (p.shape[axis],):
-            raise ValueError(
-                f"keep of shape {keep.shape} does not fit {'/'.join(names)} with "
-                f"{p.shape[axis]} heads: it must be [depth, heads] of this network"
-            )
-        kept = jnp.asarray(keep[block], p.dtype)
+        layer, axis = place
+        if axis is None:
+            return jnp.asarray(keep[0, layer], p.dtype)
+        kept = jnp.asarray(keep[layer], p.dtype)
         return jnp.expand_dims(kept, [i for i in range(p.ndim) if i != axis])
 
-    mask = jax.tree_util.tree_map_with_path(leaf, params)
-    blocks = sum(name.startswith("block_") for name in params)
-    if len(keep) != blocks:
-        raise ValueError(f"keep has {len(keep)} layers, the network {blocks} blocks")
-    return mask
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def head_mask(params: Params, keep) -> Params:
+    """q, k, v and output of every head that is not kept become 0: `group_mask`.
+
+    Args: keep bool [depth, heads].
+    """
+    return group_mask(params, keep, "heads")
+
+
+def compact(params: Params, keep, group: str = "heads") -> Params:
+    """The smaller network: what a mask sets to 0 is taken away.
+
+    A DiT reads from its parameters how many heads, neurons and blocks it has, so the
+    same model.apply computes what it did with the mask, up to rounding.
+
+    Args: keep bool [layers, units].   Raises: ValueError, as `group_mask`.
+    """
+    keep = _fitting(params, keep, group)
+    if group == "blocks":
+        kept = {name: _block(name) is None or keep[0, _block(name)] for name in params}
+        return {name: p if kept[name] else {} for name, p in params.items()}
+
+    def leaf(path, p):
+        place = _place(path, group)
+        if place is None:
+            return p
+        layer, axis = place
+        return jnp.take(p, np.flatnonzero(keep[layer]), axis=axis)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def full_mask(params: Params) -> Params:
@@ -114,9 +242,53 @@ def apply_mask(params: Params, mask: Params) -> Params:
     return jax.tree.map(jnp.multiply, params, mask)
 
 
-def _count(shape, ratio):
-    if not 0 <= ratio < 1:
+def _fitting(params, keep, group):
+    """keep as an array, or a ValueError naming the leaf that it does not fit."""
+    keep = np.asarray(keep)
+    shape = gates(params, group).shape
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        place = _place(path, group)
+        if place is None or place[1] is None:
+            continue
+        layer, axis = place
+        if layer >= len(keep) or keep.shape[1:] != (p.shape[axis],):
+            raise ValueError(
+                f"keep of shape {keep.shape} does not fit {'/'.join(_names(path))} "
+                f"with {p.shape[axis]} {group}: it must be [depth, {group}] of this "
+                "network"
+            )
+    if keep.shape != shape:
         raise ValueError(
-            f"prune.ratio={ratio} must be in [0, 1): the share of heads to remove"
+            f"keep of shape {keep.shape} does not fit the network: its gates of "
+            f"{group} are {shape}"
         )
-    return int(np.floor(ratio * np.prod(shape) + 1e-9))  # 0.29 x 100 is 29
+    return keep
+
+
+def _place(path, group):
+    """(block, axis) of a parameter behind gates; axis None: one gate for all of it."""
+    names = _names(path)
+    block = _block(names[0])
+    if block is None:
+        return None
+    if group == "blocks":
+        return block, None
+    axis = GROUPS[group].get(names[-2:])
+    return None if axis is None else (block, axis)
+
+
+def _names(path):
+    return tuple(  # ("block_0", "attention", "query", "kernel")
+        str(getattr(k, "key", getattr(k, "idx", k))) for k in path
+    )
+
+
+def _block(name):
+    """The number of a block; None where the name is that of something else."""
+    match = re.fullmatch(r"block_(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def _normalised(values):
+    norm = jnp.linalg.norm(values, axis=1, keepdims=True)
+    return values / jnp.where(norm > 0, norm, 1)  # a layer that does nothing: all zero

@@ -5,12 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from memsep_jax import process, prune, train
-from memsep_jax.models import DiT
+from memsep_jax.models import MLP, DiT
 
 SHAPE = (2, 4)  # depth, heads
 MODEL = DiT(patch=2, width=16, depth=2, num_heads=4)
+EXACT = MODEL.clone(dtype="float64")
 VE = process.variance_exploding()
 
 
@@ -84,6 +88,148 @@ def test_keeping_all_is_a_no_op(params):
     )
 
 
+def some(group, shape):
+    """A keep that leaves some units of every layer, and not as many in each."""
+    keep = np.ones(shape, bool)
+    keep[0, 1:2] = False
+    if len(keep) > 1:
+        keep[1, : shape[1] // 2] = False
+    return keep
+
+
+@pytest.mark.parametrize("group", prune.GROUPS)
+def test_gate_mask_and_removal_are_one_function(params, group, x64):
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+    x, t = batch()[0][0].astype(jnp.float64), jnp.float64(0.5)
+    keep = some(group, prune.gates(params, group).shape)
+    apply = jax.jit(lambda p, g=None: EXACT.apply({"params": p}, x, t, gates=g))
+    masked = apply(prune.apply_mask(params, prune.group_mask(params, keep, group)))
+    small = prune.compact(params, keep, group)
+    np.testing.assert_allclose(apply(small), masked, rtol=1e-12, atol=1e-12)
+    gated = apply(params, {group: jnp.asarray(keep, jnp.float64)})
+    np.testing.assert_allclose(gated, masked, rtol=1e-12, atol=1e-12)
+    assert np.abs(masked - apply(params)).max() > 1e-4
+    removed = sum(p.size for p in jax.tree.leaves(params)) - sum(
+        p.size for p in jax.tree.leaves(small)
+    )
+    mask = prune.group_mask(params, keep, group)
+    zeros = jax.tree.map(lambda m, p: jnp.broadcast_to(m, p.shape) == 0, mask, params)
+    assert removed == sum(int(z.sum()) for z in jax.tree.leaves(zeros)) > 0
+
+
+def test_removals_compose(params, x64):
+    """Heads, neurons and a block, one after the other, in any order."""
+    x, t = jnp.ones((4, 4, 1)) * 0.3, jnp.float32(0.5)
+    apply = jax.jit(lambda p: MODEL.apply({"params": p}, x, t))
+    keeps = {g: some(g, prune.gates(params, g).shape) for g in prune.GROUPS}
+    outputs = []
+    for order in (list(keeps), list(keeps)[::-1]):
+        small = params
+        for group in order:
+            small = prune.compact(small, keeps[group], group)
+        outputs.append(apply(small))
+    masked = params
+    for group, keep in keeps.items():
+        masked = prune.apply_mask(masked, prune.group_mask(params, keep, group))
+    for output in outputs:
+        np.testing.assert_allclose(output, apply(masked), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_heads_is_its_bias(params):
+    x, t = jnp.ones((4, 4, 1)) * 0.3, jnp.float32(0.5)
+    apply = jax.jit(lambda p: MODEL.apply({"params": p}, x, t))
+    keep = np.ones(SHAPE, bool)
+    keep[0] = False
+    masked = prune.apply_mask(params, prune.head_mask(params, keep))
+    small = prune.compact(params, keep)
+    assert small["block_0"]["attention"]["query"]["kernel"].shape[1] == 0
+    np.testing.assert_allclose(apply(small), apply(masked), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gates_of_a_network_are_counted_by_its_parameters(params):
+    assert prune.gates(params).shape == SHAPE
+    assert prune.gates(params, "neurons").shape == (2, 64)
+    assert prune.gates(params, "blocks").shape == (1, 2)
+    mlp = MLP(width=8, depth=1)
+    plain = jax.jit(mlp.init)(jax.random.key(0), jnp.zeros(2), jnp.zeros(()))["params"]
+    with pytest.raises(ValueError, match="prune.group='heads': the network has none"):
+        prune.gates(plain)
+    with pytest.raises(ValueError, match="'head' is not one of heads, neurons, blocks"):
+        prune.gates(params, "head")
+
+
+def test_magnitude_is_the_norm_of_what_a_gate_closes(params):
+    """Of a head: its columns of q, k, v with their biases, and its rows of W_O."""
+    attention = params["block_1"]["attention"]
+    squares = np.zeros(SHAPE[1])
+    for h in range(SHAPE[1]):
+        for name in ("query", "key", "value"):
+            squares[h] += np.sum(attention[name]["kernel"][:, h] ** 2)
+            squares[h] += np.sum(attention[name]["bias"][h] ** 2)
+        squares[h] += np.sum(attention["out"]["kernel"][h] ** 2)
+    expected = np.sqrt(squares) / np.sqrt(squares.sum())
+    np.testing.assert_allclose(prune.magnitude(params)[1], expected, rtol=1e-5)
+    blocks = prune.magnitude(params, "blocks")
+    total = [
+        np.sqrt(sum(np.sum(p**2) for p in jax.tree.leaves(params[f"block_{i}"])))
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(blocks[0], total / np.linalg.norm(total), rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", prune.GROUPS)
+def test_a_unit_that_is_pruned_has_no_activation(params, group):
+    x, t = batch()[0][0], jnp.float32(0.5)
+
+    @jax.jit
+    def sizes(p):
+        _, seen = MODEL.apply({"params": p}, x, t, mutable="intermediates")
+        return prune.activations(seen["intermediates"], group)
+
+    whole = sizes(params)
+    assert whole.shape == prune.gates(params, group).shape and np.all(whole > 0)
+    keep = some(group, whole.shape)
+    mask = prune.group_mask(params, keep, group)
+    np.testing.assert_array_equal(sizes(prune.apply_mask(params, mask))[~keep], 0)
+
+
+def test_importance_streams(params):
+    """Whatever the chunk, also one that does not divide the examples."""
+    found = [
+        jax.jit(
+            lambda *a, chunk=chunk: prune.head_importance(
+                gate_loss(params), *a, SHAPE, chunk
+            )
+        )(*batch(7))
+        for chunk in (1, 3, 7, 256)
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
+
+
+def test_the_slopes_of_any_group_are_those_of_its_weights(params, x64):
+    """dL/dgate = <dL/dW, W> for the weights that read the unit, in float64."""
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+    x0, t, eps = (jnp.asarray(a[0], jnp.float64) for a in batch())
+
+    def loss(params, gates):
+        def apply(p, x, t):
+            return EXACT.apply({"params": p}, x, t, gates=gates)
+
+        return train.noise_loss(apply, params, VE, x0, t, eps)
+
+    opened = prune.gates(params, "neurons")
+    slopes = jax.jit(jax.grad(lambda g: loss(params, {"neurons": g})))(opened)
+    wrt = jax.jit(jax.grad(lambda p: loss(p, None)))(params)
+    for layer in range(SHAPE[0]):
+        weights, grads = (
+            tree[f"block_{layer}"]["mlp_out"]["kernel"] for tree in (params, wrt)
+        )
+        np.testing.assert_allclose(
+            slopes[layer], (weights * grads).sum(axis=1), rtol=1e-6, atol=1e-12
+        )
+
+
 @pytest.mark.parametrize(("ratio", "dropped"), [(0.2, 14), (0.29, 20), (0.5, 36)])
 def test_exactly_floor_ratio_heads_fall(ratio, dropped):
     importance = np.random.default_rng(0).random((12, 6))
@@ -106,6 +252,37 @@ def test_random_heads_fall_without_replacement_and_by_key(key):
     assert (keep != prune.keep_random(jax.random.key(1), (12, 6), 0.2)).any()
 
 
+def test_random_heads_may_fall_as_in_another_mask(key):
+    """As many in every layer as there, but not the same ones."""
+    like = prune.keep_top(np.random.default_rng(1).random((12, 6)), 0.4)
+    keep = prune.keep_random(key, (12, 6), 0.4, like)
+    np.testing.assert_array_equal(keep.sum(axis=1), like.sum(axis=1))
+    assert (keep != like).any()
+    np.testing.assert_array_equal(keep, prune.keep_random(key, (12, 6), 0.4, like))
+
+
+def test_every_random_head_falls_equally_often():
+    """Each of 12 heads in a quarter of 400 draws, within 4 standard errors."""
+    keys = jax.random.split(jax.random.key(3), 400)
+    like = np.array([[True, True, True, False]] * 3)
+    for other in (None, like):
+        share = np.mean([~prune.keep_random(k, (3, 4), 0.25, other) for k in keys], 0)
+        np.testing.assert_allclose(share, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 400))
+
+
+@given(
+    arrays(np.float64, (3, 5), elements=st.floats(-1e6, 1e6)),
+    st.floats(0, 0.99),
+)
+def test_what_falls_is_counted_and_the_least_in_its_reach(importance, ratio):
+    keep = prune.keep_top(importance, ratio)
+    assert keep.any(axis=1).all()
+    assert (~keep).sum() == min(int(np.floor(ratio * 15 + 1e-9)), 12)
+    for layer in np.flatnonzero(keep.sum(axis=1) > 1):
+        if keep[layer].any() and (~keep).any():  # a layer that could still lose one
+            assert importance[layer][keep[layer]].min() >= importance[~keep].max()
+
+
 def test_the_importance_does_not_depend_on_the_batch(params):
     loss = gate_loss(params)
     x0, t, eps = batch()
@@ -126,9 +303,11 @@ def test_the_importance_does_not_depend_on_the_batch(params):
 def test_what_does_not_fit_is_named(params):
     with pytest.raises(ValueError, match=r"prune.ratio=1 must be in \[0, 1\)"):
         prune.keep_top(np.ones(SHAPE), 1)
-    with pytest.raises(ValueError, match="1 values are not finite"):
+    with pytest.raises(ValueError, match="1 values .* the first of layer 0, unit 1"):
         prune.keep_top(np.array([[0.1, np.nan]]), 0.5)
     with pytest.raises(ValueError, match=r"block_0/attention/key/bias with 4 heads"):
         prune.head_mask(params, np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="keep has 3 layers, the network 2 blocks"):
+    with pytest.raises(
+        ValueError, match=r"\(3, 4\) does not fit .* gates of heads are \(2, 4\)"
+    ):
         prune.head_mask(params, np.ones((3, 4), bool))

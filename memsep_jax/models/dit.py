@@ -9,7 +9,10 @@ from memsep_jax.models.layers import Embedding
 
 
 class Attention(nn.Module):
-    """Self-attention with a gate per head: head h adds gate_h W_O^h (A_h V_h)."""
+    """Self-attention with a gate per head: head h adds gate_h W_O^h (A_h V_h).
+
+    Where parameters are given it has as many heads as they have: see `prune.compact`.
+    """
 
     num_heads: int
     dtype: str = "float32"
@@ -18,7 +21,11 @@ class Attention(nn.Module):
     def __call__(self, h, gates=None):
         """h [tokens, width], gates [heads] or None -> [tokens, width]."""
         width = h.shape[-1]
-        shape = (self.num_heads, width // self.num_heads)
+        num_heads = _given(self, "query", 1, self.num_heads)
+        if num_heads == 0:
+            bias = self.get_variable("params", "out")["bias"]
+            return jnp.broadcast_to(bias.astype(self.dtype), h.shape)
+        shape = (num_heads, width // self.num_heads)
         init = nn.initializers.xavier_uniform()
 
         def project(name):
@@ -30,6 +37,7 @@ class Attention(nn.Module):
         heads = jax.nn.dot_product_attention(
             project("query"), project("key"), project("value")
         )
+        _sow(self, "heads", heads, lambda a: jnp.mean(jnp.linalg.norm(a, axis=2), 0))
         if gates is not None:
             heads = heads * gates[None, :, None].astype(heads.dtype)
         out = nn.DenseGeneral(
@@ -39,7 +47,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the embedding."""
+    """Attention and MLP, each shifted, scaled and gated by the embedding.
+
+    It has three kinds of gates: "heads" [heads], "neurons" [hidden] of the MLP, and
+    "blocks" [], which multiplies all that the block adds.
+    """
 
     num_heads: int
     mlp_ratio: float = 4.0
@@ -49,6 +61,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h, embedding, gates=None, train=False):
         """h [tokens, width], embedding [width] (after silu) -> [tokens, width]."""
+        gates, before = gates or {}, h
         width = h.shape[-1]
         init = nn.initializers.xavier_uniform()
         drop = nn.Dropout(self.dropout, deterministic=not train)
@@ -59,19 +72,27 @@ class Block(nn.Module):
         )
 
         inner = _norm(self.dtype)(h) * (1 + scale_a) + shift_a
-        inner = Attention(self.num_heads, self.dtype, name="attention")(inner, gates)
+        attention = Attention(self.num_heads, self.dtype, name="attention")
+        inner = attention(inner, gates.get("heads"))
         h = h + gate_a * drop(inner)
 
         inner = _norm(self.dtype)(h) * (1 + scale_m) + shift_m
-        hidden = int(self.mlp_ratio * width)
+        hidden = _given(self, "mlp_in", 1, int(self.mlp_ratio * width))
         inner = nn.Dense(hidden, kernel_init=init, dtype=self.dtype, name="mlp_in")(
             inner
         )
         inner = nn.gelu(inner, approximate=True)
+        _sow(self, "neurons", inner, lambda a: jnp.mean(jnp.abs(a), axis=0))
+        if "neurons" in gates:
+            inner = inner * gates["neurons"][None].astype(inner.dtype)
         inner = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_out")(
             inner
         )
-        return h + gate_m * drop(inner)
+        h = h + gate_m * drop(inner)
+        _sow(self, "blocks", h - before, lambda a: jnp.mean(jnp.linalg.norm(a, axis=1)))
+        if "blocks" in gates:
+            h = before + gates["blocks"].astype(h.dtype) * (h - before)
+        return h
 
 
 class DiT(nn.Module):
@@ -98,8 +119,14 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label=None, gates=None, train=False):
-        """x [h, w, c], t [], label [], gates [depth, heads] (or None) -> [h, w, c]."""
+        """x [h, w, c], t [], label [], gates [depth, heads] (or None) -> [h, w, c].
+
+        Gates of another group are given by its name: {"neurons": [depth, hidden]} or
+        {"blocks": [1, depth]}; see `prune.GROUPS`.
+        """
         self.check(x.shape)
+        if gates is not None and not isinstance(gates, dict):
+            gates = {"heads": gates}
         rows, columns, channels = (
             x.shape[0] // self.patch,
             x.shape[1] // self.patch,
@@ -116,14 +143,17 @@ class DiT(nn.Module):
         embedding = Embedding(self.width, self.num_classes, name="embedding")(t, label)
         embedding = nn.silu(embedding).astype(h.dtype)
         for i in range(self.depth):
+            name = f"block_{i}"
+            if self.get_variable("params", name) == {}:
+                continue  # of a compact network, which lost it
             block = Block(
                 self.num_heads,
                 self.mlp_ratio,
                 self.dropout,
                 self.dtype,
-                name=f"block_{i}",
+                name=name,
             )
-            h = block(h, embedding, None if gates is None else gates[i], train)
+            h = block(h, embedding, _of_block(gates, i), train)
 
         modulation = _zero_dense(2 * self.width, self.dtype, "modulation")(embedding)
         shift, scale = modulation.reshape(2, 1, self.width)
@@ -165,6 +195,26 @@ def position_features(rows: int, columns: int, width: int):
         angles = place.reshape(-1, 1) * frequencies
         features += [np.sin(angles), np.cos(angles)]
     return jnp.asarray(np.concatenate(features, axis=1), jnp.float32)
+
+
+def _of_block(gates, i):
+    """The gates of block i; those of blocks stand in one row, [1, depth]."""
+    if gates is None:
+        return None
+    return {k: v[0, i] if k == "blocks" else v[i] for k, v in gates.items()}
+
+
+def _given(module, name, axis, default):
+    """The size of an axis of a layer's kernel where parameters are given."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)["kernel"].shape[axis]
+    return default
+
+
+def _sow(module, name, value, size):
+    """Leaves the size of what a group computes to those who ask for it."""
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", name, size(value))
 
 
 def _norm(dtype):
