@@ -10,24 +10,26 @@ Mathematics (jax only):
   score         score_fn(x, t), and how a network's answer becomes one
   gap           denoising loss, Fisher divergence, loss gap, its closed forms, detector
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
-  sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood
-  fidelity      Frechet distance, from feature arrays
+  sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood, and the
+                initial noise that comes closest to a point
+  fidelity      quality from feature arrays: Frechet distance, precision, recall, KID
   memorization  two nearest distinct neighbours, ratio, null level, intervals
 Networks (flax.linen):
   models        MLP and DiT, for one example; attention that is the exact score
 Learning:
   sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
   data          a data set is an array: load, subset, label, duplicate, draw
-  train         TrainState, loss of one example, train step, optimizers
-  prune         importance -> keep -> mask -> apply
+  train         TrainState, what a network is asked for, train step, optimizers
+  prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
   parallel      mesh, replicated, split by batch
   checkpoint    what is on disk is whole, verified, and the newest
 Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default
   experiments   run(config, workdir). One run: train, optimum. Sweeps, point by point:
                 loss_gap, lipschitz, capacity, ensemble (many small networks at once),
-                band_swap. report draws any of them again. What they share is setup,
-                session, sweep, evaluate, record, trackers, figures, dry_run
+                band_swap, mitigate (prune: what helps, and whether it comes back).
+                report draws any of them again. What they share is setup, session,
+                sweep, evaluate, prune (one network), record, trackers, figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

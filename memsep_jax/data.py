@@ -78,6 +78,7 @@ def select(
     num_labels: int | None = None,
     duplicates: float = 0.0,
     copies: int = 1,
+    deduplicate: bool = False,
 ) -> Splits:
     """Choose a training subset and a held-out set that never overlaps it.
 
@@ -92,6 +93,7 @@ def select(
       balanced: the same number of each class.   resolution: resize images to it.
       labels: "none", "true", "random" (`num_labels` classes), "unique" (0..n-1).
       duplicates: share of the training images that appear `copies` more times.
+      deduplicate: at the end, keep each distinct point once, with its first label.
     Raises:
       ValueError: an argument breaks its rule.   DataError: the data cannot serve.
     """
@@ -106,6 +108,7 @@ def select(
         num_labels,
         duplicates,
         copies,
+        deduplicate,
     )
     check_source(source, "source", warn=False)
     tested = source.test_images is not None
@@ -186,6 +189,8 @@ def select(
     repeated = np.arange(math.floor(round(duplicates * n, 6)))
     rows = np.concatenate([np.arange(n), np.tile(repeated, copies)])
     x, label = _take(x, label, rows)
+    if deduplicate:
+        x, label = _take(x, label, _first_rows(x))
     return Splits(
         _dataset(x, label),
         _dataset(held, held_label) if len(held) else None,
@@ -217,8 +222,7 @@ def random_labels(key, n: int, classes: int):
 
 def deduplicate(data: Dataset) -> Dataset:
     """The first occurrence of each point, in the original order."""
-    rows = np.sort(np.unique(_digests(np.asarray(data.x)), return_index=True)[1])
-    return Dataset(data.x[rows], None if data.label is None else data.label[rows])
+    return Dataset(*_take(*data, _first_rows(np.asarray(data.x))))
 
 
 # Batches.
@@ -284,6 +288,7 @@ def _check_choice(
     num_labels,
     duplicates,
     copies,
+    deduplicate,
 ):
     for name, value, low in (
         ("num_examples", num_examples, 1),
@@ -353,6 +358,11 @@ def _resize(x, resolution):
             plane = Image.fromarray(np.ascontiguousarray(image[..., c]))
             out[..., c] = plane.resize(size, Image.Resampling.LANCZOS)
     return resized
+
+
+def _first_rows(x):
+    """Of each distinct point its first occurrence, in order."""
+    return np.sort(np.unique(_digests(x), return_index=True)[1])
 
 
 def _digests(x):

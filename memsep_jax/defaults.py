@@ -26,6 +26,7 @@ def train() -> ConfigDict:
             num_labels=placeholder(int),
             duplicates=0.0,  # share of the points that occurs `copies` more times
             copies=1,
+            deduplicate=placeholder(bool),  # each distinct point once
             path=placeholder(str),  # npz, folder
             dataset=placeholder(str),  # tfds
             data_dir=placeholder(str),  # cifar10, tfds
@@ -82,6 +83,12 @@ def train() -> ConfigDict:
             ema_decay=0.999,
             flip=False,
             label_drop=0.0,
+            # Against memorization; None: off.
+            temperature=placeholder(float),  # of targets: train.smoothed
+            ambient=placeholder(float),  # the time from which on: train.ambient
+            # Training ends at the first evaluation (run.evaluate_every, _points)
+            # whose held-out loss is above the training loss by this share of itself.
+            stop_gap=placeholder(float),
         ),
         sampler=dict(
             name="heun",
@@ -93,6 +100,26 @@ def train() -> ConfigDict:
             weights="ema",
         ),
         memorization=dict(threshold=1 / 3, near=50),
+        prune=dict(  # experiments/prune.py
+            ratio=0.0,  # share of the units that falls; 0: none
+            criterion="small_t",  # prune.CRITERIA
+            group="heads",  # neurons, blocks
+            draws=4_096,  # of a training point, its time and its noise
+            clock="variance_preserving",  # whose time prune_times draws; "": the run's
+            steps=400,  # of fine-tuning
+            lr=1e-4,
+            looks=4,  # along it
+            source="",  # workdir, or packed checkpoint, of the run whose network it is
+        ),
+        prune_times=dict(  # the law of t of Algorithm 1 of Ye 2025
+            name="beta",
+            mean=placeholder(float),
+            std=placeholder(float),
+            t_min=placeholder(float),
+            t_max=1.0,
+            a=0.8,
+            b=2.0,
+        ),
         optimum=dict(score="empirical"),  # or truth: experiments/optimum.py
         sweep=dict(  # values of each axis; () is the config's own: experiments/sweep.py
             seeds=3,
@@ -101,6 +128,7 @@ def train() -> ConfigDict:
             width=(),
             depth=(),
             weight_decay=(),
+            setting=(),  # "optimizer.weight_decay=1.0; prune.ratio=0.2"; "": no change
             together=16,  # networks, or points, in one compiled program
         ),
         measure=dict(  # what the sweeps measure
@@ -112,6 +140,8 @@ def train() -> ConfigDict:
             eps=0.2,  # of Theorem 5.1 of Ye 2025: experiments/capacity.py
             bands=10,  # of the noise axis: experiments/band_swap.py
             swap="empirical",  # or trained: the score that copies, in some of the bands
+            targets=0,  # training points that are searched for: experiments/mitigate.py
+            search=100,  # steps of the search for each
         ),
         run=dict(  # changes no result: may differ when a run goes on
             log_every=50,
@@ -124,6 +154,7 @@ def train() -> ConfigDict:
             snapshot_samples=250,
             chunk=250,  # samples looked at together
             tracker="none",  # tensorboard, wandb: besides metrics.jsonl
+            pack=placeholder(str),  # a file with the whole state, to go on elsewhere
         ),
     )
 
@@ -141,6 +172,15 @@ def mixtures() -> ConfigDict:
     return config
 
 
+def prunings(criteria, ratios) -> tuple:
+    """The settings of sweep.setting for the control and every way of pruning."""
+    return "", *(
+        f"prune.criterion={criterion}; prune.ratio={ratio}"
+        for criterion in criteria
+        for ratio in ratios
+    )
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same run in seconds: small net, few steps, few samples."""
     config.data.update(num_examples=16, num_held_out=16)
@@ -151,6 +191,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.memorization.update(near=4)
     config.sweep.update(seeds=2)
     config.measure.update(draws=8, likelihood=min(config.measure.likelihood, 4))
+    config.measure.update(targets=min(config.measure.targets, 2), search=2)
+    config.prune.update(draws=8, steps=2, looks=2)
     config.run.update(
         log_every=1,
         save_every=2,

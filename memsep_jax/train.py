@@ -1,13 +1,14 @@
 """TrainState, the loss of one example, the train step, optimizers and schedules."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from memsep_jax.process import Process, is_known, perturb
+from memsep_jax.process import Process, is_known, noise_to_signal, perturb
 from memsep_jax.prune import apply_mask, full_mask
 from memsep_jax.score import Prediction, target
 
@@ -53,15 +54,99 @@ def noise_loss(apply, params: Params, process: Process, x0, t, eps):
     return jnp.mean(error**2)
 
 
-def prediction_loss(network, prediction: Prediction, process: Process, x0, t, eps):
+class Question(NamedTuple):
+    """What a network is shown at a time t, and the answer that it is asked for."""
+
+    x: jax.Array  # [*e] noisy point: alpha(t) x0 + sigma(t) eps
+    x0: jax.Array  # [*e] the point to find in it
+    eps: jax.Array  # [*e] and the noise
+    weight: jax.Array | float = 1.0  # [] of the squared error
+
+
+# Makers of questions: (x0 [*e], t [], eps [*e]) -> Question.
+
+
+def clean(process: Process):
+    """The training point behind X_t: answered best by the copying E[X_0 | X_t]."""
+    return lambda x0, t, eps: Question(perturb(process, x0, t, eps), x0, eps)
+
+
+def smoothed(process: Process, denoise):
+    """A mean of training points in place of the one behind X_t.
+
+    With the empirical denoiser at temperature T, the loss is least at the score of a
+    smoothed law instead of the empirical score (Chen 2025, Zhou 2026). At T = 1 it is
+    least where that of `clean` is, and only its noise is less.
+
+    Args: denoise, (x [*e], t []) -> [*e], such as `empirical.denoiser`.
+    """
+
+    def ask(x0, t, eps):
+        x = perturb(process, x0, t, eps)
+        mean = denoise(x, t)
+        # Not (x - alpha mean) / sigma: exact where the mean is x0, at every sigma.
+        noise = eps + (x0 - mean) / noise_to_signal(process, t)
+        return Question(x, mean, noise)
+
+    return ask
+
+
+def ambient(process: Process, t_n: float, key):
+    """Beyond the time t_n, one noisy copy of each training point, never the point.
+
+    With s = sigma / alpha and r = s(t_n)^2 / s(t)^2, the network is shown noise upon
+    y = x0 + s(t_n) z, and D is trained by || (1 - r) D + r X_t / alpha - y ||^2. Over
+    fresh z that is least at E[X_0 | X_t]; but a point always has the same z, a function
+    of its bits: the same where it is twice in the data, another where it is mirrored.
+
+    Source: Daras 2024 (arXiv 2404.10177), ambient denoising score matching; Shah 2025.
+    """
+    s_n = noise_to_signal(process, jnp.asarray(float(t_n)))
+
+    def ask(x0, t, eps):
+        root = s_n / noise_to_signal(process, t)  # of r
+        # Up to t_n: `clean`. It is the quotient that is below 1, not t_n below t, so
+        # that what is kept is never 0.
+        root = jnp.where(root < 1, root, 0.0)
+        s_y, kept = jnp.where(root > 0, s_n, 0.0), (1 - root) * (1 + root)
+        y = x0 + s_y * jax.random.normal(_key_of(key, x0), x0.shape, x0.dtype)
+        # || ... || = (1 - r) || D - (y - r X_t / alpha) / (1 - r) ||, as x0 + s eps.
+        noise = eps / jnp.sqrt(kept)
+        x = perturb(process, y, t, jnp.sqrt(kept) * eps)
+        return Question(x, y - s_y * root * noise, noise, kept**2)
+
+    return ask
+
+
+def _key_of(key, x):
+    """A key that is a function of the bits of x [*e]."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    words ^= jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's fmix32
+        words = (words ^ (words >> shift)) * jnp.uint32(factor)
+    return jax.random.fold_in(key, jnp.sum(words ^ (words >> 16), dtype=jnp.uint32))
+
+
+def prediction_loss(
+    network,
+    prediction: Prediction,
+    process: Process,
+    x0,
+    t,
+    eps,
+    ask: Callable[..., Question] | None = None,
+):
     """Weighted mean square of F(scale X_t, level) - target, for one example.
 
-    Args: network (x [*e], level []) -> [*e]; x0 [*e], t [], eps [*e].   Returns: [].
+    Args:
+      network: (x [*e], level []) -> [*e].   x0 [*e], t [], eps [*e].
+      ask: (x0, t, eps) -> Question; None: `clean`.
+    Returns: [].
     """
-    x = perturb(process, x0, t, eps)
-    answer = network(prediction.scale(t) * x, prediction.level(t))
-    error = answer - target(prediction, process, x0, t, eps)
-    return prediction.weight(t) * jnp.mean(error**2)
+    asked = (ask or clean(process))(x0, t, eps)
+    answer = network(prediction.scale(t) * asked.x, prediction.level(t))
+    error = answer - target(prediction, process, asked.x0, t, asked.eps)
+    return asked.weight * prediction.weight(t) * jnp.mean(error**2)
 
 
 def example_keys(key, step, size: int):

@@ -112,6 +112,27 @@ def test_duplicates_are_appended_with_their_labels_and_counted():
     np.testing.assert_array_equal(once.label, np.arange(10))
 
 
+def test_without_duplicates_every_distinct_point_is_there_once():
+    """Those of the pool and those that were added; labels are the first ones."""
+    source = pool()
+    source.images[30:40] = source.images[:10]
+    choose = dict(duplicates=0.3, copies=2, labels="unique", num_held_out=0)
+    all_ = data.select(source, **choose)
+    once = data.select(source, **choose, deduplicate=True)
+    assert len(all_.train.x) == 60 + 18 * 2 and len(once.train.x) == 50
+    assert once.num_distinct == all_.num_distinct == 50
+    assert rows(once.train.x) == rows(all_.train.x)
+    assert once.fingerprint != all_.fingerprint
+    again = data.deduplicate(all_.train)
+    np.testing.assert_array_equal(once.train.x, again.x)
+    np.testing.assert_array_equal(once.train.label, again.label)
+    # Where nothing repeats, nothing is done.
+    plain = data.select(pool(), 9)
+    assert data.select(pool(), 9, deduplicate=True).fingerprint == plain.fingerprint
+    added = data.select(pool(), 9, duplicates=0.5, copies=3, deduplicate=True)
+    assert added.fingerprint == plain.fingerprint
+
+
 def test_a_share_is_not_lost_to_rounding():
     got = data.select(pool(n=200), 100, duplicates=0.29)
     assert len(got.train.x) == 129

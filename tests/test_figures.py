@@ -114,6 +114,40 @@ def test_the_null_level_is_a_band_where_it_is_known():
     assert [text for text in labels(known) if "null level" in text]
 
 
+def around(mean, half=0.1):
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def test_the_frontier_has_every_point_with_both_of_its_intervals():
+    alone = {"mean": 3.0, "low": None, "high": None}  # of one seed
+    tracks = {
+        "small": [("0.2", around(1.0), around(0.5)), ("0.4", around(2.0), around(0.4))],
+        "none": [("", alone, alone | {"mean": 0.9})],
+    }
+    figure = figures.frontier(tracks, "quality", "copies", 0.01)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0.2", "0.4", ""]
+    lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_label()]
+    drawn = [tuple(line.get_xdata()) for line in lines]
+    assert (1.0, 2.0) in drawn and (3.0,) in drawn
+    (whiskers,) = (c for c in axes.containers if c.get_label() == "small")
+    segments = whiskers[2][0].get_segments()  # along x
+    np.testing.assert_allclose(segments[0][:, 0], [0.9, 1.1])
+    assert figures.encode(figure, "png").startswith(b"\x89PNG")
+
+
+def test_every_label_has_a_bar_of_every_series():
+    series = {
+        name: [around(0.5), {"mean": None, "low": None, "high": None}]
+        for name in ("first", "second", "third")
+    }
+    figure = figures.bars(["a", "b"], series, "share", [0.1, None])
+    (axes,) = figure.axes
+    assert len(axes.patches) == 6 and len(axes.lines) >= 1
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert figures.encode(figure, "pdf").startswith(b"%PDF")
+
+
 def test_equal_numbers_are_equal_files():
     for kind in ("png", "pdf"):
         made = [

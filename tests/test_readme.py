@@ -24,10 +24,9 @@ COMMANDS = [
 
 
 def test_the_prompt_examples_show_what_they_say():
-    first, second = [block for language, block in BLOCKS if language == "python"]
     names, printed = {}, []
-    for code in (first, second):
-        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    for code in [block for language, block in BLOCKS if language == "python"]:
+        assert len([line for line in code.splitlines() if line.strip()]) <= 12
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(compile(code, "README.md", "exec"), names)
@@ -40,6 +39,8 @@ def test_the_prompt_examples_show_what_they_say():
     *_, smooth, steep, memorizes = printed[1].splitlines()
     assert float(steep) > 5 * float(smooth)
     assert memorizes == "[ True  True  True]"
+    assert printed[2].count("False") == 3 and printed[2].count("True") == 5
+    assert printed[2].endswith("(8, 8, 1)\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

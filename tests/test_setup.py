@@ -126,7 +126,7 @@ def test_labels_are_dropped_as_often_as_asked():
     class Spy:
         dropout = 0.0
 
-        def apply(self, variables, x, level, label):
+        def apply(self, variables, x, level, label, gates=None):
             seen.append(label)
             return jnp.zeros_like(x) + label
 

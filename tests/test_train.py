@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from memsep_jax import process, prune, score, train
+from memsep_jax import empirical, process, prune, score, train
 from memsep_jax.models import DiT
 
 W = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([[3.0]])}
@@ -83,6 +83,191 @@ def test_gradients_are_those_of_finite_differences(kind, x64):
 
     w = jnp.array([[0.1, 0.7], [-0.4, 0.2]])
     check_grads(jax.jit(of), (w,), order=1, modes=["rev"], rtol=1e-6)
+
+
+# What a network is shown, and what it is asked for.
+
+POINTS = jnp.array([[-1.5, 0.2], [1.0, 1.0], [0.4, -1.3], [0.6, -0.9]])
+ASK_KEY = jax.random.key(9)
+
+
+def draws(m, law, data=POINTS):
+    """m points of the data [m, *e], times [m] and noises [m, *e]."""
+    row_key, t_key, eps_key = jax.random.split(jax.random.key(5), 3)
+    x0 = data[jax.random.randint(row_key, (m,), 0, len(data))]
+    t = jax.vmap(law)(jax.random.split(t_key, m))
+    return x0, t, jax.random.normal(eps_key, x0.shape)
+
+
+def standard_errors(values):
+    """The mean over the first axis, in units of its standard error."""
+    values = np.asarray(values, np.float64)
+    return values.mean(0) / (values.std(0) / np.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_at_temperature_one_the_gradient_has_the_same_mean_and_less_variance(
+    temperature,
+):
+    """And at another temperature it has another mean: the minimiser has moved."""
+    made = process.ornstein_uhlenbeck()
+    prediction = score.edm(made)
+    denoise = empirical.denoiser(POINTS, made, temperature=temperature)
+    smooth = train.smoothed(made, denoise)
+
+    def gradient(x0, t, eps, ask):
+        def of(w):
+            network = lambda x, level: jnp.tanh(w @ x)  # noqa: E731
+            return train.prediction_loss(network, prediction, made, x0, t, eps, ask)
+
+        return jax.grad(of)(jnp.array([[0.5, 0.3], [-0.4, 0.8]])).reshape(-1)
+
+    drawn = draws(20_000, process.log_uniform(0.1, 3.0))
+    plain, smoothed = (
+        np.asarray(jax.jit(jax.vmap(partial(gradient, ask=ask)))(*drawn), np.float64)
+        for ask in (None, smooth)
+    )
+    same = np.abs(standard_errors(smoothed - plain)) < 4
+    assert same.all() if temperature == 1 else not same.all()
+    if temperature == 1:
+        assert np.all(smoothed.var(0) < 0.95 * plain.var(0))
+
+
+@pytest.mark.parametrize("kind", score.PREDICTIONS)
+def test_one_training_point_is_what_it_is_at_every_temperature(kind, x64):
+    """The mean of one point is the point: loss and target are the ordinary ones."""
+    made = process.variance_exploding()
+    prediction = score.PREDICTIONS[kind](made)
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+    denoise = empirical.denoiser(x0[None], made, temperature=7.0)
+    losses = [
+        train.prediction_loss(
+            lambda x, level: jnp.sin(x), prediction, made, x0, jnp.asarray(t), eps, ask
+        )
+        for t in (1e-3, 0.4, 30.0)
+        for ask in (None, train.smoothed(made, denoise))
+    ]
+    np.testing.assert_allclose(losses[::2], losses[1::2], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", process.PROCESSES)
+def test_the_ambient_loss_is_its_formula(name, x64):
+    """|| (1-r) D + r X_t/alpha - y ||^2 / d, X_t/alpha = y + sqrt(s^2 - s_n^2) eps."""
+    made = process.PROCESSES[name]()
+    ask = train.ambient(made, 0.3, ASK_KEY)
+    x0, t, eps = jnp.array([1.0, 2.0]), jnp.asarray(0.7), jnp.array([0.5, -1.0])
+    found = ask(x0, t, eps)
+    s, s_n = (process.noise_to_signal(made, u) for u in (t, 0.3))
+    r, x = (s_n / s) ** 2, found.x / made.alpha(t)
+    y = x - jnp.sqrt(s**2 - s_n**2) * eps
+    again = ask(x0, jnp.asarray(0.9), -eps)  # y is that of the point alone
+    s_again = process.noise_to_signal(made, 0.9)
+    y_again = again.x / made.alpha(0.9) + jnp.sqrt(s_again**2 - s_n**2) * eps
+    np.testing.assert_allclose(y, y_again, rtol=1e-10)
+    assert np.all(y != x0)
+
+    d = jnp.sin(found.x)
+    loss = train.prediction_loss(
+        lambda x, level: jnp.sin(x), score.denoiser(made), made, x0, t, eps, ask
+    )
+    truth = jnp.mean(((1 - r) * d + r * x - y) ** 2)
+    np.testing.assert_allclose(loss, truth, rtol=1e-10)
+    # Point and noise are what the network is shown.
+    shown = process.perturb(made, found.x0, t, found.eps)
+    np.testing.assert_allclose(shown, found.x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", score.PREDICTIONS)
+def test_up_to_its_time_the_ambient_loss_is_the_ordinary_one(kind):
+    made = process.rectified_flow()
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+    ask = train.ambient(made, 0.3, ASK_KEY)
+
+    @jax.jit
+    def losses(t):
+        return [
+            train.prediction_loss(
+                lambda x, level: jnp.sin(x),
+                score.PREDICTIONS[kind](made), made, x0, t, eps, ask,
+            )
+            for ask in (None, ask)
+        ]  # fmt: skip
+
+    for t in (0.01, 0.2, 0.3):
+        np.testing.assert_array_equal(*losses(t))
+    one, other = losses(0.31)
+    assert one != other
+
+
+def test_with_fresh_noise_the_ambient_loss_is_least_at_the_true_denoiser():
+    """Its slope there is 0 in every direction, for points -b and b: D = b tanh(...)."""
+    made, b, t = process.ornstein_uhlenbeck(), 1.2, jnp.float32(0.8)
+    a, v = made.alpha(t), made.sigma(t) ** 2
+
+    def slopes(x0, t, eps, key):
+        ask = train.ambient(made, 0.4, key)(x0, t, eps)
+        denoised = b * jnp.tanh(a * b * ask.x / v)
+        directions = jnp.stack([jnp.ones(1), ask.x, ask.x**3, denoised])
+        error = jnp.stack([denoised, 0.95 * denoised])[:, None] - ask.x0[None, None]
+        second = ask.x**2 - (a**2 * b**2 + v)  # X_t has the law that it always has
+        return ask.weight * jnp.sum(error * directions[None], -1), second
+
+    drawn = draws(40_000, lambda key: t, jnp.array([[-b], [b]]))
+    keys = jax.random.split(jax.random.key(2), 40_000)
+    found, second = jax.jit(jax.vmap(slopes))(*drawn, keys)
+    right, wrong = standard_errors(found)
+    assert np.all(np.abs(right) < 4), right
+    assert np.abs(wrong).max() > 4  # 5 % off is noticed
+    assert np.all(np.abs(standard_errors(second)) < 4)
+
+
+def test_every_point_has_a_noise_of_its_own():
+    """Standard normal, and unrelated for neighbours on a grid that differ in a bit."""
+    made, n = process.variance_exploding(), 4_096
+    ask = train.ambient(made, 1.0, ASK_KEY)
+    grid = jnp.stack(jnp.divmod(jnp.arange(n), 64), -1).astype(jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def noise(x0):
+        return ask(x0, jnp.float32(2.0), jnp.zeros(2)).x - x0
+
+    z = np.asarray(noise(grid), np.float64)
+    assert np.all(np.abs(standard_errors(z)) < 4)
+    assert np.all(np.abs(standard_errors(z**2 - 1)) < 4)
+    swapped = np.asarray(noise(grid[:, ::-1]), np.float64)
+    off = np.arange(n) // 64 < np.arange(n) % 64  # each pair once
+    for one, other in (
+        (z[1:], z[:-1]), (z[:, :1], z[:, 1:]), (z[64:], z[:-64]),
+        (z[off], swapped[off]), (z[off], swapped[off, ::-1]),
+    ):  # fmt: skip
+        assert np.all(np.abs(standard_errors(one * other)) < 4)
+    assert len(np.unique(z[:, 0])) > n - 4
+    np.testing.assert_array_equal(noise(grid[:3]), z[:3].astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", score.PREDICTIONS)
+def test_next_to_its_time_the_ambient_loss_is_finite(kind):
+    """There r is 1 to the last bit."""
+    made = process.variance_exploding()
+    prediction = score.PREDICTIONS[kind](made)
+    x0, eps = jnp.ones(2), jnp.array([3.0, -1.0])
+
+    def of(w, t, t_n):
+        network = lambda x, level: w * x  # noqa: E731
+        ask = train.ambient(made, t_n, ASK_KEY)
+        return train.prediction_loss(network, prediction, made, x0, t, eps, ask)
+
+    for t_n in (0.3, 0.5, 1.9999999):
+        times = [np.float32(t_n)]
+        for _ in range(5):
+            times.append(np.nextafter(times[-1], np.float32(9)))
+        slope = jax.value_and_grad(partial(of, t_n=t_n), argnums=(0, 1))
+        value, slopes = jax.jit(jax.vmap(slope, (None, 0)))(
+            jnp.float32(0.7), jnp.stack([times[0] / 2, *times])
+        )
+        assert np.isfinite(value).all() and all(np.isfinite(s).all() for s in slopes)
+        assert np.all(value[2:] < 1e-3)  # (1 - r)^2 of what it was
 
 
 # One step of every optimizer, by hand.

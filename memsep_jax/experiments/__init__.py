@@ -6,6 +6,7 @@ from memsep_jax.experiments import (
     ensemble,
     lipschitz,
     loss_gap,
+    mitigate,
     optimum,
     report,
     setup,
@@ -20,6 +21,8 @@ EXPERIMENTS = {
     "ensemble": ensemble.run,
     "lipschitz": lipschitz.run,
     "loss_gap": loss_gap.run,
+    "mitigate": mitigate.run,
+    "prune": mitigate.run,  # the same, over criteria and ratios
     "optimum": optimum.run,
     "report": report.run,
     "train": train.run,
@@ -30,6 +33,8 @@ DRAWINGS = {  # of the sweeps: what `report` draws again
     "ensemble": ensemble.draw,
     "lipschitz": lipschitz.draw,
     "loss_gap": loss_gap.draw,
+    "mitigate": mitigate.draw,
+    "prune": mitigate.draw,
 }
 
 

@@ -24,8 +24,8 @@ def dry_run(config, say) -> Table:
         say(f"note: {note}")
     state = jax.eval_shape(lambda: train.initial_state(config, parts))
     dataset = jax.eval_shape(lambda: parts.splits.train)
-    step = jax.jit(train.make_step(config, parts, mesh))
-    flops = _flops(step.lower(state, dataset))
+    step = jax.jit(setup.make_step(config, parts, mesh))
+    flops = setup.flops(step.lower(state, dataset))
     activations = _activations(config, parts, state, dataset)
     model_bytes, data_bytes = _bytes(state), _bytes(dataset)
     gradients = _bytes(state.params)
@@ -64,11 +64,6 @@ def _activations(config, parts, state, dataset):
         0,
         _bytes(jax.eval_shape(residuals, state.params, dataset)) - _bytes(state.params),
     )
-
-
-def _flops(lowered):
-    cost = lowered.cost_analysis() or {}
-    return float(cost.get("flops", float("nan")))
 
 
 def _bytes(tree):

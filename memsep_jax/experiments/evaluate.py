@@ -58,6 +58,14 @@ def as_float(x):
     return data.from_uint8(x) if x.dtype == np.uint8 else x
 
 
+def place(config, parts, session, weights, groups=("sampler",)):
+    """The folder of what belongs to these weights, data and groups, and no others."""
+    of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
+    of += [setup.to_json(config)[group] for group in groups]
+    tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    return session.workdir / "evaluation" / tag
+
+
 def evaluate(config, parts, session, generate, weights, about: dict):
     """Draws sampler.num_samples samples and measures how many are copies.
 
@@ -65,11 +73,7 @@ def evaluate(config, parts, session, generate, weights, about: dict):
       generate: as make_generate gives it.   weights: what it is called with.
       about: further sections of metrics.json; "model" says what the score is.
     """
-    # Chunks belong to these weights, data and sampler, and to no others.
-    of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
-    of.append(setup.to_json(config)["sampler"])
-    tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
-    folder = session.workdir / "evaluation" / tag
+    folder = place(config, parts, session, weights)
     mesh = parallel.make_mesh()
     weights = jax.device_put(weights, parallel.replicated(mesh))
     chunk = config.run.chunk

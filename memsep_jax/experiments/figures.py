@@ -24,9 +24,12 @@ from PIL import Image
 
 from memsep_jax.experiments import record
 
-# Colours that colour-blind readers tell apart (Okabe and Ito; the red is Tol's).
+# Colours that colour-blind readers tell apart (Okabe and Ito; red and more are Tol's).
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#CC3311", "#8c8c8c"
-COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", RED, "#56B4E9", "black")
+COLORS = (
+    BLUE, ORANGE, "#009E73", "#CC79A7", RED, "#56B4E9", "#882255", "#999933", "#44AA99",
+    "black",
+)  # fmt: skip
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -358,6 +361,66 @@ def curves(panels):
 
 
 @styled
+def frontier(tracks, xlabel, ylabel, level=None):
+    """Shares against quality, both with their intervals, what belongs together joined.
+
+    Args:
+      tracks: name -> [(text, x, y)], x and y with "mean", "low" and "high".
+      level: a share to draw as a line.
+    """
+    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
+    axes = figure.subplots()
+    markers = "osD^vP*Xh<>p"
+    for i, (name, points) in enumerate(tracks.items()):
+        x, y = (_bars([point[k] for point in points]) for k in (1, 2))
+        axes.errorbar(
+            x[0], y[0], y[1:], x[1:], fmt=f"{markers[i % len(markers)]}-", label=name,
+            color=COLORS[i % len(COLORS)], elinewidth=0.8, linewidth=1, alpha=0.85,
+        )  # fmt: skip
+        for text, a, b in zip([p[0] for p in points], x[0], y[0], strict=True):
+            axes.annotate(
+                text, (a, b), textcoords="offset points", xytext=(5, 4), fontsize=7
+            )
+    if level is not None:
+        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+@styled
+def bars(labels, series, xlabel, levels):
+    """Shares side by side: for each label one bar of every series.
+
+    Args:
+      series: name -> one {"mean", "low", "high"} for each label.
+      levels: a share for each label, drawn as a dotted line.
+    """
+    count = len(series)
+    figure = Figure(figsize=(8.5, 1.2 + 0.17 * (count + 1) * len(labels)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    places = np.arange(len(labels)) * (count + 1.0)
+    for i, (name, values) in enumerate(series.items()):
+        mean, low, high = _bars(values)
+        axes.barh(
+            places + i, mean, 0.85, xerr=np.stack([low, high]), label=name,
+            color=COLORS[i % len(COLORS)], error_kw={"elinewidth": 0.8},
+        )  # fmt: skip
+    for place, level in zip(places, levels, strict=True):
+        if level is not None:
+            ends = [place - 0.5, place + count - 0.5]
+            axes.plot([level, level], ends, ":", color="black", linewidth=1)
+    axes.set_yticks(places + (count - 1) / 2, labels)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xlim=(0, None))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+@styled
 def heatmap(shares, rows, columns, row_label, column_label, title):
     """A table of shares [r, c] as colours, each with its percentage written in."""
     shares = np.asarray(shares, float)
@@ -404,6 +467,16 @@ def clouds(panels):
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def _bars(values):
+    """[3, k]: means, and how far their intervals reach below and above."""
+    rows = [
+        [np.nan if v[k] is None else v[k] for k in ("mean", "low", "high")]
+        for v in values
+    ]
+    mean, low, high = np.array(rows, float).reshape(-1, 3).T
+    return np.stack([mean, *np.nan_to_num([mean - low, high - mean])])
 
 
 def _plain_log(axes, which, text):

@@ -13,7 +13,7 @@ from rich.console import Console
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import figures, record
 
-PHASES = ("data", "compile", "train", "sample", "neighbours")
+PHASES = ("data", "compile", "train", "prune", "sample", "neighbours")
 GROUPS = ("first", "most", "least")
 
 
@@ -94,13 +94,18 @@ def _write_sweep(workdir, draw, attempt):
 
 
 def table(metrics, intervals=True):
-    """The scalars of metrics.json's table as text.   (columns, rows)."""
-    columns = []
-    for row in metrics["table"]:
-        scalar = [k for k, v in row.items() if not isinstance(_mean(v), list)]
-        columns += [k for k in scalar if k not in columns]
-    first = metrics["table"][0]  # the axes, then the ratio where there is one
-    columns.sort(key=lambda k: (isinstance(first.get(k), dict), k != "ratio"))
+    """The scalars of metrics.json's table as text.   (columns, rows).
+
+    Those of metrics["columns"], where an experiment measures more than a page is wide.
+    """
+    first = metrics["table"][0]
+    columns = list(metrics.get("columns", []))
+    if not columns:
+        for row in metrics["table"]:
+            scalar = [k for k, v in row.items() if not isinstance(_mean(v), list)]
+            columns += [k for k in scalar if k not in columns]
+        # The axes, then the ratio where there is one.
+        columns.sort(key=lambda k: (isinstance(first.get(k), dict), k != "ratio"))
     rows = [
         [_cell(row.get(name), intervals) for name in columns]
         for row in metrics["table"]
@@ -169,6 +174,8 @@ def _figures(numbers):
         yield "noise_levels", figures.noise_levels(*lines)
     if steps := metrics["model"].get("steps"):  # a closed-form score has none
         yield "ratio", figures.ratio_along(rows, found | {"step": steps})
+    if pruning := metrics.get("pruning"):
+        yield "pruning", figures.curves([_along(pruning)])
     d1, d2 = table["d1"], table["d2"]
     share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
     memorized = table["memorized"] == 1
@@ -189,6 +196,56 @@ def _figures(numbers):
         lines[1] = lines[1][:, 0]
         samples = numbers["samples.npz"]["samples"]
         yield "scatter", figures.scatter(samples, memorized, lines)
+
+
+def _along(pruning):
+    """The panel of memorization along fine-tuning."""
+    labels = {"pruned": "pruned", "control": "not pruned: the control"}
+    lines = [
+        figures.Line(
+            found["steps"], found["ratio"], label, found["ratio_low"],
+            found["ratio_high"],
+        )
+        for found, label in ((pruning[name], labels[name]) for name in labels)
+    ]  # fmt: skip
+    return figures.Panel(
+        "memorization along fine-tuning", lines, "step of fine-tuning",
+        "memorized samples", xscale="linear", yscale="linear", percent=True,
+    )  # fmt: skip
+
+
+def _pruning(pruning):
+    """What report.html says of the pruning of its run, as text."""
+    if not pruning:
+        return None
+    places = {
+        "as trained": ("control", 0),
+        "pruned": ("pruned", 0),
+        "pruned, fine-tuned": ("pruned", -1),
+        "control: fine-tuned": ("control", -1),
+    }
+    rows = []
+    for text, (name, i) in places.items():
+        found = pruning[name]
+        low, high = found["ratio_low"][i], found["ratio_high"][i]
+        cells = [f"{percent(found['ratio'][i])} % {between((low, high))}"]
+        for key in ("emitted", "precision", "recall"):
+            value = found[key][i]
+            cells.append("" if value is None else f"{percent(value)} %")
+        value = found["frechet"][i]
+        cells.append("" if value is None else f"{value:.3g}")
+        cells += [f"{found['parameters']:,}", f"{found['flops'] or 0:.3g}"]
+        rows.append((text, cells))
+    kept = np.array(pruning["pruned"]["keep"])
+    columns = ["memorized", "training points emitted", "precision", "recall"]
+    columns += ["Frechet distance", "parameters", "FLOPs a call"]
+    return {
+        "settings": pruning["settings"],
+        "removed": int((~kept).sum()),
+        "units": kept.size,
+        "columns": columns,
+        "rows": rows,
+    }
 
 
 def _save(path, content):
@@ -212,6 +269,7 @@ def _page(workdir, numbers, images):
         data=metrics["data"],
         model=metrics["model"],
         levels=metrics.get("levels", {}),
+        pruning=_pruning(metrics.get("pruning")),
         run=run,
         config=_settings(numbers["config.json"]),
         phases=phases,

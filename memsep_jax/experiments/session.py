@@ -29,7 +29,9 @@ from memsep_jax.experiments.setup import differences, to_json
 
 HARMLESS = ("run",)  # groups that change no number
 # Groups that change no weight, and points that are kept by their values.
-AFTER_TRAINING = ("sampler", "memorization", "sweep", "measure")
+AFTER_TRAINING = (
+    "sampler", "memorization", "prune", "prune_times", "sweep", "measure",
+)  # fmt: skip
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax import data, defaults, process, sampling, score, sources, train
+from memsep_jax import (
+    data,
+    defaults,
+    empirical,
+    parallel,
+    process,
+    prune,
+    sampling,
+    score,
+    sources,
+    train,
+)
 from memsep_jax.experiments.trackers import TRACKERS
 from memsep_jax.models import MODELS
 
@@ -48,6 +59,7 @@ class Keys(NamedTuple):
     train: jax.Array
     sample: jax.Array
     evaluate: jax.Array
+    prune: jax.Array
 
 
 # What a plain number must satisfy; the rest is checked by the constructors.
@@ -57,6 +69,24 @@ RULES = {
     "train.accumulate": (lambda v: v >= 1, "at least 1"),
     "train.ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "train.label_drop": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "train.temperature": (lambda v: v > 0, "positive: above 1 it smooths"),
+    "train.ambient": (lambda v: v > 0, "positive: a time of the process"),
+    "train.stop_gap": (lambda v: 0 <= v < 1, "in [0, 1): a share of the held-out loss"),
+    "prune.ratio": (lambda v: 0 <= v < 1, "in [0, 1): the share of units to remove"),
+    "prune.criterion": (
+        lambda v: v in prune.CRITERIA,
+        f"one of {', '.join(prune.CRITERIA)}",
+    ),
+    "prune.group": (lambda v: v in prune.GROUPS, f"one of {', '.join(prune.GROUPS)}"),
+    "prune.draws": (lambda v: v >= 1, "at least 1"),
+    "prune.clock": (
+        lambda v: not v or v in process.PROCESSES,
+        f"empty, or one of {', '.join(process.PROCESSES)}",
+    ),
+    "prune.steps": (lambda v: v >= 0, "at least 0"),
+    "prune.lr": (lambda v: v > 0, "positive"),
+    "prune.looks": (lambda v: v >= 1, "at least 1"),
+    "prune_times.t_max": (lambda v: v > 0, "positive"),
     "model.dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "model.width": (lambda v: v >= 1, "at least 1"),
     "model.depth": (lambda v: v >= 1, "at least 1"),
@@ -75,6 +105,8 @@ RULES = {
     "measure.likelihood": (lambda v: v >= 0, "at least 0"),
     "measure.probes": (lambda v: v >= 0, "at least 0"),
     "measure.eps": (lambda v: v > 0, "positive"),
+    "measure.targets": (lambda v: v >= 0, "at least 0"),
+    "measure.search": (lambda v: v >= 1, "at least 1"),
     "measure.bands": (lambda v: v >= 1, "at least 1 band"),
     "run.log_every": (lambda v: v >= 1, "at least 1 step"),
     "run.save_every": (lambda v: v >= 1, "at least 1 step"),
@@ -89,9 +121,11 @@ RULES = {
 }
 
 SAMPLERS = (*sampling.ODE_METHODS, "sde")
-NAMED = ("data", "process", "times", "prediction", "model", "optimizer")
+NAMED = (
+    "data", "process", "times", "prediction", "model", "optimizer", "prune_times",
+)  # fmt: skip
 # Groups that are no constructor's arguments: their fields are those of the defaults.
-PLAIN = ("train", "sampler", "memorization", "sweep", "measure", "run")
+PLAIN = ("train", "sampler", "memorization", "prune", "sweep", "measure", "run")
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
 REMOTE = ("cifar10", "tfds")
 
@@ -173,6 +207,7 @@ def build(config) -> Parts:
     attempt(_check_values, config)
     made_process = attempt(call, process.PROCESSES, config.process, "process")
     law = attempt(call, process.TIMES, config.times, "times")
+    attempt(call, process.TIMES, config.prune_times, "prune_times")
     prediction = None
     if made_process:
         prediction = attempt(
@@ -192,7 +227,7 @@ def build(config) -> Parts:
         sampler = config.sampler
         times = attempt(grid, sampler.t_min, sampler.t_max, sampler.steps)
     if made_process and times is not None:
-        attempt(_check_times, made_process, times, law, config.process.name)
+        attempt(_check_times, made_process, times, law, config)
     attempt(_check_batch, config, jax.device_count())
 
     splits = None
@@ -211,6 +246,9 @@ def build(config) -> Parts:
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
     if model is not None and shape is not None and hasattr(model, "check"):
         attempt(model.check, shape)
+    attempt(_check_mitigations, config, splits, num_classes)
+    if model is not None and shape is not None and not wrong:
+        attempt(_check_prune, config.prune, model, shape, num_classes)
     if splits is not None and splits.num_distinct < 2:
         wrong.append(
             "the memorization ratio needs two distinct training points and got "
@@ -241,15 +279,12 @@ def truth(config):
     return sources.mixture_truth(**known)
 
 
-def network(parts: Parts, params, label=None, key=None):
+def network(parts: Parts, params, label=None, key=None, gates=None):
     """F(x, level) with its parameters bound; key switches dropout on."""
+    options = {} if key is None else {"train": True, "rngs": {"dropout": key}}
 
     def call_network(x, level):
-        if key is None:
-            return parts.model.apply({"params": params}, x, level, label)
-        return parts.model.apply(
-            {"params": params}, x, level, label, train=True, rngs={"dropout": key}
-        )
+        return parts.model.apply({"params": params}, x, level, label, gates, **options)
 
     return call_network
 
@@ -286,10 +321,68 @@ def loss(parts: Parts, config):
             label = jnp.where(dropped, parts.num_classes, label)
         bound = network(parts, params, label, drop_key if _dropout(parts) else None)
         return train.prediction_loss(
-            bound, parts.prediction, parts.process, example.x, t, eps
+            bound,
+            parts.prediction,
+            parts.process,
+            example.x,
+            t,
+            eps,
+            _ask(parts, config, label),
         )
 
     return example_loss
+
+
+def _ask(parts, config, label):
+    """What the network is asked for: `train.clean`, or a mitigation of config.train."""
+    made, (points, labels) = parts.process, parts.splits.train
+    if config.train.ambient is not None:
+        # One key for all seeds: the noisy copies belong to the data.
+        return train.ambient(made, config.train.ambient, jax.random.key(sources.BRANCH))
+    if config.train.temperature is None:
+        return train.clean(made)
+    log_weights = None
+    if label is not None:  # the law that the network is asked for has its label
+        among = (labels == label) | (label == parts.num_classes)
+        log_weights = jnp.where(among, 0.0, -jnp.inf)
+    if config.train.flip:
+        points = jnp.concatenate([points, jnp.flip(points, -2)])
+        log_weights = log_weights if label is None else jnp.tile(log_weights, 2)
+    temperature = config.train.temperature
+    return train.smoothed(
+        made,
+        empirical.denoiser(
+            points, made, log_weights=log_weights, temperature=temperature
+        ),
+    )
+
+
+def make_step(config, parts, mesh):
+    """(state, data: Dataset) -> (state, metrics): draws its own batch, by step."""
+    named = keys(config.seed)
+
+    def train_step(state, dataset):
+        # A loss that looks at the data has them as an argument, not as a constant.
+        own = parts._replace(splits=parts.splits._replace(train=dataset))
+        step = train.make_train_step(
+            loss(own, config),
+            parts.tx,
+            config.train.ema_decay,
+            config.train.accumulate,
+        )
+        batch = data.draw(
+            dataset, named.data, state.step, config.train.batch_size, config.train.flip
+        )
+        batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
+        return step(state, batch, named.train)
+
+    return train_step
+
+
+def flops(lowered) -> float:
+    """FLOPs of a lowered program; nan where XLA does not say."""
+    cost = lowered.cost_analysis() or {}
+    return float(cost.get("flops", float("nan")))
 
 
 def count(params) -> int:
@@ -372,9 +465,11 @@ def _check_values(config):
         raise ConfigError("\n".join(wrong))
 
 
-def _check_times(made_process, times, law, name):
+def _check_times(made_process, times, law, config):
     """Times at which the process has no score: alpha = 0, or past its end."""
     looked_at = {"sampler.t_min": times[-1], "sampler.t_max": times[0]}
+    if config.train.ambient is not None:
+        looked_at["train.ambient"] = jnp.float32(config.train.ambient)
     if law is not None:
         drawn = jax.vmap(law)(jax.random.split(jax.random.key(0), 1_000))
         looked_at["the largest of 1,000 draws of times, t"] = jnp.max(drawn)
@@ -382,8 +477,8 @@ def _check_times(made_process, times, law, name):
     for what, t in looked_at.items():
         if not (made_process.alpha(t) > 0 and made_process.sigma(t) > 0):
             wrong.append(
-                f"{what}={float(t):.4g} is outside of process {name}, where alpha is "
-                f"{float(made_process.alpha(t)):.4g} and sigma "
+                f"{what}={float(t):.4g} is outside of process {config.process.name}, "
+                f"where alpha is {float(made_process.alpha(t)):.4g} and sigma "
                 f"{float(made_process.sigma(t)):.4g}: both must be positive"
             )
     if wrong:
@@ -396,6 +491,52 @@ def _shape(group):
     rest = {field: None if field in choice else v for field, v in group.items()}
     with contextlib.suppress(ValueError, TypeError):
         return None if group.name in REMOTE else _splits(rest).train.x.shape[1:]
+
+
+def _check_mitigations(config, splits, num_classes):
+    group, wrong = config.train, []
+    if group.temperature is not None and group.ambient is not None:
+        wrong.append(
+            f"train.temperature={group.temperature}, train.ambient={group.ambient}: "
+            "each asks the network for something else; give one of them"
+        )
+    if config.get("experiment") == "ensemble":
+        wrong += [
+            f"train.{field}={group[field]}: networks that are trained together share "
+            "one loss and one number of steps; experiment=train has it"
+            for field in ("temperature", "stop_gap")
+            if group[field] is not None
+        ]
+    held_out = splits and splits.held_out
+    if group.stop_gap is not None and splits is not None:
+        if held_out is None or not len(held_out.x):
+            wrong.append(
+                f"train.stop_gap={group.stop_gap} needs held-out data, and there are "
+                "none: raise data.num_held_out"
+            )
+        elif num_classes and held_out.label is None:
+            wrong.append(
+                f"train.stop_gap={group.stop_gap} compares with held-out points, which "
+                f"have no labels under data.labels={config.data.labels}"
+            )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _check_prune(group, model, shape, num_classes):
+    """Whether there is something to prune, where it is asked for."""
+    if not group.ratio:
+        return
+    label = jnp.zeros((), jnp.int32) if num_classes else None
+    like = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(()), label
+    )
+    units = prune.gates(like["params"], group.group).size
+    if not prune.count(units, group.ratio):
+        raise ValueError(
+            f"prune.ratio={group.ratio} removes none of {units} {group.group}: give "
+            f"at least {1 / units:.3g}"
+        )
 
 
 def _check_batch(config, devices):

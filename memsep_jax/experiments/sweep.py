@@ -5,6 +5,7 @@ point is kept as points/<tag>/<name>.npz, where the tag stands for the rest of t
 config, and is read instead of done again.
 """
 
+import ast
 import hashlib
 import itertools
 import json
@@ -23,9 +24,8 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
     "width": ("model", "width"),
     "depth": ("model", "depth"),
     "weight_decay": ("optimizer", "weight_decay"),
+    "setting": None,  # any fields: "optimizer.weight_decay=1.0; model.dropout=0.1"
 }
-
-
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
 SHAPE = ("d", "width", "depth")  # axes that change the shape of a network
 # Of a point, but nothing to be averaged over seeds.
@@ -47,7 +47,11 @@ def shape(point: Point) -> tuple:
 
 def label(row: dict, axes=tuple(AXES)) -> str | None:
     """ "n = 100, width = 64", of the axes that a row or point has."""
-    named = [f"{LABELS[a]} = {np.asarray(row[a]).item():,}" for a in axes if a in row]
+    values = {axis: np.asarray(row[axis]).item() for axis in axes if axis in row}
+    named = [
+        f"{LABELS[axis]} = {value if isinstance(value, str) else f'{value:,}'}"
+        for axis, value in values.items()
+    ]
     return ", ".join(named) or None
 
 
@@ -61,15 +65,49 @@ def points(config) -> list[Point]:
     for choice in itertools.product(*axes.values(), range(config.sweep.seeds)):
         values = dict(zip([*axes, "seed"], choice, strict=True))
         name = ",".join(f"{axis}={value}" for axis, value in values.items())
-        one = config.copy_and_resolve_references()
+        one = seeded(config, values["seed"])
         for axis in axes:
-            group, field = AXES[axis]
-            one[group][field] = values[axis]
-        one.seed = config.seed + values["seed"]
-        one.data.seed = config.data.seed + values["seed"]
-        one.data.truth_seed = (config.data.truth_seed or 0) + values["seed"]
-        found.append(Point(name, values, one))
+            if place := AXES[axis]:
+                one[place[0]][place[1]] = values[axis]
+            else:
+                _apply(one, values[axis])
+        found.append(Point(name.replace("/", "_"), values, one))
     return found
+
+
+def seeded(config, seed: int):
+    """The config of a seed of the sweep, before any axis is set."""
+    one = config.copy_and_resolve_references()
+    one.seed = config.seed + seed
+    if not config.prune.source:  # a network from elsewhere has its data
+        one.data.seed = config.data.seed + seed
+        one.data.truth_seed = (config.data.truth_seed or 0) + seed
+    return one
+
+
+def parse(setting: str) -> dict[str, str]:
+    """ "a.b=1; c.d=2" -> {"a.b": "1", "c.d": "2"}."""
+    parts = (part.partition("=") for part in setting.split(";") if part.strip())
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def _apply(config, setting):
+    """Sets the fields of a setting.   Raises: setup.ConfigError."""
+    for name, text in parse(setting).items():
+        group, _, field = name.partition(".")
+        if field not in config.get(group, {}):
+            raise setup.ConfigError(
+                f"sweep.setting={setting!r}: {name} is not a field of the config; "
+                'write it as "group.field=value; group.field=value"'
+            )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a name
+        try:
+            config[group][field] = value
+        except TypeError as error:
+            raise setup.ConfigError(f"sweep.setting={setting!r}: {error}") from error
 
 
 def check(config) -> setup.Parts:
@@ -192,16 +230,18 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 
 def mean_interval(values, level=0.95) -> dict:
-    """Mean over the first axis and Student's interval for it.
+    """Mean over the first axis, standard deviation, and Student's interval for it.
 
-    Args: values [s, ...].   Returns: {"mean", "low", "high"}, each [...].
+    Args: values [s, ...].   Returns: {"mean", "std", "low", "high"}, each [...].
     """
     values = np.asarray(values, np.float64)
-    mean, half = values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    mean = values.mean(axis=0)
+    half = std = np.full(values.shape[1:], np.nan)
     if len(values) > 1:
-        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        std = values.std(axis=0, ddof=1)
+        error = std / np.sqrt(len(values))
         half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
 
 def _path(session, config, point):

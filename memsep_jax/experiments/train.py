@@ -8,6 +8,7 @@ figures/ and report.html. Given again, the same command goes on where it stopped
 
 import functools
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from memsep_jax import (
     process,
     train,
 )
-from memsep_jax.experiments import figures, record, setup, trackers
+from memsep_jax.experiments import figures, prune, record, setup, trackers
 from memsep_jax.experiments.evaluate import (
     as_float,
     evaluate,
@@ -58,6 +59,8 @@ def run(config, session, resume_step=None):
     weights = state.ema if config.sampler.weights == "ema" else state.params
     with session.phase("train"):
         about["levels"] |= detector(config, parts, weights)
+    if config.prune.ratio:
+        about["pruning"] = prune.of_run(config, parts, session, weights, generate)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
 
@@ -67,44 +70,34 @@ def initial_state(config, parts):
     return train.init(setup.init_params(parts, setup.keys(config.seed).init), parts.tx)
 
 
-def make_step(config, parts, mesh):
-    """(state, data: Dataset) -> (state, metrics): draws its own batch, by step."""
-    keys = setup.keys(config.seed)
-    step = train.make_train_step(
-        setup.loss(parts, config),
-        parts.tx,
-        config.train.ema_decay,
-        config.train.accumulate,
-    )
-
-    def train_step(state, dataset):
-        batch = data.draw(
-            dataset, keys.data, state.step, config.train.batch_size, config.train.flip
-        )
-        batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
-        return step(state, batch, keys.train)
-
-    return train_step
-
-
 def network_samples(config, parts):
     """(params, start, stop) -> samples of the network."""
     score_of = functools.partial(setup.score_fn, parts)
     return make_generate(config, parts, parallel.make_mesh(), score_of)
 
 
-def learn(config, parts, session, resume_step=None, generate=None):
-    """Trains to the last step, from the newest valid checkpoint where there is one."""
+def learn(config, parts, session, resume_step=None, generate=None, workdir=None):
+    """Trains to the last step, from the newest valid checkpoint where there is one.
+
+    The last step is train.steps, or that of `early_stop`.
+
+    Args: workdir, of one of several networks; by default that of the session.
+    """
     mesh = parallel.make_mesh()
-    workdir, steps = session.workdir, config.train.steps
+    own, steps = workdir is None, config.train.steps
+    workdir = session.workdir if own else workdir
+    packed = _packed(config, None if own else workdir)
     checkpoints = workdir / "checkpoints"
     checkpoint.clean(checkpoints)
     if resume_step is not None:
         _check_resume_step(checkpoints, resume_step)
     state = initial_state(config, parts)
     found = checkpoint.restore_newest(checkpoints, state, at_most=resume_step)
+    if found is None and packed and packed.is_file():
+        found = unpack(packed, state, parts)
     # A checkpoint that does not fit must leave config.json as it was.
-    session.begin(parts.splits.fingerprint)
+    if own:
+        session.begin(parts.splits.fingerprint)
     start = 0
     if resume_step is not None:
         _roll_back(workdir, resume_step, session)
@@ -115,12 +108,15 @@ def learn(config, parts, session, resume_step=None, generate=None):
     metrics = record.Metrics(workdir / "metrics.jsonl", start)
     if start >= steps and start in metrics.steps:
         return state
+    if why := early_stop(config, workdir, start):
+        session.say(why)
+        return state
     state = jax.device_put(state, parallel.replicated(mesh))
     dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
 
     with session.phase("compile"):
         session.say("compiling the train step")
-        step_fn = jax.jit(make_step(config, parts, mesh), donate_argnums=0)
+        step_fn = jax.jit(setup.make_step(config, parts, mesh), donate_argnums=0)
         step_fn = step_fn.lower(state, dataset).compile()
         generate = generate or network_samples(config, parts)
         watch = _Watcher(config, parts, session, generate)
@@ -180,6 +176,9 @@ def learn(config, parts, session, resume_step=None, generate=None):
     ):
         if start and start not in metrics.steps:  # stopped before it could look
             log(look(start, {}))
+            if why := early_stop(config, workdir, start):
+                session.say(why)
+                return state
         for step in range(start + 1, steps + 1):
             state, fetched = step_fn(state, dataset)
             # One step late, so the device always has the next one waiting.
@@ -201,13 +200,74 @@ def learn(config, parts, session, resume_step=None, generate=None):
             if not (due and stopping):  # else the look, and its row, come on resuming
                 log(row)
                 update(step, _status(row) if "loss" in row else "")
-            if saving or stopping:
+            why = early_stop(config, workdir, step) if due and not stopping else None
+            if saving or stopping or why:
                 checkpoint.save(checkpoints, step, state, config.run.keep)
+                if packed:
+                    pack(packed, step, state, parts)
             since = (time.monotonic(), step)  # steps/s counts steps, not evaluations
             if stopping:
                 session.say(f"preempted at step {step}: saved")
                 raise Interrupted(session.stop)
+            if why:
+                session.say(why)
+                break
     return state
+
+
+def _packed(config, workdir):
+    """Where the state is packed: run.pack, of one of several networks with its name."""
+    if config.run.pack is None:
+        return None
+    path = Path(config.run.pack)
+    return path if workdir is None else path.with_name(f"{workdir.name}-{path.name}")
+
+
+def pack(path, step, state, parts):
+    """Writes a state, and of which data it is, as one file that can be moved."""
+    checkpoint.pack(path, step, {"state": state, "data": _mark(parts)})
+
+
+def unpack(path, like, parts):
+    """The (state, step) of `pack`.   Raises: ConflictError: the data are others."""
+    found, step = checkpoint.unpack(path, {"state": like, "data": _mark(parts)})
+    if not np.array_equal(found["data"], _mark(parts)):
+        raise checkpoint.ConflictError(
+            f"{path} was trained on other data (fingerprint "
+            f"{bytes(found['data']).hex()[:12]}, here "
+            f"{parts.splits.fingerprint[:12]}): give the same --config.data as there"
+        )
+    return found["state"], step
+
+
+def _mark(parts):
+    return np.frombuffer(bytes.fromhex(parts.splits.fingerprint), np.uint8)
+
+
+def early_stop(config, workdir, step) -> str | None:
+    """Why training ends at a step before the last, or None where it goes on.
+
+    It ends where the mean of the held-out eps-loss over the noise levels exceeds that
+    of the training points by more than train.stop_gap of itself, as metrics.jsonl has
+    them: a run that is started again comes to the same end.
+    """
+    if config.train.stop_gap is None or step >= config.train.steps:
+        return None
+    for row in record.read_metrics(workdir / "metrics.jsonl"):
+        if row["step"] != step or not row.get("held_out_losses"):
+            continue
+        seen, held_out = (
+            np.mean(np.array(row[f"{name}_losses"], float))
+            for name in ("train", "held_out")
+        )
+        gap = 1 - seen / held_out
+        if gap > config.train.stop_gap:
+            return (
+                f"stopped early at step {step}: the held-out loss, {held_out:.4g}, is "
+                f"above the training loss, {seen:.4g}, by {gap:.4g} of itself, more "
+                f"than train.stop_gap={config.train.stop_gap:g}"
+            )
+    return None
 
 
 def snapshot_steps(config, n: int) -> set[int]:
@@ -422,7 +482,3 @@ def _describe(parts, config):
         f"{config.train.steps:,} steps on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}"
     )
-
-
-def _count(params):
-    return sum(p.size for p in jax.tree.leaves(params))

@@ -71,7 +71,11 @@ def violations(config) -> list[str]:
 @pytest.mark.parametrize(
     ("argument", "hint"),
     [
-        ("stesp", "did you mean --config.sampler.steps or --config.train.steps?"),
+        (
+            "stesp",
+            "did you mean --config.prune.steps or --config.sampler.steps or "
+            "--config.train.steps?",
+        ),
         ("train.stesp", "did you mean --config.train.steps?"),
         ("trian.steps", "did you mean --config.train.steps?"),
         ("model.pach", "did you mean --config.model.patch?"),

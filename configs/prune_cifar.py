@@ -1,0 +1,46 @@
+"""Table 1 of Ye 2025: DiT-S/2 on 5,000 CIFAR-10 images, pruned by 20 % of its heads.
+
+python -m memsep_jax.main --config=configs/prune_cifar.py
+
+The network and the training of configs/dit_cifar.py, then pruning by small-t gradients,
+at random and by the baselines that the paper lacks, each with fine-tuning. Needs a GPU.
+From a file, in short stretches on different machines (the same command goes on from the
+packed state):
+
+python -m memsep_jax.main --config=configs/prune_cifar.py \
+    --config.data.name=npz --config.data.path=cifar10.npz --config.run.pack=state.npz
+
+With a network that is trained already:
+
+python -m memsep_jax.main --config=configs/prune_cifar.py \
+    --config.prune.source=runs/dit_cifar
+
+Variants: `full`, `smoke`.
+"""
+
+from memsep_jax import defaults, prune
+
+
+def get_config(variant="full"):
+    config = defaults.train()
+    config.experiment = "prune"
+    config.data.update(name="cifar10", num_examples=5_000)
+    config.model.update(
+        name="dit", patch=2, width=384, depth=12, num_heads=6, dtype="bfloat16"
+    )
+    config.optimizer.update(lr=2e-4, clip=1.0, warmup=1_000)
+    config.train.update(steps=100_000, batch_size=128, ema_decay=0.9999)
+    config.sampler.update(num_samples=10_000)
+    config.prune.update(steps=5_000, draws=10_000)
+    config.sweep.update(seeds=5, setting=defaults.prunings(prune.CRITERIA, (0.2,)))
+    config.run.update(save_every=5_000, evaluate_every=5_000, snapshots=10, chunk=500)
+    return defaults.variant_of(config, variant, smoke=smoke)
+
+
+def smoke(config):
+    """Tiny, and on the embedded digits: no download."""
+    defaults.smoke(config)
+    config.data.name = "digits"
+    config.model.update(width=16, depth=2, num_heads=2, dtype="float32")
+    config.sweep.setting = defaults.prunings(("small_t", "random"), (0.3,))
+    return config

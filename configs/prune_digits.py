@@ -1,0 +1,32 @@
+"""Does pruning heads by small-t gradients help? Eight criteria, three ratios, digits.
+
+python -m memsep_jax.main --config=configs/prune_digits.py
+
+Variants: `full`, `smoke`.
+"""
+
+from memsep_jax import defaults, prune
+
+RATIOS = (0.2, 0.4, 0.6)
+
+
+def get_config(variant="full"):
+    config = defaults.train()
+    config.experiment = "prune"
+    config.data.update(name="digits", num_examples=100, num_held_out=1_000)
+    config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.train.update(steps=8_000, batch_size=64, ema_decay=0.998)
+    config.prune.update(steps=800)
+    settings = defaults.prunings(prune.CRITERIA, RATIOS)
+    config.sweep.update(setting=settings, together=len(settings))
+    config.run.update(snapshots=0)
+    return defaults.variant_of(config, variant, smoke=smoke)
+
+
+def smoke(config):
+    """Two ways of pruning, beside the control."""
+    defaults.smoke(config)
+    config.model.update(width=16, depth=2, num_heads=2)
+    config.sweep.setting = defaults.prunings(("small_t", "random"), (0.3,))
+    return config

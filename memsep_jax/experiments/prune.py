@@ -1,0 +1,298 @@
+"""Prune a trained network in one shot, tune it on, and look at what it then draws.
+
+Algorithm 1 of Ye 2025, with other criteria beside the paper's: what happens to one
+trained network. The sweeps over criteria, ratios and seeds are in `mitigate`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax import (
+    checkpoint,
+    fidelity,
+    memorization,
+    parallel,
+    process,
+    prune,
+    sources,
+    train,
+)
+from memsep_jax.experiments import record, setup
+from memsep_jax.experiments.evaluate import as_float, place
+
+# Which units fall.
+
+
+def importance(config, parts, params, criterion: str):
+    """What a criterion says of every unit.   Returns: [layers, units].
+
+    Args: criterion, one of prune.CRITERIA that is a measurement.
+    Raises: NonFiniteError naming layer, unit and field.
+    """
+    group = config.prune.group
+    if criterion == "magnitude":
+        found = np.asarray(prune.magnitude(params, group))
+    else:
+        sizes = _sizes(config, parts, criterion)
+        examples = jnp.arange(config.prune.draws)
+        measure = jax.jit(
+            lambda params, data: prune.importance(
+                lambda i: sizes(params, data, i), examples, config.run.chunk
+            )
+        )
+        found = np.asarray(measure(params, parts.splits.train))
+    if not np.isfinite(found).all():
+        layer, unit = np.argwhere(~np.isfinite(found))[0]
+        raise train.NonFiniteError(
+            f"prune.criterion={criterion} is not finite at layer {layer}, unit {unit} "
+            f"of {group}: nothing was pruned. Look at prune_times, which draws the "
+            "times at which it is measured, and at the weights"
+        )
+    return found
+
+
+def _sizes(config, parts, criterion):
+    """(params, data, i) -> [layers, units], of the i-th draw of a point and its X_t."""
+    key, group = setup.keys(config.seed).prune, config.prune.group
+    law = times(config, parts, criterion)
+
+    def sizes(params, data, i):
+        t_key, eps_key = jax.random.split(jax.random.fold_in(key, i))
+        one = jax.tree.map(lambda a: a[i % len(data.x)], data)
+        t, eps = law(t_key), jax.random.normal(eps_key, one.x.shape, one.x.dtype)
+        if criterion == "activation":
+            x = parts.prediction.scale(t) * process.perturb(
+                parts.process, one.x, t, eps
+            )
+            _, seen = parts.model.apply(
+                {"params": params}, x, parts.prediction.level(t), one.label,
+                mutable="intermediates",
+            )  # fmt: skip
+            return prune.activations(seen["intermediates"], group)
+
+        def loss(gates):
+            network = setup.network(parts, params, one.label, gates={group: gates})
+            return train.prediction_loss(
+                network, parts.prediction, parts.process, one.x, t, eps
+            )
+
+        return jnp.abs(jax.grad(loss)(prune.gates(params, group)))
+
+    return sizes
+
+
+def times(config, parts, criterion: str):
+    """The law of t of a criterion: (key) -> t [], within the sampler's range.
+
+    config.prune_times draws u, small more often than large, on the clock of a process
+    whose time means what the paper's does; "uniform_t" and "large_t" are its control.
+    """
+    end = config.prune_times.t_max or 1.0
+    drawn = setup.call(process.TIMES, config.prune_times, "prune_times")
+    laws = {
+        "uniform_t": process.uniform(0.0, end),
+        "large_t": lambda key: jnp.clip(end - drawn(key), 0.0, end),
+    }
+    law = laws.get(criterion, drawn)
+    if config.prune.clock:
+        clock = process.PROCESSES[config.prune.clock]()
+        law = process.on_clock(law, clock, parts.process)
+    # The network was not trained, and does not sample, beyond these.
+    low, high = config.sampler.t_min, config.sampler.t_max
+    return lambda key: jnp.clip(law(key), low, high)
+
+
+def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
+    """Which units stay by config.prune.   Returns: bool [layers, units].
+
+    Args: measured, what is known of these params already, by criterion; added to.
+    """
+    measured = {} if measured is None else measured
+    criterion, ratio = config.prune.criterion, config.prune.ratio
+    shape = prune.gates(params, config.prune.group).shape
+    if not ratio:
+        return np.ones(shape, bool)
+
+    def known(name):
+        if name not in measured:
+            measured[name] = importance(config, parts, params, name)
+        return measured[name]
+
+    # A branch that no draw of an importance has.
+    key = jax.random.fold_in(setup.keys(config.seed).prune, sources.BRANCH)
+    if criterion == "random":
+        return prune.keep_random(key, shape, ratio)
+    if criterion == "random_per_layer":
+        like = prune.keep_top(known("small_t"), ratio)
+        return prune.keep_random(key, shape, ratio, like)
+    if criterion == "highest_first":
+        return prune.keep_top(-known("small_t"), ratio)
+    return prune.keep_top(known(criterion), ratio)
+
+
+# What a network costs, draws, and becomes.
+
+
+def cost(parts, params, stays=None, group: str = "heads") -> dict:
+    """Parameters, and FLOPs of one call, of the network without what does not stay."""
+    small = params if stays is None else prune.compact(params, stays, group)
+    x = jnp.zeros(parts.splits.train.x.shape[1:])
+    label = jnp.zeros((), jnp.int32) if parts.num_classes else None
+
+    def call(params, x, t):
+        return parts.model.apply({"params": params}, x, t, label)
+
+    lowered = jax.jit(call).lower(small, x, jnp.zeros(()))
+    return {"parameters": setup.count(small), "flops": setup.flops(lowered)}
+
+
+def watcher(config, parts, generate):
+    """(weights, first=0, count=num_samples) -> numbers: copies and quality of samples.
+
+    Quality is against held-out points, which the network never saw, on pixels: copies
+    are no better there than any other sample that looks real.
+
+    Args: generate, as `evaluate.make_generate` gives it.
+    """
+    mesh = parallel.make_mesh()
+    search = memorization.searcher(np.asarray(parts.splits.train.x))
+    threshold, held_out = config.memorization.threshold, parts.splits.held_out
+    null, real = None, None
+    if held_out is not None and len(held_out.x) > 3:
+        real = np.asarray(held_out.x)
+        null, real = search(real), real.reshape(len(real), -1)
+
+    def watch(weights, first=0, count=config.sampler.num_samples):
+        weights = jax.device_put(weights, parallel.replicated(mesh))
+        starts, last = range(first, first + count, config.run.chunk), first + count
+        samples = np.concatenate(
+            [generate(weights, i, min(i + config.run.chunk, last)) for i in starts]
+        )
+        x = as_float(samples)
+        found = memorization.ratio_of(search(x), null, 0, threshold)
+        low, high = found.interval
+        emitted = np.unique(found.neighbours.indices[found.memorized, 0])
+        numbers = {
+            "ratio": found.value,
+            "ratio_low": low,
+            "ratio_high": high,
+            "emitted": len(emitted) / parts.splits.num_distinct,
+            "null": np.nan if found.null is None else found.null,
+            "precision": np.nan,
+            "recall": np.nan,
+            "frechet": np.nan,
+        }
+        x = np.asarray(x, np.float64).reshape(len(x), -1)
+        if real is not None and np.isfinite(x).all() and len(x) > 3:
+            precision, recall = fidelity.precision_recall(x, real)
+            numbers |= {"precision": precision, "recall": recall}
+            numbers |= {"frechet": fidelity.frechet(x, real, warn=False)}
+        return numbers
+
+    return watch
+
+
+def tuner(config, parts):
+    """(params, mask, session) -> (step, TrainState) at each of `looks`: fine-tuning.
+
+    The ordinary step, with the ordinary batches and EMA, at the constant rate prune.lr.
+    """
+    group = config.optimizer.copy_and_resolve_references()
+    group.update(lr=config.prune.lr, schedule="constant", warmup=0)
+    tx = setup.call(
+        train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
+    )
+    mesh = parallel.make_mesh()
+    step_fn = jax.jit(
+        setup.make_step(config, parts._replace(tx=tx), mesh), donate_argnums=0
+    )
+
+    def tune(params, mask, session):
+        dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
+        state = train.init(params, tx, mask)
+        state = jax.device_put(state, parallel.replicated(mesh))
+        for step in range(1, config.prune.steps + 1):
+            state, fetched = step_fn(state, dataset)
+            if step not in looks(config):
+                continue
+            session.check()
+            if int(fetched["step"]) != step:
+                raise train.NonFiniteError(
+                    f"fine-tuning stood still before step {step}: a loss or gradient "
+                    f"was not finite. Lower prune.lr={config.prune.lr:g}, or set "
+                    "optimizer.clip"
+                )
+            yield step, state
+
+    return tune
+
+
+def looks(config) -> list[int]:
+    """The steps of fine-tuning after which is looked: the last, and halves of it."""
+    steps = {config.prune.steps >> i for i in range(config.prune.looks)}
+    return sorted(steps - {0})
+
+
+# One network from end to end.
+
+
+class Pruned(NamedTuple):
+    """A network along one pruning: at step 0 it is pruned, at the last tuned."""
+
+    keep: np.ndarray  # bool [layers, units]
+    state: train.TrainState | None  # at the last step, with its mask
+    weights: Any  # those of it that are sampled
+    steps: np.ndarray  # [k], 0 first
+    numbers: dict  # name -> [k], of `watcher`
+
+
+def cut(config, params, stays, watch, tune, session) -> Pruned:
+    """Masks what does not stay, fine-tunes, and looks along the way.
+
+    Args: watch, `watcher`.   tune, `tuner`; None for no fine-tuning.
+    """
+    mask = prune.group_mask(params, stays, config.prune.group)
+    weights = prune.apply_mask(params, mask)
+    steps, found, state = [0], [watch(weights)], None
+    for step, state in tune(params, mask, session) if tune else ():
+        weights = state.ema if config.sampler.weights == "ema" else state.params
+        steps.append(step)
+        found.append(watch(weights))
+    numbers = {name: np.array([row[name] for row in found]) for name in found[0]}
+    return Pruned(stays, state, weights, np.array(steps), numbers)
+
+
+def of_run(config, parts, session, params, generate) -> dict:
+    """The pruning of the main job: its network, pruned, and unpruned as a control.
+
+    The pruned state, mask included, is saved in pruned/.
+
+    Returns: for both, arrays over the steps of fine-tuning, and what they cost. Kept in
+      the workdir, so that a run that goes on does not do it again.
+    """
+    groups = ("sampler", "memorization", "prune", "prune_times")
+    folder = place(config, parts, session, params, groups)
+    watch, tune = watcher(config, parts, generate), tuner(config, parts)
+    group = config.prune.group
+    numbers = {"settings": setup.to_json(config)["prune"]}
+    with session.phase("prune"):
+        stays = keep(config, parts, params)
+        session.say(
+            f"pruning {(~stays).sum()} of {stays.size} {group} by "
+            f"{config.prune.criterion}, then {config.prune.steps:,} steps"
+        )
+        for name, its in {"pruned": stays, "control": np.ones_like(stays)}.items():
+            path = folder / f"{name}.npz"
+            found = record.read_npz(path)
+            if found is None:
+                row = cut(config, params, its, watch, tune, session)
+                if name == "pruned" and row.state is not None:
+                    kept = session.workdir / "pruned"
+                    checkpoint.save(kept, config.prune.steps, row.state, keep=1)
+                found = row.numbers | {"steps": row.steps, "keep": its}
+                record.write_npz(path, **found)
+            numbers[name] = found | cost(parts, params, its, group)
+    return numbers

@@ -1,0 +1,235 @@
+"""Mitigations on one frontier: settings, shared networks, matched comparisons."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memsep_jax import checkpoint, defaults, experiments
+from memsep_jax.experiments import mitigate, record, setup, sweep
+from memsep_jax.experiments import train as job
+from memsep_jax.experiments.session import Session
+
+CONFIG = Path(__file__).parent.parent / "configs" / "mitigate_digits.py"
+
+
+def smoke(**changes):
+    spec = importlib.util.spec_from_file_location("mitigate_digits", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.sweep.seeds = 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# Settings.
+
+
+def test_a_setting_sets_its_fields_and_the_empty_one_none():
+    config = smoke()
+    config.sweep.setting = ("", "model.dropout=0.5; prune.criterion=random")
+    plain, changed = sweep.points(config)
+    assert setup.to_json(plain.config)["model"] == setup.to_json(config)["model"]
+    assert changed.config.model.dropout == 0.5
+    assert changed.config.prune.criterion == "random"
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("dropout=0.5", "dropout is not a field of the config"),
+        ("model.drop=0.5", "model.drop is not a field"),
+        ("model.width=wide", "sweep.setting='model.width=wide'"),
+        ("prune.ratio=1.5", "prune.ratio=1.5 must be in"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(setting, message, tmp_path):
+    config = smoke()
+    config.sweep.setting = ("", setting)
+    with pytest.raises(setup.ConfigError, match=message):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, found",
+    [
+        ("prune.ratio=0.2", ("pruned: small_t", "0.2")),
+        ("prune.criterion=random; prune.ratio=0.4", ("pruned: random", "0.4")),
+        (
+            "prune.ratio=0.4; prune.group=neurons",
+            ("pruned: small_t, neurons", "0.4"),
+        ),
+        ("model.dropout=0.2", ("model.dropout", "0.2")),
+    ],
+)
+def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
+    assert mitigate.family(setting) == found
+
+
+# The frontier.
+
+
+def test_the_frontier_is_the_fewest_copies_at_a_quality_or_better():
+    least = mitigate.frontier([3.0, 1.0, 2.0, 4.0], [0.5, 0.9, 0.4, 0.6])
+    np.testing.assert_array_equal(
+        least(np.array([0.5, 1.0, 1.5, 2.0, 3.0, 9.0])),
+        [np.inf, 0.9, 0.9, 0.4, 0.4, 0.4],
+    )
+
+
+def test_the_advantage_is_the_copies_saved_at_equal_quality():
+    ours, theirs = (
+        np.array([[1.0, 2.0], [0.5, 0.3]]),
+        np.array([[1.0, 2.0], [0.7, 0.4]]),
+    )
+    assert mitigate.advantage(ours, theirs) == pytest.approx((0.2 + 0.1) / 2)
+    assert mitigate.advantage(theirs, ours) == pytest.approx(-0.15)
+
+
+points = st.lists(
+    st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=1, max_size=8
+).map(lambda rows: np.array(rows).T)
+
+
+@given(points, points, st.floats(0.01, 1))
+def test_fewer_copies_everywhere_is_that_advantage(cloud, other, less):
+    """Antisymmetric, 0 against itself, and as large as a shift of all points."""
+    assert mitigate.advantage(cloud, cloud) == 0
+    assert mitigate.advantage(cloud, other) == pytest.approx(
+        -mitigate.advantage(other, cloud)
+    )
+    shifted = cloud - np.array([[0.0], [less]])
+    assert mitigate.advantage(shifted, cloud) == pytest.approx(less)
+
+
+def test_every_criterion_is_matched_with_random_in_its_own_seed():
+    """Small_t copies .1 less in one seed and .3 less in the other: .2 in the mean."""
+    rows = []
+    for seed, less in ((0, 0.1), (1, 0.3)):
+        for criterion, own in (("random", 0.0), ("small_t", less)):
+            rows.append(
+                {
+                    "setting": np.array(f"prune.criterion={criterion}; prune.ratio=.2"),
+                    "seed": np.array(seed),
+                    "along_frechet": np.array([1.0, 2.0]) + 5 * seed,
+                    "along_ratio": np.array([0.8, 0.6]) - own,
+                }
+            )
+    (found,) = mitigate.matched(rows)
+    assert found["name"] == "pruned: small_t"
+    assert found["ratio"]["mean"] == pytest.approx(0.2)
+    assert found["ratio"]["low"] < 0.2 < found["ratio"]["high"]
+    assert mitigate.matched(rows[:1]) == mitigate.matched(rows[1:2]) == []
+
+
+# The re-test.
+
+
+@pytest.mark.parametrize("reach, found, null", [("all", 1, 1), ("train", 1, 0)])
+def test_what_a_search_reproduces_is_found(reach, found, null):
+    """A search that gives its targets back, or only those that were trained on."""
+    config = smoke(**{"measure.targets": 4})
+    parts = setup.build(config)
+
+    def find(weights, targets, keys):
+        targets = np.asarray(targets)
+        first = np.asarray(parts.splits.train.x)[0]
+        kept = np.arange(len(targets)) < (4 if reach == "train" else 8)
+        return np.where(kept[:, None, None, None], targets, first[None])
+
+    row = mitigate.search(config, parts, None, find)
+    assert row == {"found": found, "found_null": null}
+
+
+# The whole, at a small size.
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("mitigate") / "run"
+    experiments.run(smoke(), workdir)
+    return workdir
+
+
+def test_what_is_only_pruned_shares_a_network(done):
+    """The control and the pruned point have one; dropout trains its own."""
+    assert len(list((done / "models").iterdir())) == 2
+    rows = record.read_json(done / "metrics.json")["table"]
+    control, dropout, pruned = rows
+    assert [r["removed"]["mean"] for r in rows] == [0, 0, 1]
+    assert pruned["parameters"]["mean"] < control["parameters"]["mean"]
+    assert len(control["steps"]["mean"]) == len(pruned["steps"]["mean"]) > 1
+    assert len(dropout["steps"]["mean"]) == 1  # as it was trained
+    for row in rows:
+        for name in ("ratio", "emitted", "emitted_more", "found", "again_emitted"):
+            assert 0 <= row[name]["mean"] <= 1
+        assert row["emitted_more"]["mean"] >= 0
+
+
+def test_a_sweep_that_goes_on_trains_nothing_again(done, monkeypatch):
+    monkeypatch.setattr(job, "learn", None)
+    before = (done / "metrics.json").read_text()
+    config = smoke(**{"run.chunk": 16})
+    config.sweep.setting = config.sweep.setting[:2]  # points that are there
+    experiments.run(config, done)
+    assert len(record.read_json(done / "metrics.json")["table"]) == 2
+    (done / "metrics.json").write_text(before)
+
+
+def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
+    """A workdir or a packed file: the same weights, and nothing is trained."""
+    (model, *_) = (
+        path
+        for path in (done / "models").iterdir()
+        if path.name
+        == f"seed=0-{mitigate._tag(sweep.seeded(smoke(), 0), mitigate.TRAINING)}"
+    )
+    config = smoke(**{"measure.targets": 0})
+    config.sweep.setting = ("",)
+    parts = setup.build(config)
+    record.write_json(model / "run.json", {"fingerprint": parts.splits.fingerprint})
+    state, step = checkpoint.restore_newest(
+        model / "checkpoints", job.initial_state(config, parts)
+    )
+    job.pack(tmp_path / "state.npz", step, state, parts)
+    monkeypatch.setattr(job, "learn", None)
+    for source in (model, tmp_path / "state.npz"):
+        config.prune.source = str(source)
+        found = mitigate._source(config, parts)
+        assert checkpoint.digest(found) == checkpoint.digest(state)
+
+    other = smoke(**{"prune.source": str(model), "model.width": 32})
+    with pytest.raises(checkpoint.ConflictError, match="block_0/.*expected") as error:
+        experiments.run(other, tmp_path / "run")
+    assert error.value.exit_code == 2 and not (tmp_path / "run").exists()
+    for source in (model, tmp_path / "state.npz"):
+        other = smoke(**{"prune.source": str(source), "data.seed": 5})
+        with pytest.raises(checkpoint.ConflictError, match="trained on other data"):
+            experiments.run(other, tmp_path / "run")
+    other = smoke(**{"prune.source": str(tmp_path / "nowhere")})
+    with pytest.raises(setup.ConfigError, match="nowhere holds no checkpoints"):
+        experiments.run(other, tmp_path / "run")
+
+
+def test_a_packed_state_goes_on_on_another_machine(tmp_path):
+    """Half a run here, the rest in a fresh workdir: bitwise the uninterrupted run."""
+    config = defaults.smoke(defaults.mixtures())
+    config.data.update(d=2, k=2)
+    config.optimizer.update(schedule="constant")
+    config.run.update(pack=str(tmp_path / "state.npz"), snapshots=0)
+    digests = []
+    for name, steps in (("here", 2), ("there", 4)):
+        config.train.steps = steps
+        with Session(tmp_path / name, config) as session:
+            state = job.learn(config, setup.build(config), session)
+        assert int(state.step) == steps
+        digests.append(checkpoint.digest(state))
+    config.run.pack = None
+    with Session(tmp_path / "whole", config) as session:
+        whole = job.learn(config, setup.build(config), session)
+    assert checkpoint.digest(whole) == digests[1]
