@@ -237,6 +237,25 @@ def full_mask(params: Params) -> Params:
     return jax.tree.map(lambda p: jnp.ones((), p.dtype), params)
 
 
+def check_mask(params: Params, mask: Params) -> None:
+    """Raises ValueError naming the leaf, where a mask does not fit the parameters."""
+    shapes, masks = (
+        {"/".join(_names(path)): np.shape(leaf) for path, leaf in found}
+        for found in map(jax.tree_util.tree_leaves_with_path, (params, mask))
+    )
+    for name in sorted(shapes.keys() ^ masks.keys()):
+        lacks = "mask lacks" if name in shapes else "mask is for another network, with"
+        raise ValueError(f"{lacks} {name}: make it by head_mask of these parameters")
+    for name, shape in shapes.items():
+        small = masks[name]
+        sides = zip(small[::-1], shape[::-1], strict=False)
+        if len(small) > len(shape) or any(m not in (1, p) for m, p in sides):
+            raise ValueError(
+                f"mask of shape {small} does not fit {name} of shape {shape}: make it "
+                "by head_mask of these parameters"
+            )
+
+
 def apply_mask(params: Params, mask: Params) -> Params:
     """params * mask, leaf by leaf; mask leaves broadcast."""
     return jax.tree.map(jnp.multiply, params, mask)

@@ -9,7 +9,7 @@ import optax
 from flax import struct
 
 from memsep_jax.process import Process, is_known, noise_to_signal, perturb
-from memsep_jax.prune import apply_mask, full_mask
+from memsep_jax.prune import apply_mask, check_mask, full_mask
 from memsep_jax.score import Prediction, target
 
 Params = Any
@@ -32,9 +32,13 @@ class TrainState(struct.PyTreeNode):
 
 
 def init(params: Params, tx: optax.GradientTransformation, mask=None) -> TrainState:
-    """The state before the first step; mask defaults to ones."""
+    """The state before the first step; mask defaults to ones.
+
+    Raises: ValueError naming the leaf, where the mask does not fit.
+    """
     if mask is None:
         mask = full_mask(params)
+    check_mask(params, mask)
     params = apply_mask(params, mask)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -311,3 +311,21 @@ def test_what_does_not_fit_is_named(params):
         ValueError, match=r"\(3, 4\) does not fit .* gates of heads are \(2, 4\)"
     ):
         prune.head_mask(params, np.ones((3, 4), bool))
+
+
+def test_a_mask_of_another_network_is_refused_by_the_name_of_the_leaf(params):
+    tx = train.adamw(1e-3)
+    mask = prune.head_mask(params, np.ones(SHAPE, bool))
+    jax.jit(lambda p: train.init(p, tx, mask))(params)
+    other = jax.tree.map(lambda m: m, mask)
+    other["block_1"]["attention"]["value"]["bias"] = jnp.ones((3, 1))
+    name = "block_1/attention/value/bias"
+    with pytest.raises(
+        ValueError, match=rf"\(3, 1\) does not fit {name} of shape \(4,"
+    ):
+        train.init(params, tx, other)
+    del other["block_1"]["attention"]["value"]["bias"]
+    with pytest.raises(ValueError, match=f"mask lacks {name}"):
+        train.init(params, tx, other)
+    with pytest.raises(ValueError, match="another network, with block_1/"):
+        train.init({k: v for k, v in params.items() if k != "block_1"}, tx, mask)

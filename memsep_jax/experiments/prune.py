@@ -46,10 +46,17 @@ def importance(config, parts, params, criterion: str):
         found = np.asarray(measure(params, parts.splits.train))
     if not np.isfinite(found).all():
         layer, unit = np.argwhere(~np.isfinite(found))[0]
+        weights = [
+            name
+            for name, leaf in checkpoint.leaves(params).items()
+            if not np.isfinite(leaf).all()
+        ]
+        cause = f"the weights are not finite in {', '.join(weights[:5])}"
+        if not weights:
+            cause = "the weights are finite: look at prune_times, the times of it"
         raise train.NonFiniteError(
             f"prune.criterion={criterion} is not finite at layer {layer}, unit {unit} "
-            f"of {group}: nothing was pruned. Look at prune_times, which draws the "
-            "times at which it is measured, and at the weights"
+            f"of {group}; nothing was pruned; {cause}"
         )
     return found
 
