@@ -204,6 +204,8 @@ def summary(workdir) -> Table:
     else:
         text = share(found["null"], found["null_interval"])
         table.add_row("held-out null level", text)
+    for text, cells in report.pruning(numbers)["rows"][1:]:
+        table.add_row(text, cells[0])
     table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
     table.add_row("training points emitted", f"{found['distinct_emitted']:,}")
     table.add_row("model", model["name"])

@@ -174,8 +174,8 @@ def _figures(numbers):
         yield "noise_levels", figures.noise_levels(*lines)
     if steps := metrics["model"].get("steps"):  # a closed-form score has none
         yield "ratio", figures.ratio_along(rows, found | {"step": steps})
-    if pruning := metrics.get("pruning"):
-        yield "pruning", figures.curves([_along(pruning)])
+    if "pruning" in metrics:
+        yield "pruning", figures.curves([_along(metrics["pruning"])])
     d1, d2 = table["d1"], table["d2"]
     share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
     memorized = table["memorized"] == 1
@@ -214,10 +214,11 @@ def _along(pruning):
     )  # fmt: skip
 
 
-def _pruning(pruning):
-    """What report.html says of the pruning of its run, as text."""
-    if not pruning:
-        return None
+def pruning(metrics) -> dict:
+    """What is said of the pruning of a run, as text; no rows where there was none."""
+    if "pruning" not in metrics:
+        return {"rows": []}
+    known = metrics["pruning"]
     places = {
         "as trained": ("control", 0),
         "pruned": ("pruned", 0),
@@ -226,7 +227,7 @@ def _pruning(pruning):
     }
     rows = []
     for text, (name, i) in places.items():
-        found = pruning[name]
+        found = known[name]
         low, high = found["ratio_low"][i], found["ratio_high"][i]
         cells = [f"{percent(found['ratio'][i])} % {between((low, high))}"]
         for key in ("emitted", "precision", "recall"):
@@ -236,11 +237,11 @@ def _pruning(pruning):
         cells.append("" if value is None else f"{value:.3g}")
         cells += [f"{found['parameters']:,}", f"{found['flops'] or 0:.3g}"]
         rows.append((text, cells))
-    kept = np.array(pruning["pruned"]["keep"])
-    columns = ["memorized", "training points emitted", "precision", "recall"]
+    kept = np.array(known["pruned"]["keep"])
+    columns = ["memorized", "points emitted", "precision", "recall"]
     columns += ["Frechet distance", "parameters", "FLOPs a call"]
     return {
-        "settings": pruning["settings"],
+        "settings": known["settings"],
         "removed": int((~kept).sum()),
         "units": kept.size,
         "columns": columns,
@@ -269,7 +270,7 @@ def _page(workdir, numbers, images):
         data=metrics["data"],
         model=metrics["model"],
         levels=metrics.get("levels", {}),
-        pruning=_pruning(metrics.get("pruning")),
+        pruning=pruning(metrics),
         run=run,
         config=_settings(numbers["config.json"]),
         phases=phases,

@@ -97,8 +97,9 @@ def _apply(config, setting):
         group, _, field = name.partition(".")
         if field not in config.get(group, {}):
             raise setup.ConfigError(
-                f"sweep.setting={setting!r}: {name} is not a field of the config; "
-                'write it as "group.field=value; group.field=value"'
+                f"sweep.setting={setting!r}: {name} is not a field of the config"
+                f"{setup.did_you_mean(field, config.get(group, {}))}; write it as "
+                '"group.field=value; group.field=value"'
             )
         try:
             value = ast.literal_eval(text)
