@@ -127,6 +127,20 @@ def test_every_criterion_is_matched_with_random_in_its_own_seed():
     assert mitigate.matched(rows[:1]) == mitigate.matched(rows[1:2]) == []
 
 
+def test_quality_is_compared_with_the_control_of_the_same_seed():
+    rows = [
+        {"setting": np.array(name), "seed": np.array(seed), "frechet": np.array(value)}
+        | {"tuned_frechet": np.array(value + 1)}
+        for name, seed, value in [
+            ("", 0, 2.0), ("", 1, 5.0), ("model.dropout=0.1", 0, 3.0),
+            ("model.dropout=0.1", 1, 4.5),
+        ]
+    ]  # fmt: skip
+    mitigate._compare(rows)
+    assert [row["frechet_rise"] for row in rows] == [0, 0, 1.0, -0.5]
+    assert [row["tuned_frechet_rise"] for row in rows] == [1, 1, 2.0, 0.5]
+
+
 # The re-test.
 
 

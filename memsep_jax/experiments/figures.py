@@ -375,7 +375,7 @@ def frontier(tracks, xlabel, ylabel, level=None):
         x, y = (_bars([point[k] for point in points]) for k in (1, 2))
         axes.errorbar(
             x[0], y[0], y[1:], x[1:], fmt=f"{markers[i % len(markers)]}-", label=name,
-            color=COLORS[i % len(COLORS)], elinewidth=0.8, linewidth=1, alpha=0.85,
+            color=COLORS[i % len(COLORS)], elinewidth=0.5, linewidth=1, alpha=0.85,
         )  # fmt: skip
         for text, a, b in zip([p[0] for p in points], x[0], y[0], strict=True):
             axes.annotate(

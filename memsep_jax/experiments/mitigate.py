@@ -30,10 +30,12 @@ TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "tra
 SAMPLING = ("data", "process", "prediction", "model", "sampler", "memorization")
 MORE = 4  # times as many samples in the re-test
 COLUMNS = (
-    "setting", "ratio", "null", "emitted", "frechet", "precision", "recall",
+    "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
+    "frechet",
     "untuned_ratio", "tuned_ratio", "removed", "parameters", "flops",
     "emitted_more", "found", "found_null", "again_ratio", "again_emitted", "seeds",
 )  # fmt: skip
+BANDS = ("small_t", "random")  # lines that are drawn with their intervals
 RETEST = {
     "emitted": "emitted",
     "emitted_more": f"emitted in {MORE} times more samples",
@@ -66,6 +68,7 @@ def run(config, session, resume_step=None):
         return measure(points, shared[key], session, source)
 
     rows = sweep.run(config, session, work, alike=_alike, what="networks")
+    _compare(rows)
     names = [name for name in COLUMNS if name in rows[0]]
     sweep.finish(config, session, rows, draw, columns=names, matched=matched(rows))
 
@@ -127,6 +130,17 @@ def _row(config, found: Pruned):
         row[f"along_{name}"] = found.numbers[name]
     removed = int((~found.keep).sum())
     return row | {"steps": found.steps, "removed": removed, "keep": found.keep}
+
+
+def _compare(rows):
+    """Adds frechet_rise: over the control of the same seed, as it was trained."""
+    controls = {
+        int(row["seed"]): row["frechet"] for row in rows if not row.get("setting")
+    }
+    for row in rows:
+        control = controls.get(int(row["seed"]), np.nan)
+        row["frechet_rise"] = row["frechet"] - control
+        row["tuned_frechet_rise"] = row["tuned_frechet"] - control
 
 
 # Where the networks come from.
@@ -350,12 +364,14 @@ def draw(metrics, points):
     null = table[0]["null"]["mean"]
     yield (
         "frontier",
-        "Memorized samples against the distance of the samples from held-out points "
-        "(Frechet, on pixels; smaller is better): means over seeds with 95 % "
-        "intervals. Down and to the left is better. Pruned networks after "
-        "fine-tuning; numbers are values of the setting. Dashed: the null level."
+        "Memorized samples against the Frechet distance of the samples from held-out "
+        "points (on pixels), above that of the control of the same seed: means over "
+        "seeds with 95 % intervals. Down and to the left is better. Pruned networks "
+        "after fine-tuning; numbers are values of the setting. Dashed: the null level."
         + _words(metrics["matched"]),
-        figures.frontier(tracks, "Frechet distance, pixels", "memorized samples", null),
+        figures.frontier(
+            tracks, "Frechet distance above the control's", "memorized samples", null
+        ),
     )
     if (
         any(row["removed"]["mean"] for row in table)
@@ -364,7 +380,8 @@ def draw(metrics, points):
         yield (
             "along",
             "Memorized samples along fine-tuning; step 0 is the pruned network. "
-            "Control: the unpruned network, with the same extra steps.",
+            "Control: the unpruned network, with the same extra steps. Bands are 95 % "
+            f"intervals over the seeds, for {' and '.join(BANDS)} and the control.",
             figures.curves(_along(table)),
         )
     if "found" in table[0]:
@@ -390,12 +407,12 @@ def _tracks(table):
     for row in table:
         setting = row.get("setting", "")
         if not setting:
-            tracks["as trained"] = [("", row["frechet"], row["ratio"])]
-            tuned = ("", row["tuned_frechet"], row["tuned_ratio"])
+            tracks["as trained"] = [("", row["frechet_rise"], row["ratio"])]
+            tuned = ("", row["tuned_frechet_rise"], row["tuned_ratio"])
             tracks["as trained, and fine-tuned"] = [tuned]
             continue
         name, value = family(setting)
-        tracks.setdefault(name, []).append((value, row["frechet"], row["ratio"]))
+        tracks.setdefault(name, []).append((value, row["frechet_rise"], row["ratio"]))
     return tracks
 
 
@@ -416,7 +433,11 @@ def _along(table):
 
     panels = []
     for ratio, rows in ratios.items():
-        lines = [line(row, name) for name, row in rows]
+        # All bands would hide each other.
+        lines = [
+            line(row, name)._replace(**{} if name in BANDS else {"low": None})
+            for name, row in rows
+        ]
         lines += [line(row, "control", style="o--", color="black") for row in control]
         panels.append(
             figures.Panel(

@@ -28,6 +28,7 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
 }
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
 SHAPE = ("d", "width", "depth")  # axes that change the shape of a network
+WIDE = 5  # columns of the table that a terminal shows, where an experiment ranks them
 # Of a point, but nothing to be averaged over seeds.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
 
@@ -195,17 +196,21 @@ def finish(config, session, rows: list[dict], draw, **about):
 
 
 def summary(workdir) -> Table:
-    """The means over the seeds as a table, without what is the same everywhere."""
+    """The means over the seeds as a table, without what is the same everywhere.
+
+    Of more columns than a terminal is wide, the first, as metrics["columns"] has them.
+    """
     metrics = record.read_json(workdir / "metrics.json")
     columns, rows = report.table(metrics, intervals=False)
     seeds = metrics["table"][0]["seeds"]
     shown = Table(title=f"{metrics['experiment']}: means over {seeds} seeds")
-    cells = list(zip(*rows, strict=True))
-    for name, column in zip(columns, cells, strict=True):
-        if len(set(column)) > 1 or len(rows) == 1:
-            shown.add_column(name.replace("_", " "), justify="right")
-    kept = [column for column in cells if len(set(column)) > 1 or len(rows) == 1]
-    for row in zip(*kept, strict=True):
+    every = zip(columns, zip(*rows, strict=True), strict=True)
+    kept = [(name, c) for name, c in every if len(set(c)) > 1 or len(rows) == 1]
+    if "columns" in metrics:
+        kept = kept[:WIDE]
+    for name, _ in kept:
+        shown.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    for row in zip(*(column for _, column in kept), strict=True):
         shown.add_row(*row)
     return shown
 
