@@ -46,5 +46,6 @@ def smoke(config):
     """A switch and a pruning beside the control."""
     defaults.smoke(config)
     config.model.update(width=16, depth=2, num_heads=2)
-    config.sweep.setting = ("", "model.dropout=0.2", "prune.ratio=0.3")
+    settings = ("", "model.dropout=0.2", "prune.ratio=0.3")
+    config.sweep.update(seeds=1, setting=settings)
     return config

@@ -42,5 +42,6 @@ def smoke(config):
     defaults.smoke(config)
     config.data.name = "digits"
     config.model.update(width=16, depth=2, num_heads=2, dtype="float32")
-    config.sweep.setting = defaults.prunings(("small_t", "random"), (0.3,))
+    settings = defaults.prunings(("small_t", "random"), (0.3,))
+    config.sweep.update(seeds=1, setting=settings)
     return config

@@ -21,7 +21,6 @@ def smoke(**changes):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("smoke")
-    config.sweep.seeds = 1
     config.update_from_flattened_dict(changes)
     return config
 
@@ -170,6 +169,7 @@ def done(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_what_is_only_pruned_shares_a_network(done):
     """The control and the pruned point have one; dropout trains its own."""
     assert len(list((done / "models").iterdir())) == 2
@@ -185,6 +185,7 @@ def test_what_is_only_pruned_shares_a_network(done):
         assert row["emitted_more"]["mean"] >= 0
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_trains_nothing_again(done, monkeypatch):
     monkeypatch.setattr(job, "learn", None)
     before = (done / "metrics.json").read_text()
@@ -195,6 +196,7 @@ def test_a_sweep_that_goes_on_trains_nothing_again(done, monkeypatch):
     (done / "metrics.json").write_text(before)
 
 
+@pytest.mark.slow
 def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
     """A workdir or a packed file: the same weights, and nothing is trained."""
     (model, *_) = (
