@@ -6,6 +6,11 @@ Every switch alone, on one frontier of copies against quality, with pruning besi
 Then the re-test: more samples, a gradient search for an initial noise, and fine-tuning
 without the switch. A fifth of the images occurs five times.
 
+72 minutes on 2 busy CPU cores. Early stopping by the held-out gap and decay 10 take
+memorization from 87 % to between 0.0 and 6.6 %, at better quality; pruning and dropout
+to about 63 %; the rest does nothing here. After each of them, a search for an initial
+noise still finds at least 75 % of the training images.
+
 Variants: `full`, `smoke`.
 """
 

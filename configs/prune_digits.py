@@ -2,7 +2,13 @@
 
 python -m memsep_jax.main --config=configs/prune_digits.py
 
-Variants: `full`, `smoke`.
+42 minutes on 2 busy CPU cores, of which 9 are training. With 5 seeds (79 minutes): no
+criterion that ranks heads by what they do copies less than random pruning at equal
+quality (small_t: -0.4 percentage points [-6.7, 6.0]); removing the heads that matter
+*most* at small t does (7.6 [2.1, 13.1]). Fine-tuning brings the copies back: at a ratio
+of .4 from 25 % to 65 %, control 87 %.
+
+Variants: `full`, `small` (5 settings in place of 25), `smoke`.
 """
 
 from memsep_jax import defaults, prune
@@ -21,7 +27,14 @@ def get_config(variant="full"):
     settings = defaults.prunings(prune.CRITERIA, RATIOS)
     config.sweep.update(setting=settings, together=len(settings))
     config.run.update(snapshots=0)
-    return defaults.variant_of(config, variant, smoke=smoke)
+    return defaults.variant_of(config, variant, small=small, smoke=smoke)
+
+
+def small(config):
+    """The paper's criterion, both random ones and the negative control, one ratio."""
+    few = ("small_t", "random", "random_per_layer", "highest_first")
+    config.sweep.setting = defaults.prunings(few, RATIOS[1:2])
+    return config
 
 
 def smoke(config):

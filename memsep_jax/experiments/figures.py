@@ -398,14 +398,15 @@ def bars(labels, series, xlabel, levels):
       levels: a share for each label, drawn as a dotted line.
     """
     count = len(series)
-    figure = Figure(figsize=(8.5, 1.2 + 0.17 * (count + 1) * len(labels)))
+    figure = Figure(figsize=(8.5, 1.2 + 0.15 * (count + 1) * len(labels)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     places = np.arange(len(labels)) * (count + 1.0)
     for i, (name, values) in enumerate(series.items()):
         mean, low, high = _bars(values)
+        around = np.stack([np.minimum(low, mean), np.minimum(high, 1 - mean)])
         axes.barh(
-            places + i, mean, 0.85, xerr=np.stack([low, high]), label=name,
+            places + i, mean, 0.85, xerr=np.maximum(around, 0), label=name,
             color=COLORS[i % len(COLORS)], error_kw={"elinewidth": 0.8},
         )  # fmt: skip
     for place, level in zip(places, levels, strict=True):
@@ -413,8 +414,7 @@ def bars(labels, series, xlabel, levels):
             ends = [place - 0.5, place + count - 0.5]
             axes.plot([level, level], ends, ":", color="black", linewidth=1)
     axes.set_yticks(places + (count - 1) / 2, labels)
-    axes.invert_yaxis()
-    axes.set(xlabel=xlabel, xlim=(0, None))
+    axes.set(xlabel=xlabel, xlim=(0, 1.02), ylim=(places[-1] + count, -1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure

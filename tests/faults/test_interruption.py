@@ -159,8 +159,8 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
         "data": asleep + "from memsep_jax.experiments import setup\n"
         "setup.build = asleep",
         # The tracing, which is python: the compiler itself ends before it is seen.
-        "compile": asleep + "from memsep_jax.experiments import train\n"
-        "train.make_step = lambda *args: asleep",
+        "compile": asleep + "from memsep_jax.experiments import setup\n"
+        "setup.make_step = lambda *args: asleep",
         "sampling": ASLEEP.format(what="sampling"),
         "neighbours": ASLEEP.format(what="neighbours"),
         "report": asleep + "from memsep_jax.experiments import report\n"
