@@ -254,7 +254,13 @@ def _decay(row):
 
 def _line(row, name, label, color, style="o-", x="sigma"):
     return figures.Line(
-        row[x]["mean"], label=label, style=style, color=color, **row[name]
+        row[x]["mean"],
+        row[name]["mean"],
+        label,
+        row[name]["low"],
+        row[name]["high"],
+        style,
+        color,
     )
 
 
