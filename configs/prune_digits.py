@@ -5,8 +5,8 @@ python -m memsep_jax.main --config=configs/prune_digits.py
 42 minutes on 2 busy CPU cores, of which 9 are training. With 5 seeds (79 minutes): no
 criterion that ranks heads by what they do copies less than random pruning at equal
 quality (small_t: -0.4 percentage points [-6.7, 6.0]); removing the heads that matter
-*most* at small t does (7.6 [2.1, 13.1]). Fine-tuning brings the copies back: at a ratio
-of .4 from 25 % to 65 %, control 87 %.
+*most* at small t may (7.6 [2.1, 13.1], one of seven comparisons). Fine-tuning brings
+the copies back: at a ratio of .4 from 25 % to 65 %, control 87 %.
 
 Variants: `full`, `small` (5 settings in place of 25), `smoke`.
 """
