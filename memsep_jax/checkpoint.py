@@ -91,7 +91,7 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
     try:
         _make_room(directory, needed)
         if path.exists():
-            shutil.rmtree(path)
+            _remove(path)
         with (
             _without_tracebacks(),
             ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
@@ -112,7 +112,7 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
         raise _not_saved(path, needed, error) from error
     if keep is not None:
         for old in steps(directory)[:-keep]:
-            shutil.rmtree(directory / str(old))
+            _remove(directory / str(old))
 
 
 def restore(directory, step: int, like):
@@ -227,6 +227,13 @@ def unpack(path, like):
             return _verified(like, digests, functools.partial(_packed, archive)), step
     except _DamagedError as error:
         raise CorruptError(f"{path}: {error}") from error
+
+
+def _remove(path):
+    # Under a name that `clean` knows: a kill on the way must not leave half a step.
+    doomed = path.with_name(f"{path.name}{TMP}-removed")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def _restore(path, like):

@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -519,3 +520,21 @@ def test_a_packed_file_that_cannot_be_there_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
     checkpoint.pack(tmp_path / "not there" / "a.npz", 1, {"x": jnp.ones(2)})
     assert os.listdir(tmp_path / "not there") == ["a.npz"]
+
+
+def test_a_step_that_is_half_removed_is_no_step(tmp_path, monkeypatch):
+    """As after a kill while an old one was taken away: gone, and then cleaned up."""
+    tree = {"w": jnp.arange(3.0)}
+
+    def killed(path, *args, **kwargs):
+        next(p for p in Path(path).rglob("*") if p.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    checkpoint.save(tmp_path, 1, tree, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, tree, keep=1)
+    assert checkpoint.steps(tmp_path) == [2]
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
