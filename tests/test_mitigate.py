@@ -70,6 +70,23 @@ def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
     assert mitigate.family(setting) == found
 
 
+@pytest.mark.parametrize(
+    "setting, shared",
+    [
+        ("prune.ratio=0.4; prune.criterion=random", True),
+        ("prune.ratio=0.2; prune_times.a=2.0", False),
+        ("prune.ratio=0.2; prune.group=neurons", False),
+        ("sampler.steps=3", False),
+        ("model.dropout=0.2", False),
+    ],
+)
+def test_points_share_what_is_measured_only_where_nothing_else_differs(setting, shared):
+    config = smoke()
+    config.sweep.setting = ("prune.ratio=0.2", setting)
+    first, second = map(mitigate._alike, sweep.points(config))
+    assert (first == second) == shared
+
+
 # The frontier.
 
 

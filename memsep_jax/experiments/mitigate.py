@@ -27,7 +27,9 @@ from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
 
 # The groups of a config that a trained network depends on, besides the seed.
 TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
-SAMPLING = ("data", "process", "prediction", "model", "sampler", "memorization")
+SAMPLING = (
+    "data", "process", "prediction", "model", "sampler", "memorization", "measure",
+)  # fmt: skip
 MORE = 4  # times as many samples in the re-test
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
@@ -147,10 +149,10 @@ def _compare(rows):
 
 
 def _alike(point):
-    """Equal for points that share a trained network and how it is fine-tuned."""
-    group = setup.to_json(point.config)["prune"]
-    del group["criterion"], group["ratio"]
-    return _name(point.config), json.dumps(group, sort_keys=True)
+    """Equal for points that differ in nothing but which units fall."""
+    known = setup.to_json(point.config)
+    del known["prune"]["criterion"], known["prune"]["ratio"]
+    return json.dumps(known, sort_keys=True)
 
 
 def _name(config):

@@ -212,7 +212,7 @@ def tuner(config, parts):
     tx = setup.call(
         train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
     )
-    mesh = parallel.make_mesh()
+    mesh, wanted = parallel.make_mesh(), looks(config)
     step_fn = jax.jit(
         setup.make_step(config, parts._replace(tx=tx), mesh), donate_argnums=0
     )
@@ -223,7 +223,7 @@ def tuner(config, parts):
         state = jax.device_put(state, parallel.replicated(mesh))
         for step in range(1, config.prune.steps + 1):
             state, fetched = step_fn(state, dataset)
-            if step not in looks(config):
+            if step not in wanted:
                 continue
             session.check()
             if int(fetched["step"]) != step:
