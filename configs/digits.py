@@ -11,9 +11,6 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
-    config.data.update(name="digits", num_examples=50)
-    config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
-    config.train.update(steps=8_000, batch_size=64, ema_decay=0.998)
+    config = defaults.digits()
+    config.data.update(num_examples=50)
     return defaults.variant_of(config, variant)

@@ -16,16 +16,7 @@ from memsep_jax import defaults
 
 
 def get_config(variant="full"):
-    config = defaults.train()
-    config.data.update(name="cifar10", num_examples=5_000)
-    config.model.update(
-        name="dit", patch=2, width=384, depth=12, num_heads=6, dtype="bfloat16"
-    )
-    config.optimizer.update(lr=2e-4, clip=1.0, warmup=1_000)
-    config.train.update(steps=100_000, batch_size=128, ema_decay=0.9999)
-    config.sampler.update(num_samples=10_000)
-    config.run.update(save_every=5_000, evaluate_every=5_000, snapshots=10, chunk=500)
-    return defaults.variant_of(config, variant, smoke=smoke)
+    return defaults.variant_of(defaults.cifar(), variant, smoke=smoke)
 
 
 def smoke(config):

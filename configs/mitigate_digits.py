@@ -33,13 +33,11 @@ SETTINGS = (
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.digits()
     config.experiment = "mitigate"
-    config.data.update(name="digits", num_examples=50, num_held_out=1_000)
+    config.data.update(num_examples=50, num_held_out=1_000)
     config.data.update(duplicates=0.2, copies=4)
-    config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
-    config.train.update(steps=4_000, batch_size=64, ema_decay=0.998)
+    config.train.update(steps=4_000)
     config.prune.update(steps=400, looks=1)
     config.sweep.setting = SETTINGS
     config.measure.update(targets=16, search=50)

@@ -22,18 +22,10 @@ from memsep_jax import defaults, prune
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.cifar()
     config.experiment = "prune"
-    config.data.update(name="cifar10", num_examples=5_000)
-    config.model.update(
-        name="dit", patch=2, width=384, depth=12, num_heads=6, dtype="bfloat16"
-    )
-    config.optimizer.update(lr=2e-4, clip=1.0, warmup=1_000)
-    config.train.update(steps=100_000, batch_size=128, ema_decay=0.9999)
-    config.sampler.update(num_samples=10_000)
     config.prune.update(steps=5_000, draws=10_000)
     config.sweep.update(seeds=5, setting=defaults.prunings(prune.CRITERIA, (0.2,)))
-    config.run.update(save_every=5_000, evaluate_every=5_000, snapshots=10, chunk=500)
     return defaults.variant_of(config, variant, smoke=smoke)
 
 

@@ -17,12 +17,9 @@ RATIOS = (0.2, 0.4, 0.6)
 
 
 def get_config(variant="full"):
-    config = defaults.train()
+    config = defaults.digits()
     config.experiment = "prune"
-    config.data.update(name="digits", num_examples=100, num_held_out=1_000)
-    config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
-    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
-    config.train.update(steps=8_000, batch_size=64, ema_decay=0.998)
+    config.data.update(num_examples=100, num_held_out=1_000)
     config.prune.update(steps=800)
     settings = defaults.prunings(prune.CRITERIA, RATIOS)
     config.sweep.update(setting=settings, together=len(settings))

@@ -24,7 +24,7 @@ Learning:
   parallel      mesh, replicated, split by batch
   checkpoint    what is on disk is whole, verified, and the newest
 Experiments (the only rooms that read a config):
-  defaults      every field of a config, with its default
+  defaults      every field of a config, with its default; what configs share
   experiments   run(config, workdir). One run: train, optimum. Sweeps, point by point:
                 loss_gap, lipschitz, capacity, ensemble (many small networks at once),
                 band_swap, mitigate (prune: what helps, and whether it comes back).

@@ -172,6 +172,30 @@ def mixtures() -> ConfigDict:
     return config
 
 
+def digits() -> ConfigDict:
+    """`train` for a small transformer on 8 x 8 digits: minutes on a CPU."""
+    config = train()
+    config.data.update(name="digits")
+    config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
+    config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
+    config.train.update(steps=8_000, batch_size=64, ema_decay=0.998)
+    return config
+
+
+def cifar() -> ConfigDict:
+    """`train` for DiT-S/2 on 5,000 images of CIFAR-10 (Ye 2025, Table 1): for a GPU."""
+    config = train()
+    config.data.update(name="cifar10", num_examples=5_000)
+    config.model.update(
+        name="dit", patch=2, width=384, depth=12, num_heads=6, dtype="bfloat16"
+    )
+    config.optimizer.update(lr=2e-4, clip=1.0, warmup=1_000)
+    config.train.update(steps=100_000, batch_size=128, ema_decay=0.9999)
+    config.sampler.update(num_samples=10_000)
+    config.run.update(save_every=5_000, evaluate_every=5_000, snapshots=10, chunk=500)
+    return config
+
+
 def prunings(criteria, ratios) -> tuple:
     """The settings of sweep.setting for the control and every way of pruning."""
     return "", *(
