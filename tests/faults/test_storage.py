@@ -134,13 +134,13 @@ def test_b19_whatever_file_is_damaged_no_wrong_weights_are_loaded(how, tmp_path,
 def test_b20_where_every_step_is_damaged_no_run_starts_afresh(copy):
     checkpoints = copy / "checkpoints"
     for step in (6, 8, 10):
-        harness.corrupt(harness.largest(checkpoints / str(step) / "state"), "flip")
+        harness.corrupt(harness.largest(checkpoints / str(step) / "state"), "truncate")
     status = record.read_json(copy / "run.json")
     record.write_json(copy / "run.json", status | {"status": "interrupted"})
     result = harness.run(*ARGS, workdir=copy)
     assert result.code == 3, result.output
     for step in (6, 8, 10):
-        assert f"step {step}: digest mismatch in" in result.stderr
+        assert f"step {step}: arrays unreadable" in result.stderr
     assert_no_traceback_of_ours(result)
     assert "compiling" not in result.stdout
     # And not at the second attempt either.
