@@ -76,3 +76,21 @@ def test_compact_is_masked_with_fewer_parameters_and_flops(
         assert compact["difference"] < 1e-5  # from masked
         for row in (dense, masked, compact):
             assert all(0 < row[n] < math.inf for n in benchmark.COLUMNS), row
+
+
+@pytest.mark.slow
+def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
+    """From the same weights and noise: the losses of two steps, and the samples."""
+    pytest.importorskip("torch", reason="of the extra dev")
+    benchmark, path = load("train_step"), tmp_path / "step.json"
+    flags = "--size=8 --batch=4 --unet_width=8 --unet_depth=1 --dit_width=32"
+    flags += f" --dit_depth=1 --samples=2 --rounds=1 --json={path}"
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *flags.split()])
+    benchmark.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["network"], row["what"]) for row in rows] == [
+        (network, what) for network in ("unet", "dit") for what in ("step", "sampler")
+    ]
+    for row in rows:
+        assert row["difference"] < 1e-4, row
+        assert all(0 < row[name] < math.inf for name in benchmark.COLUMNS), row

@@ -1,12 +1,15 @@
 """Networks start as zero, heads hang on their gates, labels and tokens count."""
 
+import importlib.util
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memsep_jax.models import MLP, MODELS, DiT, dit
+from memsep_jax.models import MLP, MODELS, DiT, UNet, dit
 from memsep_jax.models.layers import time_features
 
 SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
@@ -250,6 +253,15 @@ def test_an_unconditional_network_refuses_a_label(model):
         jax.eval_shape(model.init, jax.random.key(0), X, T, 0)
 
 
+@pytest.mark.parametrize("make", [lambda c: DiT(**SMALL, num_classes=c),
+                                  lambda c: MLP(16, 1, num_classes=c)])  # fmt: skip
+@pytest.mark.parametrize("label", [-1, 4, np.int32(5), jnp.int32(50_000)])
+def test_a_label_beyond_the_table_is_refused(make, label):
+    """A gather would take the last row, and say nothing."""
+    with pytest.raises(ValueError, match=f"label={label} is beyond .* num_classes=3"):
+        jax.eval_shape(lambda: make(3).init(jax.random.key(0), X, T, label))
+
+
 def test_time_features_are_cosines_and_sines():
     found = np.asarray(time_features(jnp.float32(0.25), 8))
     angles = 250 * 10_000.0 ** -(np.arange(4) / 4)
@@ -281,6 +293,16 @@ def test_bfloat16_is_close_to_float32(small):
     error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
     assert 0 < error < 0.05
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(init(half)))
+
+
+def test_an_mlp_in_bfloat16_is_close_to_float32():
+    params = filled(init(MLP(16, 2)))
+    truth, found = (
+        bind(MLP(16, 2, dtype=dtype), params)(X, T) for dtype in (None, "bfloat16")
+    )
+    assert found.dtype == jnp.float32
+    error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
+    assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize("make", [lambda p: DiT(**SMALL, dropout=p),
@@ -347,7 +369,59 @@ def test_an_mlp_has_no_gates():
 
 
 def test_every_network_takes_the_same_call():
-    for model in (DiT(**SMALL), MLP(16, 1)):
+    for model in (DiT(**SMALL), MLP(16, 1), UNet(8, 1, (1,), attention=())):
         assert isinstance(model, nn.Module) and type(model) in MODELS.values()
         shape = jax.eval_shape(model.init_with_output, jax.random.key(0), X, T)[0]
         assert (shape.shape, shape.dtype) == (X.shape, X.dtype)
+
+
+# An independent implementation.
+
+
+@pytest.mark.slow
+def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
+    """float64, all weights copied over: the answer, and its gradients in all inputs.
+
+    To 1e-6: `jax.nn.dot_product_attention` has a softmax in float32.
+    """
+    torch = pytest.importorskip("torch", reason="of the extra dev")
+    path = Path(__file__).parent.parent / "benchmarks" / "torch_nets.py"
+    spec = importlib.util.spec_from_file_location("torch_nets", path)
+    nets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nets)
+    model = DiT(**SMALL, num_classes=3, dtype="float64")
+    xs = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    ts, labels = jnp.array([0.3, -0.7, 1.2]), jnp.array([0, 3, 1])
+    params = filled(init(model, xs[0], label=0))
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+
+    def loss(params, xs):
+        one = lambda *at: model.apply({"params": params}, *at)  # noqa: E731
+        found = jax.vmap(one)(xs, ts, labels)
+        return jnp.sum(jnp.sin(found)), found
+
+    backward = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, found), (slopes, x_slopes) = backward(params, xs)
+
+    net = nets.DiT(8, 3, **SMALL, num_classes=3).double()
+    nets.load(net, jax.tree.map(np.asarray, params))
+    x_torch = nets.images(xs).requires_grad_()
+    ts_torch, labels = (
+        torch.tensor(ts.tolist(), dtype=torch.float64),
+        torch.tensor(labels.tolist()),
+    )
+    truth = net(x_torch, ts_torch, labels)
+    truth.sin().sum().backward()
+
+    def close(one, other):
+        one, other = np.asarray(one), np.asarray(other)
+        assert np.max(np.abs(one - other)) < 1e-6 * np.max(np.abs(other))
+
+    close(nets.images(found), truth.detach())
+    close(nets.images(x_slopes), x_torch.grad)
+    assert size(slopes) == sum(p.numel() for p in net.parameters())
+    nets.load(net, jax.tree.map(np.asarray, slopes))
+    largest = max(float(abs(p.grad).max()) for p in net.parameters())
+    for weight in net.parameters():  # now ours, beside their own gradient
+        error = float(abs(weight.detach() - weight.grad).max())
+        assert error < 1e-6 * largest

@@ -7,7 +7,8 @@ and answers with the score itself.
 from memsep_jax.models.dit import DiT
 from memsep_jax.models.exact import Attention
 from memsep_jax.models.mlp import MLP
+from memsep_jax.models.unet import UNet
 
-MODELS = {"dit": DiT, "mlp": MLP}
+MODELS = {"dit": DiT, "mlp": MLP, "unet": UNet}
 
-__all__ = ["MLP", "MODELS", "Attention", "DiT"]
+__all__ = ["MLP", "MODELS", "Attention", "DiT", "UNet"]

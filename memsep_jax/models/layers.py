@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memsep_jax.process import is_known
+
 
 class Embedding(nn.Module):
     """Time, and a label where there is one, as one vector (Peebles & Xie 2023).
@@ -19,6 +21,7 @@ class Embedding(nn.Module):
         """t [], label [] int or None -> [width]."""
         h = nn.Dense(self.width, name="time_in")(time_features(t))
         h = nn.Dense(self.width, name="time_out")(nn.silu(h))
+        check_label(label, self.num_classes)
         if self.num_classes:
             table = self.param(
                 "label",
@@ -26,11 +29,28 @@ class Embedding(nn.Module):
                 (self.num_classes + 1, self.width),
             )
             h = h + table[self.num_classes if label is None else label]
-        elif label is not None:
-            raise ValueError(
-                "a label was given to an unconditional network: set num_classes"
-            )
         return h
+
+
+def check_label(label, num_classes):
+    """Refuses a label that has no row in the table; a traced one passes unseen.
+
+    A gather would take the nearest row that there is, and say nothing.
+
+    Raises: ValueError.
+    """
+    if label is None:
+        return
+    if not num_classes:
+        raise ValueError(
+            "a label was given to an unconditional network: set num_classes"
+        )
+    if is_known(label) and not 0 <= int(label) <= num_classes:
+        raise ValueError(
+            f"label={int(label)} is beyond the table of num_classes={num_classes}: "
+            f"labels are 0 to {num_classes - 1}, and {num_classes} is no label; unique "
+            "labels take as many classes as there are examples"
+        )
 
 
 def time_features(t, width=256):

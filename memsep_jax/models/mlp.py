@@ -12,31 +12,42 @@ class MLP(nn.Module):
     """h <- h + W_2 silu(W_1 h + W_t embedding), depth times; no normalisation.
 
     So its Lipschitz constant is bounded by its weights (Ye 2025, section 5).
+
+    Args:
+      num_classes: 0 for an unconditional network.
+      dtype: of the computation inside ("bfloat16" on GPU and TPU); None: that of x.
+        Parameters stay float32.
     """
 
     width: int
     depth: int
     num_classes: int = 0
     dropout: float = 0.0
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x, t, label=None, gates=None, train=False):
         """x [*e], t [], label [] or None -> [*e]. An MLP has no heads: no gates."""
         if gates is not None:
             raise ValueError("mlp has no attention heads, so it takes no gates")
+        dtype = self.dtype or x.dtype
         embedding = nn.silu(Embedding(self.width, self.num_classes)(t, label))
-        h = nn.Dense(self.width, name="input")(x.reshape(-1))
+        embedding = embedding.astype(dtype)
+
+        def dense(name):
+            return nn.Dense(self.width, dtype=dtype, name=name)
+
+        h = dense("input")(x.reshape(-1))
         for i in range(self.depth):
-            inner = nn.Dense(self.width, name=f"block_{i}_in")(nn.silu(h))
-            inner = nn.silu(
-                inner + nn.Dense(self.width, name=f"block_{i}_time")(embedding)
-            )
+            inner = dense(f"block_{i}_in")(nn.silu(h))
+            inner = nn.silu(inner + dense(f"block_{i}_time")(embedding))
             inner = nn.Dropout(self.dropout)(inner, deterministic=not train)
             # 1 / sqrt(depth): the sum of the blocks keeps its size at any depth.
-            h = h + nn.Dense(self.width, name=f"block_{i}_out")(inner) / jnp.sqrt(
-                self.depth
-            )
-        out = nn.Dense(x.size, kernel_init=nn.initializers.zeros, name="output")
+            inner = dense(f"block_{i}_out")(inner)
+            h = h + inner / jnp.sqrt(self.depth).astype(h.dtype)
+        # float32 at the door: the loss and the score are not computed in bfloat16.
+        zeros = nn.initializers.zeros
+        out = nn.Dense(x.size, kernel_init=zeros, dtype=x.dtype, name="output")
         return out(nn.silu(h)).reshape(x.shape)
 
 

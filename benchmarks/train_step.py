@@ -1,0 +1,280 @@
+"""A training step and a sampler of U-Net and DiT: ours against PyTorch.
+
+python benchmarks/train_step.py [--nets unet dit] [--size=16] [--batch=32]
+    [--unet_width=32] [--unet_depth=2] [--dit_width=128] [--dit_depth=4] [--patch=2]
+    [--samples=16] [--rounds=5] [--json=FILE.json]
+
+Both have the same weights and see the same images, times and noise, float32. A step is
+EDM's loss with its gradient, Adam and the EMA; the sampler is Heun's with 18 steps (35
+calls), one compiled program here and a loop in Python there. PyTorch is eager on a CPU,
+with as many threads as cores, and through torch.compile on a GPU; the sampler's network
+too. They take turns; the ratio is theirs / ours, of the fastest times and of the
+medians, so above 1 ours is faster. The last column is the largest difference over the
+largest value: of the losses of all steps, and of the samples.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+# The device's memory is for two.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from memsep_jax import process, sampling, score, train
+from memsep_jax.models import DiT, UNet
+
+SPEC = importlib.util.spec_from_file_location(
+    "torch_nets", Path(__file__).with_name("torch_nets.py")
+)
+torch_nets = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(torch_nets)
+
+VE = process.variance_exploding()
+EDM = score.edm(VE)
+SIGMA_DATA, LR, EMA_DECAY = 0.5, 2e-4, 0.999
+TIMES = sampling.edm_times(0.002, 80.0, 17)  # and a last step to 0
+
+
+def networks(args):
+    """{name: (ours, the same in PyTorch)}."""
+    unet = dict(width=args.unet_width, depth=args.unet_depth)
+    unet["attention"] = (args.size // 2,)
+    dit = dict(patch=args.patch, width=args.dit_width, depth=args.dit_depth)
+    dit["num_heads"] = max(1, args.dit_width // 32)
+    made = {
+        "unet": (UNet, torch_nets.UNet, unet),
+        "dit": (DiT, torch_nets.DiT, dit),
+    }
+    return {
+        name: (ours(**fields), theirs(args.size, 3, **fields))
+        for name, (ours, theirs, fields) in made.items()
+        if name in args.nets
+    }
+
+
+def random_params(model, x):
+    """Off zero, since a new network answers zero."""
+    params = jax.jit(model.init)(jax.random.key(0), x, jnp.zeros(()))["params"]
+    draw = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: p + 0.02 * draw.normal(size=p.shape).astype(p.dtype), params
+    )
+
+
+def our_step(model, params):
+    """(batch) -> loss."""
+
+    def loss(params, example, key):
+        network = partial(model.apply, {"params": params})
+        return train.prediction_loss(network, EDM, VE, *example)
+
+    tx = train.adam(LR)
+    step = jax.jit(train.make_train_step(loss, tx, EMA_DECAY), donate_argnums=0)
+    state, key = train.init(jax.tree.map(jnp.copy, params), tx), jax.random.key(1)
+
+    def call(batch):
+        nonlocal state
+        state, metrics = step(state, batch, key)
+        return float(metrics["loss"])
+
+    return call
+
+
+def their_step(net):
+    """(batch) -> loss."""
+    averaged = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.Adam(net.parameters(), lr=LR)
+    run = torch.compile(net) if on_gpu(net) else net
+
+    def call(batch):
+        x0, sigma, eps = batch
+        s = sigma[:, None, None, None]
+        x = x0 + s * eps
+        loss = torch.mean((denoise(run, x, sigma) - x0) ** 2 / out(s) ** 2)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(net.parameters()), 1 - EMA_DECAY)
+        return loss.item()
+
+    return call
+
+
+def out(s):
+    return s * SIGMA_DATA / torch.sqrt(s**2 + SIGMA_DATA**2)
+
+
+def denoise(net, x, sigma):
+    """D(x, sigma) of a batch (Karras 2022, eq. 7)."""
+    s = sigma[:, None, None, None]
+    variance = s**2 + SIGMA_DATA**2
+    answer = net(x / torch.sqrt(variance), torch.log(sigma) / 4)
+    return SIGMA_DATA**2 / variance * x + out(s) * answer
+
+
+def our_sampler(model, params):
+    """x [b, h, w, c] at the largest time -> samples."""
+    network = partial(model.apply, {"params": params})
+    flow = sampling.ode(score.from_network(network, EDM, VE), VE, TIMES)
+    compiled = jax.jit(jax.vmap(flow))
+    return lambda x: jax.block_until_ready(compiled(x))
+
+
+def their_sampler(net):
+    """x [b, c, h, w] -> samples, by Heun's method (Karras 2022, algorithm 1)."""
+    times = [*map(float, TIMES), 0.0]
+    run = torch.compile(net) if on_gpu(net) else net
+
+    @torch.no_grad()
+    def call(x):
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            slope = (x - denoise(run, x, x.new_full((len(x),), t))) / t
+            moved = x + (t_next - t) * slope
+            if t_next > 0:
+                sigma = x.new_full((len(x),), t_next)
+                other = (moved - denoise(run, moved, sigma)) / t_next
+                moved = x + (t_next - t) * (slope + other) / 2
+            x = moved
+        return x if x.device.type == "cpu" else (torch.cuda.synchronize(), x)[1]
+
+    return call
+
+
+def on_gpu(net):
+    return next(net.parameters()).is_cuda
+
+
+def race(ours, theirs, our_input, their_input, rounds):
+    """The row of two calls that take turns, and what they answered, ours and theirs."""
+    times, answers = ([], []), ([], [])
+    for turn in range(rounds + 1):
+        pairs = ((ours, our_input), (theirs, their_input))
+        for i, (call, given) in enumerate(pairs):
+            start = time.perf_counter()
+            answers[i].append(call(given))
+            if turn:  # the first one compiles
+                times[i].append(1e3 * (time.perf_counter() - start))
+    fastest, median = map(min, times), map(statistics.median, times)
+    row = dict(zip(("ours_ms", "torch_ms"), fastest, strict=True))
+    row |= dict(zip(("ours_median_ms", "torch_median_ms"), median, strict=True))
+    row["ratio"] = row["torch_ms"] / row["ours_ms"]
+    row["median_ratio"] = row["torch_median_ms"] / row["ours_median_ms"]
+    return row, *answers
+
+
+def difference(one, other):
+    one, other = np.asarray(one), np.asarray(other)
+    return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
+
+
+def measure(args, device):
+    """A dict for each network, of its step and of its sampler."""
+    x0, eps = jax.random.normal(
+        jax.random.key(2), (2, args.batch, args.size, args.size, 3)
+    )
+    sigma = jax.vmap(process.log_normal())(
+        jax.random.split(jax.random.key(3), args.batch)
+    )
+    noise = 80 * jax.random.normal(
+        jax.random.key(4), (args.samples, args.size, args.size, 3)
+    )
+    batch = SIGMA_DATA * x0, sigma, eps
+    their_sigma = torch.tensor(np.asarray(sigma)).to(device)
+    their_batch = (
+        torch_nets.images(batch[0]).to(device),
+        their_sigma,
+        torch_nets.images(eps).to(device),
+    )
+    rows = []
+    for name, (model, net) in networks(args).items():
+        params = random_params(model, x0[0])
+        net = torch_nets.load(net, jax.tree.map(np.asarray, params)).to(device)
+        still = copy.deepcopy(net).eval()  # training moves the other
+        row, ours, theirs = race(
+            our_step(model, params), their_step(net), batch, their_batch, args.rounds
+        )
+        count = sum(p.size for p in jax.tree.leaves(params))
+        row = {"network": name, "parameters": count, "what": "step", **row}
+        row |= {"per_second": args.batch / row["ours_ms"] * 1e3}
+        rows.append(row | {"difference": difference(ours, theirs)})
+        row, ours, theirs = race(
+            our_sampler(model, params),
+            their_sampler(still),
+            noise,
+            torch_nets.images(noise).to(device),
+            max(1, args.rounds // 2),
+        )
+        row = {"network": name, "parameters": count, "what": "sampler", **row}
+        row |= {"per_second": args.samples / row["ours_ms"] * 1e3}
+        theirs = theirs[-1].permute(0, 2, 3, 1).cpu()
+        rows.append(row | {"difference": difference(ours[-1], theirs)})
+    return rows
+
+
+COLUMNS = {  # number: (title, digits)
+    "ours_ms": ("ours ms", 1),
+    "torch_ms": ("torch ms", 1),
+    "ratio": ("ratio", 2),
+    "median_ratio": ("medians", 2),
+    "per_second": ("ours/s", 1),
+}
+
+
+def show(rows):
+    titles = [title for title, _ in COLUMNS.values()] + ["differs"]
+    print(f"{'':24}" + "".join(f"{title:>10}" for title in titles))
+    for row in rows:
+        label = f"{row['network']} {row['parameters'] / 1e6:.2f}M {row['what']}"
+        cells = (f"{row[name]:10.{digits}f}" for name, (_, digits) in COLUMNS.items())
+        print(f"{label:24}", *cells, f"{row['difference']:10.1e}", sep="")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", default=("unet", "dit"))
+    sizes = {"size": 16, "batch": 32, "unet_width": 32, "unet_depth": 2,
+             "dit_width": 128, "dit_depth": 4, "patch": 2, "samples": 16,
+             "rounds": 5}  # fmt: skip
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--json", help="write the numbers here too")
+    args = parser.parse_args()
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(allowed(0))  # XLA takes as many
+    torch.set_num_threads(cores)
+    # jax's default of float32 products on a GPU is TF32, so it is PyTorch's here.
+    torch.set_float32_matmul_precision("high")
+    gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    about = {
+        "device": f"{jax.devices()[0].device_kind}, {cores} cores",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "torch": torch.__version__,
+        },
+        "torch": "torch.compile" if gpu else "eager",
+        "sizes": vars(args),
+    }
+    print(about)
+    rows = measure(args, "cuda" if gpu else "cpu")
+    show(rows)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"about": about, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
