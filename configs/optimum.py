@@ -4,8 +4,10 @@ python -m memsep_jax.main --config=configs/optimum.py
 
 Every sample is a training image, to the last bit: 1,000 of 1,000 in 8 seconds on 2 CPU
 cores. Variants: `full` (1,000 digits), `cifar` (5,000 images of an npz,
---config.data.path: 100 of 100, 19 seconds), `truth` (the other extreme: the true score
-of a mixture gives the null level, 0.01 % where held-out points give 0.01 %), `smoke`.
+--config.data.path: 100 of 100, 19 seconds), `labels` (the score of the points with one
+of 10 random labels: 1,000 of 1,000 are copies), `truth` (the other extreme: the true
+score of a mixture gives the null level, 0.01 % where held-out points give 0.01 %),
+`smoke`.
 """
 
 from memsep_jax import defaults
@@ -18,7 +20,7 @@ def get_config(variant="full"):
     config.data.update(name="digits", num_examples=1_000)
     config.model.update(patch=4, num_heads=4)
     config.sampler.update(num_samples=1_000)
-    return defaults.variant_of(config, variant, cifar=cifar, truth=truth)
+    return defaults.variant_of(config, variant, cifar=cifar, labels=labels, truth=truth)
 
 
 def cifar(config):
@@ -26,6 +28,12 @@ def cifar(config):
     config.data.update(name="npz", num_examples=5_000)
     config.sampler.update(num_samples=100)
     config.run.update(chunk=50)
+    return config
+
+
+def labels(config):
+    """The same digits, each with one of 10 random labels."""
+    config.data.update(labels="random", num_labels=10)
     return config
 
 

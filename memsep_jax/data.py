@@ -21,6 +21,7 @@ from memsep_jax.sources import (
     Source,
     check_resolution,
     check_source,
+    second,
     source,
 )
 
@@ -50,9 +51,14 @@ class Splits(NamedTuple):
 def splits(
     name: str, num_examples: int | None = None, seed: int = 0, **arguments
 ) -> Splits:
-    """Read a source, then `select` from it: keywords of both, and the same errors."""
+    """Read a source, then `select` from it: keywords of both, and the same errors.
+
+    Args: mix_from, the name of a source that needs no argument, or the path of an .npz.
+    """
     choice = {key: arguments.pop(key) for key in set(CHOICE) & set(arguments)}
     _check_choice(num_examples, seed, **(CHOICE | choice))
+    if choice.get("mix"):
+        choice["mix_from"] = second(choice["mix_from"])
     if name == "folder":  # its images stack only once they are of one size
         arguments["resolution"] = choice.get("resolution")
     return select(source(name, **arguments), num_examples, seed, **choice)
@@ -79,12 +85,19 @@ def select(
     duplicates: float = 0.0,
     copies: int = 1,
     deduplicate: bool = False,
+    skip: int = 0,
+    mix: float = 0.0,
+    mix_from: Source | None = None,
 ) -> Splits:
     """Choose a training subset and a held-out set that never overlaps it.
 
     Subsets of one seed are nested: the first m of n are the subset of size m. The
     held-out set is the start of the test split, or a fixed cut of the pool; it is the
     same for every seed and size.
+
+    Of two sources, the second's points are spread evenly: of the first m, for every m,
+    floor(mix * m) are its. Its images are resized to those of the first, and grey ones
+    become colour; its classes are the first's of the same number.
 
     Args:
       source: pools.   num_examples: of the training set, before copies; None: all.
@@ -94,6 +107,10 @@ def select(
       labels: "none", "true", "random" (`num_labels` classes), "unique" (0..n-1).
       duplicates: share of the training images that appear `copies` more times.
       deduplicate: at the end, keep each distinct point once, with its first label.
+      skip: leave out the first so many points of the seed's order: skip=num_examples
+        is a disjoint twin of skip=0.
+      mix: share of the points, held-out ones too, that are of the source `mix_from`;
+        if balanced, of the rounds of one point a class.
     Raises:
       ValueError: an argument breaks its rule.   DataError: the data cannot serve.
     """
@@ -109,70 +126,56 @@ def select(
         duplicates,
         copies,
         deduplicate,
+        skip,
+        mix,
+        mix_from,
     )
-    check_source(source, "source", warn=False)
-    tested = source.test_images is not None
-    labelled = source.labels is not None
-    if tested and (classes is not None or labels == "true"):
-        labelled &= source.test_labels is not None
-    if not labelled and labels == "true":
-        raise DataError("labels='true': the source lacks labels; take 'none' or others")
-    if not labelled and (classes is not None or balanced):
-        raise ValueError("classes and balanced need labels, which the source lacks")
-    if resolution is not None and source.images.dtype != np.uint8:
-        raise ValueError(f"resolution={resolution} resizes uint8 images only")
-
-    if classes is not None and source.labels is not None:
-        absent = np.setdiff1d(classes, source.labels).tolist()
-        if absent:
-            known = np.unique(source.labels)[:20].tolist()
-            raise ValueError(f"classes={classes}: {absent} not among labels {known}")
-
-    pool, pool_labels = _keep_classes(*source[:2], classes)
-    if tested:
-        held, held_labels = _keep_classes(*source[2:], classes)
-        count = min(len(held), MAX_HELD_OUT) if num_held_out is None else num_held_out
-        if count > len(held):
-            raise ValueError(
-                f"num_held_out={count}, but the test split has {len(held)}; lower it"
-            )
-        held, held_labels = _take(held, held_labels, slice(count))
-    else:
-        default = round(HELD_OUT_SHARE * len(pool))
-        count = default if num_held_out is None else num_held_out
-        if count >= len(pool):
-            raise ValueError(
-                f"num_held_out={count} of {len(pool)} leaves nothing to train on; "
-                "lower it"
-            )
-        cut = np.random.default_rng(0).permutation(len(pool))
-        held, held_labels = _take(pool, pool_labels, np.sort(cut[:count]))
-        pool, pool_labels = _take(pool, pool_labels, np.sort(cut[count:]))
-
-    pool, held = _resize(pool, resolution), _resize(held, resolution)
+    asked = dict(
+        num_held_out=num_held_out, classes=classes, balanced=balanced, labels=labels
+    )
+    cuts = [_cut(source, "the source", resolution=resolution, **asked)]
+    if mix:
+        cuts.append(_cut(mix_from, "mix_from", like=cuts[0].images, **asked))
     # Against the whole pool, not the subset: the same set for every seed and size.
-    seen = set(_digests(pool))
-    fresh = np.array([digest not in seen for digest in _digests(held)], bool)
-    if not fresh.all():
-        logging.info("%d held-out equal a training one: removed", (~fresh).sum())
-        held, held_labels = _take(held, held_labels, fresh)
+    seen = {digest for cut in cuts for digest in _digests(cut.images)}
+    cuts = [_unseen(cut, seen) for cut in cuts]
 
-    order = np.random.default_rng(seed).permutation(len(pool))
-    n = len(pool) if num_examples is None else num_examples
+    rng, orders, block = np.random.default_rng(seed), [], 1
+    for cut in cuts:
+        orders.append(rng.permutation(len(cut.images)))
+        if balanced:
+            orders[-1], block = _interleave(orders[-1], cut.labels)
     if balanced:
-        order, counts = _interleave(order, pool_labels)
-        n = min(counts) * len(counts) if num_examples is None else num_examples
-        if n % len(counts) or n > min(counts) * len(counts):
+        kinds = [np.unique(cut.labels).tolist() for cut in cuts]
+        if kinds != kinds[:1] * len(kinds):
             raise ValueError(
-                f"num_examples={n} must be a multiple of the {len(counts)} classes, "
-                f"at most {min(counts)} of each, to be balanced"
+                f"balanced needs the same classes in both sources: {kinds[0]} in the "
+                f"first, {kinds[1]} in mix_from; give classes that both have"
             )
-    if n > len(pool):
+    pool, pool_labels, order = _mixed([c[:2] for c in cuts], orders, mix, block)
+    n = len(order) - skip if num_examples is None else num_examples
+    after = f" after skip={skip}" if skip else ""
+    if balanced and (n % block or skip % block or skip + n > len(order)):
         raise ValueError(
-            f"num_examples={n}, but the pool has {len(pool)} (after held-out images "
-            "and classes); lower num_examples or num_held_out"
+            f"num_examples={n}{after} must be a multiple of the {block} classes, at "
+            f"most {len(order) // block} of each, to be balanced"
         )
-    x, true_labels = _take(pool, pool_labels, order[:n])
+    if n < 1 or skip + n > len(order):
+        raise ValueError(
+            f"num_examples={n}{after}, but the pool has {len(order)} (after held-out "
+            f"images and classes{f', at mix={mix}' if mix else ''}); lower "
+            "num_examples, skip or num_held_out"
+        )
+    if num_labels is not None and num_labels > n:
+        raise ValueError(
+            f"num_labels={num_labels} classes of num_examples={n}: some would have no "
+            "image; lower num_labels to at most that, or raise num_examples"
+        )
+    x, true_labels = _take(pool, pool_labels, order[skip : skip + n])
+    tests = [c[2:] for c in cuts]
+    held, held_labels, rows = _mixed(tests, [np.arange(len(t[0])) for t in tests], mix)
+    limit = MAX_HELD_OUT if num_held_out is None else num_held_out
+    held, held_labels = _take(held, held_labels, rows[:limit] if mix else rows)
     label, held_label = None, None
     if labels == "true":
         label, held_label = true_labels, held_labels
@@ -182,7 +185,7 @@ def select(
         # Not the key itself: a run of the same seed splits that for its weights.
         key = jax.random.fold_in(jax.random.key(seed), BRANCH)
         key, held_key = jax.random.split(key)
-        label = np.asarray(random_labels(key, n, num_labels))
+        label = np.asarray(random_labels(key, skip + n, num_labels))[skip:]
         if len(held):
             held_label = np.asarray(random_labels(held_key, len(held), num_labels))
     # round: 0.29 * 100 is 28.999999999999996
@@ -228,13 +231,15 @@ def deduplicate(data: Dataset) -> Dataset:
 # Batches.
 
 
-def indices(n: int, key, step, size: int):
+def indices(n: int, key, step, size: int, reshuffle: bool = True):
     """Which examples batch `step` holds: each epoch is a permutation of all n.
 
     Example j = step * size + i is number j % n of epoch j // n, so batches straddle
     epochs and a batch larger than n runs through several. Exact for step < 2**32.
 
-    Args: n, size: Python integers, n < 2**27.   step []: may be traced.
+    Args:
+      n, size: Python integers, n < 2**27.   step []: may be traced.
+      reshuffle: False: every epoch has the permutation of the first.
     Returns: [size] int32 in 0..n-1.
     """
     if not (0 < n < 2**27 and 0 < size < 2**27):
@@ -251,21 +256,27 @@ def indices(n: int, key, step, size: int):
     # A batch starts at a multiple of gcd(n, size): if size divides n, one epoch.
     touched = (n - math.gcd(n, size) + size - 1) // n + 1
     epochs = epoch + jnp.arange(touched, dtype=jnp.uint32)
+    if not reshuffle:
+        epochs = jnp.zeros_like(epochs)
     permutations = jax.vmap(
         lambda e: jax.random.permutation(jax.random.fold_in(key, e), n)
     )(epochs)
     return permutations[place // n, place % n].astype(jnp.int32)
 
 
-def draw(data: Dataset, key, step, size: int, flip: bool = False) -> Dataset:
+def draw(
+    data: Dataset, key, step, size: int, flip: bool = False, reshuffle: bool = True
+) -> Dataset:
     """Batch `step`: a function of (key, step) alone, each epoch without replacement.
 
-    Args: key, step []: may be traced.   flip: mirror images left-right half the time.
+    Args:
+      key, step []: may be traced.   flip: mirror images left-right half the time.
+      reshuffle: as in `indices`.
     Returns: Dataset of [size, *event] and [size] labels.
     """
     if flip and data.x.ndim != 4:
         raise ValueError(f"flip=True mirrors images; x has shape {data.x.shape}")
-    rows = indices(len(data.x), key, step, size)
+    rows = indices(len(data.x), key, step, size, reshuffle)
     x = jnp.asarray(data.x)[rows]
     if flip:
         branch = jax.random.fold_in(key, BRANCH)  # fold_in(key, step) is an epoch's
@@ -289,6 +300,9 @@ def _check_choice(
     duplicates,
     copies,
     deduplicate,
+    skip,
+    mix,
+    mix_from,
 ):
     for name, value, low in (
         ("num_examples", num_examples, 1),
@@ -296,6 +310,7 @@ def _check_choice(
         ("num_held_out", num_held_out, 0),
         ("num_labels", num_labels, 1),
         ("copies", copies, 1),
+        ("skip", skip, 0),
     ):
         if value is not None and (value != int(value) or value < low):
             raise ValueError(f"{name}={value} must be an integer, at least {low}")
@@ -312,6 +327,12 @@ def _check_choice(
             f"duplicates={duplicates} must be in [0, 1): the share of training images "
             "to repeat"
         )
+    if not 0 <= mix <= 1:
+        raise ValueError(
+            f"mix={mix} must be in [0, 1]: the share of images from mix_from"
+        )
+    if mix and mix_from is None:
+        raise ValueError(f"mix={mix} of what? give mix_from, the second source")
     if classes is not None and not np.size(classes):
         raise ValueError("classes=() keeps nothing; give class numbers, or None")
 
@@ -332,15 +353,103 @@ def _keep_classes(x, labels, classes):
     return x[rows], np.searchsorted(kept, labels[rows])
 
 
+def _cut(
+    source, what, num_held_out, classes, balanced, labels, resolution=None, like=None
+):
+    """A source as a pool to train on and a held-out set, of the classes and the size.
+
+    Args: what, its name in messages; like, images whose size and channels it takes.
+    """
+    check_source(source, what, warn=False)
+    tested = source.test_images is not None
+    labelled = source.labels is not None
+    if tested and (classes is not None or labels == "true"):
+        labelled &= source.test_labels is not None
+    if not labelled and labels == "true":
+        raise DataError(f"labels='true': {what} lacks labels; take 'none' or others")
+    if not labelled and (classes is not None or balanced):
+        raise ValueError(f"classes and balanced need labels, which {what} lacks")
+    if resolution is not None and source.images.dtype != np.uint8:
+        raise ValueError(f"resolution={resolution} resizes uint8 images only")
+
+    if classes is not None and source.labels is not None:
+        absent = np.setdiff1d(classes, source.labels).tolist()
+        if absent:
+            known = np.unique(source.labels)[:20].tolist()
+            raise ValueError(f"classes={classes}: {absent} not among labels {known}")
+
+    pool, pool_labels = _keep_classes(*source[:2], classes)
+    if tested:
+        held, held_labels = _keep_classes(*source[2:], classes)
+        count = min(len(held), MAX_HELD_OUT) if num_held_out is None else num_held_out
+        if count > len(held):
+            raise ValueError(
+                f"num_held_out={count}, but the test split has {len(held)}; lower it"
+            )
+        held, held_labels = _take(held, held_labels, slice(count))
+    else:
+        default = round(HELD_OUT_SHARE * len(pool))
+        count = default if num_held_out is None else num_held_out
+        if count >= len(pool):
+            raise ValueError(
+                f"num_held_out={count} of {len(pool)} leaves nothing to train on; "
+                "lower it"
+            )
+        cut = np.random.default_rng(0).permutation(len(pool))
+        held, held_labels = _take(pool, pool_labels, np.sort(cut[:count]))
+        pool, pool_labels = _take(pool, pool_labels, np.sort(cut[count:]))
+    if like is not None:
+        pool, held = _alike(pool, like), _alike(held, like)
+    elif resolution is not None:
+        size = resolution, resolution
+        pool, held = _resize(pool, size), _resize(held, size)
+    return Source(pool, pool_labels, held, held_labels)
+
+
+def _unseen(cut, seen):
+    """Without the held-out points that equal one of the pool."""
+    fresh = [digest not in seen for digest in _digests(cut.test_images)]
+    if all(fresh):
+        return cut
+    logging.info("%d held-out equal a training one: removed", fresh.count(False))
+    held = _take(cut.test_images, cut.test_labels, np.array(fresh, bool))
+    return Source(*cut[:2], *held)
+
+
 def _interleave(order, labels):
-    """`order` dealt out class by class in turn, and the size of each class."""
+    """`order` dealt out class by class in turn, in full rounds; and their length."""
     ranks = np.empty(len(order), np.int64)
     counts = []
     for kind in np.unique(labels):
         places = np.flatnonzero(labels[order] == kind)
         ranks[places] = np.arange(len(places))
         counts.append(len(places))
-    return order[np.argsort(ranks, kind="stable")], counts
+    dealt = order[np.argsort(ranks, kind="stable")]
+    return dealt[: min(counts) * len(counts)], len(counts)
+
+
+def _mixed(parts, orders, share, block=1):
+    """Points and labels of one or two parts, and an order of both.
+
+    Of its first k blocks, for every k, floor(share * k) are of the second part; it is
+    as long as both last.
+    """
+    if len(parts) == 1:
+        return *parts[0], orders[0]
+    x = np.concatenate([part[0] for part in parts])
+    labels = [part[1] for part in parts]
+    label = None if any(its is None for its in labels) else np.concatenate(labels)
+    first, second = orders[0], orders[1] + len(parts[0][0])
+    first, second = first.reshape(-1, block), second.reshape(-1, block)
+    # round: 0.29 * 100 is 28.999999999999996
+    k = np.arange(len(first) + len(second) + 1)
+    taken = np.floor(np.round(share * k, 6)).astype(int)
+    length = np.flatnonzero((taken <= len(second)) & (k - taken <= len(first)))[-1]
+    is_second = np.diff(taken[: length + 1]) == 1
+    order = np.empty((length, block), np.int64)
+    order[is_second] = second[: is_second.sum()]
+    order[~is_second] = first[: length - is_second.sum()]
+    return x, label, order.reshape(-1)
 
 
 def _dataset(x, label):
@@ -348,15 +457,29 @@ def _dataset(x, label):
     return Dataset(jnp.array(x), None if label is None else jnp.array(label, jnp.int32))
 
 
-def _resize(x, resolution):
-    if resolution is None or x.shape[1:3] == (resolution, resolution):
+def _alike(x, like):
+    """Images in the size of others; grey ones take their number of channels."""
+    if x.dtype == like.dtype == np.uint8:
+        x = _resize(x, like.shape[1:3])
+        if x.shape[3] == 1:
+            x = np.repeat(x, like.shape[3], 3)
+    if (x.dtype, x.shape[1:]) != (like.dtype, like.shape[1:]):
+        raise ValueError(
+            f"mix_from has points {x.dtype}{x.shape[1:]}, the source "
+            f"{like.dtype}{like.shape[1:]}: only uint8 images are resized, and only "
+            "grey ones can become colour; convert one of them"
+        )
+    return x
+
+
+def _resize(x, size):
+    if x.shape[1:3] == size:
         return x
-    size, channels = (resolution, resolution), range(x.shape[3])
     resized = np.empty((len(x), *size, x.shape[3]), np.uint8)
     for image, out in zip(x, resized, strict=True):
-        for c in channels:  # one by one: any number of channels
+        for c in range(x.shape[3]):  # one by one: any number of channels
             plane = Image.fromarray(np.ascontiguousarray(image[..., c]))
-            out[..., c] = plane.resize(size, Image.Resampling.LANCZOS)
+            out[..., c] = plane.resize(size[::-1], Image.Resampling.LANCZOS)
     return resized
 
 

@@ -26,6 +26,9 @@ def train() -> ConfigDict:
             num_labels=placeholder(int),
             duplicates=0.0,  # share of the points that occurs `copies` more times
             copies=1,
+            skip=0,  # so many points of the seed's order: a disjoint twin of skip=0
+            mix=0.0,  # share of the points that is from another source:
+            mix_from=placeholder(str),  # the name of one without arguments; an .npz
             deduplicate=placeholder(bool),  # each distinct point once
             path=placeholder(str),  # npz, folder
             dataset=placeholder(str),  # tfds
@@ -53,6 +56,7 @@ def train() -> ConfigDict:
             t_max=placeholder(float),
             a=placeholder(float),
             b=placeholder(float),
+            clock=placeholder(str),  # the process whose time it is; None: the run's
         ),
         prediction=dict(name="edm", sigma_data=placeholder(float)),
         model=dict(
@@ -64,6 +68,12 @@ def train() -> ConfigDict:
             mlp_ratio=placeholder(float),
             dropout=0.0,
             dtype=placeholder(str),  # of the computation: float32, bfloat16
+            multipliers=placeholder(tuple),  # unet: of the width, one a resolution
+            attention=placeholder(tuple),  # sides of the feature maps that have it
+            variant=placeholder(str),  # ddpm, ncsn
+            time_embedding=placeholder(str),  # positional, fourier
+            time_scale=placeholder(float),
+            skips=placeholder(tuple),  # flags of skip connections, in encoder order
         ),
         optimizer=dict(
             name="adamw",
@@ -78,9 +88,14 @@ def train() -> ConfigDict:
         ),
         train=dict(
             steps=1_000,
+            epochs=placeholder(float),  # instead of steps: passes over the n points
+            warmup_epochs=placeholder(float),  # instead of optimizer.warmup
             batch_size=64,
+            order="reshuffled",  # every epoch anew; fixed: that of the first epoch
             accumulate=1,
-            ema_decay=0.999,
+            ema_decay=0.999,  # a step
+            ema_half_life=placeholder(float),  # instead: in training examples
+            ema_ramp=placeholder(float),  # at most this share of the examples seen
             flip=False,
             label_drop=0.0,
             # Against memorization; None: off.
@@ -89,6 +104,9 @@ def train() -> ConfigDict:
             # Training ends at the first evaluation (run.evaluate_every, _points)
             # whose held-out loss is above the training loss by this share of itself.
             stop_gap=placeholder(float),
+            # Training ends once the ratio has not risen for so many snapshots:
+            # experiments/train.py.
+            plateau=placeholder(int),
         ),
         sampler=dict(
             name="heun",
@@ -98,6 +116,10 @@ def train() -> ConfigDict:
             steps=17,
             num_samples=1_000,
             weights="ema",
+            churn=placeholder(float),  # edm: S_churn, S_tmin, S_tmax, S_noise
+            churn_min=placeholder(float),
+            churn_max=placeholder(float),
+            churn_noise=placeholder(float),
         ),
         memorization=dict(threshold=1 / 3, near=50),
         prune=dict(  # experiments/prune.py
@@ -142,8 +164,19 @@ def train() -> ConfigDict:
             swap="empirical",  # or trained: the score that copies, in some of the bands
             targets=0,  # training points that are searched for: experiments/mitigate.py
             search=100,  # steps of the search for each
+            onset_level=0.1,  # share of copies that is tau_mem: experiments/onset.py
+            onset_tolerance=0.05,  # of the way to the best distance, left at tau_gen
         ),
-        run=dict(  # changes no result: may differ when a run goes on
+        emm=dict(  # effective model memorization: experiments/emm.py
+            eps=0.1,  # EMM is the largest n of which 1 - eps is memorized
+            low=64,  # the bracket that the search begins with
+            high=512,
+            tolerance=0.1,  # ends it: where the bracket's ends differ by so little
+            budget=placeholder(int),  # of networks, for one setting
+        ),
+        # Changes no result, and may differ when a run goes on; but where train.stop_gap
+        # or plateau is set, when and how it is looked at does: setup.LOOKS.
+        run=dict(
             log_every=50,
             save_every=1_000,
             keep=2,
@@ -196,6 +229,41 @@ def cifar() -> ConfigDict:
     return config
 
 
+def unet() -> ConfigDict:
+    """`train` for the base of Gu 2023: a DDPM++ U-Net on n images of CIFAR-10."""
+    config = train()
+    config.data.update(name="cifar10", num_examples=1_000, balanced=True)
+    config.times.update(
+        name="uniform", t_min=1e-5, t_max=1.0, clock="variance_preserving"
+    )
+    config.prediction.name = "vp"
+    config.model.update(
+        name="unet", width=128, depth=2, multipliers=(2, 2, 2), attention=(16,),
+        time_scale=999.0, dropout=0.13,
+    )  # fmt: skip
+    config.optimizer.update(name="adam", lr=2e-4)
+    config.train.update(
+        epochs=40_000.0, warmup_epochs=200.0, batch_size=512, ema_decay=0.99929
+    )
+    config.sampler.update(num_samples=10_000)
+    config.run.update(
+        save_every=2_000, evaluate_every=5_000, snapshots=0, snapshot_epochs=2_000,
+        snapshot_samples=1_000, chunk=500,
+    )  # fmt: skip
+    return config
+
+
+def copying() -> ConfigDict:
+    """`train` for an MLP that copies few digits in half a minute on a CPU."""
+    config = train()
+    config.data.update(name="digits", num_examples=64)
+    config.model.update(name="mlp", width=256, depth=3)
+    config.optimizer.update(lr=1e-3, clip=1.0)
+    config.train.update(steps=10_000, batch_size=64, ema_decay=0.998)
+    config.run.update(save_every=100_000, evaluate_every=100_000, snapshots=4)
+    return config
+
+
 def prunings(criteria, ratios) -> tuple:
     """The settings of sweep.setting for the control and every way of pruning."""
     return "", *(
@@ -211,12 +279,16 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.model.update(width=16, depth=1)
     config.optimizer.update(warmup=min(config.optimizer.warmup, 1))
     config.train.update(steps=4, batch_size=8)
+    for field, most in (("epochs", 2.0), ("warmup_epochs", 0.5)):  # of 2 steps each
+        if config.train[field] is not None:
+            config.train[field] = min(config.train[field], most)
     config.sampler.update(steps=2, num_samples=8)
     config.memorization.update(near=4)
     config.sweep.update(seeds=2)
     config.measure.update(draws=8, likelihood=min(config.measure.likelihood, 4))
     config.measure.update(targets=min(config.measure.targets, 2), search=2)
     config.prune.update(draws=8, steps=2, looks=2)
+    config.emm.update(low=8, high=16, budget=4)
     config.run.update(
         log_every=1,
         save_every=2,

@@ -1,4 +1,4 @@
-"""Time grids, probability-flow ODE, reverse SDE, log-likelihood, noise search.
+"""Time grids, probability-flow ODE, reverse SDE, EDM, log-likelihood, noise search.
 
 A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a batch.
 """
@@ -6,12 +6,15 @@ A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a ba
 import jax
 import jax.numpy as jnp
 
-from memsep_jax.process import Process, diffusion2, drift, noise_to_signal
+from memsep_jax.process import Process, diffusion2, drift, noise_to_signal, time_of
 from memsep_jax.score import ScoreFn, to_denoiser
 
 
 def log_times(t_min: float, t_max: float, steps: int):
-    """Times equally spaced in log t.   Returns: [steps + 1], from t_max to t_min."""
+    """Times equally spaced in log t, as the VE steps of Karras 2022, table 1.
+
+    Returns: [steps + 1], from t_max to t_min.
+    """
     _check_grid(t_min, t_max, steps)
     return jnp.geomspace(t_max, t_min, steps + 1)
 
@@ -129,6 +132,72 @@ def sde(score_fn: ScoreFn, process: Process, times, denoise=True):
     return flow
 
 
+def edm(
+    score_fn: ScoreFn,
+    process: Process,
+    times,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = float("inf"),
+    churn_noise: float = 1.0,
+):
+    """EDM's stochastic sampler: up to a higher noise, then Heun down (Karras 2022, 2).
+
+    Algorithm 2 of the paper, in x/alpha against s = sigma/alpha, on any process. Its N
+    steps are the steps between `times` and the last one to 0, Tweedie's.
+
+    Args:
+      times: [N], decreasing.
+      churn: S_churn, the stochasticity; 0 for the deterministic sampler. In each step
+        s rises by the factor 1 + min(churn / N, sqrt(2) - 1).
+      churn_min, churn_max: S_tmin and S_tmax, the range of s where it does.
+      churn_noise: S_noise, the standard deviation of what is added.
+    Returns:
+      flow: (x [*e] at times[0], key) -> [*e].
+    Raises: ValueError: a number that breaks its rule.
+    """
+    if not churn >= 0:
+        raise ValueError(f"sampler: churn={churn} must be at least 0")
+    if not 0 <= churn_min <= churn_max:
+        raise ValueError(
+            f"sampler: churn_min={churn_min}, churn_max={churn_max} must satisfy "
+            "0 <= churn_min <= churn_max"
+        )
+    if not churn_noise > 0:
+        raise ValueError(f"sampler: churn_noise={churn_noise} must be positive")
+    levels = jax.vmap(lambda t: noise_to_signal(process, t))(times)
+    within = (churn_min <= levels) & (levels <= churn_max)
+    gamma = jnp.where(within, min(churn / len(times), 2**0.5 - 1), 0)
+    raised = levels * (1 + gamma)
+    added = churn_noise * levels * jnp.sqrt(gamma * (2 + gamma))
+    # Where nothing is added, t as it is: a time is found to rounding only.
+    later = jax.vmap(lambda s: time_of(process, s))(raised)
+    starts = jnp.where(gamma > 0, later, times)
+
+    def stir(z, i, key):
+        if not churn:
+            return z
+        noise = jax.random.normal(jax.random.fold_in(key, i), z.shape, z.dtype)
+        return z + added[i] * noise
+
+    def slope(z, t):  # dz/ds = (z - D)/s = eps = -sigma score
+        return -process.sigma(t) * score_fn(process.alpha(t) * z, t)
+
+    def flow(x, key):
+        def body(z, i):
+            z, step = stir(z, i, key), levels[i + 1] - raised[i]
+            first = slope(z, starts[i])
+            second = slope(z + step * first, times[i + 1])
+            return (z + step * (first + second) / 2).astype(x.dtype), None
+
+        z = (x / process.alpha(times[0])).astype(x.dtype)
+        z, _ = jax.lax.scan(body, z, jnp.arange(len(times) - 1))
+        z, t = stir(z, len(times) - 1, key), starts[-1]
+        return to_denoiser(score_fn, process)(process.alpha(t) * z, t)
+
+    return flow
+
+
 def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
     """log p_{t_min}(x) of a score's own law, by its probability-flow ODE (Song 2021).
 
@@ -180,16 +249,21 @@ def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
     return log_prob
 
 
-def sampler(score_fn: ScoreFn, process: Process, times, shape, method="heun"):
-    """Sample i of a seed, from its own key: prior, then `ode` or, for "sde", `sde`.
+def sampler(
+    score_fn: ScoreFn, process: Process, times, shape, method="heun", **options
+):
+    """Sample i of a seed, from its own key: prior, then the flow of the method.
 
+    Args: method, "sde", "edm" or one of `ode`; options, of the function behind it.
     Returns: (key) -> [*shape]. Give sample i the key fold_in(key, i): it then depends
     on (seed, i) only, whatever the batch it is drawn in.
     """
     if method == "sde":
-        flow = sde(score_fn, process, times)
+        flow = sde(score_fn, process, times, **options)
+    elif method == "edm":
+        flow = edm(score_fn, process, times, **options)
     else:
-        deterministic = ode(score_fn, process, times, method)
+        deterministic = ode(score_fn, process, times, method, **options)
 
         def flow(x, key):
             return deterministic(x)

@@ -1,7 +1,7 @@
 """score_fn(x, t), the one interface, and how a network's answer becomes one.
 
 Noise, denoiser, velocity and score say the same thing in different units. Each of
-them, and EDM's preconditioning, is linear in the network's answer F:
+them, and the preconditionings of EDM, VP and VE, is linear in the network's answer F:
 
     D(x, t) = skip(t) x + out(t) F(scale(t) x, level(t))
 
@@ -89,12 +89,50 @@ def edm(process: Process, sigma_data: float = 0.5) -> Prediction:
     )
 
 
+def vp(process: Process) -> Prediction:
+    """DDPM++'s preconditioning: F = E[eps | x], at the time of the VP process.
+
+    The squared error of D has weight 1 / s^2, that of F weight 1. `level` is the time
+    itself, in (0, 1] for beta from 0.1 to 20; the papers' c_noise is 999 times it, a
+    factor that a network applies itself.
+
+    Source: Karras 2022, table 1, with x / alpha and s = sigma / alpha for x, sigma.
+    """
+
+    def level(t):
+        # s^2 = exp(19.9 t^2 / 2 + 0.1 t) - 1, solved for t without cancellation.
+        integral = jnp.log1p(noise_to_signal(process, t) ** 2)
+        return 2 * integral / (0.1 + jnp.sqrt(0.01 + 39.8 * integral))
+
+    return noise(process)._replace(
+        scale=lambda t: 1 / jnp.hypot(process.alpha(t), process.sigma(t)), level=level
+    )
+
+
+def ve(process: Process) -> Prediction:
+    """NCSN++'s preconditioning: F = -E[eps | x], of an input in the units of the data.
+
+    The squared error of D has weight 1 / s^2, that of F weight 1.
+
+    Source: Karras 2022, table 1, with x / alpha and s = sigma / alpha for x, sigma.
+    """
+    return Prediction(
+        skip=lambda t: 1 / process.alpha(t),
+        out=lambda t: noise_to_signal(process, t),
+        scale=lambda t: 1 / process.alpha(t),
+        level=lambda t: jnp.log(noise_to_signal(process, t) / 2),
+        weight=jnp.ones_like,
+    )
+
+
 PREDICTIONS = {
     "noise": noise,
     "denoiser": denoiser,
     "velocity": velocity,
     "score": score,
     "edm": edm,
+    "vp": vp,
+    "ve": ve,
 }
 
 
@@ -163,8 +201,8 @@ def to_denoiser(score_fn: ScoreFn, process: Process):
 
 
 def _prediction(process, skip, out, scale=jnp.ones_like, weight=jnp.ones_like):
-    # ln(s) / 4, EDM's c_noise, for all: a network's view of t is the noise level, so
-    # one network serves every process.
+    # ln(s) / 4, EDM's c_noise, unless a paper says otherwise: a network's view of t is
+    # the noise level, so one network serves every process.
     def level(t):
         return jnp.log(noise_to_signal(process, t)) / 4
 

@@ -282,6 +282,27 @@ def source(name: str, **source_args) -> Source:
     return SOURCES[name](**source_args)
 
 
+def second(mix_from: str) -> Source:
+    """The pools of a source to mix in: an .npz file, or one that needs no argument."""
+    if mix_from.endswith(".npz"):
+        return npz(mix_from)
+    bare = [
+        name
+        for name, read in SOURCES.items()
+        if all(p.default is not p.empty for p in _parameters(read))
+    ]
+    if mix_from not in bare:
+        raise ValueError(
+            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
+            f"{', '.join(bare)}"
+        )
+    return SOURCES[mix_from]()
+
+
+def _parameters(read):
+    return inspect.signature(read).parameters.values()
+
+
 def check_resolution(resolution):
     """Refuses a side that is no image's.   Raises: ValueError."""
     if resolution is not None and resolution not in range(1, 4097):

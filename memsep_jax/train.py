@@ -158,14 +158,34 @@ def example_keys(key, step, size: int):
     return jax.random.split(jax.random.fold_in(key, step), size)
 
 
+def ema_decay(half_life: float, batch_size: int, ramp: float | None = None):
+    """What a step keeps of the EMA, so that half of it is left after half_life.
+
+    Args:
+      half_life: in training examples.
+      ramp: the half-life is at most this share of the examples seen before the step,
+        so that the EMA of a short run forgets its start; at step 0 nothing is kept.
+    Returns: in [0, 1]; with a ramp, (step []) -> [].
+    Source: Karras 2022 (arXiv 2206.00364), appendix F.
+    """
+    steps = half_life / batch_size
+    if ramp is None:
+        return 0.5 ** (1 / steps)
+    return lambda step: jnp.exp2(-1 / jnp.minimum(steps, ramp * step))
+
+
 def make_train_step(
-    loss, tx: optax.GradientTransformation, ema_decay: float, accumulate: int = 1
+    loss,
+    tx: optax.GradientTransformation,
+    ema_decay: float | Callable[[jax.Array], jax.Array],
+    accumulate: int = 1,
 ):
     """(state, batch [b, ...], key) -> (state, metrics), to be jitted with donation.
 
     Args:
       loss: (params, example, key) -> [] for one example of the batch, which may be
         any pytree with a leading axis b.
+      ema_decay: a number, or (step [], 0 at the first) -> [].
       accumulate: the batch is split in so many parts, one after the other, for the
         memory of one; the gradient is that of the whole batch.
     Returns:
@@ -197,7 +217,8 @@ def make_train_step(
         value, grads = value_and_grad(state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_mask(optax.apply_updates(state.params, updates), state.mask)
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = (
             jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)

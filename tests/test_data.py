@@ -193,6 +193,17 @@ def test_uint8_round_trips(array):
         (dict(duplicates=1.0), r"in \[0, 1\)"),
         (dict(duplicates=0.5, copies=0), "copies=0"),
         (dict(resolution=0), "resolution=0"),
+        (dict(skip=-1), "skip=-1 must be"),
+        (dict(skip=50), "num_examples=0 after skip=50, but the pool has 50"),
+        (dict(num_examples=41, skip=10), "41 after skip=10, but the pool has 50"),
+        (dict(num_examples=9, skip=4, balanced=True), "after skip=4 must be a mult"),
+        (dict(num_examples=2, balanced=True), "num_examples=2 .* of the 3 classes"),
+        (
+            dict(num_examples=5, labels="random", num_labels=6),
+            "num_labels=6 classes of num_examples=5: some would have no image",
+        ),
+        (dict(mix=1.5), r"mix=1.5 must be in \[0, 1\]"),
+        (dict(mix=0.5), "mix=0.5 of what"),
     ],
 )
 def test_a_wrong_argument_says_its_rule(arguments, message):
@@ -222,6 +233,142 @@ def test_arguments_are_checked_before_the_source_is_read():
         data.load("digits", num_exmaples=3)
 
 
+# A part of the order, and two sources.
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        {},
+        dict(balanced=True, labels="true"),
+        dict(labels="random", num_labels=3),
+        dict(mix=0.5, mix_from=pool(n=24, shape=(4, 4, 1)), labels="true"),
+    ],
+)
+def test_to_skip_n_points_gives_the_disjoint_twin(choose):
+    """The two halves are the set of twice the size, and the held-out set is theirs."""
+    source = pool()
+    whole = data.select(source, 24, 3, **choose)
+    twins = [data.select(source, 12, 3, skip=skip, **choose) for skip in (0, 12)]
+    for field, both in zip(
+        whole.train, zip(*(t.train for t in twins), strict=True), strict=True
+    ):
+        if field is not None:
+            np.testing.assert_array_equal(np.concatenate(both), field)
+    for twin in twins:
+        np.testing.assert_array_equal(twin.held_out.x, whole.held_out.x)
+    if "balanced" in choose:
+        assert np.bincount(twins[1].train.label).tolist() == [4, 4, 4]
+    few = data.select(source, 3, 3, skip=12, **choose).train  # nested
+    np.testing.assert_array_equal(few.x, twins[1].train.x[:3])
+
+
+def test_without_a_number_all_but_the_skipped_are_taken():
+    source = pool()
+    assert len(data.select(source, skip=7).train.x) == 50 - 7
+    assert len(data.select(source, skip=3, balanced=True).train.x) % 3 == 0
+
+
+def grey(n, value):
+    """Images of one value each, and a class of its own for every value."""
+    images = np.full((n, 4, 4, 1), value, np.uint8)
+    images += np.arange(n, dtype=np.uint8)[:, None, None, None]
+    return data.Source(images, np.arange(n, dtype=np.int32) % 2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(mix=st.floats(0, 1), n=st.integers(1, 40), skip=st.integers(0, 20))
+def test_of_the_first_m_points_the_share_is_of_the_second_source(mix, n, skip):
+    """floor(mix m) for every m: subsets are nested, in their share too."""
+    first, second = grey(60, 0), grey(60, 128)
+    choose = dict(mix=mix, mix_from=second, num_held_out=0)
+    x = data.select(first, skip + n, 5, **choose).train.x
+    is_second = np.asarray(x).mean((1, 2, 3)) > 0
+    truth = [int(round(mix * m, 6)) for m in range(1, skip + n + 1)]
+    assert np.cumsum(is_second).tolist() == truth
+    part = data.select(first, n, 5, skip=skip, **choose).train.x
+    np.testing.assert_array_equal(part, x[skip:])
+
+
+def test_a_mixed_set_is_as_large_as_both_sources_allow():
+    """At 1/4 all of both; at 3/4 the 40 of the second and 14 of the first."""
+    first, second = grey(120, 0), grey(40, 128)
+    sizes = [
+        len(data.select(first, mix=m, mix_from=second, num_held_out=0).train.x)
+        for m in (0.0, 0.25, 0.75, 1.0)
+    ]
+    assert sizes == [120, 160, 54, 40]
+
+
+def test_a_mixed_set_keeps_share_and_classes_everywhere():
+    """Held-out points have the share; balanced rounds are of one source."""
+    first, second = grey(60, 0), grey(60, 128)
+    choose = dict(mix=0.5, mix_from=second, labels="true")
+    got = data.select(first, 20, balanced=True, **choose)
+    x, held = (np.asarray(some.x).mean((1, 2, 3)) for some in (got.train, got.held_out))
+    assert (x > 0).sum() == 10 and (held > 0).sum() == len(held) // 2 == 10
+    assert np.bincount(got.train.label).tolist() == [10, 10]
+    # Class c is class c: a value's parity, in either source.
+    values = np.asarray(data.to_uint8(got.train.x))[:, 0, 0, 0]
+    np.testing.assert_array_equal(got.train.label, values % 2)
+    few = data.select(first, 20, num_held_out=6, **choose).held_out
+    assert (np.asarray(few.x).mean((1, 2, 3)) > 0).sum() == 3 and len(few.x) == 6
+
+
+def test_mixed_sets_have_fingerprints_of_their_own():
+    first, second = grey(60, 0), grey(60, 128)
+    sets = [data.select(first, 20, mix=m, mix_from=second) for m in (0.0, 0.4, 0.5)]
+    assert sets[0].fingerprint == data.select(first, 20).fingerprint
+    assert len({one.fingerprint for one in sets}) == 3
+    assert data.select(first, 20, skip=2).fingerprint != sets[0].fingerprint
+
+
+def test_a_held_out_copy_of_an_image_of_the_other_source_is_removed():
+    first, second = pool(test=6), pool(n=9)
+    choose = dict(mix=0.5, mix_from=second)
+    kept = data.select(first, 4, **choose).held_out
+    np.testing.assert_array_equal(kept.x[0], data.from_uint8(first.test_images[0]))
+    # Of the nine, the last of the fixed permutation is not held out.
+    first.test_images[0] = second.images[np.random.default_rng(0).permutation(9)[-1]]
+    got = data.select(first, 4, **choose).held_out
+    np.testing.assert_array_equal(got.x[0], data.from_uint8(first.test_images[1]))
+
+
+def test_a_second_source_takes_size_and_channels_of_the_first():
+    colour = pool(n=30, shape=(6, 4, 3))
+    images = np.repeat(np.arange(40, dtype=np.uint8), 64).reshape(40, 8, 8, 1)
+    got = data.select(colour, 20, mix=1.0, mix_from=data.Source(images)).train
+    assert got.x.shape == (20, 6, 4, 3) and got.label is None
+    assert all(np.unique(x).size == 1 for x in np.asarray(got.x))
+
+
+def test_a_second_source_is_named_or_a_file(tmp_path):
+    path = tmp_path / "more.npz"
+    np.savez(path, train_images=grey(30, 128).images)
+    for mix_from in (str(path), "digits"):
+        got = data.splits("digits", 10, mix=0.3, mix_from=mix_from, resolution=4)
+        assert got.train.x.shape == (10, 4, 4, 1)
+    unread = data.splits("digits", 10, mix_from="/absent.npz")  # a share of 0
+    assert unread.fingerprint == data.splits("digits", 10).fingerprint
+    with pytest.raises(ValueError, match="'folder' must be .* one of digits, mixture"):
+        data.splits("digits", 10, mix=0.3, mix_from="folder")
+
+
+@pytest.mark.parametrize(
+    ("second", "choose", "message"),
+    [
+        (pool(shape=(4, 4, 3)), {}, "only grey ones can become colour"),
+        (data.Source(np.zeros((9, 5), np.float32)), {}, "only uint8 images"),
+        (data.Source(pool().images), dict(labels="true"), "mix_from lacks labels"),
+        (pool(classes=4), dict(balanced=True), r"\[0, 1, 2\] in the first"),
+        (pool(n=9), dict(num_examples=40), "has 17 .* at mix=0.5"),
+    ],
+)
+def test_what_cannot_be_mixed_says_why(second, choose, message):
+    with pytest.raises(ValueError, match=message):
+        data.select(pool(), mix=0.5, mix_from=second, **choose)
+
+
 # Batches.
 
 
@@ -233,6 +380,21 @@ def test_every_epoch_holds_every_example_once(n, size, seed):
     seen = np.concatenate([batch(step) for step in range(steps)])
     for epoch in seen[: 3 * n].reshape(3, n):
         assert sorted(epoch.tolist()) == list(range(n))
+
+
+def test_a_fixed_order_is_that_of_the_first_epoch_in_every_epoch():
+    n, size = 10, 4
+    drawn = [
+        jax.jit(lambda step, on=on: data.indices(n, KEY, step, size, reshuffle=on))
+        for on in (False, True)
+    ]
+    fixed, anew = (np.concatenate([d(step) for step in range(5)]) for d in drawn)
+    np.testing.assert_array_equal(fixed, np.tile(fixed[:n], 2))
+    np.testing.assert_array_equal(fixed[:n], anew[:n])
+    assert np.any(anew[:n] != anew[n:])
+    train = data.Dataset(jnp.arange(10.0)[:, None])
+    x = data.draw(train, KEY, 3, size, reshuffle=False).x
+    np.testing.assert_array_equal(x[:, 0], fixed[12:16])
 
 
 @pytest.mark.parametrize(("n", "size"), [(50_000, 128), (7, 20), (1_281, 4_096)])

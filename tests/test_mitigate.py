@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, defaults, experiments
-from memsep_jax.experiments import mitigate, record, setup, sweep
+from memsep_jax.experiments import mitigate, networks, record, setup, sweep
 from memsep_jax.experiments import train as job
 from memsep_jax.experiments.session import Session
 
@@ -219,8 +219,7 @@ def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
     (model, *_) = (
         path
         for path in (done / "models").iterdir()
-        if path.name
-        == f"seed=0-{mitigate._tag(sweep.seeded(smoke(), 0), mitigate.TRAINING)}"
+        if path.name == networks.name(sweep.seeded(smoke(), 0))
     )
     config = smoke(**{"measure.targets": 0})
     config.sweep.setting = ("",)

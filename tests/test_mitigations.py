@@ -195,6 +195,30 @@ def test_the_gap_is_a_share_of_the_held_out_loss(tmp_path):
     assert ends(60, 0.0) is None  # the last step is no early one
 
 
+def test_training_ends_where_the_higher_of_both_ratios_has_not_risen(tmp_path):
+    """.5 by raw weights, then for two snapshots nothing whose bound is above it."""
+    metrics = record.Metrics(tmp_path / "metrics.jsonl", 0)
+    low = {"raw_ratio": 0.1, "raw_ratio_interval": [0.05, 0.2]}
+    for step, ratio, lower in ((10, 0.5, 0.4), (20, 0.6, 0.45), (30, 0.5, 0.4)):
+        row = {"ratio": ratio, "ratio_interval": [lower, 0.7]}
+        metrics.write(step=step, **row, **low)
+    metrics.write(step=40, loss=1.0)  # nothing was looked at
+
+    def ends(step, patience):
+        changed = small(**{"train.plateau": patience})
+        return job.early_stop(changed, tmp_path, step, 60)
+
+    assert "stopped early at step 30: the memorization ratio, 0.5, has" in ends(30, 2)
+    assert ends(20, 2) is None and ends(40, 2) is None and ends(30, None) is None
+    assert ends(20, 1) is not None  # the bound, .45, is not above .5
+    both = {"ratio": 0.0, "ratio_interval": [0.0, 0.1]}
+    raw = {"raw_ratio": 0.9, "raw_ratio_interval": [0.85, 0.95]}
+    metrics.write(step=50, **both, **raw)
+    assert ends(50, 1) is None  # raw weights still rise
+    metrics.write(step=60, **both, **raw)
+    assert ends(60, 1) is None  # the last step is no early one
+
+
 # What is refused.
 
 

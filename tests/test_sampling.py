@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memsep_jax import data, empirical, memorization, mixture, process, sampling
+from memsep_jax import (
+    data,
+    defaults,
+    empirical,
+    memorization,
+    mixture,
+    process,
+    sampling,
+    score,
+)
+from memsep_jax.experiments import setup
 
 OU = process.ornstein_uhlenbeck()
 VE = process.variance_exploding()
@@ -180,6 +190,218 @@ def test_the_reverse_sde_uses_its_key():
     flow = sampling.sde(lambda x, t: -x, OU, sampling.log_times(0.1, 1.0, 3))
     one, two = (flow(jnp.ones(4), jax.random.key(seed)) for seed in (0, 1))
     assert not jnp.any(one == two)
+
+
+# EDM's sampler.
+
+
+@pytest.mark.parametrize("grid", sampling.TIME_GRIDS)
+def test_edm_without_churn_is_heun_on_its_own_process(grid, x64):
+    times, x = sampling.TIME_GRIDS[grid](0.05, 10.0, 8), jnp.array([4.0, -7.0])
+    score_fn = mixture.score(gaussian(), VE)
+    found = jax.jit(lambda x: sampling.edm(score_fn, VE, times)(x, None))(x)
+    truth = jax.jit(sampling.ode(score_fn, VE, times, "heun"))(x)
+    np.testing.assert_allclose(found, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["variance_preserving", "rectified_flow"])
+def test_edm_is_one_sampler_on_every_process(name, key, x64):
+    """In x / alpha against sigma / alpha they are all the variance exploding one."""
+    made, (low, high) = PROCESSES[name], RANGES[name]
+    times, x = sampling.log_times(low, high, 6), jnp.array([0.4, 1.5])
+
+    @jax.jit
+    def both(x, key):
+        noise = process.noise_to_signal(made, times)
+        one = sampling.edm(mixture.score(gaussian(), made), made, times, 3.0)
+        other = sampling.edm(mixture.score(gaussian(), VE), VE, noise, 3.0)
+        return one(x, key), other(x / made.alpha(times[0]), key)
+
+    found, truth = both(x, key)
+    np.testing.assert_allclose(found, truth, rtol=1e-7)
+
+
+def test_edm_converges_to_the_exact_flow_at_second_order(x64):
+    """And its last step is Tweedie's: (z - mu) S / (S + s^2) for one Gaussian."""
+    times, x = jnp.array([0.05, 10.0]), jnp.array([4.0, -7.0])
+    truth = gaussian().means[0] + (
+        exact_flow(VE, x, times[1], times[0]) - gaussian().means[0]
+    ) * gaussian().variances[0] / (gaussian().variances[0] + times[0] ** 2)
+    errors = []
+    for steps in (50, 100):
+        grid = sampling.log_times(0.05, 10.0, steps)
+        score_fn = mixture.score(gaussian(), VE)
+        end = jax.jit(lambda x, g, f=score_fn: sampling.edm(f, VE, g)(x, None))
+        errors.append(jnp.linalg.norm(end(x, grid) - truth))
+    assert errors[1] < 1e-2
+    assert float(jnp.log2(errors[0] / errors[1])) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("churn", [4.0, 1e9])
+def test_churn_keeps_the_variance_of_the_data(churn, key):
+    """One Gaussian, where each step is linear: its own variance, and near the truth's.
+
+    With 1e9 the noise rises by sqrt(2), the most of Karras 2022, algorithm 2.
+    """
+    n, steps, variance = 20_000, 40, 2.0
+    law = mixture.Mixture(jnp.zeros(1), jnp.zeros((1, 1)), jnp.full((1, 1), variance))
+    times = sampling.log_times(0.05, 10.0, steps)
+    draw = sampling.sampler(
+        mixture.score(law, VE), VE, times, (1,), "edm", churn=churn, churn_min=0.2,
+        churn_max=5.0, churn_noise=1.02,
+    )  # fmt: skip
+    found = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(key, n)), np.float64)
+
+    def slope(s):  # dz/ds = s z / (S + s^2)
+        return s / (variance + s**2)
+
+    s, rises = np.asarray(times, np.float64), 0
+    want = s[0] ** 2
+    for i in range(steps + 1):
+        factor = 1.0
+        if 0.2 <= s[i] <= 5.0:
+            factor += min(churn / (steps + 1), np.sqrt(2) - 1)
+            rises += 1
+        hat = s[i] * factor
+        want += 1.02**2 * (hat**2 - s[i] ** 2)
+        if i < steps:
+            step, first = s[i + 1] - hat, slope(hat)
+            second = slope(s[i + 1]) * (1 + step * first)
+            want *= (1 + step * (first + second) / 2) ** 2
+    want *= (variance / (variance + hat**2)) ** 2
+    assert 10 < rises < steps
+    assert abs(found.mean()) < 4 * np.sqrt(want / n)
+    assert abs(found.var() - want) < 4 * want * np.sqrt(2 / n)
+    assert want == pytest.approx(variance, rel=0.1)
+
+
+def test_churn_uses_its_key_where_it_is_asked_for(key):
+    times, x = sampling.log_times(0.1, 10.0, 5), jnp.array([4.0, -7.0])
+    keys = jnp.stack([key, key, jax.random.key(1)])
+
+    def ends(*window):
+        @jax.jit
+        def flow(key):
+            score_fn = mixture.score(gaussian(), VE)
+            return sampling.edm(score_fn, VE, times, 9.0, *window)(x, key)
+
+        return np.asarray(jax.vmap(flow)(keys))
+
+    # In the last window the last time alone: noise comes before the step to 0, too.
+    for window in ((), (0.0, 0.11)):
+        one, same, other = ends(*window)
+        np.testing.assert_array_equal(one, same)
+        assert np.all(one != other)
+    one, _, other = ends(11.0)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"churn": -1.0}, "churn=-1.0 must be at least 0"),
+        ({"churn": float("nan")}, "churn=nan"),
+        ({"churn_min": -0.1}, "churn_min=-0.1, churn_max=inf"),
+        ({"churn_min": 2.0, "churn_max": 1.0}, "churn_min <= churn_max"),
+        ({"churn_noise": 0.0}, "churn_noise=0.0 must be positive"),
+    ],
+)
+def test_churn_that_has_no_meaning_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.edm(lambda x, t: x, VE, sampling.log_times(0.1, 1.0, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("edm", "churn=-1.0 must be at least 0"), ("sde", "an option of .*name=edm")],
+)
+def test_a_config_whose_churn_has_no_meaning_is_refused(name, words):
+    config = defaults.smoke(defaults.train())
+    config.data.update(name="mixture", d=3)
+    config.model.name = "mlp"
+    config.sampler.update(name=name, churn=-1.0)
+    with pytest.raises(setup.ConfigError, match=words):
+        setup.build(config)
+
+
+def test_a_config_samples_with_the_churn_that_it_names(key):
+    config = defaults.train()
+    config.sampler.update(name="edm", churn=9.0, churn_noise=1.01)
+    score_fn, times = mixture.score(gaussian(), VE), sampling.log_times(0.1, 10.0, 5)
+
+    @jax.jit
+    def both(key):
+        options = {"churn": 9.0, "churn_noise": 1.01}
+        truth = sampling.sampler(score_fn, VE, times, (2,), "edm", **options)
+        return setup.sampler(config, VE, times, (2,), score_fn)(key), truth(key)
+
+    np.testing.assert_array_equal(*both(key))
+
+
+# Table 1 of Karras 2022, by the symbols of its rows: c_skip, c_out, c_in, c_noise.
+TABLE = {
+    "edm": lambda s: (
+        0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25) ** 0.5,
+        1 / (s**2 + 0.25) ** 0.5, s.log() / 4,
+    ),
+    "vp": lambda s: (
+        1, -s, 1 / (s**2 + 1) ** 0.5,
+        ((0.01 + 39.8 * (1 + s**2).log()) ** 0.5 - 0.1) / 19.9,
+    ),
+    "ve": lambda s: (1, s, 1, (s / 2).log()),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TABLE)
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+@pytest.mark.parametrize("grid", ["edm", "log"])
+def test_the_whole_sampler_is_algorithm_2_in_pytorch(grid, churn, kind, key, x64):
+    """Network, preconditioning, grid and churn, from the same noise, to 1e-6."""
+    torch = pytest.importorskip("torch")
+    d, steps, rng = 12, 18, np.random.default_rng(0)
+    w, out = rng.normal(size=(2, d, d)) / np.sqrt(d)
+    window = {"churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}
+
+    def network(x, level):
+        return jnp.asarray(out) @ jnp.tanh(jnp.asarray(w) @ x + level)
+
+    score_fn = score.from_network(network, score.PREDICTIONS[kind](VE), VE)
+    times = sampling.TIME_GRIDS[grid](0.002, 80.0, steps - 1)
+    draw = sampling.sampler(score_fn, VE, times, (d,), "edm", churn=churn, **window)
+    found = jax.jit(draw)(key)
+
+    # The noises, from the keys of the sampler; from here on PyTorch and Karras 2022.
+    prior_key, noise_key = jax.random.split(key)
+    start = torch.tensor(np.asarray(jax.random.normal(prior_key, (d,))))
+    noises = [
+        torch.tensor(np.asarray(jax.random.normal(jax.random.fold_in(noise_key, i), d)))
+        for i in range(steps)
+    ]
+    i = torch.arange(steps, dtype=torch.float64)
+    if grid == "edm":
+        ends = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
+        t = (ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** 7
+    else:
+        t = 80.0 * (0.002 / 80.0) ** (i / (steps - 1))
+    t = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
+    w, out = torch.tensor(w), torch.tensor(out)
+
+    def denoise(x, s):
+        c_skip, c_out, c_in, c_noise = TABLE[kind](s)
+        return c_skip * x + c_out * (out @ torch.tanh(w @ (c_in * x) + c_noise))
+
+    x = t[0] * start
+    for i in range(steps):
+        gamma = min(churn / steps, 2**0.5 - 1) if 0.05 <= t[i] <= 50 else 0.0
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + (t_hat**2 - t[i] ** 2) ** 0.5 * 1.003 * noises[i]
+        slope = (x_hat - denoise(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * slope
+        if t[i + 1] != 0:
+            slope_next = (x - denoise(x, t[i + 1])) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (slope + slope_next) / 2
+    np.testing.assert_allclose(found, x.numpy(), rtol=1e-6, atol=1e-6)
 
 
 # Extremes: the empirical score copies, the truth does not.

@@ -12,6 +12,10 @@ EACH = pytest.mark.parametrize("name", PROCESSES)
 EVERY = pytest.mark.parametrize("kind", score.PREDICTIONS)
 DATA = np.random.default_rng(0).normal(size=(5, 3))
 X = np.array([0.3, -0.8, 1.1])
+LEVELS = {  # c_noise of Karras 2022, table 1, of s; VP's divided by 999
+    "vp": lambda s: (np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(s**2)) - 0.1) / 19.9,
+    "ve": lambda s: np.log(s / 2),
+}
 
 
 def truth(made):
@@ -84,7 +88,8 @@ def test_a_network_that_answers_the_target_has_the_score_of_the_noise(
     found = score.from_network(network, prediction, made)(x_t, t)
     np.testing.assert_allclose(found, -eps / made.sigma(t), rtol=1e-6)
     (x, level), noise = seen[0], made.sigma(t) / made.alpha(t)
-    np.testing.assert_allclose(level, jnp.log(noise) / 4, rtol=1e-12)
+    level_of = LEVELS.get(kind, lambda s: np.log(s) / 4)
+    np.testing.assert_allclose(level, level_of(np.asarray(noise)), rtol=1e-9)
     np.testing.assert_allclose(x, prediction.scale(t) * x_t, rtol=1e-12)
 
 
@@ -97,6 +102,8 @@ def test_targets_are_what_their_names_say(x64):
             "denoiser": x0,
             "velocity": rates[0] * x0 + rates[1] * eps,
             "score": -eps / made.sigma(t),
+            "vp": eps,
+            "ve": -eps,
         }
         for kind, want in wanted.items():
             prediction = score.PREDICTIONS[kind](made)
@@ -136,6 +143,61 @@ def test_edm_is_the_table_of_its_paper(x64):
     found = [edm.skip(s), edm.out(s), edm.scale(s), edm.level(s)]
     truth = [d**2 / root**2, 0.7 * d / root, 1 / root, np.log(0.7) / 4]
     np.testing.assert_allclose(np.stack(found), truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("s", [0.002, 0.7, 80.0])
+def test_vp_and_ve_are_the_table_of_its_paper(s, x64):
+    """The columns VP and VE of Karras 2022, table 1, in EDM's own frame."""
+    truth = {
+        "vp": [1, -s, 1 / np.sqrt(s**2 + 1), LEVELS["vp"](s)],
+        "ve": [1, s, 1, np.log(s / 2)],
+    }
+    for kind, want in truth.items():
+        made = score.PREDICTIONS[kind](process.variance_exploding())
+        found = [f(jnp.asarray(s)) for f in (made.skip, made.out, made.scale)]
+        found.append(made.level(jnp.asarray(s)))
+        np.testing.assert_allclose(np.stack(found), want, rtol=1e-9, err_msg=kind)
+
+
+@EACH
+def test_a_denoiser_of_vp_and_ve_is_that_of_the_table(name, x64):
+    """D = x - s F(x / sqrt(s^2 + 1); t(s)) and x + s F(x; ln(s/2)), of x/alpha."""
+    made, t, x = PROCESSES[name], jnp.asarray(0.4), jnp.asarray(X)
+    s, z = made.sigma(t) / made.alpha(t), x / made.alpha(t)
+
+    def network(x, level):
+        return jnp.sin(x) + level * x
+
+    time, log = LEVELS["vp"](np.asarray(s)), np.log(s / 2)
+    truth = {
+        "vp": z - s * network(z / jnp.sqrt(s**2 + 1), time),
+        "ve": z + s * network(z, log),
+    }
+    for kind, want in truth.items():
+        score_fn = score.from_network(network, score.PREDICTIONS[kind](made), made)
+        found = score.to_denoiser(score_fn, made)(x, t)
+        np.testing.assert_allclose(found, want, rtol=1e-10, err_msg=kind)
+
+
+@EACH
+def test_the_error_of_the_denoiser_has_the_weight_of_the_paper(name, x64):
+    """F's is lambda c_out^2, with lambda = 1/s^2, or EDM's (s^2 + d^2)/(s d)^2."""
+    made, t, d = PROCESSES[name], jnp.array([1e-4, 0.1, 0.9]), 0.5
+    s = made.sigma(t) / made.alpha(t)
+    laws = {"vp": 1 / s**2, "ve": 1 / s**2, "edm": (s**2 + d**2) / (s * d) ** 2}
+    for kind, law in laws.items():
+        of = score.PREDICTIONS[kind](made)
+        np.testing.assert_allclose(of.weight(t), law * of.out(t) ** 2, rtol=1e-12)
+
+
+@EACH
+def test_the_level_of_vp_is_the_time_of_the_vp_process(name):
+    """In float32 too, on the whole of (0, 1], whatever the process."""
+    made, clock = PROCESSES[name], process.variance_preserving()
+    time = jnp.geomspace(1e-5, 1, 9) if name != "rectified_flow" else jnp.array([0.01])
+    t = jax.vmap(lambda u: process.time_of(made, process.noise_to_signal(clock, u)))
+    found = jax.vmap(score.vp(made).level)(jax.jit(t)(time))
+    np.testing.assert_allclose(found, time, rtol=2e-5)
 
 
 @EVERY
@@ -194,7 +256,7 @@ def test_the_score_of_noise_keeps_its_digits_in_float32():
     made, t = process.variance_exploding(), jnp.float32(1e-3)
     x0, eps = jnp.float32(DATA[0]), jnp.float32(X)
     x = process.perturb(made, x0, t, eps)
-    for kind in ("noise", "score"):
+    for kind in ("noise", "score", "vp", "ve"):
         prediction = score.PREDICTIONS[kind](made)
         answer = score.target(prediction, made, x0, t, eps)
         found = score.from_network(lambda x, level, f=answer: f, prediction, made)(x, t)

@@ -1,13 +1,18 @@
 """A config becomes the objects it names, or one message with all that is wrong."""
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from memsep_jax import data, defaults, process, sampling, score, train
-from memsep_jax.experiments import setup
+from memsep_jax import data, defaults, parallel, process, sampling, score, train
+from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import networks, record, setup, sweep
+from memsep_jax.experiments.session import Session
 from memsep_jax.models import MLP
 
 
@@ -76,6 +81,248 @@ def test_classes_are_counted_from_the_labels():
     made = setup.build(config)
     assert made.num_classes == made.model.num_classes == 5
     assert made.splits.train.label.max() == 4
+
+
+def test_a_class_that_only_held_out_points_have_is_counted():
+    config = small(**{"data.name": "digits", "data.labels": "true"})
+    config.data.update(classes=(0, 1, 2, 3), num_examples=2, num_held_out=60)
+    made = setup.build(config)
+    assert made.splits.train.label.max() < 3 == made.splits.held_out.label.max()
+    assert made.num_classes == 4
+
+
+# How long.
+
+
+@pytest.mark.parametrize(
+    "epochs, n, duplicates, steps",
+    [(3.0, 16, 0.0, 6), (3.0, 16, 0.5, 9), (0.75, 20, 0.0, 2), (0.01, 16, 0.0, 1)],
+)
+def test_epochs_are_passes_over_the_points_with_their_copies(
+    epochs, n, duplicates, steps
+):
+    """round(epochs n / 8), at least 1."""
+    config = small(**{"train.epochs": epochs, "data.num_examples": n})
+    config.data.duplicates = duplicates
+    assert setup.build(config).steps == steps
+
+
+def test_without_epochs_the_steps_are_those_of_the_config(parts):
+    assert parts.steps == small().train.steps == 4
+
+
+def test_a_warm_up_in_epochs_ends_after_them():
+    """lr k / 32 at step k: 2 epochs are 32 steps of 8 of 128 points."""
+    config = small(**{"train.epochs": 40.0, "train.warmup_epochs": 2.0})
+    config.data.num_examples = 128
+    config.optimizer.update(name="sgd", momentum=0.0, lr=0.64)
+    made = setup.build(config)
+    assert made.steps == 640
+    params = {"w": jnp.ones(2)}
+    update, state = jax.jit(made.tx.update), made.tx.init(params)
+    rates = []
+    for _ in range(40):
+        updates, state = update(params, state, params)
+        rates.append(float(-updates["w"][0]))
+    truth = 0.64 * np.minimum(np.arange(40) / 32, 1.0)
+    np.testing.assert_allclose(rates, truth, rtol=1e-5)
+
+
+def test_a_cosine_ends_with_the_last_epoch():
+    config = small(**{"train.epochs": 10.0, "optimizer.schedule": "cosine"})
+    config.optimizer.update(name="sgd", momentum=0.0, lr=0.5)
+    made = setup.build(config)
+    params = {"w": jnp.ones(2)}
+    update, state = jax.jit(made.tx.update), made.tx.init(params)
+    rates = []
+    for _ in range(made.steps + 1):
+        updates, state = update(params, state, params)
+        rates.append(float(-updates["w"][0]))
+    truth = 0.25 * (1 + np.cos(np.pi * np.arange(21) / 20))
+    np.testing.assert_allclose(rates, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train.epochs": 0.0}, "train.epochs=0.0 must be positive"),
+        ({"train.epochs": float("inf")}, "train.epochs=inf must be a finite number"),
+        (
+            {"train.warmup_epochs": 1.0, "optimizer.warmup": 3},
+            "optimizer.warmup=3 steps and train.warmup_epochs=1.0 both",
+        ),
+        (
+            {
+                "train.epochs": 1.0,
+                "optimizer.schedule": "cosine",
+                "optimizer.warmup": 2,
+            },
+            "optimizer.warmup=2 must be below the number of steps, 2,",
+        ),
+        ({"train.order": "sorted"}, "train.order=sorted must be one of reshuffled, f"),
+        ({"train.ema_half_life": 0.0}, "train.ema_half_life=0.0 must be positive"),
+        ({"train.ema_ramp": 0.05}, "train.ema_ramp=0.05 bounds train.ema_half_life"),
+        ({"data.mix": 0.5}, "mix=0.5 of what"),
+        ({"data.skip": 99_990}, "num_examples=16 after skip=99990, but the pool has"),
+        (
+            {"experiment": "lipschitz", "train.epochs": 3.0},
+            "train.epochs=3.0: networks that are trained together",
+        ),
+        (
+            {"experiment": "ensemble", "train.order": "fixed"},
+            "train.order=fixed: networks that are trained together",
+        ),
+    ],
+)
+def test_what_training_cannot_do_is_refused(changes, words):
+    found = lines(small(**changes))
+    assert any(words in line for line in found), found
+
+
+def test_a_second_source_is_not_fetched_either_for_a_config_that_is_wrong(monkeypatch):
+    def fetch(name, mix_from=None, **arguments):
+        assert mix_from is None, "fetched"
+        return splits(name, **arguments)
+
+    splits = data.splits
+    monkeypatch.setattr(data, "splits", fetch)
+    config = small(**{"data.mix": 0.5, "data.mix_from": "cifar10"})
+    with pytest.raises(AssertionError, match="fetched"):
+        setup.build(config)
+    config.optimizer.lr = 0.0
+    assert any("optimizer.lr=0.0" in line for line in lines(config))
+
+
+def test_a_mixed_law_is_not_known():
+    config = small(**{"data.mix": 0.1, "data.mix_from": "more.npz"})
+    with pytest.raises(setup.ConfigError, match="data.name=mixture with data.mix=0.1"):
+        setup.truth(config)
+
+
+def test_the_smoke_variant_of_epochs_has_epochs():
+    config = defaults.train()
+    config.train.update(epochs=40_000.0, warmup_epochs=200.0)
+    config.data.name, config.model.name = "mixture", "mlp"
+    made = setup.build(defaults.smoke(config))
+    assert made.steps == small().train.steps
+
+
+def test_the_step_has_the_average_and_the_order_of_the_config():
+    """The EMA of a ramp is, at the first step, the weights; two epochs are alike."""
+    config = small(**{"train.ema_half_life": 100.0, "train.ema_ramp": 0.5})
+    config.train.order = "fixed"
+    config.optimizer.lr = 1e-9  # the weights stay, and so the loss but for its noise
+    made = setup.build(config)
+    step = jax.jit(setup.make_step(config, made, parallel.make_mesh()))
+    state = train.init(setup.init_params(made, jax.random.key(0)), made.tx)
+    state = state.replace(ema=jax.tree.map(jnp.ones_like, state.ema))
+    after, _ = step(state, made.splits.train)
+    for a, b in zip(
+        jax.tree.leaves(after.ema), jax.tree.leaves(after.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    seen = []
+
+    def spy(dataset, key, step, size, flip, reshuffle):
+        seen.append(reshuffle)
+        return draw(dataset, key, step, size, flip, reshuffle)
+
+    draw = data.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "draw", spy)
+        for config.train.order in ("fixed", "reshuffled"):
+            step = setup.make_step(config, made, parallel.make_mesh())
+            jax.eval_shape(step, state, made.splits.train)
+    assert seen == [False, True]
+
+
+# What changes results.
+
+
+STOPPED = ({"train.stop_gap": 0.1}, {"train.plateau": 2})
+
+
+@pytest.mark.parametrize("rule", STOPPED)
+def test_how_training_is_looked_at_counts_only_where_that_ends_it(rule, tmp_path):
+    assert setup.looks(small()) == {}
+    found = setup.looks(small(**rule))
+    assert found["run.evaluate_every"] == 2 and found["sampler.steps"] == 2
+    assert "run.log_every" not in found and "sampler.num_samples" not in found
+
+    def changed(workdir, field, **rule):
+        with Session(workdir, small(**rule)) as session:
+            session.begin("")
+        other = small(**rule, **{field: 3})
+        complete = Session(workdir, other).is_complete()
+        with Session(workdir, other):
+            return complete
+
+    looked, not_looked = "run.snapshot_samples", "run.log_every"
+    assert changed(tmp_path / "a", looked) and changed(tmp_path / "b", not_looked)
+    assert changed(tmp_path / "c", not_looked, **rule)
+    with pytest.raises(ConflictError, match="run.snapshot_samples: 8 -> 3"):
+        changed(tmp_path / "d", looked, **rule)
+
+
+@pytest.mark.parametrize("rule", STOPPED)
+def test_networks_and_points_are_shared_only_where_they_stop_alike(rule, tmp_path):
+    class At:
+        workdir = tmp_path
+
+    def places(field="seed", value=0, **rule):
+        config = small(**rule, **{field: value})
+        (point, *_) = sweep.points(config)
+        return networks.name(config), sweep._path(At, config, point)
+
+    def shared(*change, **rule):
+        pairs = zip(places(**rule), places(*change, **rule), strict=True)
+        return [a == b for a, b in pairs]
+
+    looked = "run.evaluate_every", 3
+    assert shared(*looked) == shared("run.log_every", 3, **rule) == [True, True]
+    assert shared(*looked, **rule) == [False, False]
+    # What the rule looks at is sampled, but no more than a snapshot's samples.
+    assert shared("sampler.steps", 9, **rule)[0] is False
+    assert shared("sampler.steps", 9)[0] and shared("sampler.num_samples", 9, **rule)[0]
+    (name,) = rule
+    setting = {"sweep.setting": ("", f"{name}={rule[name]}")}
+    assert shared(*looked, **setting) == [False, False]
+
+
+def test_a_tag_without_such_a_rule_is_that_of_the_groups_alone():
+    config = small()
+    known = setup.to_json(config)
+    some = {name: known[name] for name in ("seed", *networks.TRAINING)}
+    text = json.dumps(some, sort_keys=True)
+    tag = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert networks.tag(config, networks.TRAINING) == tag
+
+
+def test_a_run_may_become_longer_in_epochs_and_not_shorter(tmp_path):
+    with Session(tmp_path, small(**{"train.epochs": 3.0})) as session:
+        session.begin("")
+    for epochs in (2.0, None):
+        with (
+            pytest.raises(ConflictError, match=f"train.epochs: 3.0 -> {epochs}"),
+            Session(tmp_path, small(**{"train.epochs": epochs})),
+        ):
+            pass
+    with Session(tmp_path, small(**{"train.epochs": 4.0})):
+        pass
+
+
+def test_a_field_that_came_later_was_at_its_default(tmp_path):
+    with Session(tmp_path, small()) as session:
+        session.begin("")
+    old = record.read_json(tmp_path / "config.json")
+    del old["train"]["order"], old["data"]["mix"], old["prune_times"]
+    record.write_json(tmp_path / "config.json", old)
+    assert Session(tmp_path, small()).is_complete()
+    with (
+        pytest.raises(ConflictError, match="train.order: None -> fixed"),
+        Session(tmp_path, small(**{"train.order": "fixed"})),
+    ):
+        pass
 
 
 def test_keys_differ_by_name_and_by_seed():
@@ -172,7 +419,7 @@ def test_every_violation_is_in_one_list():
             "sampler.name": "hen",
             "sampler.t_min": 100.0,
             "memorization.threshold": 1.5,
-            "model.name": "unet",
+            "model.name": "cnn",
             "data.num_examples": 10**7,
         }
     )
@@ -190,7 +437,7 @@ def test_every_violation_is_in_one_list():
         "sampler.name='hen' is not known, did you mean 'heun'?",
         "t_min=100.0, t_max=80.0",
         "memorization.threshold=1.5",
-        "model.name='unet' is not known; choose one of dit, mlp",
+        "model.name='cnn' is not known; choose one of dit, mlp, unet",
         "num_examples=10000000",
     ):
         assert words in text, words
@@ -267,6 +514,22 @@ def test_notes_say_what_a_person_should_know():
     ):
         assert words in text, words
     assert not setup.build(small(**{"train.ema_decay": 0.5})).notes
+
+
+@pytest.mark.parametrize(
+    "changes, horizon",
+    [
+        ({"train.ema_half_life": 80.0}, 15),  # 1 / (1 - 2^(-8/80)) = 14.9
+        ({"train.ema_half_life": 80.0, "train.ema_ramp": 0.5}, None),
+        ({"train.ema_half_life": 8.0}, None),
+        ({"train.ema_half_life": 80.0, "train.epochs": 10.0}, None),  # 20 steps
+    ],
+)
+def test_the_note_on_the_average_is_on_the_one_in_force(changes, horizon):
+    found = [n for n in setup.build(small(**changes)).notes if "EMA" in n]
+    assert [n.split(" steps")[0] for n in found] == (
+        [f"the EMA looks back {horizon}"] if horizon else []
+    )
 
 
 def test_a_config_as_json_is_plain():

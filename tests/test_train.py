@@ -300,6 +300,14 @@ def test_adam_decays_through_the_gradient(decay):
     assert not np.allclose(truth, adam_by_hand(0, 0.7, 0.8, 0.9, 3), rtol=1e-2)
 
 
+@pytest.mark.parametrize("make", [train.adam, train.adamw])
+def test_the_eps_of_adam_is_1e_8(make):
+    """lr g / (|g| + eps) at g = eps is lr / 2."""
+    tiny = lambda params, x, key: 1e-8 * params["b"][0, 0]  # noqa: E731
+    state, _ = stepped(make(0.1), 1, tiny)
+    np.testing.assert_allclose(state.params["b"], [[3.0 - 0.05]], rtol=1e-5)
+
+
 def test_sgd_has_momentum_and_coupled_decay():
     """m <- mu m + g + wd w; w <- w - lr m."""
     state, _ = stepped(train.sgd(0.1, weight_decay=0.5, momentum=0.8), 2, linear)
@@ -386,6 +394,45 @@ def test_the_ema_is_its_recursion():
         state, _ = step(state, BATCH, jax.random.key(0))
         ema = jax.tree.map(lambda e, w: 0.7 * e + 0.3 * w, ema, state.params)
         close(state.ema, ema)
+
+
+def averaged(decay, steps, start=0.0):
+    """The EMA of weights that stay W, from `start` times W on."""
+    tx = train.sgd(0.1)
+    still = lambda params, x, key: 0.0 * params["b"][0, 0]  # noqa: E731
+    step = jax.jit(train.make_train_step(still, tx, decay))
+    state = train.init(W, tx)
+    state = state.replace(ema=jax.tree.map(lambda w: start * w, W))
+    factors = []
+    for _ in range(steps):
+        state, _ = step(state, BATCH, jax.random.key(0))
+        factors.append(float(state.ema["b"][0, 0] / W["b"][0, 0]))
+    close(state.params, W)
+    return factors
+
+
+def test_of_the_half_life_of_edm_a_step_keeps_99_929_parts():
+    """500,000 images, batches of 512: the .99929 of Gu 2023 for Karras 2022's."""
+    assert round(train.ema_decay(500_000, 512), 5) == 0.99929
+
+
+def test_after_the_half_life_an_old_value_counts_one_half():
+    """40 examples are 5 batches of 8; what is constant stays."""
+    decay = train.ema_decay(40, len(BATCH))
+    weights = 1 - np.array(averaged(decay, 10))
+    np.testing.assert_allclose(weights[[4, 9]], [0.5, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(averaged(decay, 10, start=1.0), 1.0, rtol=1e-6)
+
+
+def test_a_ramped_half_life_grows_with_what_was_seen(x64):
+    """2^(-b / min(h, r k b)): nothing kept of the start, then EDM's at every step."""
+    decay = jax.jit(train.ema_decay(40, 8, ramp=0.5))
+    k = np.arange(1, 30)
+    truth = 0.5 ** (8 / np.minimum(40, 0.5 * k * 8))
+    found = [decay(jnp.asarray(i, jnp.int32)) for i in k]
+    np.testing.assert_allclose(found, truth, rtol=1e-12)
+    assert truth[-1] == train.ema_decay(40, 8)
+    assert averaged(decay, 2, start=-7.0) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", train.OPTIMIZERS)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import empirical, gap, memorization, mixture, process, sampling, score
+from memsep_jax import empirical, gap, memorization, mixture, process, score
 from memsep_jax.experiments import ensemble, figures, setup, sweep
 
 CURVES = ("inside", "outside", "below", "above")
@@ -93,9 +93,7 @@ def sampler(config, parts, copying):
             score_fn = score.banded(
                 copying(weights), mixture.score(truth, parts.process), *pair
             )
-            one = sampling.sampler(
-                score_fn, parts.process, parts.times, shape, config.sampler.name
-            )
+            one = setup.sampler(config, parts.process, parts.times, shape, score_fn)
             return jax.vmap(one)(keys)
 
         return jax.lax.map(of_band, pairs)

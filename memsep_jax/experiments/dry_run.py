@@ -29,7 +29,7 @@ def dry_run(config, say) -> Table:
     activations = _activations(config, parts, state, dataset)
     model_bytes, data_bytes = _bytes(state), _bytes(dataset)
     gradients = _bytes(state.params)
-    steps = config.train.steps
+    steps = parts.steps
     table = Table(title="dry run: nothing is compiled or written", show_header=False)
     if points:
         table.add_row("points of the sweep", f"{len(points):,}")

@@ -195,7 +195,7 @@ def learn(configs, built, session=None):
             train.OPTIMIZERS,
             group,
             "optimizer",
-            steps=config.train.steps,
+            steps=parts.steps,
             weight_decay=member.weight_decay,
         )
 
@@ -220,7 +220,7 @@ def fit(config, parts, members, loss, tx, batch, session=None):
       train.TrainState with a leading axis [m], and the last losses [m].
     """
     shape = parts.splits.train.x.shape[1:]
-    every = min(config.run.log_every, config.train.steps)
+    every, decay = min(config.run.log_every, parts.steps), setup.ema_decay(config)
 
     def init(member):
         x, level = jnp.zeros(shape), jnp.zeros(())
@@ -228,7 +228,7 @@ def fit(config, parts, members, loss, tx, batch, session=None):
         return train.init(params, tx(member))
 
     def advance(state, member, first, last):
-        step = train.make_train_step(loss(member), tx(member), config.train.ema_decay)
+        step = train.make_train_step(loss(member), tx(member), decay)
 
         def body(i, carry):
             examples = batch(member, jax.random.fold_in(member.keys.data, i))
@@ -240,10 +240,10 @@ def fit(config, parts, members, loss, tx, batch, session=None):
     state = jax.jit(jax.vmap(init))(members)
     advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
     losses = None
-    for first in range(0, config.train.steps, every):
+    for first in range(0, parts.steps, every):
         if session is not None:
             session.check()
-        last = min(first + every, config.train.steps)
+        last = min(first + every, parts.steps)
         state, losses = jax.block_until_ready(advance(state, members, first, last))
     return state, np.asarray(losses)
 
@@ -271,13 +271,8 @@ def _samples(config, parts, weights, configs):
     shape = parts.splits.train.x.shape[1:]
 
     def draw(params, key):
-        one = sampling.sampler(
-            setup.score_fn(parts, params),
-            parts.process,
-            parts.times,
-            shape,
-            config.sampler.name,
-        )
+        score_fn = setup.score_fn(parts, params)
+        one = setup.sampler(config, parts.process, parts.times, shape, score_fn)
         return jax.vmap(one)(jax.random.split(key, config.sampler.num_samples))
 
     keys = jnp.stack([setup.keys(c.seed).sample for c in configs])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import checkpoint, data, memorization, parallel, sampling
+from memsep_jax import checkpoint, data, memorization, parallel
 from memsep_jax.experiments import record, report, setup
 
 PAIRS = 12  # samples in each group of the report's pairs
@@ -27,16 +27,17 @@ def make_generate(config, parts, mesh, score_of):
     key = setup.keys(config.seed).sample
     chunk = -(-config.run.chunk // mesh.size) * mesh.size
     shape = parts.splits.train.x.shape[1:]
+    # Of the labels of the training points, uniformly: of another nothing was learned.
+    present = jnp.unique(parts.splits.train.label) if parts.num_classes else None
 
     def sample(weights, i):
         # By its own key: sample i depends on the seed and on i, not on its chunk.
         sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
         label = None
         if parts.num_classes:
-            label = jax.random.randint(label_key, (), 0, parts.num_classes)
+            label = present[jax.random.randint(label_key, (), 0, len(present))]
         score_fn = score_of(weights, label)
-        method = config.sampler.name
-        draw = sampling.sampler(score_fn, parts.process, parts.times, shape, method)
+        draw = setup.sampler(config, parts.process, parts.times, shape, score_fn)
         return draw(sample_key)
 
     @jax.jit

@@ -175,12 +175,12 @@ def ratio_along(rows, final):
             final["null"], color=ORANGE, linestyle="--",
             label="null level: held-out points",
         )  # fmt: skip
-    step, ratio = _column(rows, "ratio")
-    intervals = _column(rows, "ratio_interval")[1]
-    if len(step):
-        _with_interval(
-            axes, step, ratio, intervals, "o-", BLUE, "samples of the snapshots"
-        )
+    for name, color, weights in (("raw_ratio", GREY, "raw"), ("ratio", BLUE, "EMA")):
+        step, ratio = _column(rows, name)
+        intervals = _column(rows, f"{name}_interval")[1]
+        if len(step):
+            text = f"samples of the snapshots, {weights} weights"
+            _with_interval(axes, step, ratio, intervals, "o-", color, text)
     last = [final["ratio"]], [final["interval"]]
     text = f"the {final['samples']:,} samples at the end"
     _with_interval(axes, [final["step"]], *map(np.asarray, last), "D", RED, text)
@@ -310,6 +310,7 @@ class Panel(NamedTuple):
     xscale: str = "log"
     yscale: str = "log"
     percent: bool = False  # y is a share
+    ticks: list[str] | None = None  # names of x = 0, 1, ..., where it is no number
 
 
 @styled
@@ -345,6 +346,11 @@ def curves(panels):
             axes.xaxis.set_major_locator(FixedLocator(places))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
+        if panel.ticks:
+            turned = sum(map(len, panel.ticks)) > 40
+            axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+            axes.tick_params("x", rotation=30 if turned else 0)
+            axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
         if panel.yscale == "log" and np.divide(*axes.get_ylim()[::-1]) > 10:
             axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten say enough
         if panel.percent:

@@ -10,7 +10,6 @@ samples, what a gradient search for an initial noise finds, and what it emits af
 fine-tuning without the switches.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -22,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, memorization, sampling
-from memsep_jax.experiments import figures, record, setup, sweep, train
+from memsep_jax.experiments import figures, networks, record, setup, sweep, train
 from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
 
-# The groups of a config that a trained network depends on, besides the seed.
-TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
+# What `Tools` depend on, besides the seed.
 SAMPLING = (
     "data", "process", "prediction", "model", "sampler", "memorization", "measure",
 )  # fmt: skip
@@ -64,7 +62,7 @@ def run(config, session, resume_step=None):
     shared: dict[str, Tools] = {}  # compiled once, not for every way of training
 
     def work(points):
-        key = _tag(points[0].config, SAMPLING)
+        key = networks.tag(points[0].config, SAMPLING)
         if key not in shared:
             shared[key] = _tools(config, points[0])
         return measure(points, shared[key], session, source)
@@ -155,24 +153,10 @@ def _alike(point):
     return json.dumps(known, sort_keys=True)
 
 
-def _name(config):
-    """Of the folder of a trained network: its seed, and all else it depends on."""
-    return f"seed={config.seed}-{_tag(config, TRAINING)}"
-
-
-def _tag(config, groups):
-    known = setup.to_json(config)
-    if groups == SAMPLING:
-        del known["model"]["dropout"]  # is off
-    some = {name: known[name] for name in ("seed", *groups)}
-    return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _trained(config, parts, session, generate, source):
     """The weights that are sampled, trained here unless they come from `source`."""
     if source is None:
-        workdir = session.workdir / "models" / _name(config)
-        state = train.learn(config, parts, session, None, generate, workdir)
+        state = networks.trained(config, parts, session, generate)
     else:
         state = source
     return state.ema if config.sampler.weights == "ema" else state.params

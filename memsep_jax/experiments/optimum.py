@@ -1,7 +1,9 @@
 """The extremes that a network lies between: the exact empirical score, or the truth.
 
 Sampling with the empirical score, the minimiser of the training loss, copies the
-training set; sampling with the truth, where it is known, gives the null level.
+training set; sampling with the truth, where it is known, gives the null level. Where
+the data have labels, the minimiser is the empirical score of the points with the label
+(Gu 2023, section 2): with unique labels, the denoiser is that point itself.
 """
 
 from memsep_jax import empirical, mixture, parallel
@@ -23,12 +25,13 @@ def run(config, session, resume_step=None):
 
 
 def _empirical(config, parts):
-    def score_of(points, label):
-        return empirical.score(points, parts.process)
+    def score_of(train, label):
+        of_label = None if label is None else empirical.labelled(train.label, label)
+        return empirical.score(train.x, parts.process, log_weights=of_label)
 
-    points = parts.splits.train.x
-    model = {"name": "empirical score", "parameters": points.size}
-    return score_of, points, {"model": model}
+    train = parts.splits.train
+    kind = "empirical score" if train.label is None else "empirical score of a label"
+    return score_of, train, {"model": {"name": kind, "parameters": train.x.size}}
 
 
 def _truth(config, parts):

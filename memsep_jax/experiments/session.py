@@ -23,15 +23,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from memsep_jax import defaults
 from memsep_jax.checkpoint import ConflictError, StorageError
 from memsep_jax.experiments import record
-from memsep_jax.experiments.setup import differences, to_json
+from memsep_jax.experiments.setup import differences, looks, to_json
 
-HARMLESS = ("run",)  # groups that change no number
 # Groups that change no weight, and points that are kept by their values.
 AFTER_TRAINING = (
-    "sampler", "memorization", "prune", "prune_times", "sweep", "measure",
+    "sampler", "memorization", "prune", "prune_times", "sweep", "measure", "emm",
 )  # fmt: skip
+LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
@@ -146,28 +147,43 @@ class Session:
         """Whether this very config already ran to its end here."""
         status = record.read_json(self.workdir / "run.json") or {}
         return status.get("status") == "complete" and not [
-            name for name, _, _ in self._changes() if name.split(".")[0] not in HARMLESS
+            name for name, _, _ in self._changes() if not self._harmless(name)
         ]
+
+    def _harmless(self, name):
+        """Whether a field changes no number."""
+        return name.split(".")[0] == "run" and name not in looks(self.config)
 
     def _changes(self):
         old = record.read_json(self.workdir / "config.json")
-        return differences(old, to_json(self.config)) if old else []
+        if not old:
+            return []
+        # A field that came later was what it is by default.
+        later = [
+            change
+            for change in differences(old, to_json(defaults.train()))
+            if change[1] is None
+        ]
+        changes = differences(old, to_json(self.config))
+        return [change for change in changes if change not in later]
 
     def _check_config(self):
         """Another config may not go on with this one's weights."""
         conflicts = []
         for name, old, new in self._changes():
             group = name.split(".")[0]
-            longer = name == "train.steps" and old < new
+            longer = name in LENGTHS and None not in (old, new) and old < new
             if longer:
                 self.say(f"{name}: {old} -> {new}, the run goes on")
                 if self.config.optimizer.get("schedule") == "cosine":
                     self.say(
-                        "warning: optimizer.schedule=cosine depends on train.steps: "
+                        f"warning: optimizer.schedule=cosine depends on {name}: "
                         "the learning rate jumps here, unlike in one long run"
                     )
             elif (
-                group in HARMLESS or group in AFTER_TRAINING or self.allow_config_change
+                self._harmless(name)
+                or group in AFTER_TRAINING
+                or self.allow_config_change
             ):
                 self.say(f"{name}: {old} -> {new}")
             else:

@@ -48,6 +48,7 @@ class Parts(NamedTuple):
     times: jax.Array  # the sampler's grid
     splits: data.Splits
     num_classes: int
+    steps: int  # of training
     notes: list[str]  # what a person should know before the run
 
 
@@ -62,16 +63,40 @@ class Keys(NamedTuple):
     prune: jax.Array
 
 
+ORDERS = {"reshuffled": True, "fixed": False}  # of the points, in every epoch
+EPOCHS = ("epochs", "warmup_epochs")
+ENDLESS = 2**31 - 1  # steps
+STOPPING = ("stop_gap", "plateau")  # rules of `train` that end it early
+LOOKS = {  # the fields that such a rule depends on
+    "run": (
+        "evaluate_every", "evaluate_points", "snapshots", "snapshot_epochs",
+        "snapshot_samples",
+    ),
+    "sampler": (
+        "name", "grid", "t_min", "t_max", "steps",
+        "churn", "churn_min", "churn_max", "churn_noise",
+    ),
+    "memorization": ("threshold",),
+}  # fmt: skip
+# Experiments that train networks together, with one loss and one number of steps.
+TOGETHER = ("band_swap", "capacity", "ensemble", "lipschitz")
+
 # What a plain number must satisfy; the rest is checked by the constructors.
 RULES = {
     "train.steps": (lambda v: v >= 1, "at least 1"),
+    "train.epochs": (lambda v: v > 0, "positive: passes over the training points"),
+    "train.warmup_epochs": (lambda v: v >= 0, "at least 0"),
     "train.batch_size": (lambda v: v >= 1, "at least 1"),
+    "train.order": (lambda v: v in ORDERS, f"one of {', '.join(ORDERS)}"),
     "train.accumulate": (lambda v: v >= 1, "at least 1"),
     "train.ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "train.ema_half_life": (lambda v: v > 0, "positive: a number of examples"),
+    "train.ema_ramp": (lambda v: v > 0, "positive: a share of the examples seen"),
     "train.label_drop": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "train.temperature": (lambda v: v > 0, "positive: above 1 it smooths"),
     "train.ambient": (lambda v: v > 0, "positive: a time of the process"),
     "train.stop_gap": (lambda v: 0 <= v < 1, "in [0, 1): a share of the held-out loss"),
+    "train.plateau": (lambda v: v >= 1, "at least 1 snapshot"),
     "prune.ratio": (lambda v: 0 <= v < 1, "in [0, 1): the share of units to remove"),
     "prune.criterion": (
         lambda v: v in prune.CRITERIA,
@@ -108,6 +133,12 @@ RULES = {
     "measure.targets": (lambda v: v >= 0, "at least 0"),
     "measure.search": (lambda v: v >= 1, "at least 1"),
     "measure.bands": (lambda v: v >= 1, "at least 1 band"),
+    "measure.onset_level": (lambda v: 0 < v < 1, "in (0, 1): a share of samples"),
+    "measure.onset_tolerance": (lambda v: 0 < v < 1, "in (0, 1): a share of the way"),
+    "emm.eps": (lambda v: 0 < v < 1, "in (0, 1); the paper uses 0.1"),
+    "emm.low": (lambda v: v >= 2, "at least 2 training points"),
+    "emm.tolerance": (lambda v: v > 0, "positive: 0.1 ends within 10 %"),
+    "emm.budget": (lambda v: v >= 1, "at least 1 network"),
     "run.log_every": (lambda v: v >= 1, "at least 1 step"),
     "run.save_every": (lambda v: v >= 1, "at least 1 step"),
     "run.evaluate_every": (lambda v: v >= 1, "at least 1 step"),
@@ -120,12 +151,15 @@ RULES = {
     "run.tracker": (lambda v: v in TRACKERS, f"one of {', '.join(TRACKERS)}"),
 }
 
-SAMPLERS = (*sampling.ODE_METHODS, "sde")
+SAMPLERS = (*sampling.ODE_METHODS, "sde", "edm")
+CHURN = ("churn", "churn_min", "churn_max", "churn_noise")  # sampling.edm
 NAMED = (
     "data", "process", "times", "prediction", "model", "optimizer", "prune_times",
 )  # fmt: skip
 # Groups that are no constructor's arguments: their fields are those of the defaults.
-PLAIN = ("train", "sampler", "memorization", "prune", "sweep", "measure", "run")
+PLAIN = (
+    "train", "sampler", "memorization", "prune", "sweep", "measure", "emm", "run",
+)  # fmt: skip
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
 REMOTE = ("cifar10", "tfds")
 
@@ -141,9 +175,9 @@ def call(table: dict, group, what: str, **given):
     Raises: ValueError: an unknown name or field, with the known ones; and whatever
       the constructor has to say.
     """
-    constructor = look_up(table, group.name, f"{what}.name")
+    constructor = look_up(table, group["name"], f"{what}.name")
     fields = arguments(table, group, what, _arguments(constructor))
-    _check_given(constructor, {*fields, *given}, what, group.name)
+    _check_given(constructor, {*fields, *given}, what, group["name"])
     return constructor(**fields, **given)
 
 
@@ -206,7 +240,7 @@ def build(config) -> Parts:
     _check_fields(config)  # alone: all the rest reads them
     attempt(_check_values, config)
     made_process = attempt(call, process.PROCESSES, config.process, "process")
-    law = attempt(call, process.TIMES, config.times, "times")
+    law = attempt(_law, config.times, made_process)
     attempt(call, process.TIMES, config.prune_times, "prune_times")
     prediction = None
     if made_process:
@@ -217,30 +251,44 @@ def build(config) -> Parts:
             "prediction",
             process=made_process,
         )
-    tx = attempt(
-        call, train.OPTIMIZERS, config.optimizer, "optimizer", steps=config.train.steps
+    attempt(_check_lengths, config.train, config.optimizer)
+    in_epochs = any(config.train[field] is not None for field in EPOCHS)
+    # Epochs are so many steps once the points are there: for now, no end, no warm-up.
+    tx = attempt(_optimizer, config, *((ENDLESS, 0) if in_epochs else lengths(config)))
+    method = attempt(
+        look_up, {name: name for name in SAMPLERS}, config.sampler.name, "sampler.name"
     )
-    attempt(look_up, dict.fromkeys(SAMPLERS), config.sampler.name, "sampler.name")
     grid = attempt(look_up, sampling.TIME_GRIDS, config.sampler.grid, "sampler.grid")
     times = None
     if grid:
-        sampler = config.sampler
-        times = attempt(grid, sampler.t_min, sampler.t_max, sampler.steps)
+        group = config.sampler
+        times = attempt(grid, group.t_min, group.t_max, group.steps)
     if made_process and times is not None:
         attempt(_check_times, made_process, times, law, config)
+        if method:
+            attempt(sampler, config, made_process, times, (), lambda x, t: x)
     attempt(_check_batch, config, jax.device_count())
 
     splits = None
     # Nothing is fetched for a bad config.
-    if not (wrong and config.data.name in REMOTE):
+    read = {config.data.name, config.data.get("mix_from")}
+    if not (wrong and read & set(REMOTE)):
         try:
             splits = attempt(_splits, config.data)
         except sources.DataError:
             if not wrong:
                 raise
-    num_classes = 0
+    steps, num_classes = config.train.steps, 0
+    if splits is not None and in_epochs and not wrong:
+        steps, warmup = lengths(config, len(splits.train.x))
+        tx = attempt(_optimizer, config, steps, warmup)
     if splits is not None and splits.train.label is not None:
-        num_classes = int(splits.train.label.max()) + 1
+        # A class may be among the held-out points only.
+        num_classes = 1 + max(
+            int(some.label.max())
+            for some in splits[:2]
+            if some is not None and some.label is not None
+        )
     takes_classes = {"num_classes": num_classes}
     model = attempt(call, MODELS, config.model, "model", **takes_classes)
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
@@ -261,18 +309,77 @@ def build(config) -> Parts:
             + "\n".join(f"  {line}" for line in wrong)
         )
     assert prediction and times is not None and splits  # nothing is wrong
-    notes = _notes(config, splits)
+    notes = _notes(config, splits, steps)
     return Parts(
-        made_process, law, prediction, model, tx, times, splits, num_classes, notes
+        made_process,
+        law,
+        prediction,
+        model,
+        tx,
+        times,
+        splits,
+        num_classes,
+        steps,
+        notes,
     )
+
+
+def lengths(config, n: int = 0) -> tuple[int, int]:
+    """Steps of training and of its warm-up on n points, with copies.
+
+    An epoch is n / train.batch_size steps: the points of every n are seen as often.
+    """
+    steps, warmup = config.train.steps, config.optimizer.get("warmup", 0)
+    if not n:
+        return steps, warmup
+    epoch = n / config.train.batch_size
+    if config.train.epochs is not None:
+        steps = max(1, round(config.train.epochs * epoch))
+    if config.train.warmup_epochs is not None:
+        warmup = round(config.train.warmup_epochs * epoch)
+    return steps, warmup
+
+
+def ema_decay(config):
+    """What a step keeps of the EMA: a number, or (step []) -> []."""
+    group = config.train
+    if group.ema_half_life is None:
+        return group.ema_decay
+    return train.ema_decay(group.ema_half_life, group.batch_size, group.ema_ramp)
+
+
+def looks(config) -> dict:
+    """What changes a trained network besides its own groups: else `run` changes none.
+
+    Where a rule may end training early, by what it looks at along it: those fields,
+    {"run.evaluate_every": 1_000, ...}.
+    """
+    rules = [config.train.get(rule) for rule in STOPPING]
+    settings = " ".join(config.get("sweep", {}).get("setting", ()))
+    if all(rule is None for rule in rules) and not any(
+        f"train.{rule}" in settings for rule in STOPPING
+    ):
+        return {}
+    known = to_json(config)
+    return {
+        f"{group}.{field}": known.get(group, {}).get(field)
+        for group, fields in LOOKS.items()
+        for field in fields
+    }
+
+
+def has_truth(config) -> bool:
+    """Whether the law of the data is known."""
+    return config.data.name == "mixture" and not config.data.get("mix")
 
 
 def truth(config):
     """The known law of the data.   Raises: ConfigError where it is not known."""
-    if config.data.name != "mixture":
+    if not has_truth(config):
+        mixed = f" with data.mix={config.data.mix}" if config.data.get("mix") else ""
         raise ConfigError(
-            f"the law of data.name={config.data.name} is not known, nor its score: "
-            "data.name=mixture has one"
+            f"the law of data.name={config.data.name}{mixed} is not known, nor its "
+            "score: data.name=mixture has one"
         )
     names = _arguments(sources.mixture) - {"size"}
     known = {k: config.data[k] for k in names if config.data.get(k) is not None}
@@ -293,6 +400,22 @@ def score_fn(parts: Parts, params, label=None) -> score.ScoreFn:
     """The trained network as score_fn(x, t)."""
     bound = network(parts, params, label)
     return score.from_network(bound, parts.prediction, parts.process)
+
+
+def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
+    """(key) -> one sample [*shape] of a score, as config.sampler asks for it.
+
+    Raises: ValueError: an option of another sampler, or one that breaks its rule.
+    """
+    group = config.sampler
+    options = {field: group[field] for field in CHURN if group[field] is not None}
+    if options and group.name != "edm":
+        field, value = next(iter(options.items()))
+        raise ValueError(
+            f"sampler.{field}={value} is an option of sampler.name=edm, and the "
+            f"sampler is {group.name}: leave it out, or take edm"
+        )
+    return sampling.sampler(score_fn, made_process, times, shape, group.name, **options)
 
 
 def init_params(parts: Parts, key):
@@ -367,11 +490,16 @@ def make_step(config, parts, mesh):
         step = train.make_train_step(
             loss(own, config),
             parts.tx,
-            config.train.ema_decay,
+            ema_decay(config),
             config.train.accumulate,
         )
         batch = data.draw(
-            dataset, named.data, state.step, config.train.batch_size, config.train.flip
+            dataset,
+            named.data,
+            state.step,
+            config.train.batch_size,
+            config.train.flip,
+            ORDERS[config.train.order],
         )
         batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
         return step(state, batch, named.train)
@@ -471,16 +599,34 @@ def _check_times(made_process, times, law, config):
     if config.train.ambient is not None:
         looked_at["train.ambient"] = jnp.float32(config.train.ambient)
     if law is not None:
-        drawn = jax.vmap(law)(jax.random.split(jax.random.key(0), 1_000))
-        looked_at["the largest of 1,000 draws of times, t"] = jnp.max(drawn)
-    wrong = []
-    for what, t in looked_at.items():
-        if not (made_process.alpha(t) > 0 and made_process.sigma(t) > 0):
-            wrong.append(
-                f"{what}={float(t):.4g} is outside of process {config.process.name}, "
-                f"where alpha is {float(made_process.alpha(t)):.4g} and sigma "
-                f"{float(made_process.sigma(t)):.4g}: both must be positive"
-            )
+        looked_at |= _late(law)
+    _check_inside(made_process, config.process.name, looked_at)
+
+
+def _law(group, made_process):
+    """config.times; with a clock, in the time of the process that it names."""
+    own = {field: value for field, value in group.items() if field != "clock"}
+    law = call(process.TIMES, own, "times")
+    if not group.get("clock"):
+        return law
+    clock = look_up(process.PROCESSES, group.clock, "times.clock")()
+    _check_inside(clock, group.clock, _late(law))
+    return process.on_clock(law, clock, made_process)
+
+
+def _late(law):
+    drawn = jax.jit(jax.vmap(law))(jax.random.split(jax.random.key(0), 1_000))
+    return {"the largest of 1,000 draws of times, t": jnp.max(drawn)}
+
+
+def _check_inside(made, name, looked_at):
+    wrong = [
+        f"{what}={float(t):.4g} is outside of process {name}, where alpha is "
+        f"{float(made.alpha(t)):.4g} and sigma {float(made.sigma(t)):.4g}: both must "
+        "be positive"
+        for what, t in looked_at.items()
+        if not (made.alpha(t) > 0 and made.sigma(t) > 0)
+    ]
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -493,6 +639,27 @@ def _shape(group):
         return None if group.name in REMOTE else _splits(rest).train.x.shape[1:]
 
 
+def _optimizer(config, steps, warmup):
+    group = dict(config.optimizer.items()) | {"warmup": warmup}
+    return call(train.OPTIMIZERS, group, "optimizer", steps=steps)
+
+
+def _check_lengths(group, optimizer):
+    wrong = []
+    if group.warmup_epochs is not None and optimizer.get("warmup"):
+        wrong.append(
+            f"optimizer.warmup={optimizer.warmup} steps and train.warmup_epochs="
+            f"{group.warmup_epochs} both give the warm-up; leave one of them out"
+        )
+    if group.ema_ramp is not None and group.ema_half_life is None:
+        wrong.append(
+            f"train.ema_ramp={group.ema_ramp} bounds train.ema_half_life, which is not "
+            "given: give it, or leave out the ramp"
+        )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
 def _check_mitigations(config, splits, num_classes):
     group, wrong = config.train, []
     if group.temperature is not None and group.ambient is not None:
@@ -500,12 +667,13 @@ def _check_mitigations(config, splits, num_classes):
             f"train.temperature={group.temperature}, train.ambient={group.ambient}: "
             "each asks the network for something else; give one of them"
         )
-    if config.get("experiment") == "ensemble":
+    if config.get("experiment") in TOGETHER:
         wrong += [
             f"train.{field}={group[field]}: networks that are trained together share "
-            "one loss and one number of steps; experiment=train has it"
-            for field in ("temperature", "stop_gap")
-            if group[field] is not None
+            "one loss and one number of steps, and draw with replacement; "
+            "experiment=train has it"
+            for field in ("temperature", *STOPPING, *EPOCHS, "order")
+            if group[field] not in (None, "reshuffled")
         ]
     held_out = splits and splits.held_out
     if group.stop_gap is not None and splits is not None:
@@ -548,7 +716,7 @@ def _check_batch(config, devices):
         )
 
 
-def _notes(config, splits):
+def _notes(config, splits, steps):
     n, batch = len(splits.train.x), config.train.batch_size
     notes = []
     if n < batch:
@@ -556,11 +724,13 @@ def _notes(config, splits):
             f"n = {n} training points are fewer than the batch of {batch}: a batch "
             "crosses epochs, each point once an epoch"
         )
-    horizon = 1 / (1 - config.train.ema_decay)
-    if horizon > config.train.steps:
+    decay = ema_decay(config)  # at the end
+    decay = float(decay(jnp.float32(steps))) if callable(decay) else decay
+    horizon = 1 / max(1 - decay, 1e-12)
+    if horizon > steps:
         notes.append(
             f"the EMA looks back {horizon:,.0f} steps and the run has "
-            f"{config.train.steps:,}: EMA weights stay near the start, "
+            f"{steps:,}: EMA weights stay near the start, "
             "--config.sampler.weights=raw shows the trained ones"
         )
     if splits.held_out is None or len(splits.held_out.x) == 0:

@@ -49,11 +49,9 @@ def shape(point: Point) -> tuple:
 def label(row: dict, axes=tuple(AXES)) -> str | None:
     """ "n = 100, width = 64", of the axes that a row or point has."""
     values = {axis: np.asarray(row[axis]).item() for axis in axes if axis in row}
-    named = [
-        f"{LABELS[axis]} = {value if isinstance(value, str) else f'{value:,}'}"
-        for axis, value in values.items()
-    ]
-    return ", ".join(named) or None
+    setting = values.pop("setting", "")  # says itself what it sets
+    named = [f"{LABELS[axis]} = {value:,}" for axis, value in values.items()]
+    return ", ".join([*named, *([setting] if setting else [])]) or None
 
 
 def points(config) -> list[Point]:
@@ -170,19 +168,22 @@ def run(
     return [found[point.name] for point in every]
 
 
-def finish(config, session, rows: list[dict], draw, **about):
+def finish(config, session, rows: list[dict], draw, every=None, **about):
     """Numbers, figures, report, and a table for the person.
 
     points.csv has a row for every point; metrics.json means over the seeds, and what
-    `about` adds.   Args: draw, as `report.write_sweep` takes it.
+    `about` adds.
+
+    Args: draw, as `report.write_sweep` takes it; every, the points of the rows where
+      they are not all points of config.sweep.
     """
     scalars = [{k: v.item() for k, v in row.items() if v.ndim == 0} for row in rows]
     columns = {name: [row[name] for row in scalars] for name in scalars[0]}
     record.write_csv(session.workdir / "points.csv", columns)
-    every = [_path(session, config, point) for point in points(config)]
+    paths = [_path(session, config, point) for point in every or points(config)]
     metrics = {
         "experiment": config.experiment,
-        "points": [str(path.relative_to(session.workdir)) for path in every],
+        "points": [str(path.relative_to(session.workdir)) for path in paths],
         "table": over_seeds(rows),
         **about,
     }
@@ -253,8 +254,9 @@ def mean_interval(values, level=0.95) -> dict:
 def _path(session, config, point):
     """Where a point is kept; the folder stands for all that is no axis."""
     rest = setup.to_json(config)
-    for group in ("sweep", "run"):
+    for group in ("sweep", "emm", "run"):
         rest.pop(group, None)
+    rest |= setup.looks(config)
     text = json.dumps(rest, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
     return session.workdir / "points" / tag / f"{point.name}.npz"

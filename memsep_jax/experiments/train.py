@@ -35,6 +35,7 @@ from memsep_jax.experiments.session import Interrupted
 
 LEVELS = 12  # noise levels of the held-out loss
 GRID = 64  # images in a grid of samples
+RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
 
 
 def run(config, session, resume_step=None):
@@ -79,12 +80,12 @@ def network_samples(config, parts):
 def learn(config, parts, session, resume_step=None, generate=None, workdir=None):
     """Trains to the last step, from the newest valid checkpoint where there is one.
 
-    The last step is train.steps, or that of `early_stop`.
+    The last step is that of train.steps or train.epochs, or that of `early_stop`.
 
     Args: workdir, of one of several networks; by default that of the session.
     """
     mesh = parallel.make_mesh()
-    own, steps = workdir is None, config.train.steps
+    own, steps = workdir is None, parts.steps
     workdir = session.workdir if own else workdir
     packed = _packed(config, None if own else workdir)
     checkpoints = workdir / "checkpoints"
@@ -108,7 +109,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     metrics = record.Metrics(workdir / "metrics.jsonl", start)
     if start >= steps and start in metrics.steps:
         return state
-    if why := early_stop(config, workdir, start):
+    if why := early_stop(config, workdir, start, steps):
         session.say(why)
         return state
     state = jax.device_put(state, parallel.replicated(mesh))
@@ -176,7 +177,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     ):
         if start and start not in metrics.steps:  # stopped before it could look
             log(look(start, {}))
-            if why := early_stop(config, workdir, start):
+            if why := early_stop(config, workdir, start, steps):
                 session.say(why)
                 return state
         for step in range(start + 1, steps + 1):
@@ -200,7 +201,9 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             if not (due and stopping):  # else the look, and its row, come on resuming
                 log(row)
                 update(step, _status(row) if "loss" in row else "")
-            why = early_stop(config, workdir, step) if due and not stopping else None
+            why = None
+            if due and not stopping:
+                why = early_stop(config, workdir, step, steps)
             if saving or stopping or why:
                 checkpoint.save(checkpoints, step, state, config.run.keep)
                 if packed:
@@ -244,35 +247,69 @@ def _mark(parts):
     return np.frombuffer(bytes.fromhex(parts.splits.fingerprint), np.uint8)
 
 
-def early_stop(config, workdir, step) -> str | None:
+def early_stop(config, workdir, step, steps=None) -> str | None:
     """Why training ends at a step before the last, or None where it goes on.
 
-    It ends where the mean of the held-out eps-loss over the noise levels exceeds that
-    of the training points by more than train.stop_gap of itself, as metrics.jsonl has
-    them: a run that is started again comes to the same end.
+    It ends where `gap_stop` or `plateau_stop` says so, by what metrics.jsonl has: a run
+    that is started again comes to the same end.
+
+    Args: steps, the last one; None: train.steps.
     """
-    if config.train.stop_gap is None or step >= config.train.steps:
+    if step >= (steps or config.train.steps):
         return None
-    for row in record.read_metrics(workdir / "metrics.jsonl"):
-        if row["step"] != step or not row.get("held_out_losses"):
-            continue
-        seen, held_out = (
-            np.mean(np.array(row[f"{name}_losses"], float))
-            for name in ("train", "held_out")
-        )
-        gap = 1 - seen / held_out
-        if gap > config.train.stop_gap:
-            return (
-                f"stopped early at step {step}: the held-out loss, {held_out:.4g}, is "
-                f"above the training loss, {seen:.4g}, by {gap:.4g} of itself, more "
-                f"than train.stop_gap={config.train.stop_gap:g}"
-            )
-    return None
+    rows = record.read_metrics(workdir / "metrics.jsonl")
+    rows = [row for row in rows if row["step"] <= step]
+    if not rows or rows[-1]["step"] != step:
+        return None  # nothing was looked at here
+    why = gap_stop(config.train.stop_gap, rows) or plateau_stop(
+        config.train.plateau, rows
+    )
+    return why and f"stopped early at step {step}: {why}"
+
+
+def gap_stop(share, rows) -> str | None:
+    """Whether the held-out eps-loss is above the training points' by a share of itself.
+
+    Both are means over the noise levels. Args: share, train.stop_gap; rows up to now.
+    """
+    if share is None or not rows[-1].get("held_out_losses"):
+        return None
+    seen, held_out = (
+        np.mean(np.array(rows[-1][f"{name}_losses"], float))
+        for name in ("train", "held_out")
+    )
+    gap = 1 - seen / held_out
+    if gap <= share:
+        return None
+    return (
+        f"the held-out loss, {held_out:.4g}, is above the training loss, {seen:.4g}, "
+        f"by {gap:.4g} of itself, more than train.stop_gap={share:g}"
+    )
+
+
+def plateau_stop(patience, rows) -> str | None:
+    """Whether the ratio, of EMA or raw weights, has risen to its plateau.
+
+    By `memorization.plateaued`, of the higher of the two at each snapshot.
+    Args: patience, train.plateau, in snapshots; rows up to now.
+    """
+    looks = [row for row in rows if RATIOS[0] in row]
+    if patience is None or not looks or looks[-1] is not rows[-1]:
+        return None
+    best = [max(RATIOS, key=lambda name: row.get(name, 0.0)) for row in looks]
+    ratios = [row[name] for row, name in zip(looks, best, strict=True)]
+    intervals = [row[f"{name}_interval"] for row, name in zip(looks, best, strict=True)]
+    if not memorization.plateaued(ratios, intervals, patience):
+        return None
+    return (
+        f"the memorization ratio, {ratios[-1]:.4g}, has not risen for "
+        f"train.plateau={patience} snapshots"
+    )
 
 
 def snapshot_steps(config, n: int) -> set[int]:
     """Steps of the snapshots: some on a log grid, one every snapshot_epochs."""
-    steps, found = config.train.steps, set()
+    (steps, _), found = setup.lengths(config, n), set()
     if config.run.snapshots:
         first = max(1, steps / 2 ** (config.run.snapshots - 1))
         found |= set(np.geomspace(first, steps, config.run.snapshots).round().tolist())
@@ -310,7 +347,7 @@ def detector(config, parts, weights) -> dict:
     splits, truth_score = parts.splits, None
     if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
         return {}
-    if config.data.name == "mixture":
+    if setup.has_truth(config):
         truth_score = mixture.score(setup.truth(config), parts.process)
     points = config.run.evaluate_points
 
@@ -387,22 +424,36 @@ class _Watcher:
         return found
 
     def snapshot(self, step, state):
-        """A grid of samples, and the ratio of a few, with EMA weights."""
-        config, count = self.config, self.config.run.snapshot_samples
-        chunk, parts = config.run.chunk, []
+        """A grid of samples, and the ratio of a few, with EMA and with raw weights."""
+        found = {}
+        for name, weights in zip(RATIOS, (state.ema, state.params), strict=True):
+            samples = self._samples(weights)
+            if samples is None:
+                return {}
+            if name == RATIOS[0]:
+                path = self.session.workdir / "samples" / f"step_{step:08d}.png"
+                save = figures.save_samples
+                figures.quietly(self.session.say, save, path, samples[:GRID])
+            # The null level is measured once, at the end: the held-out points stay.
+            ratio = memorization.ratio_of(
+                self.search(as_float(samples)),
+                None,
+                0,
+                self.config.memorization.threshold,
+            )
+            found |= {name: ratio.value, f"{name}_interval": ratio.interval}
+        return found
+
+    def _samples(self, weights):
+        """Some, the same noise for all weights; None where a signal came."""
+        count, chunk = self.config.run.snapshot_samples, self.config.run.chunk
+        parts = []
         for start in range(0, count, chunk):
             if self.session.stop is not None:
-                return {}
+                return None
             stop = min(start + chunk, count)
-            parts.append(self.generate(state.ema, start, stop))
-        samples = np.concatenate(parts)
-        path = self.session.workdir / "samples" / f"step_{step:08d}.png"
-        figures.quietly(self.session.say, figures.save_samples, path, samples[:GRID])
-        # The null level is measured once, at the end: the held-out points stay.
-        found = memorization.ratio_of(
-            self.search(as_float(samples)), None, 0, config.memorization.threshold
-        )
-        return {"ratio": found.value, "ratio_interval": found.interval}
+            parts.append(self.generate(weights, start, stop))
+        return np.concatenate(parts)
 
 
 def _not_finite(config, parts, state, session, step, fetched):
@@ -410,7 +461,10 @@ def _not_finite(config, parts, state, session, step, fetched):
     keys = setup.keys(config.seed)
     step -= 1  # the state still stands at the step before
     n, size = len(parts.splits.train.x), config.train.batch_size
-    batch = data.draw(parts.splits.train, keys.data, step, size, config.train.flip)
+    reshuffle = setup.ORDERS[config.train.order]
+    batch = data.draw(
+        parts.splits.train, keys.data, step, size, config.train.flip, reshuffle
+    )
     example_keys = train.example_keys(keys.train, step, size)
     loss = setup.loss(parts, config)
     grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
@@ -430,7 +484,7 @@ def _not_finite(config, parts, state, session, step, fetched):
             **{k: str(float(fetched[k])) for k in ("loss", "grad_norm", "update_norm")},
             "nonfinite_gradients": {k: v for k, v in counts.items() if v},
             "sigma": [float(sigma.min()), float(sigma.max())],
-            "indices": data.indices(n, keys.data, step, size),
+            "indices": data.indices(n, keys.data, step, size, reshuffle),
         },
     )
     raise train.NonFiniteError(
@@ -479,6 +533,6 @@ def _describe(parts, config):
     return (
         f"{config.model.name} on {config.data.name}: n = {n:,} of {tuple(shape)}, "
         f"{0 if held_out is None else len(held_out.x):,} held out, "
-        f"{config.train.steps:,} steps on {jax.device_count()} x "
+        f"{parts.steps:,} steps on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}"
     )

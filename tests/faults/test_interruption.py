@@ -255,16 +255,27 @@ OPTIONS = (
 )
 
 
-@pytest.mark.parametrize("model", MODELS)
+# Nine steps, said in another way, of one order and with an average that grows.
+EPOCHS = (
+    "--config.train.epochs=3.0",
+    "--config.optimizer.warmup=0",
+    "--config.train.warmup_epochs=1.5",
+    "--config.train.order=fixed",
+    "--config.train.ema_half_life=20.0",
+    "--config.train.ema_ramp=0.5",
+)
+
+
+@pytest.mark.parametrize("model, options", [("mlp", EPOCHS), ("dit", ())])
 def test_a7_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    model, tmp_path, monkeypatch
+    model, options, tmp_path, monkeypatch
 ):
     """With an EMA, dropout, flips, dropped labels and accumulated gradients.
 
     Epochs end at steps 3, 6, 9: stops in an epoch, after its last batch, and after
     the first batch of the next.
     """
-    config = harness.config(*DIGITS, *MODELS[model], *OPTIONS)
+    config = harness.config(*DIGITS, *MODELS[model], *OPTIONS, *options)
     whole = learn(config, tmp_path / "whole")
     for stop in (2, 6, 7):
         stopped = learn(config, tmp_path / "stopped", stop_after=stop)

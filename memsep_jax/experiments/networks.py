@@ -1,0 +1,66 @@
+"""One network of a sweep: trained, or taken from where it was kept, and looked at.
+
+models/ of a workdir has a folder for every network, named by its seed and by all else
+that a trained network depends on: all points and all starts that need it share it.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+
+from memsep_jax.experiments import prune, record, setup, train
+
+# The groups of a config that a trained network depends on, besides the seed.
+TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
+
+
+def tag(config, groups) -> str:
+    """A short name of the values of some groups of a config, and of its seed."""
+    known = setup.to_json(config)
+    if "sampler" in groups:
+        del known["model"]["dropout"]  # is off
+    some = {name: known[name] for name in ("seed", *groups)}
+    if "train" in groups:
+        some |= setup.looks(config)
+    return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def name(config) -> str:
+    """Of the folder of a trained network."""
+    return f"seed={config.seed}-{tag(config, TRAINING)}"
+
+
+def trained(config, parts, session, generate=None):
+    """The train.TrainState of a network, trained here unless it already was."""
+    where = session.workdir / "models" / name(config)
+    return train.learn(config, parts, session, None, generate, where)
+
+
+def measured(config, session) -> dict:
+    """Trains a network, and measures what it copies and how good its samples are.
+
+    Returns: the numbers of `prune.watcher` for the weights of sampler.weights; `raw`,
+      `ema`: the ratio of either; `highest`: the largest along training, of either, as
+      Gu 2023 keeps it (the more it was looked at, the higher).
+    """
+    with session.phase("data"):
+        parts = setup.build(config)
+    generate = train.network_samples(config, parts)
+    state = trained(config, parts, session, generate)
+    with session.phase("sample"):
+        watch = prune.watcher(config, parts, generate)
+        found = {"raw": watch(state.params), "ema": watch(state.ema)}
+    ratios = {which: numbers["ratio"] for which, numbers in found.items()}
+    where = session.workdir / "models" / name(config)
+    rows = record.read_metrics(where / "metrics.jsonl")
+    along = [row[which] for row in rows for which in train.RATIOS if which in row]
+    return (
+        found[config.sampler.weights]
+        | ratios
+        | {
+            "highest": np.max([*ratios.values(), *along]),
+            "steps": int(state.step),
+            "parameters": setup.count(state.params),
+        }
+    )
