@@ -13,9 +13,10 @@ Mathematics (jax only):
   sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood, and the
                 initial noise that comes closest to a point
   fidelity      quality from feature arrays: Frechet distance, precision, recall, KID
-  memorization  two nearest distinct neighbours, ratio, null level, intervals
+  memorization  two nearest distinct neighbours, ratio, null level, intervals; effective
+                memorization; whether two models draw the same
 Networks (flax.linen):
-  models        MLP and DiT, for one example; attention that is the exact score
+  models        MLP, DiT and U-Net, for one example; attention that is the exact score
 Learning:
   sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
   data          a data set is an array: load, subset, label, duplicate, draw
@@ -27,9 +28,12 @@ Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default; what configs share
   experiments   run(config, workdir). One run: train, optimum. Sweeps, point by point:
                 loss_gap, lipschitz, capacity, ensemble (many small networks at once),
-                band_swap, mitigate (prune: what helps, and whether it comes back).
+                band_swap, mitigate (prune: what helps, and whether it comes back),
+                emm (how many training points a network copies), factors (what drives
+                it), twins (two networks on disjoint halves), onset (when it begins).
                 report draws any of them again. What they share is setup, session,
-                sweep, evaluate, prune (one network), record, trackers, figures, dry_run
+                sweep, networks (trained once for all points), evaluate, prune (one
+                network), record, trackers, figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

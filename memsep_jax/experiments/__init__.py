@@ -3,14 +3,18 @@
 from memsep_jax.experiments import (
     band_swap,
     capacity,
+    emm,
     ensemble,
+    factors,
     lipschitz,
     loss_gap,
     mitigate,
+    onset,
     optimum,
     report,
     setup,
     train,
+    twins,
 )
 from memsep_jax.experiments.session import Session
 
@@ -18,23 +22,31 @@ from memsep_jax.experiments.session import Session
 EXPERIMENTS = {
     "band_swap": band_swap.run,
     "capacity": capacity.run,
+    "emm": emm.run,
     "ensemble": ensemble.run,
+    "factors": factors.run,
     "lipschitz": lipschitz.run,
     "loss_gap": loss_gap.run,
     "mitigate": mitigate.run,
     "prune": mitigate.run,  # the same, over criteria and ratios
+    "onset": onset.run,
     "optimum": optimum.run,
     "report": report.run,
     "train": train.run,
+    "twins": twins.run,
 }
 DRAWINGS = {  # of the sweeps: what `report` draws again
     "band_swap": band_swap.draw,
     "capacity": capacity.draw,
+    "emm": emm.draw,
     "ensemble": ensemble.draw,
+    "factors": factors.draw,
     "lipschitz": lipschitz.draw,
     "loss_gap": loss_gap.draw,
     "mitigate": mitigate.draw,
+    "onset": onset.draw,
     "prune": mitigate.draw,
+    "twins": twins.draw,
 }
 
 

@@ -80,12 +80,13 @@ def _write_sweep(workdir, draw, attempt):
         attempt(_save, workdir / "figures" / f"{name}.pdf", pdf)
         images.append((name, caption, base64.b64encode(png).decode()))
     columns, rows = table(metrics)
+    groups = metrics.get("groups", {"": range(len(rows))})
     page = _render(
         "sweep.html",
         title=workdir.resolve().name,
         metrics=metrics,
         columns=columns,
-        rows=rows,
+        tables={name: [rows[i] for i in its] for name, its in groups.items()},
         run=run,
         config=_settings(config),
         images=images,

@@ -1,0 +1,59 @@
+"""How many images of CIFAR-10 does the base U-Net of Gu 2023 memorize?
+
+python -m memsep_jax.main --config=configs/emm_cifar.py
+
+EMM at 8 x 8, 16 x 16 and 32 x 32 pixels, attention moved so that the network is the
+same (Gu 2023, figure 2, one run each: 7.69k, 4.57k, 1.07k). The paper's length, 40,000
+epochs, is days on one GPU: `half` has 8 x 8 and 16 x 16 at a tenth of it.
+
+Variants: `full`, `half`, `small` (8 x 8, a narrow network, 2 CPU cores), `smoke`.
+"""
+
+from memsep_jax import defaults
+
+SETTINGS = tuple(
+    f"data.resolution={side}; model.attention=({side // 2},)" for side in (8, 16, 32)
+)
+
+
+def get_config(variant="full"):
+    config = defaults.unet()
+    config.experiment = "emm"
+    config.train.plateau = 4
+    config.emm.update(low=1_000, high=8_000, tolerance=0.15, budget=6)
+    config.sweep.update(seeds=1, setting=SETTINGS)
+    return defaults.variant_of(config, variant, half=half, small=small, smoke=smoke)
+
+
+def half(config):
+    """A tenth of the length, two resolutions."""
+    config.train.update(epochs=4_000.0, warmup_epochs=20.0)
+    config.sweep.setting = SETTINGS[:2]
+    config.run.snapshot_epochs = 500
+    return config
+
+
+def small(config):
+    """8 x 8 pixels and a narrow network."""
+    config.model.update(width=32, depth=1, multipliers=(1, 2))
+    config.optimizer.lr = 1e-3
+    config.train.update(
+        epochs=1_500.0, warmup_epochs=20.0, batch_size=50, ema_decay=0.998
+    )
+    config.emm.update(low=20, high=80, tolerance=0.3)
+    config.sweep.update(seeds=2, setting=SETTINGS[:1])
+    config.sampler.num_samples = 500
+    config.run.update(snapshot_epochs=500, snapshot_samples=200)
+    return config
+
+
+def smoke(config):
+    """A few steps of a tiny network."""
+    defaults.smoke(config)
+    config.data.update(name="digits", balanced=False)
+    config.model.update(width=4, depth=1, multipliers=(1, 2), dropout=0.0)
+    config.train.update(epochs=1.0, warmup_epochs=0.5)
+    config.sweep.update(seeds=1, setting=("model.attention=(4,)",))
+    config.emm.budget = 2
+    config.run.snapshot_epochs = 0
+    return config

@@ -1,0 +1,72 @@
+"""What makes a U-Net copy CIFAR-10? The factors of Gu 2023, one at a time.
+
+python -m memsep_jax.main --config=configs/factors_cifar.py
+
+Around the base of the paper at n = 2,000 (61 % at 32 x 32): width, depth, time
+embedding, variant, dropout, batch, decay, EMA, optimizer, classes, labels. The paper's
+length, 40,000 epochs, is days on one GPU: `half` has 16 x 16 pixels and a tenth of it.
+
+Variants: `full`, `half`, `small` (8 x 8, a narrow network, 2 CPU cores), `smoke`.
+"""
+
+from memsep_jax import defaults
+
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 2e-2, 5e-2, 8e-2, 1e-1)
+EMAS = (0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0)
+SETTINGS = (
+    "",
+    *(f"model.width={width}" for width in (192, 256, 320)),
+    *(f"model.depth={depth}" for depth in (4, 6, 8, 12)),
+    "model.time_embedding=fourier",
+    "model.variant=ncsn",
+    *(f"model.dropout={rate}" for rate in (0.0, 0.3)),
+    *(f"train.batch_size={k}; optimizer.lr={2e-4 * k / 512}" for k in (128, 256, 896)),
+    *(f"optimizer.weight_decay={decay}" for decay in DECAYS),
+    *(f"train.ema_decay={decay}" for decay in EMAS),
+    "optimizer.name=sgd; optimizer.lr=0.1",
+    *(f"data.classes={tuple(range(count))}" for count in (1, 2, 5)),
+    "data.labels=true",
+    *(f"data.num_labels={c}; data.labels=random" for c in (1, 2, 10, 50, 100, 500)),
+    "prediction.name=edm; times.name=log_normal; times.clock=variance_exploding",
+)
+
+
+def get_config(variant="full"):
+    config = defaults.unet()
+    config.experiment = "factors"
+    config.data.num_examples = 2_000
+    config.sweep.update(seeds=1, setting=SETTINGS)
+    config.run.snapshot_epochs = 0
+    return defaults.variant_of(config, variant, half=half, small=small, smoke=smoke)
+
+
+def half(config):
+    """A tenth of the length, at 16 x 16."""
+    config.data.resolution = 16
+    config.model.attention = (8,)
+    config.train.update(epochs=4_000.0, warmup_epochs=20.0)
+    return config
+
+
+def small(config):
+    """8 x 8 pixels, a narrow network, what a U-Net has and an MLP has not."""
+    config.data.update(resolution=8, num_examples=20)
+    config.model.update(width=32, depth=1, multipliers=(1, 2), attention=(4,))
+    config.model.dropout = 0.0
+    config.optimizer.lr = 1e-3
+    config.train.update(epochs=1_500.0, warmup_epochs=20.0)
+    config.train.update(batch_size=20, ema_decay=0.998)
+    settings = ("", "model.width=16", "model.depth=2", "model.time_embedding=fourier")
+    config.sweep.update(seeds=2, setting=(*settings, "model.variant=ncsn"))
+    config.sampler.num_samples = 500
+    return config
+
+
+def smoke(config):
+    """The variants of the network, a few steps."""
+    defaults.smoke(config)
+    config.data.update(name="digits", balanced=False)
+    config.model.update(width=4, depth=1, multipliers=(1, 2), attention=(4,))
+    config.train.update(epochs=1.0, warmup_epochs=0.5)
+    config.sweep.update(seeds=1, setting=("", "model.variant=ncsn"))
+    return config

@@ -1,0 +1,78 @@
+"""What makes a small network copy digits? Every factor of Gu 2023 that an MLP has.
+
+python -m memsep_jax.main --config=configs/factors_digits.py:small
+
+One factor at a time around a base that copies about half of what it draws: the data
+(resolution, classes, diversity, duplicates), the network (width, depth, dropout), the
+training (length, batch at a fixed ratio of rate and batch, rate, decay, optimizer, EMA)
+and the labels. U-Nets: configs/factors_cifar.py; transformers: configs/factors_dit.py.
+
+Variants: `full` (5 seeds), `small` (2 seeds, two values of each factor: 2 CPU cores),
+`smoke`.
+"""
+
+from memsep_jax import defaults
+
+
+def values(field, *some, rest=""):
+    return tuple(f"{field}={value}{rest}" for value in some)
+
+
+ADAM = "; optimizer.name=adam"  # coupled decay, as in the paper
+SETTINGS = (
+    "",
+    *values("data.resolution", 4, 6),
+    "data.classes=(0,)",
+    "data.classes=(0, 1)",
+    "data.classes=(0, 1, 2, 3, 4)",
+    *values("data.duplicates", 0.1, 0.3, rest="; data.copies=4"),
+    *values("model.width", 64, 128, 512, 1_024),
+    *values("model.depth", 1, 2, 6),
+    *values("model.dropout", 0.1, 0.3),
+    *values("train.steps", 1_250, 2_500, 10_000),
+    *(f"train.batch_size={16 * k}; optimizer.lr={2.5e-4 * k}" for k in (1, 2, 8)),
+    *values("optimizer.lr", 2.5e-4, 5e-4, 2e-3),
+    *values("optimizer.weight_decay", 1e-4, 1e-3, 1e-2, rest=ADAM),
+    "optimizer.name=sgd; optimizer.lr=0.1",
+    "optimizer.name=adam",
+    *values("train.ema_decay", 0.0, 0.9, 0.99, 0.9995),
+    *values("data.labels", "true", "unique"),
+    "data.labels=random; data.num_labels=10",
+)
+FEW = (
+    "",
+    "data.resolution=4",
+    "data.classes=(0,)",
+    "model.width=128",
+    "model.width=512",
+    "model.dropout=0.1",
+    "train.steps=2500",
+    "optimizer.weight_decay=0.001; optimizer.name=adam",
+    "data.labels=true",
+    "data.labels=unique",
+)
+
+
+def get_config(variant="full"):
+    config = defaults.copying()
+    config.experiment = "factors"
+    config.data.num_examples = 100
+    config.train.steps = 5_000
+    config.sweep.update(seeds=5, setting=SETTINGS)
+    config.run.snapshots = 0
+    return defaults.variant_of(config, variant, small=small, smoke=smoke)
+
+
+def small(config):
+    """The factors that move the ratio most, fewer seeds."""
+    config.sweep.update(seeds=2, setting=FEW)
+    return config
+
+
+def smoke(config):
+    """Two factors."""
+    defaults.smoke(config)
+    config.sweep.update(
+        seeds=1, setting=("", "model.width=8", "optimizer.name=sgd; optimizer.lr=0.1")
+    )
+    return config

@@ -1,0 +1,290 @@
+"""Effective model memorization: how many training images a network copies.
+
+EMM_eps = max {n : E R(n) >= 1 - eps} (Gu 2023, section 2), for the setting of the
+config, or for every setting of the sweep: bracketing and bisection on log n, several
+seeds for each n. Finished networks are not trained again, also where eps or the bracket
+is another one now.
+"""
+
+import itertools
+
+import numpy as np
+
+from memsep_jax import memorization
+from memsep_jax.experiments import figures, networks, setup, sweep
+
+# Which ratio of a network counts: that of the weights that are sampled, and others.
+KINDS = {
+    "ratio": "sampled weights",
+    "raw": "raw weights",
+    "ema": "EMA weights",
+    "highest": "highest along training",
+}
+OTHER = tuple(axis for axis in sweep.AXES if axis != "num_examples")
+COLUMNS = (
+    "setting", "num_examples", "d", "width", "depth", "weight_decay", "ratio", "null",
+    "raw", "ema", "highest", "emitted", "frechet", "precision", "recall", "steps",
+    "parameters", "seeds",
+)  # fmt: skip
+
+
+def run(config, session, resume_step=None):
+    """Searches the EMM of every setting; returns when the figures are drawn."""
+    with session.phase("data"):
+        limits, fingerprint = check(config)
+    session.begin(fingerprint)
+    rows, points, results = [], [], []
+    for choice in choices(config):
+        found, done = search(choice, limits, session)
+        results.append(found)
+        for some, its in done:
+            points += sweep.points(some)
+            rows += its
+        session.say(sentence(found))
+    sweep.finish(
+        config, session, rows, draw, every=points, emm=results, level=_level(config),
+        columns=[name for name in COLUMNS if name in rows[0] or name == "seeds"],
+    )  # fmt: skip
+
+
+def choices(config) -> list:
+    """A config for every setting of the sweep, without the sizes."""
+    axes = {axis: tuple(config.sweep[axis]) for axis in OTHER if config.sweep[axis]}
+    found = []
+    for values in itertools.product(*axes.values()):
+        one = config.copy_and_resolve_references()
+        one.sweep.num_examples = ()
+        for axis, value in zip(axes, values, strict=True):
+            one.sweep[axis] = (value,)
+        found.append(one)
+    return found
+
+
+def at(choice, n: int):
+    """The config of a choice at a size: its points are the seeds."""
+    one = choice.copy_and_resolve_references()
+    one.sweep.num_examples = (n,)
+    return one
+
+
+def check(config) -> tuple[tuple[int, int, int], str]:
+    """Everything that can be wrong, before a network is trained.
+
+    Returns: the smallest and largest sizes that all settings have data for, and of what
+      they must be multiples; the fingerprint of the data at emm.high.
+    Raises: setup.ConfigError.
+    """
+    low, high = config.emm.low, config.emm.high
+    wrong = []
+    if not low < high:
+        wrong.append(
+            f"emm.low={low}, emm.high={high}: a bracket needs low < high; the search "
+            "widens it where the level lies outside"
+        )
+    if config.sweep.num_examples:
+        wrong.append(
+            f"sweep.num_examples={tuple(config.sweep.num_examples)}: experiment=emm "
+            "chooses the sizes itself, from emm.low and emm.high on; take "
+            "experiment=factors for given ones"
+        )
+    if wrong:
+        raise setup.ConfigError("\n".join(wrong))
+    smallest, largest, multiple = 2, high, 1
+    if config.data.name != "mixture":  # that has as many as are asked for
+        largest = min(_pool(choice) for choice in choices(config))
+    for choice in choices(config):
+        (first, *_) = sweep.points(choice)
+        if first.config.data.balanced:
+            multiple = max(multiple, _classes(first.config))
+        smallest = max(smallest, multiple, first.config.data.num_labels or 0)
+    largest = largest // multiple * multiple
+    if high > largest:
+        raise setup.ConfigError(
+            f"emm.high={high}, but there are {largest} training points: lower it, or "
+            "take less of data.num_held_out"
+        )
+    for choice in choices(config):  # the ends, with all that depends on n
+        built = [
+            setup.build(sweep.points(at(choice, n))[0].config) for n in (low, high)
+        ]
+    return (smallest, largest, multiple), built[-1].splits.fingerprint
+
+
+def _pool(choice) -> int:
+    """How many training points there are."""
+    config = sweep.points(choice)[0].config
+    config.data.update(num_examples=None, duplicates=0.0)
+    return len(setup.build(config).splits.train.x)
+
+
+def _classes(config) -> int:
+    """Of the source, whatever the labels of the run are."""
+    labelled = config.copy_and_resolve_references()
+    labelled.data.update(labels="true", num_labels=None, num_examples=None)
+    return setup.build(labelled).num_classes
+
+
+def search(choice, limits, session):
+    """The EMM of one setting.
+
+    Args: choice, of `choices`; limits, of `check`.
+    Returns: the result, and [(config, rows)] for every size that was looked at.
+    """
+    group, level = choice.emm, _level(choice)
+    smallest, largest, multiple = limits
+    done: dict[int, tuple] = {}
+    ended = None
+    while True:
+        means = {n: mean(rows, "ratio") for n, (_, rows) in done.items()}
+        n = memorization.next_size(
+            means, level, group.low, group.high, smallest, largest, group.tolerance,
+            multiple,
+        )  # fmt: skip
+        if n is None:
+            break
+        if group.budget is not None and (len(done) + 1) * choice.sweep.seeds > (
+            group.budget
+        ):
+            ended = f"emm.budget={group.budget} networks"
+            break
+        some = at(choice, n)
+
+        def work(points):
+            return [networks.measured(point.config, session) for point in points]
+
+        done[n] = some, sweep.run(some, session, work, what=f"n = {n:,}")
+        ratio = mean(done[n][1], "ratio")
+        session.say(f"n = {n:,}: {100 * ratio:.1f} % memorized")
+    ordered = {n: done[n] for n in sorted(done)}
+    return result(choice, {n: rows for n, (_, rows) in ordered.items()}, ended), list(
+        ordered.values()
+    )
+
+
+def mean(rows, kind) -> float:
+    """E_D R(n), over the seeds."""
+    return float(np.mean([row[kind] for row in rows]))
+
+
+def result(choice, rows: dict[int, list], ended=None) -> dict:
+    """What the networks at the sizes that were looked at say of the EMM.
+
+    Returns: for every kind of ratio, {"value", "low", "high"}; a value is None where
+      the level lies outside, and "beyond" then says on which side of which size.
+    """
+    level, samples = _level(choice), choice.sampler.num_samples
+    sizes = list(rows)
+    axes = {axis: choice.sweep[axis][0] for axis in OTHER if choice.sweep[axis]}
+    found = {
+        "setting": sweep.label(axes),
+        "sizes": sizes,
+        "seeds": choice.sweep.seeds,
+        "ended": ended,
+    }  # fmt: skip
+    for kind in KINDS:
+        ratios = np.array([[row[kind] for row in rows[n]] for n in sizes], float)
+        means = ratios.mean(axis=1)
+        one: dict = {"value": None, "low": None, "high": None, "beyond": None}
+        fit = memorization.decreasing(means, np.ones(len(sizes)))
+        if fit[-1] >= level:
+            one["beyond"] = f"at least {sizes[-1]:,}"
+        elif fit[0] < level:
+            one["beyond"] = f"below {sizes[0]:,}"
+        else:
+            counts = np.round(ratios * samples).astype(int)
+            low, high = memorization.effective_interval(sizes, counts, samples, level)
+            value = memorization.effective_memorization(sizes, means, level)
+            one |= {"value": value, "low": low, "high": high}
+        found[kind] = one
+    return found
+
+
+def sentence(found: dict) -> str:
+    """The result of one setting for a person."""
+    name = f" ({found['setting']})" if found["setting"] else ""
+    text = f"EMM{name}: {shown(found['ratio'])}"
+    others = [
+        f"{KINDS[kind]} {shown(found[kind])}" for kind in ("raw", "ema", "highest")
+    ]
+    text += f"; {'; '.join(others)}"
+    if found["ratio"]["value"] is None:
+        text += (
+            ". The level lies outside: give other emm.low and emm.high, more data, or "
+            "another emm.eps"
+        )
+    return text + (f" [ended by {found['ended']}]" if found["ended"] else "")
+
+
+def shown(one: dict) -> str:
+    """ "132 [110, 150]", or on which side of the sizes the level lies."""
+    if one["value"] is None:
+        return one["beyond"]
+    return f"{one['value']:,.0f} [{one['low']:,.0f}, {one['high']:,.0f}]"
+
+
+def _level(config) -> float:
+    return 1 - config.emm.eps
+
+
+# Pictures.
+
+
+def draw(metrics, points):
+    """(name, caption, figure) of the search: see `report.write_sweep`."""
+    level = metrics["level"]
+    text = " ".join(f"{sentence(found)}." for found in metrics["emm"])
+    curves, null = [], None
+    for i, found in enumerate(metrics["emm"]):
+        rows = [row for row in metrics["table"] if _setting(row) == found["setting"]]
+        label = found["setting"] or "memorized samples"
+        curves.append(line(rows, "ratio", label, figures.COLORS[i]))
+        value = found["ratio"]
+        if value["value"] is not None:
+            ends = [value["low"], value["value"], value["high"]]
+            curves.append(
+                figures.Line(ends, [level] * 3, style="|-", color=figures.COLORS[i])
+            )
+        null = null or line(rows, "null", "null level", figures.GREY, "--")
+    yield (
+        "emm",
+        "Memorized samples against the number of training points; the EMM is where the "
+        f"curve crosses {100 * level:.0f} %, with its 95 % interval as a bar "
+        f"(bootstrap over seeds and samples). Bands: 95 % intervals over seeds. {text}",
+        figures.curves([_panel("", [*curves, null])]),
+    )
+    yield (
+        "weights",
+        "The same by raw and by EMA weights at the end, and the highest ratio of all "
+        "snapshots of either, which the paper keeps.",
+        figures.curves(
+            [
+                _panel(found["setting"] or "", [
+                    line([r for r in metrics["table"]
+                          if _setting(r) == found["setting"]], kind, text)
+                    for kind, text in list(KINDS.items())[1:]
+                ])
+                for found in metrics["emm"]
+            ]
+        ),
+    )  # fmt: skip
+
+
+def line(rows, kind, label, color=None, style="o-"):
+    """A ratio against n, from rows of metrics.json's table."""
+    rows = sorted(rows, key=lambda row: row["num_examples"])
+    mean, low, high = (
+        np.array([row[kind][k] for row in rows], float) for k in ("mean", "low", "high")
+    )
+    n = [row["num_examples"] for row in rows]
+    return figures.Line(n, mean, label, low, high, style, color)
+
+
+def _panel(title, lines):
+    return figures.Panel(
+        title, lines, "training points n", "memorized samples", yscale="linear",
+        percent=True,
+    )  # fmt: skip
+
+
+def _setting(row):
+    return sweep.label(row, OTHER)

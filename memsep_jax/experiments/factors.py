@@ -1,0 +1,137 @@
+"""What drives memorization: a grid over any fields, one picture and table a factor.
+
+Each setting of sweep.setting changes some fields of the config; "" is the base. What
+differs in the value of the same fields is one factor (Gu 2023, sections 4 to 6).
+"""
+
+import ast
+from typing import NamedTuple
+
+import numpy as np
+
+from memsep_jax.experiments import figures, networks, sweep
+from memsep_jax.experiments.emm import COLUMNS
+
+
+class Value(NamedTuple):
+    """One value of a factor."""
+
+    factor: str  # the fields, such as "model.width"
+    number: float | None  # where it is one
+    text: str
+
+
+def run(config, session, resume_step=None):
+    """Trains and measures every point; returns when the figures are drawn."""
+    with session.phase("data"):
+        parts = sweep.check(config)
+    session.begin(parts.splits.fingerprint)
+
+    def work(points):
+        return [networks.measured(point.config, session) for point in points]
+
+    rows = sweep.run(config, session, work, what="networks")
+    names = [name for name in COLUMNS if name in rows[0] or name == "seeds"]
+    table = sweep.over_seeds(rows)
+    sweep.finish(
+        config, session, rows, draw, columns=names, base=base_values(config),
+        groups=groups(table),
+    )  # fmt: skip
+
+
+def value_of(setting: str) -> Value:
+    """What a setting says: its first field is the factor, the others go with it.
+
+    "train.batch_size=128; optimizer.lr=1e-3" is the value 128 of train.batch_size.
+    """
+    factor, text = next(iter(sweep.parse(setting).items()))
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None  # a name
+    if factor == "model.skips":  # (1, 0, 0) is 100
+        text = "".join(str(int(flag)) for flag in value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Value(factor, float(value) if is_number else None, text)
+
+
+def base_values(config) -> dict:
+    """What the config itself has for each factor; None where it is not set."""
+    factors = {value_of(s).factor for s in config.sweep.setting if sweep.parse(s)}
+    places = {factor: factor.partition(".") for factor in factors}
+    return {factor: config[group][name] for factor, (group, _, name) in places.items()}
+
+
+def groups(table) -> dict[str, list[int]]:
+    """Which rows of the table belong to a factor; the base to all of them."""
+    base = [i for i, row in enumerate(table) if not row.get("setting")]
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(table):
+        if row.get("setting"):
+            found.setdefault(value_of(row["setting"]).factor, list(base)).append(i)
+    for axis in sweep.AXES:
+        values = {row[axis] for row in table if axis in row}
+        if axis not in ("setting", "num_examples") and len(values) > 1:
+            found[axis] = list(base)
+    return found or {"num_examples": base}
+
+
+def draw(metrics, points):
+    """(name, caption, figure) of every factor: see `report.write_sweep`."""
+    table = metrics["table"]
+    for i, (factor, members) in enumerate(metrics["groups"].items()):
+        rows = [table[k] for k in members]
+        yield (
+            f"factor_{i}",
+            f"Memorized samples against {sweep.LABELS.get(factor, factor)}. "
+            "Bands: 95 % intervals over the seeds. Dashed: the null level.",
+            figures.curves([_panel(factor, rows, metrics["base"].get(factor))]),
+        )
+
+
+def _panel(factor, rows, base):
+    placed = [(_place(factor, row, base), row) for row in rows]
+    ticks = None
+    if any(isinstance(place, str) for place, _ in placed):
+        named = ["default" if place is None else str(place) for place, _ in placed]
+        ticks = list(dict.fromkeys(named))
+        rows = [row for _, row in placed]
+        placed = [(ticks.index(k), row) for k, row in zip(named, rows, strict=True)]
+    placed = [(place, row) for place, row in placed if place is not None]
+    lines: dict[str | None, list] = {}
+    for place, row in sorted(placed, key=lambda pair: pair[0]):
+        others = [a for a in sweep.AXES if a not in ("setting", factor)]
+        lines.setdefault(sweep.label(row, others), []).append((place, row))
+    drawn = []
+    for i, (label, some) in enumerate(lines.items()):
+        color = figures.COLORS[i % len(figures.COLORS)]
+        x = [place for place, _ in some]
+        style = "o-" if ticks is None else "o"
+        for kind, kind_style, text in (("ratio", style, label), ("null", "--", None)):
+            mean, low, high = (
+                np.array([row[kind][k] for _, row in some], float)
+                for k in ("mean", "low", "high")
+            )
+            ends = (low, high) if kind == "ratio" else (None, None)
+            drawn.append(figures.Line(x, mean, text, *ends, kind_style, color))
+    return figures.Panel(
+        "", drawn, sweep.LABELS.get(factor, factor), "memorized samples",
+        xscale=_scale([place for place, _ in placed]) if ticks is None else "linear",
+        yscale="linear", percent=True, ticks=ticks,
+    )  # fmt: skip
+
+
+def _place(factor, row, base):
+    """Where a row stands on the axis of a factor: a number, or a text."""
+    if factor in row:
+        return row[factor]
+    if not row.get("setting"):
+        return base
+    value = value_of(row["setting"])
+    return value.text if value.number is None else value.number
+
+
+def _scale(places):
+    if min(places) > 0:
+        return "log" if max(places) >= 4 * min(places) else "linear"
+    return "symlog" if max(places) > 0 else "linear"
