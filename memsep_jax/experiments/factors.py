@@ -84,7 +84,7 @@ def draw(metrics, points):
         yield (
             f"factor_{i}",
             f"Memorized samples against {sweep.LABELS.get(factor, factor)}. "
-            "Bands: 95 % intervals over the seeds. Dashed: the null level.",
+            "Bands and bars: 95 % intervals over the seeds. Dashed: the null level.",
             figures.curves([_panel(factor, rows, metrics["base"].get(factor))]),
         )
 

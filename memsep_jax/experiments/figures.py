@@ -329,7 +329,13 @@ def curves(panels):
         for i, line in enumerate(panel.lines):
             color = line.color or COLORS[i % len(COLORS)]
             axes.plot(line.x, line.mean, line.style, color=color, label=line.label)
-            if line.low is not None:
+            if line.low is not None and panel.ticks:  # nothing lies between names
+                ends = np.stack([line.mean - line.low, line.high - line.mean])
+                ends = np.nan_to_num(np.maximum(ends, 0))
+                axes.errorbar(
+                    line.x, line.mean, ends, fmt="none", color=color, capsize=4
+                )
+            elif line.low is not None:
                 axes.fill_between(
                     line.x, line.low, line.high, color=color, alpha=0.18, lw=0
                 )
