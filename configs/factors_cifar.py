@@ -3,10 +3,12 @@
 python -m memsep_jax.main --config=configs/factors_cifar.py
 
 Around the base of the paper at n = 2,000 (61 % at 32 x 32): width, depth, time
-embedding, variant, dropout, batch, decay, EMA, optimizer, classes, labels. The paper's
-length, 40,000 epochs, is days on one GPU: `half` has 16 x 16 pixels and a tenth of it.
+embedding, variant, dropout, batch, decay, EMA, optimizer, classes, labels. Intra-class
+diversity takes a second set of the same classes: --config.sweep.setting="('',
+'data.mix=0.2; data.mix_from=other.npz', 'data.mix=0.5; data.mix_from=other.npz')". The
+paper's length is 40,000 epochs, 156,250 steps; `tenth` has a tenth of it at 16 x 16.
 
-Variants: `full`, `half`, `small` (8 x 8, a narrow network, 2 CPU cores), `smoke`.
+Variants: `full`, `tenth`, `small` (8 x 8, a narrow network, 2 CPU cores), `smoke`.
 """
 
 from memsep_jax import defaults
@@ -37,10 +39,10 @@ def get_config(variant="full"):
     config.data.num_examples = 2_000
     config.sweep.update(seeds=1, setting=SETTINGS)
     config.run.snapshot_epochs = 0
-    return defaults.variant_of(config, variant, half=half, small=small, smoke=smoke)
+    return defaults.variant_of(config, variant, tenth=tenth, small=small, smoke=smoke)
 
 
-def half(config):
+def tenth(config):
     """A tenth of the length, at 16 x 16."""
     config.data.resolution = 16
     config.model.attention = (8,)
