@@ -6,11 +6,12 @@ python benchmarks/train_step.py [--nets unet dit] [--size=16] [--batch=32]
 
 Both have the same weights and see the same images, times and noise, float32. A step is
 EDM's loss with its gradient, Adam and the EMA; the sampler is Heun's with 18 steps (35
-calls), one compiled program here and a loop in Python there. PyTorch is eager on a CPU,
-with as many threads as cores, and through torch.compile on a GPU; the sampler's network
-too. They take turns; the ratio is theirs / ours, of the fastest times and of the
-medians, so above 1 ours is faster. The last column is the largest difference over the
-largest value: of the losses of all steps, and of the samples.
+calls), one compiled program here and a loop in Python there. On a CPU, PyTorch is eager
+with as many threads as cores, and jax splits the batch over as many devices; on a GPU,
+PyTorch goes through torch.compile, the sampler's network too. They take turns; the
+ratio is theirs / ours, of the fastest times and of the medians, so above 1 ours is
+faster. The last column is the largest difference over the largest value: of the losses
+of all steps, and of the samples.
 """
 
 import argparse
@@ -32,8 +33,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from memsep_jax import process, sampling, score, train
+from memsep_jax import parallel, process, sampling, score, train
 from memsep_jax.models import DiT, UNet
+
+ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+CORES = len(ALLOWED(0))
+if __name__ == "__main__":  # before jax looks for devices
+    # A batch is split over the cores as over any devices: one alone leaves some idle.
+    jax.config.update("jax_num_cpu_devices", CORES)
+MESH = parallel.make_mesh()
 
 SPEC = importlib.util.spec_from_file_location(
     "torch_nets", Path(__file__).with_name("torch_nets.py")
@@ -83,6 +91,7 @@ def our_step(model, params):
     tx = train.adam(LR)
     step = jax.jit(train.make_train_step(loss, tx, EMA_DECAY), donate_argnums=0)
     state, key = train.init(jax.tree.map(jnp.copy, params), tx), jax.random.key(1)
+    state = jax.device_put(state, parallel.replicated(MESH))
 
     def call(batch):
         nonlocal state
@@ -198,9 +207,10 @@ def measure(args, device):
         their_sigma,
         torch_nets.images(eps).to(device),
     )
+    batch, noise = jax.device_put((batch, noise), parallel.by_batch(MESH))
     rows = []
     for name, (model, net) in networks(args).items():
-        params = random_params(model, x0[0])
+        params = random_params(model, np.asarray(x0[0]))
         net = torch_nets.load(net, jax.tree.map(np.asarray, params)).to(device)
         still = copy.deepcopy(net).eval()  # training moves the other
         row, ours, theirs = race(
@@ -252,14 +262,12 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", help="write the numbers here too")
     args = parser.parse_args()
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = len(allowed(0))  # XLA takes as many
-    torch.set_num_threads(cores)
+    torch.set_num_threads(CORES)
     # jax's default of float32 products on a GPU is TF32, so it is PyTorch's here.
     torch.set_float32_matmul_precision("high")
     gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     about = {
-        "device": f"{jax.devices()[0].device_kind}, {cores} cores",
+        "device": f"{jax.devices()[0].device_kind}, {CORES} cores",
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,

@@ -84,7 +84,7 @@ def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="of the extra dev")
     benchmark, path = load("train_step"), tmp_path / "step.json"
     flags = "--size=8 --batch=4 --unet_width=8 --unet_depth=1 --dit_width=32"
-    flags += f" --dit_depth=1 --samples=2 --rounds=1 --json={path}"
+    flags += f" --dit_depth=1 --samples=4 --rounds=1 --json={path}"
     monkeypatch.setattr(sys, "argv", ["train_step.py", *flags.split()])
     benchmark.main()
     rows = json.loads(path.read_text())["rows"]

@@ -352,6 +352,8 @@ def curves(panels):
             axes.xaxis.set_major_locator(FixedLocator(places))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
+        elif panel.xscale == "log" and max(places) < 100 * min(places):
+            _plain_log(axes, "x", "{x:g}")
         if panel.ticks:
             turned = sum(map(len, panel.ticks)) > 40
             axes.set_xticks(range(len(panel.ticks)), panel.ticks)
