@@ -6,6 +6,7 @@ seeds for each n. Finished networks are not trained again, also where eps or the
 is another one now.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -142,23 +143,18 @@ def search(choice, limits, session):
         )  # fmt: skip
         if n is None:
             break
-        if group.budget is not None and (len(done) + 1) * choice.sweep.seeds > (
-            group.budget
-        ):
+        networks_then = (len(done) + 1) * choice.sweep.seeds
+        if group.budget is not None and networks_then > group.budget:
             ended = f"emm.budget={group.budget} networks"
             break
         some = at(choice, n)
-
-        def work(points):
-            return [networks.measured(point.config, session) for point in points]
-
+        work = functools.partial(networks.measure, session=session)
         done[n] = some, sweep.run(some, session, work, what=f"n = {n:,}")
         ratio = mean(done[n][1], "ratio")
         session.say(f"n = {n:,}: {100 * ratio:.1f} % memorized")
     ordered = {n: done[n] for n in sorted(done)}
-    return result(choice, {n: rows for n, (_, rows) in ordered.items()}, ended), list(
-        ordered.values()
-    )
+    rows = {n: rows for n, (_, rows) in ordered.items()}
+    return result(choice, rows, ended), list(ordered.values())
 
 
 def mean(rows, kind) -> float:

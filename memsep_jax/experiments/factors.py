@@ -5,6 +5,7 @@ differs in the value of the same fields is one factor (Gu 2023, sections 4 to 6)
 """
 
 import ast
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,7 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         parts = sweep.check(config)
     session.begin(parts.splits.fingerprint)
-
-    def work(points):
-        return [networks.measured(point.config, session) for point in points]
-
+    work = functools.partial(networks.measure, session=session)
     rows = sweep.run(config, session, work, what="networks")
     names = [name for name in COLUMNS if name in rows[0] or name == "seeds"]
     table = sweep.over_seeds(rows)

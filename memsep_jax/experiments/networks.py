@@ -37,6 +37,13 @@ def trained(config, parts, session, generate=None):
     return train.learn(config, parts, session, None, generate, where)
 
 
+def measure(points, session):
+    """Yields, for each point of a sweep, what `measured` says of its network."""
+    for point in points:
+        session.check()
+        yield measured(point.config, session)
+
+
 def measured(config, session) -> dict:
     """Trains a network, and measures what it copies and how good its samples are.
 
