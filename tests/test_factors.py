@@ -96,3 +96,6 @@ def test_values_stand_where_they_are_and_lines_are_joined_by_n():
     rows = [row | {"setting": row["setting"] and "model.name=dit"} for row in rows]
     panel = factors._panel("model.name", rows, "mlp")
     assert panel.ticks == ["mlp", "dit"] and panel.lines[0].style == "o"
+    rows = [row | {"setting": row["setting"] and "data.resolution=4"} for row in rows]
+    panel = factors._panel("data.resolution", rows, None)  # whatever the data have
+    assert panel.ticks == ["default", "4"]

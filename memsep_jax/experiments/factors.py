@@ -90,12 +90,11 @@ def draw(metrics, points):
 def _panel(factor, rows, base):
     placed = [(_place(factor, row, base), row) for row in rows]
     ticks = None
-    if any(isinstance(place, str) for place, _ in placed):
-        named = ["default" if place is None else str(place) for place, _ in placed]
+    if any(place is None or isinstance(place, str) for place, _ in placed):
+        named = [_named(place) for place, _ in placed]
         ticks = list(dict.fromkeys(named))
         rows = [row for _, row in placed]
         placed = [(ticks.index(k), row) for k, row in zip(named, rows, strict=True)]
-    placed = [(place, row) for place, row in placed if place is not None]
     lines: dict[str | None, list] = {}
     for place, row in sorted(placed, key=lambda pair: pair[0]):
         others = [a for a in sweep.AXES if a not in ("setting", factor)]
@@ -127,6 +126,12 @@ def _place(factor, row, base):
         return base
     value = value_of(row["setting"])
     return value.text if value.number is None else value.number
+
+
+def _named(place):
+    if place is None:
+        return "default"
+    return f"{place:g}" if isinstance(place, float) else str(place)
 
 
 def _scale(places):
