@@ -35,25 +35,17 @@ def tenth(config):
 
 def small(config):
     """8 x 8 pixels and a narrow network."""
-    config.model.update(width=32, depth=1, multipliers=(1, 2))
-    config.optimizer.lr = 1e-3
-    config.train.update(
-        epochs=1_500.0, warmup_epochs=20.0, batch_size=50, ema_decay=0.998
-    )
+    defaults.small_unet(config)
     config.emm.update(low=20, high=80, tolerance=0.3)
-    config.sweep.update(seeds=2, setting=SETTINGS[:1])
-    config.sampler.num_samples = 500
+    config.sweep.setting = SETTINGS[:1]
     config.run.update(snapshot_epochs=500, snapshot_samples=200)
     return config
 
 
 def smoke(config):
     """A few steps of a tiny network."""
-    defaults.smoke(config)
-    config.data.update(name="digits", balanced=False)
-    config.model.update(width=4, depth=1, multipliers=(1, 2), dropout=0.0)
-    config.train.update(epochs=1.0, warmup_epochs=0.5)
-    config.sweep.update(seeds=1, setting=("model.attention=(4,)",))
+    defaults.smoke_unet(config)
+    config.sweep.setting = ("model.attention=(4,)",)
     config.emm.budget = 2
     config.run.snapshot_epochs = 0
     return config

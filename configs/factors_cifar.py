@@ -52,23 +52,14 @@ def tenth(config):
 
 def small(config):
     """8 x 8 pixels, a narrow network, what a U-Net has and an MLP has not."""
-    config.data.update(resolution=8, num_examples=20)
-    config.model.update(width=32, depth=1, multipliers=(1, 2), attention=(4,))
-    config.model.dropout = 0.0
-    config.optimizer.lr = 1e-3
-    config.train.update(epochs=1_500.0, warmup_epochs=20.0)
-    config.train.update(batch_size=20, ema_decay=0.998)
+    defaults.small_unet(config)
     settings = ("", "model.width=16", "model.depth=2", "model.time_embedding=fourier")
-    config.sweep.update(seeds=2, setting=(*settings, "model.variant=ncsn"))
-    config.sampler.num_samples = 500
+    config.sweep.setting = (*settings, "model.variant=ncsn")
     return config
 
 
 def smoke(config):
     """The variants of the network, a few steps."""
-    defaults.smoke(config)
-    config.data.update(name="digits", balanced=False)
-    config.model.update(width=4, depth=1, multipliers=(1, 2), attention=(4,))
-    config.train.update(epochs=1.0, warmup_epochs=0.5)
-    config.sweep.update(seeds=1, setting=("", "model.variant=ncsn"))
+    defaults.smoke_unet(config)
+    config.sweep.setting = ("", "model.variant=ncsn")
     return config

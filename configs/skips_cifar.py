@@ -42,22 +42,13 @@ def tenth(config):
 
 def small(config):
     """8 x 8 pixels, a narrow network of two resolutions."""
-    config.data.update(resolution=8, num_examples=20)
-    config.model.update(width=32, depth=1, multipliers=(1, 2), attention=(4,))
-    config.model.dropout = 0.0
-    config.optimizer.lr = 1e-3
-    config.train.update(epochs=1_500.0, warmup_epochs=20.0)
-    config.train.update(batch_size=20, ema_decay=0.998)
-    config.sweep.update(seeds=2, setting=settings(2, 1))
-    config.sampler.num_samples = 500
+    defaults.small_unet(config)
+    config.sweep.setting = settings(2, 1)
     return config
 
 
 def smoke(config):
     """A few steps of a tiny network."""
-    defaults.smoke(config)
-    config.data.update(name="digits", balanced=False)
-    config.model.update(width=4, depth=1, multipliers=(1, 2), attention=(4,))
-    config.train.update(epochs=1.0, warmup_epochs=0.5)
-    config.sweep.update(seeds=1, setting=("", flags(4, {0})))
+    defaults.smoke_unet(config)
+    config.sweep.setting = ("", flags(4, {0}))
     return config

@@ -253,6 +253,29 @@ def unet() -> ConfigDict:
     return config
 
 
+def small_unet(config: ConfigDict) -> ConfigDict:
+    """`unet` at 8 x 8 pixels, narrow, with few images: for 2 CPU cores."""
+    config.data.update(resolution=8, num_examples=20)
+    config.model.update(width=32, depth=1, multipliers=(1, 2), attention=(4,))
+    config.model.dropout = 0.0
+    config.optimizer.lr = 1e-3
+    config.train.update(epochs=1_500.0, warmup_epochs=20.0)
+    config.train.update(batch_size=20, ema_decay=0.998)
+    config.sweep.seeds = 2
+    config.sampler.num_samples = 500
+    return config
+
+
+def smoke_unet(config: ConfigDict) -> ConfigDict:
+    """`smoke` of `unet`: a tiny network on digits."""
+    smoke(config)
+    config.data.update(name="digits", balanced=False)
+    config.model.update(width=4, depth=1, multipliers=(1, 2), attention=(4,))
+    config.train.epochs = 1.0
+    config.sweep.seeds = 1
+    return config
+
+
 def copying() -> ConfigDict:
     """`train` for an MLP that copies few digits in half a minute on a CPU."""
     config = train()
