@@ -187,7 +187,8 @@ def test_the_gap_is_a_share_of_the_held_out_loss(tmp_path):
     metrics.write(step=60, **both)
 
     def ends(step, gap):
-        return job.early_stop(small(**{"train.stop_gap": gap}), tmp_path, step)
+        changed = small(**{"train.stop_gap": gap})
+        return job.early_stop(changed, tmp_path, step, 60)
 
     assert "stopped early at step 20" in ends(20, 0.59)
     assert ends(20, 0.61) is None and ends(20, None) is None

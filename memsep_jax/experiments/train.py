@@ -247,23 +247,22 @@ def _mark(parts):
     return np.frombuffer(bytes.fromhex(parts.splits.fingerprint), np.uint8)
 
 
-def early_stop(config, workdir, step, steps=None) -> str | None:
+def early_stop(config, workdir, step, steps) -> str | None:
     """Why training ends at a step before the last, or None where it goes on.
 
     It ends where `gap_stop` or `plateau_stop` says so, by what metrics.jsonl has: a run
     that is started again comes to the same end.
 
-    Args: steps, the last one; None: train.steps.
+    Args: steps, the last one.
     """
-    if step >= (steps or config.train.steps):
+    gap, patience = config.train.stop_gap, config.train.plateau
+    if step >= steps or (gap is None and patience is None):
         return None
     rows = record.read_metrics(workdir / "metrics.jsonl")
     rows = [row for row in rows if row["step"] <= step]
     if not rows or rows[-1]["step"] != step:
         return None  # nothing was looked at here
-    why = gap_stop(config.train.stop_gap, rows) or plateau_stop(
-        config.train.plateau, rows
-    )
+    why = gap_stop(gap, rows) or plateau_stop(patience, rows)
     return why and f"stopped early at step {step}: {why}"
 
 
