@@ -10,8 +10,8 @@ Mathematics (jax only):
   score         score_fn(x, t), and how a network's answer becomes one
   gap           denoising loss, Fisher divergence, loss gap, its closed forms, detector
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
-  sampling      time grids, probability-flow ODE, reverse SDE, log-likelihood, and the
-                initial noise that comes closest to a point
+  sampling      time grids, probability-flow ODE, reverse SDE, EDM's sampler,
+                log-likelihood, and the initial noise that comes closest to a point
   fidelity      quality from feature arrays: Frechet distance, precision, recall, KID
   memorization  two nearest distinct neighbours, ratio, null level, intervals; effective
                 memorization; whether two models draw the same

@@ -44,7 +44,7 @@ def run(config, session, resume_step=None):
         session.say(sentence(found))
     sweep.finish(
         config, session, rows, draw, every=points, emm=results, level=_level(config),
-        columns=[name for name in COLUMNS if name in rows[0] or name == "seeds"],
+        columns=COLUMNS,
     )  # fmt: skip
 
 

@@ -29,10 +29,9 @@ def run(config, session, resume_step=None):
     session.begin(parts.splits.fingerprint)
     work = functools.partial(networks.measure, session=session)
     rows = sweep.run(config, session, work, what="networks")
-    names = [name for name in COLUMNS if name in rows[0] or name == "seeds"]
     table = sweep.over_seeds(rows)
     sweep.finish(
-        config, session, rows, draw, columns=names, base=base_values(config),
+        config, session, rows, draw, columns=COLUMNS, base=base_values(config),
         groups=groups(table),
     )  # fmt: skip
 

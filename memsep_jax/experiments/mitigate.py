@@ -69,8 +69,7 @@ def run(config, session, resume_step=None):
 
     rows = sweep.run(config, session, work, alike=_alike, what="networks")
     _compare(rows)
-    names = [name for name in COLUMNS if name in rows[0]]
-    sweep.finish(config, session, rows, draw, columns=names, matched=matched(rows))
+    sweep.finish(config, session, rows, draw, columns=COLUMNS, matched=matched(rows))
 
 
 def measure(points, tools, session, source=None):

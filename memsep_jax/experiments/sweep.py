@@ -168,23 +168,27 @@ def run(
     return [found[point.name] for point in every]
 
 
-def finish(config, session, rows: list[dict], draw, every=None, **about):
+def finish(config, session, rows: list[dict], draw, every=None, columns=None, **about):
     """Numbers, figures, report, and a table for the person.
 
     points.csv has a row for every point; metrics.json means over the seeds, and what
     `about` adds.
 
     Args: draw, as `report.write_sweep` takes it; every, the points of the rows where
-      they are not all points of config.sweep.
+      they are not all points of config.sweep; columns, of the table that is shown, in
+      their order: those that the rows have.
     """
     scalars = [{k: v.item() for k, v in row.items() if v.ndim == 0} for row in rows]
-    columns = {name: [row[name] for row in scalars] for name in scalars[0]}
-    record.write_csv(session.workdir / "points.csv", columns)
+    values = {name: [row[name] for row in scalars] for name in scalars[0]}
+    record.write_csv(session.workdir / "points.csv", values)
+    table = over_seeds(rows)
+    if columns is not None:
+        about["columns"] = [name for name in columns if name in table[0]]
     paths = [_path(session, config, point) for point in every or points(config)]
     metrics = {
         "experiment": config.experiment,
         "points": [str(path.relative_to(session.workdir)) for path in paths],
-        "table": over_seeds(rows),
+        "table": table,
         **about,
     }
     record.write_json(session.workdir / "metrics.json", metrics)

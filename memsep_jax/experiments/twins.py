@@ -30,8 +30,7 @@ def run(config, session, resume_step=None):
     session.begin(parts.splits.fingerprint)
     work = functools.partial(measure, session=session)
     rows = sweep.run(config, session, work, what="pairs of twins")
-    names = [name for name in COLUMNS if name in rows[0] or name == "seeds"]
-    sweep.finish(config, session, rows, draw, columns=names)
+    sweep.finish(config, session, rows, draw, columns=COLUMNS)
 
 
 def halves(config) -> tuple:
