@@ -13,8 +13,9 @@ Mathematics (jax only):
   sampling      time grids, probability-flow ODE, reverse SDE, EDM's sampler,
                 log-likelihood, and the initial noise that comes closest to a point
   fidelity      quality from feature arrays: Frechet distance, precision, recall, KID
-  memorization  two nearest distinct neighbours, ratio, null level, intervals; effective
-                memorization; whether two models draw the same
+  neighbours    the nearest distinct training points, exactly
+  memorization  ratio of copies, null level, intervals; effective memorization;
+                whether two models draw the same
 Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score
 Learning:

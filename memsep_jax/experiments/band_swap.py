@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import empirical, gap, memorization, mixture, process, score
+from memsep_jax import empirical, gap, mixture, neighbours, process, score
 from memsep_jax.experiments import ensemble, figures, setup, sweep
 
 CURVES = ("inside", "outside", "below", "above")
@@ -131,14 +131,14 @@ def measure(points, session):
 
 def _look(samples, splits, threshold, bands):
     """What became of the samples [p, m, *e] of all pairs."""
-    search = memorization.searcher(np.asarray(splits.train.x))
+    search = neighbours.searcher(np.asarray(splits.train.x))
 
     def copied(found):
         return found.distances[..., 0] < threshold * found.distances[..., 1]
 
     finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
     flat = np.nan_to_num(samples).reshape(-1, *samples.shape[2:])
-    found = memorization.Neighbours(
+    found = neighbours.Neighbours(
         *(a.reshape(*samples.shape[:2], -1) for a in search(flat))
     )
     null = np.nan
@@ -184,7 +184,7 @@ def _spacing_time(parts, threshold):
     that the truth denoises from there on stays within a third of the spacing.
     """
     x = np.asarray(parts.splits.train.x)
-    spacing = memorization.neighbours(x, x).distances[:, 1].mean()
+    spacing = neighbours.nearest(x, x).distances[:, 1].mean()
     times = parts.times[::-1]
     noise = jax.vmap(functools.partial(process.noise_to_signal, parts.process))(times)
     return np.interp(threshold * spacing, noise * math.sqrt(x[0].size), times)

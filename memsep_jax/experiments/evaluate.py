@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import checkpoint, data, memorization, parallel
+from memsep_jax import checkpoint, data, memorization, neighbours, parallel
 from memsep_jax.experiments import record, report, setup
 
 PAIRS = 12  # samples in each group of the report's pairs
@@ -93,7 +93,7 @@ def evaluate(config, parts, session, generate, weights, about: dict):
         train_x = np.asarray(parts.splits.train.x)
         distinct = parts.splits.num_distinct
         near = min(config.memorization.near, distinct)
-        search = memorization.searcher(train_x, near, chunk)
+        search = neighbours.searcher(train_x, near, chunk)
 
         def found_in(name, x):
             def work(start, stop):
@@ -102,7 +102,7 @@ def evaluate(config, parts, session, generate, weights, about: dict):
             pieces = record.in_chunks(
                 folder / f"{name}-{near}", work, len(x), chunk, session, name
             )
-            return memorization.Neighbours(**pieces)
+            return neighbours.Neighbours(**pieces)
 
         held_out = parts.splits.held_out
         result = memorization.ratio_of(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import checkpoint, memorization, sampling
+from memsep_jax import checkpoint, neighbours, sampling
 from memsep_jax.experiments import figures, networks, record, setup, sweep, train
 from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
 
@@ -238,12 +238,12 @@ def search(config, parts, weights, find) -> dict:
     held_out = points[:0]
     if parts.splits.held_out is not None:
         held_out = np.asarray(parts.splits.held_out.x)[:count]
-    first = memorization.distinct(points)[:count]
+    first = neighbours.distinct(points)[:count]
     targets = np.concatenate([points[first], held_out])
     keys = jax.random.split(setup.keys(config.seed).evaluate, len(targets))
     drawn = np.asarray(find(weights, jnp.asarray(targets), keys))
     # Among all points that it might be: found is what is nearest by a wide margin.
-    near = memorization.neighbours(drawn, np.concatenate([points, held_out]))
+    near = neighbours.nearest(drawn, np.concatenate([points, held_out]))
     own = np.concatenate([first, len(points) + np.arange(len(held_out))])
     close = near.distances[:, 0] < config.memorization.threshold * near.distances[:, 1]
     found = close & (near.indices[:, 0] == own)

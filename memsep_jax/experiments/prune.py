@@ -14,6 +14,7 @@ from memsep_jax import (
     checkpoint,
     fidelity,
     memorization,
+    neighbours,
     parallel,
     process,
     prune,
@@ -165,7 +166,7 @@ def watcher(config, parts, generate):
     Args: generate, as `evaluate.make_generate` gives it.
     """
     mesh = parallel.make_mesh()
-    search = memorization.searcher(np.asarray(parts.splits.train.x))
+    search = neighbours.searcher(np.asarray(parts.splits.train.x))
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
     null, real = None, None
     if held_out is not None and len(held_out.x) > 3:

@@ -301,7 +301,7 @@ def build(config) -> Parts:
         wrong.append(
             "the memorization ratio needs two distinct training points and got "
             f"{splits.num_distinct}: raise data.num_examples, or measure the distance "
-            "to the nearest one at the prompt (memorization.neighbours with k=1)"
+            "to the nearest one at the prompt (neighbours.nearest with k=1)"
         )
     if wrong:
         raise ConfigError(

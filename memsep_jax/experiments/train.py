@@ -20,6 +20,7 @@ from memsep_jax import (
     gap,
     memorization,
     mixture,
+    neighbours,
     parallel,
     process,
     train,
@@ -402,7 +403,7 @@ class _Watcher:
     def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
         self.generate = generate
-        self.search = memorization.searcher(parts.splits.train.x)
+        self.search = neighbours.searcher(parts.splits.train.x)
         self._losses = jax.jit(make_losses(config, parts))
         points = config.run.evaluate_points
         splits = parts.splits

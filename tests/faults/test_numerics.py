@@ -21,6 +21,7 @@ from memsep_jax import (
     experiments,
     fidelity,
     memorization,
+    neighbours,
     process,
     prune,
     sampling,
@@ -334,7 +335,7 @@ def test_c36_neighbours_do_not_depend_on_chunks_or_order(n, m, chunk, block, see
     nearest = np.argsort(np.sum(gaps**2, axis=2), axis=1, kind="stable")[:, :2]
     order = rng.permutation(n)
     for rows in (np.arange(n), order):
-        search = memorization.searcher(train_x[rows], 2, chunk, block)
+        search = neighbours.searcher(train_x[rows], 2, chunk, block)
         found = search(samples)
         np.testing.assert_allclose(found.distances, exact, rtol=1e-5)
         np.testing.assert_array_equal(rows[found.indices], nearest)
@@ -347,7 +348,7 @@ def test_c37_an_exact_copy_has_distance_zero_and_the_right_index():
     train_x = points(400, 3_072)
     train_x[300] = train_x[17]  # of equal ones, the first
     rows = np.array([0, 17, 300, 255, 256, 399])
-    found = memorization.neighbours(train_x[rows], train_x, k=2, chunk=4)
+    found = neighbours.nearest(train_x[rows], train_x, k=2, chunk=4)
     np.testing.assert_array_equal(found.distances[:, 0], 0)
     np.testing.assert_array_equal(found.indices[:, 0], [0, 17, 17, 255, 256, 399])
     assert (found.distances[:, 1] > 1).all() and np.isfinite(found.distances).all()
@@ -359,7 +360,7 @@ def test_c37_a_near_copy_has_the_distance_of_float64(eps):
     rows = np.arange(0, 300, 29)
     noise = np.random.default_rng(3).standard_normal((len(rows), 3_072))
     samples = (train_x[rows] + eps * noise / np.sqrt(3_072)).astype(np.float32)
-    found = memorization.neighbours(samples, train_x)
+    found = neighbours.nearest(samples, train_x)
     np.testing.assert_array_equal(found.indices[:, 0], rows)
     exact = np.linalg.norm(samples.astype(np.float64) - train_x[rows], axis=1)
     np.testing.assert_allclose(found.distances[:, 0], exact, rtol=1e-3)
@@ -372,7 +373,7 @@ def test_c37_a_near_copy_has_the_distance_of_float64(eps):
 
 def test_c37_ties_go_to_the_lowest_index():
     square = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]], np.float32)
-    found = memorization.neighbours(np.zeros((1, 2), np.float32), square, k=4)
+    found = neighbours.nearest(np.zeros((1, 2), np.float32), square, k=4)
     np.testing.assert_array_equal(found.indices, [[0, 1, 2, 3]])
 
 
@@ -408,14 +409,14 @@ def test_c39_one_point_has_no_second_neighbour():
     one, samples = points(1, 4), points(3, 4, seed=1)
     with pytest.raises(ValueError, match="two distinct training points and got 1"):
         memorization.ratio(samples, np.repeat(one, 3, axis=0))
-    found = memorization.neighbours(samples, one, k=1)  # the plain distance works
+    found = neighbours.nearest(samples, one, k=1)  # the plain distance works
     expected = np.linalg.norm(samples - one, axis=1, keepdims=True)
     np.testing.assert_allclose(found.distances, expected, rtol=1e-6)
 
 
 def test_c39_more_neighbours_than_points_are_refused():
     with pytest.raises(ValueError, match="k=5 neighbours were asked of 4 distinct"):
-        memorization.searcher(points(4, 3), k=5)
+        neighbours.searcher(points(4, 3), k=5)
 
 
 @pytest.mark.parametrize("n", [2])
