@@ -282,12 +282,11 @@ def _page(workdir, numbers, images):
 
 def _render(template, **values):
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=percent, between=between, zip=zip)
-    text = Path(__file__).with_name(template).read_text("utf-8")
-    return environment.from_string(text).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def _settings(config):
