@@ -38,10 +38,10 @@ def frechet(a, b, warn: bool = True) -> float:
             len(b),
             SMALL,
         )
-    gap = a.mean(axis=0) - b.mean(axis=0)
+    (mean_a, x), (mean_b, y) = _factor(a), _factor(b)
+    gap = mean_a - mean_b
     # Tr (S_a S_b)^(1/2) is the nuclear norm of X Y', X'X = S_a and Y'Y = S_b: no
     # square root of a matrix that rounding made complex, and never more than the rest.
-    x, y = _factor(a), _factor(b)
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return float(max(0.0, gap @ gap + np.sum(x**2) + np.sum(y**2) - 2 * cross))
 
@@ -59,8 +59,14 @@ def precision_recall(a, b, k: int = 3) -> tuple[float, float]:
     Source: Kynkaanniemi 2019, section 2.
     """
     a, b = _features("precision_recall", a, b, k + 1, _others(k))
-    (held, _), (held_b, _) = _balls(a, b, k), _balls(b, a, k)
-    return float(np.mean(held > 0)), float(np.mean(held_b > 0))
+    radii_a, radii_b = _radii(a, k), _radii(b, k)
+    like_b, like_a = np.zeros(len(a), bool), np.zeros(len(b), bool)
+    for i, j in _tiles(a, b):
+        limits = radii_a[i, None], radii_b[None, j]
+        squares = _decided(a[i], b[j], *limits)
+        like_b[i] |= np.any(squares <= limits[1], axis=1)
+        like_a[j] |= np.any(squares <= limits[0], axis=0)
+    return float(like_b.mean()), float(like_a.mean())
 
 
 def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
@@ -76,8 +82,12 @@ def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
     Source: Naeem 2020, section 3.
     """
     a, b = _features("density_coverage", a, b, k + 1, _others(k))
-    held, holds = _balls(a, b, k)
-    return float(np.mean(held) / k), float(np.mean(holds > 0))
+    radii, held, holds = _radii(b, k), 0, np.zeros(len(b), bool)
+    for i, j in _tiles(a, b):
+        inside = _decided(a[i], b[j], radii[None, j]) <= radii[None, j]
+        held += int(inside.sum())
+        holds[j] |= inside.any(axis=0)
+    return held / (k * len(a)), float(holds.mean())
 
 
 def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
@@ -97,7 +107,10 @@ def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     size, rng = min(size, len(a), len(b)), np.random.default_rng(seed)
 
     def mmd2():
-        x, y = (c[rng.choice(len(c), size, replace=False)] for c in (a, b))
+        x, y = (
+            c[rng.choice(len(c), size, replace=False)].astype(np.float64)
+            for c in (a, b)
+        )
         # Unbiased: no point is compared with itself.
         own = sum(_kernel_sum(c, c) - _cube(np.sum(c**2, axis=1), c) for c in (x, y))
         return own / (size * (size - 1)) - 2 * _kernel_sum(x, y) / size**2
@@ -106,9 +119,39 @@ def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     return Kid(float(np.mean(found)), float(np.std(found)))
 
 
+def vendi(a) -> float:
+    """How many samples that share nothing are as diverse as these: 1 .. n.
+
+    The exponential of the entropy of the eigenvalues of K / n, where K holds the
+    cosines of all pairs. It sees no reference: noise is diverse.
+
+    Args: a [n, d] features.
+    Raises: ValueError: no sample, values not finite, or a sample with no direction.
+    Source: Friedman and Dieng 2023, definition 3.1.
+    """
+    a, _ = _features("vendi", a, a, 1, "it needs one")
+    n, d = a.shape
+    # X X' and X'X have the same eigenvalues, but for zeros: the smaller one will do.
+    if n <= d:
+        x = _unit(a)
+        gram = x @ x.T
+    else:
+        gram = np.zeros((d, d))
+        for i in _slices(a):
+            x = _unit(a[i])
+            gram += x.T @ x
+    values = np.linalg.eigvalsh(gram / n)
+    values = values[values > 0]
+    return float(np.exp(-np.sum(values * np.log(values))))
+
+
 def _features(name, a, b, least, why):
-    """a and b in float64, once it is sure that they can be compared."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    """a and b as arrays, once it is sure that they can be compared.
+
+    As they are given: 50,000 x 2,048 of them in float64 are 0.8 GB. What is computed
+    from them is converted tile by tile.
+    """
+    a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[1] == b.shape[1]:
         raise ValueError(
             f"{name} takes features [n, k] and [m, k], not {a.shape} and {b.shape}"
@@ -127,12 +170,16 @@ def _others(k):
 
 
 def _factor(a):
-    """[r, k] with factor' factor = the covariance of a; r at most k."""
-    centred = (a - a.mean(axis=0)) / np.sqrt(len(a) - 1)
+    """The mean [k], and [r, k] with factor' factor = the covariance; r at most k."""
+    mean, scale = a.mean(axis=0, dtype=np.float64), np.sqrt(len(a) - 1)
     if len(a) <= a.shape[1]:
-        return centred
-    values, vectors = np.linalg.eigh(centred.T @ centred)
-    return np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+        return mean, (a - mean) / scale
+    covariance = np.zeros((a.shape[1], a.shape[1]))
+    for i in _slices(a):
+        centred = (a[i] - mean) / scale
+        covariance += centred.T @ centred
+    values, vectors = np.linalg.eigh(covariance)
+    return mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
 
 
 def _cube(products, x):
@@ -145,35 +192,47 @@ def _kernel_sum(x, y):
     return sum(_cube(x[i] @ y[j].T, x) for i, j in _tiles(x, y))
 
 
-def _balls(points, centres, k):
-    """How many balls hold each point [n]; how many points each ball holds [m]."""
-    radii = _radii(centres, k)
-    held, holds = np.zeros(len(points), int), np.zeros(len(centres), int)
-    for i, j in _tiles(points, centres):
-        squares, slack = _squares(points[i], centres[j])
-        doubt = np.abs(squares - radii[j]) <= slack
-        squares[doubt] = _direct(points[i], centres[j], doubt)
-        inside = squares <= radii[j]
-        held[i] += inside.sum(axis=1)
-        holds[j] += inside.sum(axis=0)
-    return held, holds
+def _unit(a):
+    """Rows of length 1."""
+    norms = np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True)
+    if not norms.all():
+        raise ValueError(
+            "vendi: the features of a sample are all 0, so it has no direction: leave "
+            "it out, or centre the features"
+        )
+    return a / norms
 
 
 def _radii(points, k):
     """Squared distance of each point to its k-th nearest other.   [n, d] -> [n]."""
     best = np.full((len(points), k), np.inf)
     for i, j in _tiles(points, points):
+        if i.start > j.start:
+            continue  # seen from the other side
         squares, slack = _squares(points[i], points[j])
         if i == j:
             np.fill_diagonal(squares, np.inf)
-        at_most = np.concatenate([best[i], squares + slack], axis=1)
+        best[i] = _nearer(best[i], points[i], points[j], squares, slack)
+        if i != j:
+            best[j] = _nearer(best[j], points[j], points[i], squares.T, slack.T)
+    return best.max(axis=1)
+
+
+def _nearer(best, x, y, squares, slack):
+    """The k smallest of best [n, k] and of the squares [n, m] of x and y."""
+    k = best.shape[1]
+    limit = best.max(axis=1, keepdims=True)
+    if np.isinf(limit).any():
+        at_most = np.concatenate([best, squares + slack], axis=1)
         limit = np.partition(at_most, k - 1, axis=1)[:, k - 1 : k]
-        near = squares - slack < limit
-        squares = np.where(near, squares, np.inf)
-        squares[near] = _direct(points[i], points[j], near)
-        merged = np.concatenate([best[i], squares], axis=1)
-        best[i] = np.partition(merged, k - 1, axis=1)[:, :k]
-    return best[:, k - 1]
+    near = squares - slack < limit
+    # Few, and so their rows are packed to the left before they are sorted.
+    i, j = np.nonzero(near)
+    counts = np.bincount(i, minlength=len(x))
+    found = np.full((len(x), counts.max()), np.inf)
+    found[i, np.arange(len(i)) - (np.cumsum(counts) - counts)[i]] = _direct(x, y, i, j)
+    merged = np.concatenate([best, found], axis=1)
+    return np.partition(merged, k - 1, axis=1)[:, :k]
 
 
 # A copy on the rim of a ball is inside, so rounding may not decide. Distances come from
@@ -181,31 +240,57 @@ def _radii(points, k):
 # again by differences: 0 for equal points, and equal for equal pairs in any order.
 
 
+def squared_distances(x, y):
+    """|x_i - y_j|^2 in float64 by a matrix product, with relative errors below 1e-6.
+
+    Args: x [n, d], y [m, d].   Returns: [n, m]; 0 for copies.
+    """
+    found, slack = _squares(x, y)
+    i, j = np.nonzero(found < 1e6 * slack)
+    found[i, j] = _direct(x, y, i, j)
+    return found
+
+
+def _decided(x, y, *limits):
+    """|x_i - y_j|^2 [n, m], right on which side of each limit they are."""
+    squares, slack = _squares(x, y)
+    doubt = np.any([np.abs(squares - limit) <= slack for limit in limits], axis=0)
+    i, j = np.nonzero(doubt)
+    squares[i, j] = _direct(x, y, i, j)
+    return squares
+
+
+def _slices(x):
+    return [slice(i, i + TILE) for i in range(0, len(x), TILE)]
+
+
 def _tiles(x, y):
     """Pairs of slices that cover [n, m]."""
-    rows, columns = (
-        [slice(i, i + TILE) for i in range(0, len(c), TILE)] for c in (x, y)
-    )
-    return product(rows, columns)
+    return product(_slices(x), _slices(y))
 
 
 def _squares(x, y):
     """|x_i - y_j|^2 by a matrix product, and a bound on its rounding; both [n, m]."""
-    centre = y.mean(axis=0)  # distances do not change, and rounding shrinks
+    # Distances do not change when all is centred, and rounding shrinks.
+    centre = y.mean(axis=0, dtype=np.float64)
     x, y = x - centre, y - centre
-    norms = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1)
+    norms = _norms(x)[:, None] + _norms(y)
     # Each of d + 4 roundings, of the product and of the differences, at its worst.
     limits = np.finfo(np.float64)
     slack = 4 * (x.shape[1] + 4) * limits.eps * norms + limits.tiny
-    return norms - 2 * x @ y.T, slack
+    norms -= 2 * (x @ y.T)
+    return norms, slack
 
 
-def _direct(x, y, where):
-    """|x_i - y_j|^2 by differences, in the order of where [n, m] bool."""
-    i, j = np.nonzero(where)
+def _norms(x):
+    return np.einsum("ij,ij->i", x, x)
+
+
+def _direct(x, y, i, j):
+    """|x_i - y_j|^2 by differences, for each pair of i [p] and j [p]."""
     found = np.empty(len(i))
     step = max(1, TILE**2 // x.shape[1])
     for s in range(0, len(i), step):
-        gaps = x[i[s : s + step]] - y[j[s : s + step]]
+        gaps = x[i[s : s + step]].astype(np.float64) - y[j[s : s + step]]
         found[s : s + step] = np.sum(gaps**2, axis=1)
     return found

@@ -3,6 +3,10 @@
 A sample is memorized when its nearest training point is closer than a third of the
 distance to the second nearest *distinct* one. The rate of held-out points is the null
 level: what honest samples would score.
+
+In this order: the ratio and its excess over the null level, mirror images; calibrated
+and tiled distances; AuthPct, C_T and FLD, three tests of copying; what was emitted; how
+many points a model can memorize; two models, one noise.
 """
 
 from typing import NamedTuple
@@ -10,11 +14,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from memsep_jax.fidelity import squared_distances
 from memsep_jax.neighbours import Neighbours, distinct, searcher
 
 RATIO = 1 / 3
 BEGUN = 0.05  # the share of copies from which a run copies at all
 ROUNDING = 1e-12  # of means: it must not decide whether a level is reached
+FLOOR, CEILING = -40.0, 20.0  # of log-variances, as in the program of FLD's authors
+NEARER = 0.9  # of its distance: how far the base term of FLD moves a point to the mean
+PAIRS = 2**20  # looked at together: 8 MB an array
 
 
 class Ratio(NamedTuple):
@@ -109,6 +117,68 @@ def wilson(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return float(min(max(low, 0.0), share)), float(max(min(high, 1.0), share))
 
 
+def excess(count: int, total: int, null_count: int, null_total: int):
+    """How far the ratio is above its null level, and a 95 % interval of that.
+
+    Args: copies among the samples, and among held-out points.
+    Returns: the difference, (low, high).
+    Source: Newcombe 1998 (Statistics in Medicine 17, 873), method 10: the hybrid of
+      two Wilson intervals.
+    """
+    low, high = wilson(count, total)
+    null_low, null_high = wilson(null_count, null_total)
+    share, null = count / total, null_count / null_total
+    value = share - null
+    down = np.hypot(share - low, null_high - null)
+    up = np.hypot(high - share, null - null_low)
+    return value, (float(value - down), float(value + up))
+
+
+def _below(found, threshold):
+    return found.distances[:, 0] < threshold * found.distances[:, 1]
+
+
+# A copy in a mirror is a copy.
+
+
+class Mirrored(NamedTuple):
+    """Neighbours, of each image or of its mirror image."""
+
+    distances: np.ndarray  # [m, k]
+    indices: np.ndarray  # [m, k]
+    flipped: np.ndarray  # bool [m]: the mirror image is the nearer one
+
+
+def with_flips(search):
+    """A search that looks at each image and at its mirror image, left for right.
+
+    It keeps the answer with the smaller d1, that of the image itself on ties. Held-out
+    points are to be searched so too: two looks find more than one.
+
+    Args: search: samples -> Neighbours, as `neighbours.searcher` makes it.
+    Returns: samples [m, h, w, c] -> Mirrored.
+    """
+
+    def found(samples) -> Mirrored:
+        samples = np.asarray(samples)
+        if samples.ndim != 4:
+            raise ValueError(
+                f"samples of shape {samples.shape} have no mirror images: flips are "
+                "for images [m, h, w, c]"
+            )
+        plain, mirrored = search(samples), search(samples[:, :, ::-1])
+        flipped = mirrored.distances[:, 0] < plain.distances[:, 0]
+        distances, indices = (
+            np.where(flipped[:, None], *of) for of in zip(mirrored, plain, strict=True)
+        )
+        return Mirrored(distances, indices, flipped)
+
+    return found
+
+
+# Distances that see what the plain one does not.
+
+
 def calibrated_l2(distances, alpha: float = 0.5):
     """d_1 / (alpha mean_{y in S} ||g - y||): small where a sample is a copy.
 
@@ -120,8 +190,344 @@ def calibrated_l2(distances, alpha: float = 0.5):
     return np.divide(distances[:, 0], mean, out=np.zeros_like(mean), where=mean > 0)
 
 
-def _below(found, threshold):
-    return found.distances[:, 0] < threshold * found.distances[:, 1]
+def tiled_l2(a, b, tiles: int = 4):
+    """The largest distance of two tiles in one place, of tiles x tiles.
+
+    Images that share a background are near by the plain distance; here they must be
+    alike in all places. In the units of `neighbours`; the paper's are these over the
+    root of the numbers in a tile.
+
+    Args: a, b [m, h, w, c], pair by pair: numbers, or uint8 pixels both.
+    Returns: [m].
+    Raises: ValueError: shapes or units that differ, or sides that `tiles` does not
+      divide.
+    Source: Carlini 2023, section 4.2.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    pixels = a.dtype == np.uint8
+    if a.ndim != 4 or a.shape != b.shape or pixels != (b.dtype == np.uint8):
+        raise ValueError(
+            f"tiles of pairs of images [m, h, w, c], not of {a.shape} {a.dtype} and "
+            f"{b.shape} {b.dtype}: both of one shape, and uint8 pixels with none else"
+        )
+    m, h, w, c = a.shape
+    if tiles < 1 or h % tiles or w % tiles:
+        raise ValueError(
+            f"tiles={tiles} must divide both sides of {h} x {w} images: "
+            f"{np.gcd(h, w)} does, and what divides that"
+        )
+    gaps = np.subtract(a, b, dtype=np.float64) / (127.5 if pixels else 1)
+    squares = (gaps**2).reshape(m, tiles, h // tiles, tiles, w // tiles, c)
+    return np.sqrt(squares.sum(axis=(2, 4, 5)).max(axis=(1, 2)))
+
+
+class Tiled(NamedTuple):
+    """The candidate that is nearest by `tiled_l2`."""
+
+    distances: np.ndarray  # [m]
+    indices: np.ndarray  # [m] into the training data
+
+
+def nearest_tiled(samples, data, indices, tiles: int = 4, chunk: int = 256) -> Tiled:
+    """Of the neighbours by the plain distance, the nearest by the tiled one.
+
+    Others are not looked at: what is alike in all places is near as a whole. Memory
+    grows with chunk x h w c.
+
+    Args: samples [m, h, w, c], data [n, h, w, c], indices [m, k] of the candidates,
+      the first of which wins a tie.
+    Raises: as `tiled_l2`.
+    """
+    samples, data, indices = (np.asarray(a) for a in (samples, data, indices))
+    distances = np.empty(indices.shape)
+    for i in range(0, len(samples), chunk):
+        some = slice(i, i + chunk)
+        for j, of in enumerate(indices[some].T):
+            distances[some, j] = tiled_l2(samples[some], data[of], tiles)
+    first = distances.argmin(axis=1)[:, None]
+    return Tiled(*(np.take_along_axis(a, first, 1)[:, 0] for a in (distances, indices)))
+
+
+# Tests of copying.
+
+
+def authentic(found: Neighbours, own):
+    """Whether a sample is farther from its nearest point than that is from the others.
+
+    g is authentic iff d(g, x*) > d(x*, nearest other training point); a tie is not.
+    AuthPct is 100 times the mean; its null level is that of held-out points. Others are
+    *distinct* ones: to a point that occurs twice its own copy says nothing.
+
+    Args:
+      found: of the samples [m, k].
+      own: [n] from each training point to its nearest distinct other: with k = 2, the
+        second distance of the training set searched in itself.
+    Returns: bool [m].
+    Source: Alaa 2022 (arXiv 2102.08921).
+    """
+    return found.distances[:, 0] > np.asarray(own)[found.indices[:, 0]]
+
+
+class Copying(NamedTuple):
+    """C_T: far below 0 where samples copy, far above where they do not reach."""
+
+    value: float
+    error: float  # its standard deviation where both are of one law
+    cells: np.ndarray  # [c] that counted
+    scores: np.ndarray  # [c] z of each
+    weights: np.ndarray  # [c] summing to 1
+    left_out: np.ndarray  # cells with too few samples, or with no held-out point
+
+
+def copying_test(
+    generated, generated_cells, held_out, held_out_cells, least: int = 20
+) -> Copying:
+    """C_T: are samples nearer to the training set than held-out points are?
+
+    In each cell, the Mann-Whitney U of distances to the training set, as the z-score
+    of one law with ties corrected for; their mean, weighted by the held-out points.
+
+    Args:
+      generated [m], held_out [l]: distances to the nearest training point.
+      generated_cells [m], held_out_cells [l]: whole numbers, the region of space that
+        each is in; the paper's are of k-means on the training set.
+      least: samples that a cell must have to count.
+    Raises: ValueError: no cell counts, or lengths that differ.
+    Source: Meehan 2020 (arXiv 2004.05675).
+    """
+    generated, held_out = np.asarray(generated, float), np.asarray(held_out, float)
+    generated_cells, held_out_cells = (
+        np.asarray(a) for a in (generated_cells, held_out_cells)
+    )
+    shapes = [len(a) for a in (generated, generated_cells, held_out, held_out_cells)]
+    if shapes[::2] != shapes[1::2]:
+        raise ValueError(
+            f"{shapes[0]} and {shapes[2]} distances with {shapes[1]} and {shapes[3]} "
+            "cells: each distance needs the cell of its point"
+        )
+    cells, scores, weights, left_out = [], [], [], []
+    for cell in np.union1d(generated_cells, held_out_cells):
+        x, y = generated[generated_cells == cell], held_out[held_out_cells == cell]
+        if len(x) < max(least, 1) or not len(y):
+            left_out.append(cell)
+            continue
+        cells.append(cell)
+        scores.append(_mann_whitney(x, y))
+        weights.append(len(y))
+    if not cells:
+        raise ValueError(
+            f"none of {len(left_out)} cells holds {least} of {len(generated)} samples "
+            f"and one of {len(held_out)} held-out points: use fewer cells, or more "
+            "samples"
+        )
+    shares = np.array(weights) / np.sum(weights)
+    return Copying(
+        float(shares @ scores),
+        float(np.sqrt(np.sum(shares**2))),
+        np.array(cells),
+        np.array(scores),
+        shares,
+        np.array(left_out, generated_cells.dtype),
+    )
+
+
+def _mann_whitney(x, y):
+    """The z-score of U, the number of pairs with x_i > y_j; ties count a half."""
+    m, both = len(x), len(x) + len(y)
+    _, place, times = np.unique(
+        np.concatenate([x, y]), return_inverse=True, return_counts=True
+    )
+    ranks = np.cumsum(times) - (times - 1) / 2
+    u = ranks[place[:m]].sum() - m * (m + 1) / 2
+    pairs, ties = m * (both - m), np.sum(times.astype(float) ** 3 - times)
+    variance = pairs / 12 * (both + 1 - ties / (both * (both - 1)))
+    return (u - pairs / 2) / np.sqrt(variance) if variance > 0 else 0.0
+
+
+class FeatureLikelihood(NamedTuple):
+    """FLD, in hundredths of a nat per dimension; 0 is as good as training points."""
+
+    fld: float  # of held-out points
+    fld_train: float
+    gap: float  # fld_train - fld: far below 0 where samples copy
+    offset: float  # NLL per dimension of held-out points, of the mixture at fld = 0
+    log_variances: np.ndarray  # [m] fitted: the smallest are those of copies
+
+
+def feature_likelihood(train, held_out, generated, seed: int = 0) -> FeatureLikelihood:
+    """FLD: how likely held-out features are, of Gaussians at the generated ones.
+
+    The variance of each Gaussian is fitted to the training set, by EM. One at a copy
+    becomes narrow: good for the training set and not for held-out points. While they
+    are fitted there is a base term beside them, so that training points that no sample
+    is near to need not be explained; what is measured is without it. A perfect model
+    has a gap a little below 0, for the fit is to one of the two sets. FLD is 0 where
+    half of the training set, fitted to the other half, would be as good. It depends on
+    m: compare at equal numbers. A gap below -1,000 has no size: it says "copies".
+
+    As the authors' program has it (normalised by the held-out set; variances started at
+    the nearest training point; the base term), but for its 50 steps of Adam.
+
+    Args:
+      train [n, d], held_out [l, d], generated [m, d]: features.
+      seed: of the halves of the training set.
+    Raises: ValueError: shapes that differ, values not finite, fewer than two points.
+    Source: Jiralerspong 2023 (arXiv 2302.04440).
+    """
+    sets = [np.asarray(a) for a in (train, held_out, generated)]
+    if {a.shape[1:] for a in sets} != {(sets[0].shape[-1],)} or not sets[0].shape[-1]:
+        raise ValueError(f"features [n, d], not of shapes {[a.shape for a in sets]}")
+    if min(len(a) for a in sets) < 2:
+        raise ValueError(
+            f"FLD of {' and '.join(str(len(a)) for a in sets)} features: it takes two "
+            "training, held-out and generated points, and means little below hundreds"
+        )
+    if not all(np.isfinite(a).all() for a in sets):
+        raise ValueError("features hold NaN or infinite values: find where they arose")
+    mean = sets[1].mean(axis=0, dtype=np.float64)
+    scale = sets[1].std(axis=0, ddof=1, dtype=np.float64)
+    scale = np.where(scale > 0, scale, 1)
+    train, held_out, generated = ((a - mean) / scale for a in sets)
+    log_variances = _fit(generated, train)
+    order = np.random.default_rng(seed).permutation(len(train))
+    half = min(len(generated), len(train) // 2)
+    one, other = train[order[:half]], train[order[half:]]
+    offset = _nll(one, _fit(one, other), held_out)
+    fld, fld_train = (
+        100 * (_nll(generated, log_variances, a) - offset) for a in (held_out, train)
+    )
+    return FeatureLikelihood(fld, fld_train, fld_train - fld, offset, log_variances)
+
+
+def _fit(centres, points, steps: int = 1_000, tolerance: float = 1e-9):
+    """Log-variances [m] of Gaussians at the centres: most likely, for these points.
+
+    EM with weights 1 / m, and 1 for the base term: about the mean of the points, with
+    a variance of its own. It ends where a step gains less than the tolerance, in nats
+    per dimension and point.
+    """
+    d, m = points.shape[1], len(centres)
+    base = NEARER**2 * np.sum((points - points.mean(axis=0)) ** 2, axis=1)
+    nearest = np.min([s.min(axis=0) for _, s in _rows(points, centres)], axis=0)
+    logs = np.append(np.log((nearest + 1e-3) / d), 0.0)
+    log_weights = np.append(np.full(m, -np.log(m)), 0.0)
+    before = -np.inf
+    for _ in range(steps):
+        logs, total = np.clip(logs, FLOOR, CEILING), 0.0
+        weights, sums = np.zeros((2, m + 1))
+        for i, squares in _rows(points, centres):
+            squares = np.concatenate([squares, base[i, None]], axis=1)
+            shares, likelihood = _softmax(_log_normal(squares, logs, d) + log_weights)
+            total += likelihood.sum() / (d * len(points))
+            weights += shares.sum(axis=0)
+            sums += np.einsum("ij,ij->j", shares, squares)
+        # Where no point has a share the likelihood is flat: the variance stays.
+        seen = weights > 1e-290
+        with np.errstate(divide="ignore"):
+            logs[seen] = np.log(sums[seen] / (d * weights[seen]))
+        if total - before < tolerance:
+            break
+        before = total
+    return np.clip(logs, FLOOR, CEILING)[:-1]
+
+
+def _nll(centres, logs, points):
+    """-log p per dimension, the mean over points."""
+    d, total = points.shape[1], 0.0
+    for _, squares in _rows(points, centres):
+        total += _softmax(_log_normal(squares, logs, d))[1].sum()
+    return float((np.log(len(centres)) - total / len(points)) / d)
+
+
+def _rows(points, centres):
+    """Slices of the points, with their squared distances to all centres."""
+    step = max(1, PAIRS // len(centres))
+    for start in range(0, len(points), step):
+        i = slice(start, start + step)
+        yield i, squared_distances(points[i], centres)
+
+
+def _log_normal(squares, logs, d):
+    """Log-densities [n, m] at squared distances [n, m], of log-variances [m]."""
+    return -(squares * np.exp(-logs) + d * (logs + np.log(2 * np.pi))) / 2
+
+
+def _softmax(logits):
+    """Along rows: shares [n, m], and the logarithms of their sums [n]."""
+    top = logits.max(axis=1, keepdims=True)
+    shares = np.exp(logits - top)
+    sums = shares.sum(axis=1, keepdims=True)
+    return shares / sums, (top + np.log(sums))[:, 0]
+
+
+# What was emitted.
+
+
+class Emission(NamedTuple):
+    """Which training points came out, and how often."""
+
+    points: np.ndarray  # [e] indices of those emitted
+    counts: np.ndarray  # [e] copies of each
+    distinct: int  # e
+    coverage: float  # of the distinct training set
+
+
+def emitted(nearest, memorized, n: int) -> Emission:
+    """The distinct training points that samples are copies of.
+
+    Args:
+      nearest: [m] index of the nearest training point.   memorized: bool [m].
+      n: distinct training points.
+    Raises: ValueError: more points emitted than there are.
+    """
+    points, counts = np.unique(
+        np.asarray(nearest)[np.asarray(memorized, bool)], return_counts=True
+    )
+    if n < max(1, len(points)):
+        raise ValueError(
+            f"{len(points)} training points emitted of n={n} distinct ones: give the "
+            "number that was searched"
+        )
+    return Emission(points, counts, len(points), len(points) / n)
+
+
+def rarefaction(counts, total: int, sizes, n: int):
+    """How many distinct training points s samples would emit.
+
+    Fewer samples than there are: the exact mean over subsets. More: extrapolated from
+    the points that came out once and twice, to a lower bound of what has not come out,
+    and at most n; to be believed up to about twice as many samples.
+
+    Args:
+      counts: [e] copies of each point emitted.   total: samples, copies or not.
+      sizes: [s] numbers of samples.   n: distinct training points.
+    Returns: [s].
+    Raises: ValueError: counts beyond the total or n, or negative sizes.
+    Source: Hurlbert 1971; Chao 1984; Chao and Jost 2012.
+    """
+    counts, sizes = np.asarray(counts, int), np.asarray(sizes, float)
+    counts = counts[counts > 0]
+    if total < max(1, counts.sum()) or len(counts) > n or (sizes < 0).any():
+        raise ValueError(
+            f"{counts.sum()} copies of {len(counts)} points in total={total} samples, "
+            f"of n={n} points, for sizes={sizes.tolist()}: copies are samples, emitted "
+            "points are training points, and no size is negative"
+        )
+    times, points = np.unique(counts, return_counts=True)
+    once, twice = (int(np.sum(counts == c)) for c in (1, 2))
+    unseen = once**2 / (2 * twice) if twice else once * (once - 1) / 2
+    unseen = min((total - 1) / total * unseen, n - len(counts))
+    drawn = np.arange(times.max(initial=0))
+
+    def expected(s):
+        if s > total:
+            more = 1 - once / (total * unseen + once) if unseen else 1.0
+            return len(counts) + unseen * (1 - more ** (s - total))
+        # All c copies of a point are missed: (total - c choose s) / (total choose s).
+        missed = np.cumprod(np.maximum(total - s - drawn, 0) / (total - drawn))
+        return np.sum(points * (1 - missed[times - 1]))
+
+    return np.array([expected(s) for s in sizes])
 
 
 # How many points a model can memorize.

@@ -1,11 +1,16 @@
-"""Quality of samples against closed forms, definitions in loops, and scipy."""
+"""Quality of samples: closed forms, definitions in loops, scipy, scikit-learn, prdc."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
 
 from memsep_jax import fidelity
 
@@ -43,6 +48,17 @@ def test_it_is_the_matrix_square_root_of_the_definition(n):
     truth = gap @ gap + np.trace(s_a + s_b) - 2 * cross
     np.testing.assert_allclose(fidelity.frechet(a, b), truth, rtol=1e-6)
     np.testing.assert_allclose(fidelity.frechet(b, a), truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("n, d", [(30, 100), (300, 20)])
+def test_a_set_is_at_distance_zero_from_itself_whatever_its_covariance(n, d, offset):
+    """Fewer points than features, constant features, one point many times."""
+    x = np.random.default_rng(0).normal(size=(n, d)) + offset
+    x[:, :5] = offset
+    for a in (x, x.astype(np.float32), np.tile(x[:1], (9, 1))):
+        for b in (a, a[::-1]):
+            assert 0 <= fidelity.frechet(a, b) < 1e-9 * (1 + offset)
 
 
 # Precision and recall, density and coverage.
@@ -151,6 +167,49 @@ def test_coverage_of_one_law_is_that_of_its_lemma():
     assert np.all(np.abs(np.mean(found, axis=0) - truth) < 4 * error)
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_balls_are_those_of_scikit_learn(k):
+    rng = np.random.default_rng(k)
+    a, b = rng.normal(size=(150, 16)), 0.1 + 1.1 * rng.normal(size=(180, 16))
+    a, b = (c.astype(np.float32) for c in (a, b))
+    between = np.linalg.norm(a[:, None].astype(float) - b[None], axis=2)
+    radii = [
+        NearestNeighbors(n_neighbors=k).fit(c.astype(float)).kneighbors()[0][:, -1]
+        for c in (a, b)
+    ]
+    near_b, near_a = between <= radii[1], between <= radii[0][:, None]
+    truth = near_b.any(axis=1).mean(), near_a.any(axis=0).mean()
+    assert all(0 < share < 1 for share in truth)
+    assert fidelity.precision_recall(a, b, k) == pytest.approx(truth, rel=1e-12)
+    truth = near_b.sum() / (k * 150), near_b.any(axis=0).mean()
+    assert fidelity.density_coverage(a, b, k) == pytest.approx(truth, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_balls_are_those_of_the_program_of_their_authors(k, capsys):
+    prdc = pytest.importorskip("prdc", reason="a program to compare with")
+    rng = np.random.default_rng(k)
+    a, b = rng.normal(size=(200, 32)), 0.1 + 1.1 * rng.normal(size=(250, 32))
+    theirs = prdc.compute_prdc(b, a, nearest_k=k)
+    capsys.readouterr()  # it prints
+    ours = fidelity.precision_recall(a, b, k) + fidelity.density_coverage(a, b, k)
+    names = ("precision", "recall", "density", "coverage")
+    assert ours == pytest.approx([theirs[name] for name in names], rel=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_squared_distances_are_exact_for_copies_and_right_near_them(offset):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 30)) + offset
+    y = x[::-1].copy()
+    y[:20] += 1e-3 * rng.normal(size=(20, 30))
+    truth = np.sum((x[:, None] - y[None]) ** 2, axis=2)
+    found = fidelity.squared_distances(x, y)
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+    np.testing.assert_array_equal(found == 0, truth == 0)
+    assert np.sum(found == 0) == 20
+
+
 # The kernel distance.
 
 
@@ -213,6 +272,86 @@ def test_kid_over_subsets_has_its_seed_its_spread_and_the_mean_of_the_whole():
     assert abs(found.value - whole) < 4 * found.std / np.sqrt(400)
 
 
+def test_kid_is_the_unbiased_estimate_of_the_kernel_of_scikit_learn():
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=(90, 12)), 0.2 + rng.normal(size=(90, 12))
+    own = [polynomial_kernel(c, c, degree=3) for c in (a, b)]  # (x.y / d + 1)^3
+    truth = sum((k.sum() - np.trace(k)) / (90 * 89) for k in own)
+    truth -= 2 * polynomial_kernel(a, b, degree=3).mean()
+    assert fidelity.kid(a, b, subsets=1).value == pytest.approx(truth, rel=1e-10)
+
+
+# Diversity.
+
+
+def test_vendi_counts_what_has_nothing_in_common():
+    """Equal points are one, orthogonal ones n; groups, exp of their shares' entropy."""
+    rng = np.random.default_rng(0)
+    point = rng.normal(size=7)
+    assert fidelity.vendi(np.tile(point, (20, 1))) == pytest.approx(1)
+    assert fidelity.vendi(point[None]) == pytest.approx(1)
+    for n, d in ((5, 9), (9, 9)):
+        directions = np.linalg.qr(rng.normal(size=(d, d)))[0][:n]
+        assert fidelity.vendi(directions) == pytest.approx(n)
+    shares = np.array([0.5, 0.3, 0.2])
+    truth = np.exp(-shares @ np.log(shares))
+    for d in (3, 40):  # more samples than features, and fewer
+        groups = np.repeat(np.eye(d)[:3], [10, 6, 4], axis=0)
+        lengths = rng.uniform(1e-3, 1e3, (20, 1))  # cosines do not see them
+        assert fidelity.vendi(groups * lengths) == pytest.approx(truth)
+
+
+@pytest.mark.parametrize("n, d", [(12, 30), (50, 8)])
+def test_vendi_is_the_entropy_of_the_kernel_of_its_definition(n, d, monkeypatch):
+    monkeypatch.setattr(fidelity, "TILE", 7)
+    x = 0.5 + np.random.default_rng(n).normal(size=(n, d))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    values = np.maximum(scipy.linalg.eigvalsh(unit @ unit.T / n), 0)
+    truth = np.exp(-np.sum(scipy.special.xlogy(values, values)))
+    assert fidelity.vendi(x) == pytest.approx(truth, rel=1e-10)
+    with pytest.raises(ValueError, match="no direction"):
+        fidelity.vendi(np.concatenate([x, np.zeros((1, d))]))
+
+
+# However it is computed.
+
+METRICS = {
+    "frechet": lambda a, b: fidelity.frechet(a, b, warn=False),
+    "precision_recall": fidelity.precision_recall,
+    "density_coverage": fidelity.density_coverage,
+    "kid": lambda a, b: fidelity.kid(a, b, subsets=2, size=50),
+    "vendi": lambda a, b: fidelity.vendi(a),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_are_of_float64_for_every_tile_and_type(name, monkeypatch):
+    rng = np.random.default_rng(8)
+    a, b = (
+        (100 + rng.normal(size=(n, 6)).round(2)).astype(np.float32) for n in (70, 60)
+    )
+    truth = METRICS[name](a.astype(np.float64), b.astype(np.float64))
+    assert METRICS[name](a, b) == pytest.approx(truth, rel=1e-12)
+    for tile in (9, 64):
+        monkeypatch.setattr(fidelity, "TILE", tile)
+        assert METRICS[name](a, b) == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_memory_does_not_grow_by_a_copy_in_float64(name, monkeypatch):
+    monkeypatch.setattr(fidelity, "TILE", 32)
+    features = np.random.default_rng(9).normal(size=(2, 700, 200)).astype(np.float32)
+
+    def peak(n):
+        tracemalloc.start()
+        METRICS[name](*features[:, :n])
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(700) - peak(250) < 8 * 450 * 200 / 2
+
+
 @pytest.mark.parametrize("score", ["precision_recall", "density_coverage", "kid"])
 def test_features_that_cannot_be_compared_are_refused(score):
     x, score_of = np.zeros((9, 4)), getattr(fidelity, score)
@@ -224,6 +363,13 @@ def test_features_that_cannot_be_compared_are_refused(score):
         score_of(x, np.where(x == 0, np.nan, x))
     with pytest.raises(ValueError, match=f"{score} of 9 against 1 samples"):
         score_of(x, x[:1])
+
+
+def test_vendi_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="vendi of 0 against 0 samples"):
+        fidelity.vendi(np.zeros((0, 4)))
+    with pytest.raises(ValueError, match="vendi: features hold NaN"):
+        fidelity.vendi(np.full((2, 4), np.nan))
 
 
 def test_counts_that_make_no_sense_are_refused():
