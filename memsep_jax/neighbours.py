@@ -1,12 +1,16 @@
 """Which training points are nearest to a sample, exactly, at the speed of a product."""
 
+import hashlib
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-CONTENDERS = 16  # beyond k, recomputed exactly; float32 ranks far more than these right
+CONTENDERS = 16  # beyond k, recomputed by differences
+DOUBTED = 8  # samples compared with every point by differences, at a time
 
 
 class Neighbours(NamedTuple):
@@ -18,101 +22,198 @@ class Neighbours(NamedTuple):
 
 def distinct(data):
     """Which rows are the first of their kind.   data [n, *e] -> sorted indices [k]."""
-    rows = np.ascontiguousarray(np.asarray(data)).reshape(len(data), -1)
-    rows = rows + np.zeros((), rows.dtype)  # -0.0 is 0.0
-    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))
-    return np.sort(np.unique(keys.ravel(), return_index=True)[1])
+    first: dict[bytes, int] = {}
+    for i, row in enumerate(np.asarray(data)):
+        row = row + np.zeros((), row.dtype)  # -0.0 is 0.0
+        first.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), i)
+    return np.array([*first.values()], int)
 
 
-def nearest(samples, data, k: int = 2, chunk: int = 256) -> Neighbours:
+def nearest(samples, data, k: int = 2, chunk: int = 1_024) -> Neighbours:
     """The k nearest distinct training points of every sample: see `searcher`."""
     return searcher(data, k, chunk)(samples)
 
 
-def searcher(data, k: int = 2, chunk: int = 256, block: int = 8_192):
+def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=None):
     """Searches the k nearest distinct training points, compiled once for its data.
 
     Contenders are found by a matrix product, block by block, and then recomputed by
     differences: an exact copy has distance 0 and the right index, at the speed of the
-    product. Memory grows with chunk x (block + k + 16) and d, never with m x n.
+    product. A sample for which the product's rounding leaves doubt is compared with
+    every point by differences: the answer is always theirs, the lowest index on ties.
+
+    Each device holds its share of the data, as uint8 if they are; memory beyond that
+    grows with chunk x (block + d) and block x d, never with m x n. Of the data
+    themselves, distances[:, 1] is that to the nearest other point.
 
     Args:
-      data: [n, *e].   chunk, block: samples and training points looked at together.
+      data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1.
+      chunk, block: samples and training points looked at together.
+      devices: over which the data are split; by default all of this process.
     Returns:
-      samples [m, *e] -> Neighbours.
+      samples [m, *e] -> Neighbours; uint8 pixels where the data are.
     Raises:
-      ValueError: k larger than the number of distinct points, or shapes that differ.
+      ValueError: k larger than the number of distinct points, or shapes or units that
+        differ.
     """
     data = np.asarray(data)
     if chunk < 1 or block < 1:
         raise ValueError(f"chunk={chunk} and block={block} must be at least 1")
     first = distinct(data)
-    if not 1 <= k <= len(first):
+    n, pixels = len(first), data.dtype == np.uint8
+    if not 1 <= k <= n:
         raise ValueError(
-            f"k={k} neighbours were asked of {len(first)} distinct training points: "
+            f"k={k} neighbours were asked of {n} distinct training points: "
             "use more data, or the distance to the nearest one only (k=1)"
         )
-    points = data[first].reshape(len(first), -1).astype(np.float32)
-    search = jax.jit(_search(points, k, block))
+    points = _flat(data if n == len(data) else data[first])
+    # Distances do not change when all is centred, and rounding shrinks with the norms.
+    centre = points.mean(axis=0, dtype=np.float64).astype(np.float32)
+    devices = np.array(jax.local_devices() if devices is None else devices)
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    shares, event, dtype = _shares(points, mesh), data.shape[1:], data.dtype
 
-    def found(samples) -> Neighbours:
+    def answer(x, size, every):
+        """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
+        m, x = len(x), np.pad(_flat(x), [(0, size - len(x)), (0, 0)])
+        parts = _search(shares, centre, x, n, k, block, mesh, every)
+        squares, numbers, others = (np.asarray(part)[:m] for part in parts)
+        # Shares are in the order of the data: of equal ones, the lowest index.
+        order = np.argsort(squares, axis=1, kind="stable")[:, :k]
+        squares, numbers = (
+            np.take_along_axis(a, order, axis=1) for a in (squares, numbers)
+        )
+        largest = squares[:, -1] / _shrink(x.shape[1])
+        return squares, numbers, ~(largest < others.min(axis=1))  # NaN is in doubt
+
+    def search(samples) -> Neighbours:
         samples = np.asarray(samples)
-        if samples.shape[1:] != data.shape[1:]:
+        if samples.shape[1:] != event:
             raise ValueError(
-                f"samples of shape {samples.shape[1:]} against data of shape "
-                f"{data.shape[1:]}: resize one of them"
+                f"samples of shape {samples.shape[1:]} against data of shape {event}: "
+                "resize one of them"
+            )
+        if (samples.dtype == np.uint8) != pixels:
+            raise ValueError(
+                f"samples of dtype {samples.dtype} against data of dtype {dtype}: "
+                "uint8 pixels have other units; data.from_uint8 takes them to [-1, 1]"
             )
         m = len(samples)
-        size = max(1, min(chunk, m))
-        # Padded to whole chunks: one shape, one compilation.
-        flat = samples.reshape(m, points.shape[1]).astype(np.float32)
-        flat = np.pad(flat, [(0, -m % size), (0, 0)])
-        pieces = [search(flat[i : i + size]) for i in range(0, len(flat), size)]
-        if not pieces:
-            return Neighbours(np.zeros((0, k), np.float32), np.zeros((0, k), int))
-        distances, indices = (np.concatenate(p)[:m] for p in zip(*pieces, strict=True))
-        return Neighbours(distances, first[indices])
-
-    return found
-
-
-def _search(points, k, block):
-    """Of *distinct* points [n, d]: samples [m, d] -> distances [m, k], indices."""
-    n, d = points.shape
-    count = min(k + CONTENDERS, n)
-    block = max(min(block, n), count)
-    # Distances do not change when all is centred, and rounding shrinks with the norms.
-    centre = np.mean(points, axis=0)
-    blocks = np.pad(points, [(0, -n % block), (0, 0)]).reshape(-1, block, d)
-    numbers = np.arange(len(blocks) * block).reshape(-1, block)
-    blocks, numbers = jnp.asarray(blocks), jnp.asarray(numbers)
-
-    def search(samples):
-        moved = samples - centre[None]
-
-        def merge(best, inputs):
-            points, numbers = inputs
-            points = points - centre[None]
-            product = jnp.matmul(moved, points.T, precision="highest")
-            rank = jnp.sum(points**2, axis=1)[None] - 2 * product  # d^2 - |x|^2
-            rank = jnp.where((numbers < n)[None], rank, jnp.inf)  # padding never wins
-            numbers = jnp.broadcast_to(numbers[None], rank.shape)
-            rank = jnp.concatenate([best[0], rank], axis=1)
-            numbers = jnp.concatenate([best[1], numbers], axis=1)
-            top, place = jax.lax.top_k(-rank, count)
-            return (-top, jnp.take_along_axis(numbers, place, axis=1)), None
-
-        m = len(samples)
-        start = jnp.full((m, count), jnp.inf), jnp.zeros((m, count), numbers.dtype)
-        (_, contenders), _ = jax.lax.scan(merge, start, (blocks, numbers))
-
-        def exact(pair):  # one sample at a time: [count, d], not [m, count, d]
-            x, contenders = pair
-            rows = blocks.reshape(-1, d)[contenders]
-            distances = jnp.sqrt(jnp.sum((rows - x[None]) ** 2, axis=1))
-            order = jnp.lexsort((contenders, distances))[:k]  # lowest index on ties
-            return distances[order], contenders[order]
-
-        return jax.lax.map(exact, (samples, contenders))
+        squares, numbers = np.empty((m, k), np.float32), np.empty((m, k), int)
+        doubted = np.zeros(m, bool)
+        # Chunks as equal as can be: one compilation, and little of it for padding.
+        size = -(-m // max(1, -(-m // chunk)))
+        for rows in _cut(np.arange(m), size):
+            squares[rows], numbers[rows], doubted[rows] = answer(
+                samples[rows], size, every=False
+            )
+        for rows in _cut(np.flatnonzero(doubted), DOUBTED):
+            squares[rows], numbers[rows], _ = answer(samples[rows], DOUBTED, every=True)
+        unit = np.float32(127.5 if pixels else 1)
+        return Neighbours(np.sqrt(squares) / unit, first[numbers])
 
     return search
+
+
+def _flat(x):
+    x = x.reshape(len(x), int(np.prod(x.shape[1:])))
+    return x if x.dtype == np.uint8 else x.astype(np.float32, copy=False)
+
+
+def _cut(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), max(1, size))]
+
+
+def _shares(points, mesh):
+    """points [n, d] -> [devices * share, d], split; the last ones overlap as needed."""
+    share = -(-len(points) // mesh.size)
+
+    def of(index):
+        start = min(index[0].start or 0, len(points) - share)
+        return points[start : start + share]
+
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.make_array_from_callback((share * mesh.size, points.shape[1]), split, of)
+
+
+def _shrink(d):
+    """A factor s with s |x|^2 + s |y|^2 - 2 x.y <= |x - y|^2 whatever float32 rounds.
+
+    However they are summed, |x|^2, |y|^2 and 2 x.y are off by at most d u of
+    |x|^2, |y|^2 and |x|^2 + |y|^2, u = eps / 2; centring and the rest, by a few u.
+    Source: Higham 2002, section 3.1.
+    """
+    return np.float32(1 - 1.1 * (d + 8) * np.finfo(np.float32).eps)
+
+
+@partial(jax.jit, static_argnames=("n", "k", "block", "mesh", "every"))
+def _search(shares, centre, samples, n, k, block, mesh, every):
+    """The k nearest of each share of n points, by differences to contenders or to all.
+
+    Args: shares of `_shares`; samples [m, d].
+    Returns: squares and numbers [m, devices * k], and [m, devices] lower bounds of the
+      squares of all other points.
+    """
+    share = len(shares) // mesh.size
+    k, block = min(k, share), min(block, share)
+    count = k if every else min(k + CONTENDERS, share)
+
+    def on_one_device(points, centre, samples):
+        m, d = samples.shape
+        number = share * jax.lax.axis_index("data")
+        begin = jnp.minimum(number, n - share)
+        samples = samples.astype(jnp.float32)
+        moved = samples - centre[None]
+        norms = _shrink(d) * jnp.sum(moved**2, axis=1)
+
+        def differences(x, rows):
+            return jnp.sum((rows.astype(jnp.float32) - x[None]) ** 2, axis=1)
+
+        def bounds(rows):
+            rows = rows.astype(jnp.float32) - centre[None]
+            product = jnp.matmul(moved, rows.T, precision="highest")
+            return (
+                norms[:, None]
+                + _shrink(d) * jnp.sum(rows**2, axis=1)[None]
+                - 2 * product
+            )
+
+        def merge(best, start):
+            offset = jnp.minimum(start, share - block)
+            rows = jax.lax.dynamic_slice_in_dim(points, offset, block)
+            if every:
+                squares = jax.lax.map(lambda x: differences(x, rows), samples)
+            else:
+                squares = bounds(rows)
+            # What overlaps the block or the share before has counted there.
+            place = offset + jnp.arange(block, dtype=jnp.int32)
+            fresh = place >= jnp.maximum(start, number - begin)
+            squares = jnp.where(fresh[None], squares, jnp.inf)
+            squares = jnp.concatenate([best[0], squares], axis=1)
+            top, i = jax.lax.top_k(-squares, count)  # of equal ones, the first
+            old = jnp.take_along_axis(best[1], jnp.minimum(i, count - 1), axis=1)
+            return (-top, jnp.where(i < count, old, offset + i - count)), None
+
+        none = jnp.full((m, count), jnp.inf), jnp.zeros((m, count), jnp.int32)
+        starts = jnp.arange(0, share, block, dtype=jnp.int32)
+        (squares, places), _ = jax.lax.scan(merge, none, starts)
+        others = jnp.full((m, 1), jnp.inf)
+        if not every:
+            others = squares[:, -1:] if count < share else others
+            exact = jax.lax.map(
+                lambda pair: differences(pair[0], points[pair[1]]),
+                (samples, places),
+                batch_size=16,  # [16, count, d] at once, not [m, count, d]
+            )
+            exact = jnp.where(squares < jnp.inf, exact, jnp.inf)
+            squares, places = jax.lax.sort((exact, places), num_keys=2)
+        return squares[:, :k], begin + places[:, :k], others
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(split, whole, whole),
+        out_specs=PartitionSpec(None, "data"),
+        check_vma=False,
+    )(shares, centre, samples)

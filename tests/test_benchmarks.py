@@ -94,3 +94,16 @@ def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
     for row in rows:
         assert row["difference"] < 1e-4, row
         assert all(0 < row[name] < math.inf for name in benchmark.COLUMNS), row
+
+
+@pytest.mark.slow
+def test_all_searches_find_the_copies_and_ours_at_distance_zero():
+    for package in ("faiss", "torch"):
+        pytest.importorskip(package, reason="of the extra dev")
+    sizes = dict(data=None, n=500, m=160, size=8, k=2, rounds=1)
+    rows = load("neighbours").measure(argparse.Namespace(**sizes))
+    assert [row["search"] for row in rows] == ["ours", "ours, uint8", "faiss", "torch"]
+    assert all(row["copy_wrong"] == 0 and row["ratio"] > 0 for row in rows)
+    for row in rows[:2]:
+        assert row["copy_error"] == row["near_wrong"] == 0
+        assert row["near_error"] < 1e-6
