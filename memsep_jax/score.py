@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memsep_jax.process import Process, noise_to_signal
 
@@ -109,6 +110,24 @@ def vp(process: Process) -> Prediction:
     )
 
 
+def ddpm(process: Process) -> Prediction:
+    """DDPM's network: E[eps | x], at a thousandth of the step of its 1,000.
+
+    The noise grows as 1 - alpha_bar, of betas from 1e-4 to .02; between steps the step
+    is linear in the log of sigma / alpha. For DiTs of the PyTorch release.
+
+    Source: Ho 2020, section 4; Peebles & Xie 2023.
+    """
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1_000))
+    known = np.log(1 / kept - 1) / 2
+
+    def level(t):
+        at = jnp.log(noise_to_signal(process, t))
+        return jnp.interp(at, known.astype(at.dtype), jnp.arange(1_000.0)) / 1_000
+
+    return vp(process)._replace(level=level)
+
+
 def ve(process: Process) -> Prediction:
     """NCSN++'s preconditioning: F = -E[eps | x], of an input in the units of the data.
 
@@ -132,6 +151,7 @@ PREDICTIONS = {
     "score": score,
     "edm": edm,
     "vp": vp,
+    "ddpm": ddpm,
     "ve": ve,
 }
 

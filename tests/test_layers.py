@@ -18,6 +18,7 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"empirical", "gap", "lipschitz", "sampling"},
     {"models"},
     {"data", "sources", "train", "prune", "parallel", "checkpoint", "defaults"},
+    {"weights", "features"},
     {"experiments", "command"},
     {"main"},
 ]
@@ -28,7 +29,8 @@ OWNERS = {  # package: rooms that may import it
     "optax": {"train"},
     "orbax": {"checkpoint"},
     "tensorflow_datasets": {"data", "sources"},
-    "sklearn": {"data", "sources"},
+    "safetensors": {"weights"},
+    "sklearn": {"data", "sources", "experiments.compare"},
     "scipy": {"experiments.sweep"},
     "PIL": {"data", "sources", "experiments"},
     "ml_collections": {"main", "command", "defaults"},

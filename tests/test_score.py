@@ -12,9 +12,11 @@ EACH = pytest.mark.parametrize("name", PROCESSES)
 EVERY = pytest.mark.parametrize("kind", score.PREDICTIONS)
 DATA = np.random.default_rng(0).normal(size=(5, 3))
 X = np.array([0.3, -0.8, 1.1])
+STEPS = np.sqrt(1 / np.cumprod(1 - np.linspace(1e-4, 0.02, 1_000)) - 1)  # of DDPM
 LEVELS = {  # c_noise of Karras 2022, table 1, of s; VP's divided by 999
     "vp": lambda s: (np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(s**2)) - 0.1) / 19.9,
     "ve": lambda s: np.log(s / 2),
+    "ddpm": lambda s: np.interp(np.log(s), np.log(STEPS), np.arange(1_000)) / 1_000,
 }
 
 
@@ -198,6 +200,19 @@ def test_the_level_of_vp_is_the_time_of_the_vp_process(name):
     t = jax.vmap(lambda u: process.time_of(made, process.noise_to_signal(clock, u)))
     found = jax.vmap(score.vp(made).level)(jax.jit(t)(time))
     np.testing.assert_allclose(found, time, rtol=2e-5)
+
+
+def test_the_level_of_ddpm_is_a_thousandth_of_its_step(x64):
+    """x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) eps, Ho 2020, eq. 4."""
+    steps = np.array([0, 1, 250, 998, 999])
+    for made in (process.variance_exploding(), process.variance_preserving()):
+        s = jnp.asarray(STEPS[steps])
+        t = jax.vmap(lambda s, made=made: process.time_of(made, s))(s)
+        prediction = score.ddpm(made)
+        found = jax.vmap(prediction.level)(t)
+        np.testing.assert_allclose(1_000 * found, steps, rtol=1e-6, atol=1e-4)
+        scale = jax.vmap(prediction.scale)(t) * jax.vmap(made.alpha)(t)
+        np.testing.assert_allclose(scale, 1 / np.hypot(1, STEPS[steps]), rtol=1e-6)
 
 
 @EVERY

@@ -112,6 +112,7 @@ class UNet(nn.Module):
       time_embedding: "positional" or "fourier"; None for that of the variant.
       time_scale: multiplies t. Features of positions 0 .. 999 want 999 where t is the
         time in (0, 1], as with VP preconditioning (Karras 2022, table 1).
+      frequencies: of Fourier features, where a network has others than ours (None).
       dropout: rate, before the second convolution of each block.
       skips: a flag for each skip, len(multipliers) (depth + 1), highest resolution
         first; zeros are in the place of one that is removed (Gu 2023). None: all.
@@ -131,6 +132,7 @@ class UNet(nn.Module):
     variant: str = "ddpm"
     time_embedding: str | None = None
     time_scale: float = 1.0
+    frequencies: tuple | None = None
     dropout: float = 0.0
     skips: tuple | None = None
     num_classes: int = 0
@@ -195,7 +197,10 @@ class UNet(nn.Module):
         _, kind = VARIANTS[self.variant]
         count = self.width // 2 * (2 if self.variant == "ncsn" else 1)
         t = jnp.multiply(self.time_scale, t)
-        h = FEATURES[self.time_embedding or kind](t, count)
+        if self.frequencies is None:
+            h = FEATURES[self.time_embedding or kind](t, count)
+        else:
+            h = fourier_features(t, count, self.frequencies)
         check_label(label, self.num_classes)
         if self.num_classes:
             shape = self.num_classes, len(h)
@@ -291,10 +296,11 @@ def positional_features(t, count: int):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
 
-def fourier_features(t, count: int):
+def fourier_features(t, count: int, frequencies=None):
     """sin, cos of 2 pi t f, f ~ N(0, 16^2), the same f always.   [] -> [2 count]."""
-    frequencies = np.random.default_rng(0).normal(0, FOURIER_SCALE, count)
-    angles = t * (2 * np.pi * frequencies).astype(t.dtype)
+    if frequencies is None:
+        frequencies = np.random.default_rng(0).normal(0, FOURIER_SCALE, count)
+    angles = t * (2 * np.pi * np.asarray(frequencies)).astype(t.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
 
