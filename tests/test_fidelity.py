@@ -186,6 +186,7 @@ def test_balls_are_those_of_scikit_learn(k):
 
 
 @pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.dev
 def test_balls_are_those_of_the_program_of_their_authors(k, capsys):
     prdc = pytest.importorskip("prdc", reason="a program to compare with")
     rng = np.random.default_rng(k)

@@ -1,0 +1,337 @@
+"""Images as points: the features in which samples and training images are compared."""
+
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax import checkpoint, train
+from memsep_jax.models import alexnet as alex
+from memsep_jax.models import inception as incept
+from memsep_jax.weights import WeightsError, read
+
+# pytorch-fid's pt_inception-2015-12-05-6726825d.pth; torch-fidelity has the same file.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+ALEXNET_SHA256 = "6faf059eae0b7101c34eef0b4866518550ae74bc1d9743d4f75653d04f262716"
+ALEXNET_BYTES = 64 * 2**20  # the true file holds 10 million
+RANDOM_WIDTHS = (64, 192, 256)  # channels of the layers; 512 together
+CLASSIFIER_FEATURES, CLASSIFIER_STEPS, CLASSIFIER_BATCH = 128, 1_000, 64
+FAR = 10.0  # no image in [-1, 1] comes so far, and every one in 0 .. 255 does
+
+
+class Extractor(NamedTuple):
+    """Features of images, and what may be said of them."""
+
+    name: str  # "inception", and what is to be known of its weights
+    title: str  # of a Frechet distance on them: "FID" where it is one
+    apply: Callable  # [m, h, w, c] uint8, or floats in [-1, 1] -> [m, dim] float32
+    note: str = ""  # how it was trained, where that was here
+
+
+def pixels(shape) -> Extractor:
+    """The image itself.   Args: shape, (h, w, c)."""
+
+    def apply(images):
+        return _floats(images, shape, np.inf).reshape(len(images), -1)
+
+    return Extractor("pixels", "FD (pixels)", apply)
+
+
+def inception(
+    shape, path=None, chunk: int = 64, like: str = "pytorch-fid"
+) -> Extractor:
+    """The 2048 pool features of Inception-v3. FID is defined on these, and no others.
+
+    Floats are rounded to the 256 levels of an image file first.
+
+    Args:
+      shape: (h, w, c), c being 1 or 3.
+      path: a .safetensors file made by tools/convert_inception.py.
+      chunk: images looked at together.   like: see `models.inception.prepared`.
+    Raises:
+      WeightsError: none there, damaged, or of another network. Weights that are not
+        known to be the standard ones are taken, and their distance is no FID.
+    Source: Heusel 2017 (arXiv 1706.08500).
+    """
+    _check_images("inception", shape, (1, 3))
+    if path is None:
+        raise WeightsError(
+            "inception has no weights here: fetch pytorch-fid's file "
+            "pt_inception-2015-12-05-6726825d.pth, make a .safetensors file of it by "
+            "tools/convert_inception.py, and give its path"
+        )
+    tensors, about = read(path)
+    params = _fitted(incept.params_of, tensors, path)
+    if "digest" in about and about["digest"] != checkpoint.digest(tensors):
+        raise WeightsError(
+            f"{path}: damaged (other tensors than its digest tells); convert it again"
+        )
+    standard = "digest" in about and about.get("standard") == "true"
+    network = incept.Inception(like)
+
+    def one(params, x):
+        levels = jnp.round((_colours(x) + 1) * 127.5)
+        return network.apply({"params": params}, levels)[0]
+
+    name = "inception" if standard else "inception, unverified weights"
+    found = _extractor(name, one, params, shape, chunk)
+    return found._replace(title="FID") if standard else found
+
+
+def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
+    """The mean of AlexNet's last map, of the image at 64 x 64: 256 features.
+
+    Args: as `inception`; path, of an .npz file with the names of `models.alexnet`.
+    Raises: WeightsError: none there, damaged, or of another network.
+    """
+    return _alexnet("alexnet", alex.pooled, shape, path, chunk)
+
+
+def lpips(shape, path=None, chunk: int = 64) -> Extractor:
+    """Points at LPIPS from each other, as squared distance, of images at 64 x 64.
+
+    31,872 features: for neighbours; few sets of images have a covariance of so many.
+
+    Args, Raises: as `alexnet`.   Source: Zhang 2018 (arXiv 1801.03924).
+    """
+
+    def one(params, x):
+        return alex.embedding(params, alex.resized(x))
+
+    return _alexnet("lpips", one, shape, path, chunk)
+
+
+def random_conv(shape, seed: int = 0, chunk: int = 256) -> Extractor:
+    """Means over the image of three layers of random convolutions: 512 features.
+
+    Nobody's weights and nobody's labels; for images that are no photographs.
+
+    Args: shape, (h, w, c), any sides and channels.   seed: of the weights.
+    Source: Naeem 2020 (arXiv 2002.09797), random embeddings.
+    """
+    _check_images("random_conv", shape)
+    layers = _layers(jax.random.key(seed), shape[2], RANDOM_WIDTHS)
+
+    def one(layers, x):
+        return jnp.concatenate([jnp.mean(h, (0, 1)) for h in _convolved(layers, x)])
+
+    return _extractor("random_conv", one, layers, shape, chunk)
+
+
+def classifier(
+    shape, images, labels, seed: int = 0, chunk: int = 256, check=lambda: None
+) -> Extractor:
+    """What a small network, trained here to tell the labels, sees: 128 features.
+
+    Args:
+      shape: (h, w, c).   images [n, h, w, c], labels [n]: what it is trained on.
+      check: called before every step, so that a run can be stopped.
+    Returns: its note tells on how many of its training images it is right.
+    Raises: ValueError: fewer than two labels, or not one for each image.
+    """
+    _check_images("classifier", shape)
+    images, given = np.asarray(images), np.asarray(labels)
+    if given.shape != (len(images),) or len(np.unique(given)) < 2:
+        raise ValueError(
+            f"classifier needs a label for each of {len(images)} images, and two kinds "
+            f"of them, not labels of shape {given.shape}: take random_conv"
+        )
+    kinds, labels = np.unique(given, return_inverse=True)
+    conv_key, hidden_key, out_key, step_key = jax.random.split(jax.random.key(seed), 4)
+    # Convolutions down to 8 pixels a side, two at least.
+    deeper = max(1, math.ceil(math.log2(min(shape[:2]) / 8)) - 1)
+    layers = _layers(conv_key, shape[2], (32,) + deeper * (64,))
+
+    def ends(layers, x):
+        return _convolved(layers, x)[-1].reshape(-1)
+
+    def seen(params, x):
+        return jax.nn.relu(ends(params["conv"], x) @ params["hidden"])
+
+    normal = jax.nn.initializers.he_normal()
+    size = jax.eval_shape(ends, layers, jnp.zeros(shape)).size
+    params = {
+        "conv": layers,
+        "hidden": normal(hidden_key, (size, CLASSIFIER_FEATURES)),
+        "out": normal(out_key, (CLASSIFIER_FEATURES, len(kinds))),
+    }
+
+    def loss(params, example, key):
+        x, label = example
+        return -jax.nn.log_softmax(seen(params, x) @ params["out"])[label]
+
+    tx = train.adam(1e-3, schedule="cosine", steps=CLASSIFIER_STEPS)
+    step = jax.jit(train.make_train_step(loss, tx, ema_decay=0.0), donate_argnums=0)
+    state, rng = train.init(params, tx), np.random.default_rng(seed)
+    for _ in range(CLASSIFIER_STEPS):
+        check()
+        batch = rng.integers(len(images), size=CLASSIFIER_BATCH)
+        state, _ = step(state, (_floats(images[batch], shape), labels[batch]), step_key)
+    found = _extractor("classifier", seen, state.params, shape, chunk)
+    answers = np.argmax(found.apply(images) @ np.asarray(state.params["out"]), axis=1)
+    share = np.mean(answers == labels)
+    note = (
+        f"trained on {len(images)} images of {len(kinds)} labels, right on {share:.1%}"
+    )
+    return found._replace(note=note)
+
+
+FEATURES: dict[str, Callable[..., Extractor]] = {
+    "pixels": pixels,
+    "inception": inception,
+    "alexnet": alexnet,
+    "lpips": lpips,
+    "random_conv": random_conv,
+    "classifier": classifier,
+}
+
+
+def from_file(path, n: int) -> np.ndarray:
+    """Features of n images that another program made: [n, d] float32.
+
+    Args: path, of an .npy file of numbers, in the order of the images.
+    Raises: WeightsError: missing, damaged, not finite, or of other images.
+    """
+    try:
+        # Mapped: a header that lies of its size is seen before memory is taken.
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        raise WeightsError(
+            f"{path}: no readable .npy of numbers ({error}); save features by "
+            "np.save(path, features), [n, d] float32: nothing is ever unpickled"
+        ) from error
+    if mapped.dtype.kind not in "fiu" or mapped.ndim != 2 or len(mapped) != n:
+        raise WeightsError(
+            f"{path}: features of {n} images are numbers [{n}, d], not {mapped.dtype} "
+            f"{list(mapped.shape)}"
+        )
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+        found = np.array(mapped, np.float32)
+    if not np.isfinite(found).all():
+        rows = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        raise WeightsError(
+            f"{path}: NaN or infinite in {len(rows)} rows, the first of them {rows[0]}"
+        )
+    return found
+
+
+def _layers(key, inputs, widths):
+    """Random kernels of 3 x 3, and biases: one pair for each of the widths."""
+    normal, layers = jax.nn.initializers.he_normal(), []
+    keys = jax.random.split(key, len(widths))
+    for k, width in zip(keys, widths, strict=True):
+        layers.append((normal(k, (3, 3, inputs, width)), jnp.zeros(width)))
+        inputs = width
+    return layers
+
+
+def _convolved(layers, h):
+    """The maps after ReLU, of half the last one's sides while they are above 8."""
+    found = []
+    for kernel, bias in layers:
+        stride = 2 if min(h.shape[:2]) > 8 else 1
+        h = jax.lax.conv_general_dilated(
+            h[None],
+            kernel,
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )[0]
+        h = jax.nn.relu(h + bias[None, None])
+        found.append(h)
+    return found
+
+
+def _extractor(name, one, params, shape, chunk):
+    """Of one: (params, x [h, w, c] float32) -> [dim], compiled for a whole chunk."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} images must be 1 or more")
+    run, params = jax.jit(jax.vmap(one, (None, 0))), jax.device_put(params)
+    x = jax.ShapeDtypeStruct((chunk, *shape), jnp.float32)
+    none = np.zeros((0, jax.eval_shape(run, params, x).shape[1]), np.float32)
+
+    def apply(images):
+        pieces = [none]
+        for start in range(0, len(images), chunk):
+            x = _floats(images[start : start + chunk], shape)
+            # Padded to a whole chunk: one shape, one compilation.
+            whole = np.zeros((chunk, *shape), np.float32)
+            whole[: len(x)] = x
+            pieces.append(np.asarray(run(params, whole))[: len(x)])
+        return np.concatenate(pieces)
+
+    return Extractor(name, f"FD ({name})", apply)
+
+
+def _floats(images, shape, far=FAR):
+    """Images in [-1, 1] as float32, once it is sure that they are."""
+    images = np.asarray(images)
+    if images.shape[1:] != tuple(shape):
+        raise ValueError(
+            f"images of shape {images.shape[1:]} where features are of {tuple(shape)}: "
+            "resize them"
+        )
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 127.5 - 1
+    if images.dtype.kind != "f" or not np.all(np.abs(images) < far):
+        raise ValueError(
+            f"images of {images.dtype} must be uint8 of 0 .. 255, or finite floats in "
+            "[-1, 1]: x / 127.5 - 1"
+        )
+    return images.astype(np.float32)
+
+
+def _check_images(name, shape, channels=()):
+    if len(shape) != 3 or (channels and shape[2] not in channels):
+        some = " or ".join(map(str, channels)) or "c"
+        raise ValueError(f"{name} sees images [h, w, {some}], not {tuple(shape)}")
+
+
+def _colours(x):
+    """x [h, w, 1 or 3] -> [h, w, 3], clipped to what an image file can hold."""
+    return jnp.broadcast_to(jnp.clip(x, -1, 1), (*x.shape[:2], 3))
+
+
+def _fitted(params_of, tensors, path):
+    try:
+        return params_of(tensors)
+    except ValueError as error:
+        raise WeightsError(f"{path}: of another network\n{error}") from error
+
+
+def _alexnet(name, of, shape, path, chunk):
+    """The extractor of (params, x [h, w, 3]) -> [dim], with the weights at path."""
+    _check_images(name, shape, (1, 3))
+    if path is None:
+        raise WeightsError(
+            f"{name} has no weights here: give the path of an .npz file with the names "
+            "that memsep_jax/models/alexnet.py tells"
+        )
+    try:
+        data, tensors = _npz(path)
+    except Exception as error:  # numpy, zipfile and zlib each fail in their own way
+        raise WeightsError(
+            f"{path}: not a readable .npz of numbers ({error}); get the file again"
+        ) from error
+    params = _fitted(alex.params_of, tensors, path)
+    if hashlib.sha256(data).hexdigest() != ALEXNET_SHA256:
+        name = f"{name}, unverified weights"
+    return _extractor(name, lambda p, x: of(p, _colours(x)), params, shape, chunk)
+
+
+def _npz(path):
+    """The bytes of an .npz file, and its arrays by name."""
+    with open(path, "rb") as file:
+        data = file.read(ALEXNET_BYTES)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > ALEXNET_BYTES:  # what a small file unpacks to need not be small
+        raise ValueError(f"{size:,} bytes unpacked, of at most {ALEXNET_BYTES:,}")
+    return data, dict(np.load(io.BytesIO(data), allow_pickle=False))
