@@ -12,12 +12,15 @@ Mathematics (jax only):
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
   sampling      time grids, probability-flow ODE, reverse SDE, EDM's sampler,
                 log-likelihood, and the initial noise that comes closest to a point
-  fidelity      quality from feature arrays: Frechet distance, precision, recall, KID
+  fidelity      quality from feature arrays: Frechet distance, precision, recall, KID,
+                density, coverage, Vendi score
   neighbours    the nearest distinct training points, exactly
-  memorization  ratio of copies, null level, intervals; effective memorization;
-                whether two models draw the same
+  memorization  what is made of those distances: ratio of copies, null level,
+                intervals; other tests of copying; effective memorization; whether two
+                models draw the same
 Networks (flax.linen):
-  models        MLP, DiT and U-Net, for one example; attention that is the exact score
+  models        MLP, DiT and U-Net, for one example; attention that is the exact score;
+                inception and alexnet, which only look
 Learning:
   sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
   data          a data set is an array: load, subset, label, duplicate, draw
@@ -25,9 +28,13 @@ Learning:
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
   parallel      mesh, replicated, split by batch
   checkpoint    what is on disk is whole, verified, and the newest
+  weights       safetensors: networks of other projects as ours, and ours for them
+  features      images as points: Inception, AlexNet and LPIPS, stand-ins, files
 Experiments (the only rooms that read a config):
   defaults      every field of a config, with its default; what configs share
-  experiments   run(config, workdir). One run: train, optimum. Sweeps, point by point:
+  experiments   run(config, workdir). One run: train, optimum; audit (samples of any
+                model, which compare measures), calibrate (which metric sees which
+                kind of copy). Sweeps, point by point:
                 loss_gap, lipschitz, capacity, ensemble (many small networks at once),
                 band_swap, mitigate (prune: what helps, and whether it comes back),
                 emm (how many training points a network copies), factors (what drives

@@ -100,15 +100,13 @@ def is_emptied(argument):
 
 def _default(name):
     """The type and the default of --config.a.b, or (None, None)."""
-    known = defaults.train()
     *groups, field = name.removeprefix("--config.").split(".")
-    for group in groups:
-        known = known.get(group)
-        if not isinstance(known, ConfigDict):
-            return None, None
-    if not name.startswith("--config.") or field not in known:
-        return None, None
-    return known.get_type(field), known[field]
+    for known in defaults.train(), defaults.audit():
+        for group in groups:
+            known = known.get(group) if isinstance(known, ConfigDict) else None
+        if isinstance(known, ConfigDict) and field in known:
+            return known.get_type(field), known[field]
+    return None, None
 
 
 def _load(argument):
@@ -118,7 +116,8 @@ def _load(argument):
         raise UsageError(f"--config={argument}: no such file")
     try:
         if file.endswith(".json"):
-            return _saved(file)
+            # Data: no code of the run is run.
+            return defaults.restored(json.loads(Path(file).read_text()))
         names = runpy.run_path(file)
         if "get_config" not in names:
             raise UsageError(f"--config={argument}: {file} defines no get_config()")
@@ -142,16 +141,6 @@ def _load(argument):
             f"{type(config).__name__}; it must return a ConfigDict with an experiment, "
             "as memsep_jax.defaults.train() makes it"
         )
-    return config
-
-
-def _saved(file):
-    """The config of a run from its config.json: data, no code of the run is run."""
-    values = json.loads(Path(file).read_text())
-    if values["data"].get("classes") is not None:  # JSON knows no tuples
-        values["data"]["classes"] = tuple(values["data"]["classes"])
-    config = defaults.train()
-    config.update(values)
     return config
 
 

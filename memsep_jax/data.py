@@ -137,7 +137,7 @@ def select(
     if mix:
         cuts.append(_cut(mix_from, "mix_from", like=cuts[0].images, **asked))
     # Against the whole pool, not the subset: the same set for every seed and size.
-    seen = {digest for cut in cuts for digest in _digests(cut.images)}
+    seen = {digest for cut in cuts for digest in digests(cut.images)}
     cuts = [_unseen(cut, seen) for cut in cuts]
 
     rng, orders, block = np.random.default_rng(seed), [], 1
@@ -197,8 +197,8 @@ def select(
     return Splits(
         _dataset(x, label),
         _dataset(held, held_label) if len(held) else None,
-        _fingerprint(x, label, held, held_label),
-        len(set(_digests(x))),
+        fingerprint(x, label, held, held_label),
+        len(set(digests(x))),
     )
 
 
@@ -408,7 +408,7 @@ def _cut(
 
 def _unseen(cut, seen):
     """Without the held-out points that equal one of the pool."""
-    fresh = [digest not in seen for digest in _digests(cut.test_images)]
+    fresh = [digest not in seen for digest in digests(cut.test_images)]
     if all(fresh):
         return cut
     logging.info("%d held-out equal a training one: removed", fresh.count(False))
@@ -485,14 +485,16 @@ def _resize(x, size):
 
 def _first_rows(x):
     """Of each distinct point its first occurrence, in order."""
-    return np.sort(np.unique(_digests(x), return_index=True)[1])
+    return np.sort(np.unique(digests(x), return_index=True)[1])
 
 
-def _digests(x):
+def digests(x) -> list[str]:
+    """What tells each point from every other one.   x [n, *e] -> [n]."""
     return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in x]
 
 
-def _fingerprint(*arrays):
+def fingerprint(*arrays) -> str:
+    """What tells these arrays, or None, from all others."""
     digest = hashlib.sha256()
     for array in arrays:
         if array is None:

@@ -192,6 +192,44 @@ def train() -> ConfigDict:
     )
 
 
+def audit() -> ConfigDict:
+    """The config of experiments/audit.py: samples of any generator, nothing is trained.
+
+    samples, train, held_out and pool are each a folder of images, an .npz or .npy file,
+    the workdir of a run, or the name of a data set: see `sources.images`.
+    """
+    return create(
+        experiment="audit",
+        seed=0,  # of subsets, of k-means and of random features
+        samples=placeholder(str),
+        train=placeholder(str),  # what the generator was trained on
+        held_out=placeholder(str),  # images of the same kind that it never saw
+        pool=placeholder(str),  # all that `train` was chosen from
+        resolution=placeholder(int),  # that all folders are resized to; None: as it is
+        features=dict(  # features.FEATURES
+            name="random_conv",
+            path=placeholder(str),  # of the weights: inception, alexnet
+            samples=placeholder(str),  # file: an .npy [n, d] for each set
+            train=placeholder(str),
+            held_out=placeholder(str),
+            pool=placeholder(str),
+        ),
+        memorization=dict(
+            threshold=1 / 3,
+            near=50,
+            flips=False,  # samples are looked for in the mirror too
+            tiles=4,  # a side, of the tiled l2 distance
+            cells=10,  # of k-means, for C_T
+        ),
+        calibration=dict(  # experiments/calibrate.py
+            share=0.2,  # of the samples that are copies
+            features=("random_conv",),
+        ),
+        quality=dict(points=10_000),  # of each set, at most, for distances of laws
+        run=dict(chunk=1_000, memory=1.0),  # gigabytes, of what an audit holds at once
+    )
+
+
 def mixtures() -> ConfigDict:
     """`train` for an MLP on mixtures in the papers' OU process (Ye 2025, section 6)."""
     config = train()
@@ -321,6 +359,18 @@ def smoke(config: ConfigDict) -> ConfigDict:
         snapshot_samples=8,
         chunk=8,
     )
+    return config
+
+
+def restored(values: dict) -> ConfigDict:
+    """The config of a run from the values in its config.json."""
+    if "model" not in values:
+        config = audit()
+    else:
+        config = train()
+        if values["data"].get("classes") is not None:  # JSON knows no tuples
+            values["data"]["classes"] = tuple(values["data"]["classes"])
+    config.update(values)
     return config
 
 

@@ -92,7 +92,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_fail(error.args[0] if error.args else error, 2))
     for name in emptied:
         group, _, field = name.removeprefix("--config.").rpartition(".")
-        _CONFIG.value[group][field] = None
+        (_CONFIG.value[group] if group else _CONFIG.value)[field] = None
     return rest
 
 

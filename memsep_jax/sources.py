@@ -27,6 +27,12 @@ MAX_HELD_OUT = 10_000
 KINDS = "bmp gif jpeg jpg pgm png ppm tif tiff webp"
 SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+ROLES = {  # names of arrays, of ours and of other programs, by what they are taken for
+    "samples": ("samples", "images", "arr_0"),
+    "train": ("train_images", "images", "arr_0"),
+    "held_out": ("test_images", "images", "arr_0"),
+}
+LABELS = {"samples": "labels", "train": "train_labels", "held_out": "test_labels"}
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_BYTES = 170_052_171
@@ -120,22 +126,34 @@ def npz(path) -> Source:
     Raises:
       DataError: the file is missing, damaged, or holds anything else.
     """
+    found, names = _arrays(path, KEYS)
+    if "train_images" not in found:
+        raise DataError(
+            f"{path}: not a readable .npz (no 'train_images' among {names}); write it "
+            "again by np.savez(path, train_images=...)"
+        )
+    pools = Source(found["train_images"], *(found.get(key) for key in KEYS[1:]))
+    check_source(pools, str(path))
+    return pools
+
+
+def _arrays(path, keys):
+    """(those of an .npz that are among keys, all its names); an .npy is one "array"."""
     try:
         # Opened here: np.load leaves the file of a damaged .npz open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as read:
-            if "train_images" not in read:
-                raise KeyError(f"no 'train_images' among {sorted(read)}")
-            found = {key: read[key] for key in KEYS if key in read}
+        with open(path, "rb") as file:
+            read = np.load(file, allow_pickle=False)
+            read = {"array": read} if isinstance(read, np.ndarray) else read
+            names = sorted(read)
+            chosen = [key for key in keys if key in names] or names[: len(names) == 1]
+            return {key: read[key] for key in chosen}, names
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of an .npz") from None
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         way_out = "write it again by np.savez(path, train_images=...)"
-        if "pickle" in str(error):
+        if "pickle" in str(error) or "Object arrays" in str(error):
             way_out = "allow_pickle is never used: save plain uint8 or float32 arrays"
         raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
-    pools = Source(found["train_images"], *(found.get(key) for key in KEYS[1:]))
-    check_source(pools, str(path))
-    return pools
 
 
 def folder(path, resolution: int | None = None) -> Source:
@@ -286,17 +304,106 @@ def second(mix_from: str) -> Source:
     """The pools of a source to mix in: an .npz file, or one that needs no argument."""
     if mix_from.endswith(".npz"):
         return npz(mix_from)
-    bare = [
+    if mix_from not in _bare():
+        raise ValueError(
+            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
+            f"{', '.join(_bare())}"
+        )
+    return SOURCES[mix_from]()
+
+
+def images(where: str, role: str = "train", resolution: int | None = None):
+    """Images of any origin, as a person sees them, and their labels where they have.
+
+    Args:
+      where: a folder of images; an .npz or .npy of uint8, or of floats in [-1, 1], [n,
+        h, w, c] or [n, h, w]; the name of a source, or of a set of TensorFlow Datasets.
+        With [a:b] at its end: those of them.
+      role: "samples", "train" or "held_out": which array of an .npz (ROLES, or its only
+        one), and which split of a set, is meant.
+      resolution: that images of a folder are resized to.
+    Returns:
+      uint8 [n, h, w, c]; integers [n] or None.
+    Raises:
+      DataError: missing, damaged, or no images.   ValueError: sizes that differ.
+    """
+    part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", where)
+    x, label = _whole(part[1] if part else where, role, resolution, part is not None)
+    if part is None:
+        return x, label
+    rows = slice(*(int(end) if end else None for end in part.groups()[1:]))
+    if not len(x[rows]):
+        raise ValueError(f"{where} is none of the {len(x)} images")
+    return x[rows], None if label is None else label[rows]
+
+
+def _whole(where, role, resolution, cut):
+    """`images` without [a:b]; cut: whether that follows."""
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return folder(path, resolution)[:2]
+    if path.suffix in (".npz", ".npy"):
+        names, label_name = ROLES[role], LABELS[role]
+        found, known = _arrays(path, (*names, label_name))
+        label = found.pop(label_name, None)
+        if not found:
+            raise DataError(
+                f"{where}: none of {', '.join(names)} among its arrays "
+                f"{', '.join(known)}; write it again with one of those names"
+            )
+        name, array = next(iter(found.items()))
+        x = _as_pixels(array, f"{where}: {name}")
+        _check_labels(label, len(x), f"{where}: {label_name}")
+        return x, label
+    try:
+        pools = SOURCES[where]() if where in _bare() else tfds(where)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(
+            f"{where}: no such folder of images, no .npz or .npy file, and no data set "
+            f"of that name ({error})"
+        ) from error
+    x, label = pools[2:] if role == "held_out" else pools[:2]
+    if x is None and cut:  # a part that was cut off by hand
+        x, label = pools[:2]
+    if x is None:
+        raise DataError(f"{where} has no test split: give images that were held out")
+    return _as_pixels(x, where), label
+
+
+def _as_pixels(x, where):
+    """uint8 [n, h, w, c] of what an array file may hold.   Raises: DataError."""
+    if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
+        raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or not x.size:
+        raise DataError(f"{where} is {x.dtype}{x.shape}, not images [n, h, w, c]")
+    if x.shape[3] > 4 and x.shape[1] <= 4:
+        raise DataError(
+            f"{where} is {x.shape}, channels first; save x.transpose(0, 2, 3, 1)"
+        )
+    if x.dtype == np.uint8:
+        return x
+    rows = x.reshape(len(x), -1)
+    _refuse(~np.isfinite(rows).all(axis=1), where, "NaN or Inf")
+    low, high = float(x.min()), float(x.max())
+    # Images in [-1, 1] that never go below 0 are images in [0, 1].
+    if low < -1 or high > 1 or low >= 0:
+        raise DataError(
+            f"{where} has values in [{low:.3g}, {high:.3g}]; floats must be in [-1, 1] "
+            "(some below 0), so save uint8 pixels 0 .. 255 instead"
+        )
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _bare():
+    """The sources that need no argument."""
+    return [
         name
         for name, read in SOURCES.items()
         if all(p.default is not p.empty for p in _parameters(read))
     ]
-    if mix_from not in bare:
-        raise ValueError(
-            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
-            f"{', '.join(bare)}"
-        )
-    return SOURCES[mix_from]()
 
 
 def _parameters(read):

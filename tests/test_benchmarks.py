@@ -1,5 +1,6 @@
 """What the benchmarks time side by side is the same function."""
 
+import argparse
 import importlib.util
 import json
 import math

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from configs import digits, gmm_size
+from memsep_jax import defaults
 from memsep_jax.experiments import dry_run, setup, sweep, train
 
 
@@ -52,3 +53,8 @@ def test_of_a_sweep_it_counts_the_points_and_the_last_network():
     widest = setup.build(sweep.points(sweeping)[-1].config)
     params = setup.init_params(widest, jax.random.key(0))
     assert found["parameters"] == f"{setup.count(params):,}"
+
+
+def test_what_trains_nothing_takes_nothing():
+    with pytest.raises(setup.ConfigError, match="experiment=audit trains nothing"):
+        dry_run.dry_run(defaults.audit(), print)

@@ -23,7 +23,8 @@ COMMANDS = [
 ]
 
 
-def test_the_prompt_examples_show_what_they_say():
+def test_the_prompt_examples_show_what_they_say(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     names, printed = {}, []
     for code in [block for language, block in BLOCKS if language == "python"]:
         assert len([line for line in code.splitlines() if line.strip()]) <= 12
@@ -41,6 +42,8 @@ def test_the_prompt_examples_show_what_they_say():
     assert memorizes == "[ True  True  True]"
     assert printed[2].count("False") == 3 and printed[2].count("True") == 5
     assert printed[2].endswith("(8, 8, 1)\n")
+    copied, authentic, *quality = map(float, printed[3].split())
+    assert copied == 0.5 and authentic < 0.5 and min(quality) > 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,7 +1,9 @@
 """Resumable functions of (config, workdir): numbers first, then pictures."""
 
 from memsep_jax.experiments import (
+    audit,
     band_swap,
+    calibrate,
     capacity,
     emm,
     ensemble,
@@ -20,7 +22,9 @@ from memsep_jax.experiments.session import Session
 
 # name -> run(config, session, resume_step)
 EXPERIMENTS = {
+    "audit": audit.run,
     "band_swap": band_swap.run,
+    "calibrate": calibrate.run,
     "capacity": capacity.run,
     "emm": emm.run,
     "ensemble": ensemble.run,
@@ -37,6 +41,7 @@ EXPERIMENTS = {
 }
 DRAWINGS = {  # of the sweeps: what `report` draws again
     "band_swap": band_swap.draw,
+    "calibrate": calibrate.draw,
     "capacity": capacity.draw,
     "emm": emm.draw,
     "ensemble": ensemble.draw,

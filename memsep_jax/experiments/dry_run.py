@@ -14,6 +14,11 @@ def dry_run(config, say) -> Table:
     Of a sweep, those of the network of its last point, which is the largest where axes
     are written in increasing order.
     """
+    if "model" not in config:
+        raise setup.ConfigError(
+            "--dry_run tells what a training takes, and "
+            f"experiment={config.experiment} trains nothing: leave it out"
+        )
     points = []
     if any(config.sweep[axis] for axis in sweep.AXES):
         points = sweep.points(config)

@@ -448,8 +448,9 @@ def heatmap(shares, rows, columns, row_label, column_label, title):
         color = "white" if share > 0.6 else "black"
         axes.text(j, i, text, ha="center", va="center", color=color)
     axes.set(xlabel=column_label, ylabel=row_label, title=title)
-    axes.set_xticks(range(len(columns)), [f"{value:,}" for value in columns])
-    axes.set_yticks(range(len(rows)), [f"{value:,}" for value in rows])
+    slanted = {"rotation": 40, "ha": "right"} if isinstance(columns[0], str) else {}
+    axes.set_xticks(range(len(columns)), list(map(_word, columns)), **slanted)
+    axes.set_yticks(range(len(rows)), list(map(_word, rows)))
     axes.grid(False)
     return figure
 
@@ -500,6 +501,10 @@ def _plain_log(axes, which, text):
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter(text))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _word(value):
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _legend_above(axes):

@@ -15,6 +15,10 @@ from memsep_jax.experiments import figures, record
 
 PHASES = ("data", "compile", "train", "prune", "sample", "neighbours")
 GROUPS = ("first", "most", "least")
+ALWAYS = ("metrics.json", "config.json", "run.json", "per_sample.csv", "pairs.npz")
+SAMPLED = (*ALWAYS, "samples.npz")
+AUDITED = (*ALWAYS, "duplicates.csv")
+REPEATS = 20  # duplicates of a training set that are listed
 
 
 def write(workdir, say):
@@ -35,6 +39,8 @@ def run(config, workdir, drawings=None):
     metrics = record.read_json(workdir / "metrics.json") or {}
     if draw_sweep := (drawings or {}).get(metrics.get("experiment")):
         _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
+    elif metrics.get("experiment") == "audit":
+        _write_audit(workdir, lambda draw, *args: draw(*args))
     else:
         _write(workdir, lambda draw, *args: draw(*args))
     console = Console(highlight=False, soft_wrap=True)
@@ -43,7 +49,8 @@ def run(config, workdir, drawings=None):
 
 
 def _write(workdir, attempt):
-    numbers = _read(workdir)
+    numbers = _read(workdir, SAMPLED)
+    numbers["rows"] = record.read_metrics(workdir / "metrics.jsonl")
     images = {}
     for name, figure in _figures(numbers):
         images[name] = figures.encode(figure, "png")
@@ -94,6 +101,66 @@ def _write_sweep(workdir, draw, attempt):
     attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
 
 
+def write_audit(workdir, say):
+    """As `write`, for the numbers of an audit; and pairs.png beside them."""
+    _write_audit(Path(workdir), functools.partial(figures.quietly, say))
+
+
+def _write_audit(workdir, attempt):
+    numbers = _read(workdir, AUDITED)
+    metrics, run = numbers["metrics.json"], numbers["run.json"]
+    images = {}
+    for name, figure in _audit_figures(numbers):
+        images[name] = figures.encode(figure, "png")
+        attempt(_save, workdir / "figures" / f"{name}.png", images[name])
+        pdf = figures.encode(figure, "pdf")
+        attempt(_save, workdir / "figures" / f"{name}.pdf", pdf)
+    attempt(_save, workdir / "pairs.png", images["pairs_pixels"])
+    rows = zip(*numbers["duplicates.csv"].values(), strict=True)
+    page = _render(
+        "audit.html",
+        title=workdir.resolve().name,
+        metrics=metrics,
+        quality=_quality(metrics["quality"]),
+        duplicates=list(rows)[:REPEATS],
+        run=run,
+        config=_settings(numbers["config.json"]),
+        images={k: base64.b64encode(v).decode() for k, v in images.items()},
+    )
+    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
+
+
+def _audit_figures(numbers):
+    """(name, figure) for all figures of an audit."""
+    table, threshold = (
+        numbers["per_sample.csv"],
+        numbers["metrics.json"]["memorization"]["threshold"],
+    )
+    for space, prefix in ("pixels", ""), ("features", "feature_"):
+        if f"{prefix}d1" not in table:
+            continue
+        d1, d2 = table[f"{prefix}d1"], table[f"{prefix}d2"]
+        share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+        copied = table[f"{prefix}memorized"] == 1
+        yield f"distances_{space}", figures.distance_ratios(share, copied, threshold)
+        pairs = numbers["pairs.npz"]
+        index = pairs[f"{space}_index"]
+        fields = ("sample", "neighbours", "distances", "nearest")
+        arrays = (pairs[f"{space}_{field}"] for field in fields)
+        yield f"pairs_{space}", figures.pairs(index, *arrays, copied[index])
+
+
+def _quality(rows):
+    """Rows of metrics.json's quality as a table: a row a metric, a column a set."""
+    references = list(dict.fromkeys(row["reference"] for row in rows))
+    cells: dict[str, dict] = {}
+    for row in rows:
+        text = f"{row['value']:.4g}"
+        text += f" (std {row['std']:.2g})" if row["std"] is not None else ""
+        cells.setdefault(row["metric"], {})[row["reference"]] = text
+    return references, cells
+
+
 def table(metrics, intervals=True):
     """The scalars of metrics.json's table as text.   (columns, rows).
 
@@ -134,12 +201,10 @@ def _whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read(workdir):
+def _read(workdir, names):
     """All numbers of a finished run.   Raises: ConflictError, naming what lacks."""
-    names = ("metrics.json", "config.json", "run.json", "samples.npz", "pairs.npz")
-    read = {".json": record.read_json, ".npz": record.read_npz}
+    read = {".json": record.read_json, ".npz": record.read_npz, ".csv": _read_csv}
     numbers = {name: read[Path(name).suffix](workdir / name) for name in names}
-    numbers["per_sample.csv"] = _read_csv(workdir / "per_sample.csv")
     missing = [name for name, value in numbers.items() if value is None]
     if missing:
         command = (numbers["run.json"] or {}).get("command")
@@ -148,18 +213,25 @@ def _read(workdir):
             "the numbers of a finished run. Make them with "
             + (command or "the same command without --config.experiment=report")
         )
-    numbers["rows"] = record.read_metrics(workdir / "metrics.jsonl")
     return numbers
 
 
 def _read_csv(path):
+    """Columns by name: floats, or words."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        names = rows[0].keys()
-        return {k: np.array([row[k] for row in rows], float) for k in names}
-    except (OSError, ValueError, TypeError, IndexError):
+            names, *rows = csv.reader(file)
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
+        return {k: _column(c) for k, c in zip(names, columns, strict=True)}
+    except (OSError, ValueError):
         return None
+
+
+def _column(words):
+    try:
+        return np.array(words, float)
+    except ValueError:
+        return np.array(words)
 
 
 def _figures(numbers):
@@ -282,8 +354,8 @@ def _page(workdir, numbers, images):
 
 def _render(template, **values):
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=percent, between=between, zip=zip)
     return environment.get_template(template).render(**values)

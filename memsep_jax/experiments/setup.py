@@ -354,6 +354,8 @@ def looks(config) -> dict:
     Where a rule may end training early, by what it looks at along it: those fields,
     {"run.evaluate_every": 1_000, ...}.
     """
+    if "model" not in config:  # nothing is trained
+        return {}
     rules = [config.train.get(rule) for rule in STOPPING]
     settings = " ".join(config.get("sweep", {}).get("setting", ()))
     if all(rule is None for rule in rules) and not any(

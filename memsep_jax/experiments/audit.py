@@ -1,0 +1,383 @@
+"""Are these samples copies of that training set, and what should be done?
+
+Samples of any generator, as images; nothing is trained. Numbers go to the workdir:
+compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The report
+is drawn from those.
+"""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from memsep_jax import data, defaults, features, weights
+from memsep_jax.experiments import record, report, setup
+from memsep_jax.experiments.compare import FEW, Sets, measure
+from memsep_jax.sources import DataError, images
+
+WORKING = 2e8  # bytes of temporaries, of a search and of a network
+GIGABYTE = 1e9
+ROLES = {
+    "samples": "samples",
+    "train": "train",
+    "held_out": "held_out",
+    "pool": "train",
+}
+
+
+def run(config, session, resume_step=None):
+    """Audits config.samples against config.train."""
+    with session.phase("data"):
+        check(config)
+        sets, label, excluded = read(config)
+        compared, note = _compared(config, sets, label)
+        _check_memory(config, sets, compared)
+    fingerprint = data.fingerprint(*sets)
+    session.begin(fingerprint)
+    notes = [note] if note else []
+    if sets.held_out is None:
+        notes.append(
+            "no --config.held_out, so nobody knows what honest samples would score: "
+            "give images of the same kind that were not trained on"
+        )
+    if excluded:
+        notes.append(
+            f"{excluded:,} held-out images are in the training set, and left out"
+        )
+    for note in notes:
+        session.say(f"note: {note}")
+    found = measure(config, sets, compared, session, fingerprint)
+    metrics = found.metrics | {"experiment": "audit", "notes": notes}
+    metrics["data"]["excluded"] = excluded
+    metrics |= {"verdict": verdict(metrics), "advice": advice(metrics)}
+    metrics["nearer"] = nearer(metrics["features"])
+    record.write_csv(session.workdir / "per_sample.csv", found.columns)
+    record.write_csv(session.workdir / "duplicates.csv", found.repeats)
+    record.write_npz(session.workdir / "pairs.npz", **found.pairs)
+    record.write_json(session.workdir / "metrics.json", metrics)
+    session.write_status()  # the report shows the seconds so far
+    with session.phase("report"):
+        report.write_audit(session.workdir, session.say)
+    session.write_status()
+    session.console.print(summary(metrics))
+    session.say(f"report: {session.workdir / 'report.html'}")
+
+
+# What is read.
+
+
+def check(config):
+    """Refuses what no image would make right.   Raises: setup.ConfigError."""
+    wrong = [
+        f"--config.{name}=... is required: a folder of images, an .npz or .npy, the "
+        "workdir of a run, or the name of a data set"
+        for name in ("samples", "train")
+        if not config[name]
+    ]
+    group = config.memorization
+    rules = {
+        "memorization.threshold": (0 < group.threshold < 1, "in (0, 1); usually 1/3"),
+        "memorization.near": (group.near >= 2, "at least 2 neighbours"),
+        "memorization.tiles": (group.tiles >= 1, "at least 1 tile a side"),
+        "memorization.cells": (group.cells >= 1, "at least 1 cell"),
+        "quality.points": (config.quality.points >= FEW, f"at least {FEW} images"),
+        "run.chunk": (config.run.chunk >= 1, "at least 1 sample"),
+        "run.memory": (config.run.memory > 0, "positive: gigabytes"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            first, field = name.split(".")
+            wrong.append(f"{name}={config[first][field]} must be {rule}")
+    if wrong:
+        raise setup.ConfigError("\n".join(wrong))
+
+
+def read(config):
+    """All images, of one size.
+
+    Returns: `compare.Sets`; the labels of the training images, or None; how many
+      held-out images were left out, since a training one equals them.
+    Raises: setup.ConfigError where they do not fit each other; DataError.
+    """
+    found = {
+        name: images_of(config[name], name, config.resolution)
+        for name in ROLES
+        if config[name]
+    }
+    sets = Sets(**{name: x for name, (x, _) in found.items()})
+    check_sizes(sets)
+    drawn, known = data.digests(sets.samples), data.digests(sets.train)
+    if len(set(known)) < 2:
+        raise setup.ConfigError(
+            f"--config.train={config.train} has fewer than 2 different images: the "
+            "nearest and the second nearest are compared"
+        )
+    if sorted(drawn) == sorted(known):
+        raise setup.ConfigError(
+            f"--config.samples={config.samples} and --config.train={config.train} are "
+            f"the same {len(known):,} images: give what was generated as samples"
+        )
+    excluded = 0
+    if sets.held_out is not None:
+        seen = set(known)
+        fresh = np.array([one not in seen for one in data.digests(sets.held_out)])
+        excluded = int((~fresh).sum())
+        if not fresh.any():
+            raise setup.ConfigError(
+                f"all {excluded:,} images of --config.held_out={config.held_out} are "
+                "in the training set: give images that were not trained on, or none"
+            )
+        sets = sets._replace(held_out=sets.held_out[fresh])
+    return sets, found["train"][1], excluded
+
+
+def check_sizes(sets):
+    """Refuses images of different sizes.   Raises: setup.ConfigError."""
+    for name, x in sets._asdict().items():
+        if x is not None and x.shape[1:] != sets.train.shape[1:]:
+            raise setup.ConfigError(
+                f"--config.{name} has images of {_size(x)}, --config.train of "
+                f"{_size(sets.train)}: give all in the size and colours that were "
+                "trained on; --config.resolution=N resizes folders, and blurs what is "
+                "compared"
+            )
+
+
+def _size(x):
+    return " x ".join(map(str, x.shape[1:]))
+
+
+def images_of(where, role, resolution):
+    """As `sources.images`, for a field of the config; a run's workdir too."""
+    known = record.read_json(Path(where) / "config.json")
+    if known is None or "model" not in known:
+        try:
+            return images(where, ROLES[role], resolution)
+        except DataError:
+            raise
+        except ValueError as error:  # sizes that differ in a folder
+            raise setup.ConfigError(f"--config.{role}: {error}") from error
+    label = None
+    if role == "samples":
+        x = (record.read_npz(Path(where) / "samples.npz") or {}).get("samples")
+    else:
+        splits = setup.build(defaults.restored(known)).splits
+        part = splits.held_out if role == "held_out" else splits.train
+        x = None if part is None else data.to_uint8(np.asarray(part.x))
+        label = None if part is None else part.label
+    if x is None or x.ndim != 4:
+        raise DataError(
+            f"--config.{role}={where} is a run without images for it: give one that "
+            "has finished on images, or a folder"
+        )
+    return x, label
+
+
+def space(config, name, sets, label):
+    """The `features.Extractor` of that name, for the images of these sets.
+
+    Raises: weights.WeightsError; setup.ConfigError.
+    """
+    maker = setup.look_up(features.FEATURES, name, "features.name")
+    given = {"path": config.features.path, "images": sets.train, "labels": label}
+    given["seed"] = config.seed
+    taken = inspect.signature(maker).parameters
+    chosen = {field: value for field, value in given.items() if field in taken}
+    try:
+        return maker(sets.train.shape[1:], **chosen)
+    except weights.WeightsError:
+        raise
+    except ValueError as error:
+        raise setup.ConfigError(f"--config.features.name={name}: {error}") from error
+
+
+def _compared(config, sets, label):
+    """Where samples are compared besides pixels, or None; and what is to be said."""
+    group = config.features
+    try:
+        if group.name == "given":
+            return sets.map(lambda name, x: _given(group, name, len(x))), ""
+        found = space(config, group.name, sets, label)
+        return found, found.note and f"{found.name}: {found.note}"
+    except weights.WeightsError as error:
+        return None, f"nothing is measured on {group.name} features: {error}"
+
+
+def _given(group, name, n):
+    if not group[name]:
+        raise setup.ConfigError(
+            f"--config.features.name=given needs --config.features.{name}=FILE.npy of "
+            "[n, d] features, as there are images for it"
+        )
+    return features.from_file(group[name], n)
+
+
+def _check_memory(config, sets, space):
+    """Refuses what would not fit.   Raises: setup.ConfigError."""
+    each = sets.samples[0].nbytes
+    if space is not None:
+        one = space.samples if isinstance(space, Sets) else space.apply(sets.train[:1])
+        each += 4 * one.shape[1]
+    count = sum(len(x) for x in sets if x is not None)
+    # The sets, the training set once more where it is searched, and what that takes.
+    needed = (each * (count + len(sets.train)) + WORKING) / GIGABYTE
+    if needed > config.run.memory:
+        raise setup.ConfigError(
+            f"--config.run.memory={config.run.memory:g} gigabytes, but {count:,} "
+            f"images with their features take {needed:.2g}: raise it, or take features "
+            "of fewer dimensions"
+        )
+
+
+# What is said.
+
+
+def verdict(metrics) -> dict:
+    """What the numbers mean, in words: {"alarm", "text", "small"}.
+
+    The alarm is None where no held-out image says what honest samples would score.
+    """
+    pixels, felt = metrics["memorization"], metrics["features"]
+    text = (
+        f"{_percent(pixels)} of the {pixels['samples']:,} samples are copies of a "
+        "training image"
+    )
+    exact = pixels["exact_copies"]
+    exactly = f"{exact:,} equal one to the last bit. " if exact else ""
+    if pixels["null"] is None:
+        small = "What honest samples would score is not known: no images were held out."
+        return {"alarm": None, "text": f"{text}.", "small": exactly + small}
+    text += f"; honest samples would give {_percent(pixels, 'null_')}."
+    low, high = pixels["excess_interval"]
+    if low > 0:
+        more = report.between((low, high))
+        small = f"The generator copies: {more} % more than chance."
+    elif felt is not None and felt["excess_interval"][0] > 0:
+        small = (
+            f"In pixels there is no sign of copying, but in {felt['name']} features "
+            f"{_percent(felt)} of the samples are copies where honest ones give "
+            f"{_percent(felt, 'null_')}: look for images that were moved or recoloured."
+        )
+    else:
+        small = (
+            "No sign of copying: the share is not above that of held-out images. A "
+            f"share of copies above {report.percent(max(high, 0))} % would have shown."
+        )
+        return {"alarm": False, "text": text, "small": exactly + small}
+    return {"alarm": True, "text": text, "small": exactly + small}
+
+
+def _percent(found, which=""):
+    value = found["null" if which else "ratio"]
+    return f"{report.percent(value)} % {report.between(found[f'{which}interval'])}"
+
+
+def nearer(felt) -> str:
+    """To which images the samples are nearer as a whole, in words."""
+    if felt is None or felt["nearer"] is None:
+        return ""
+    mean, low, high = (felt["nearer"][k] for k in ("mean", "low", "high"))
+    side = "as near to the training images as to held-out ones"
+    if high < 0:
+        side = "nearer to the training images than to held-out ones"
+    elif low > 0:
+        side = "nearer to held-out images than to training ones"
+    return (
+        f"As a whole the samples are {side}: {felt['title']} to training images less "
+        f"that to held-out ones is {mean:.3g} [{low:.3g}, {high:.3g}], by fifths of "
+        "the samples."
+    )
+
+
+PRUNING = "docs/results/pruning.md"
+EVIDENCE = (  # what took copies away where we measured it, most first; and where
+    (
+        "Stop earlier: training that ends once the held-out loss is 10 % above the "
+        "training loss took copies from 87 to 0 %, with better samples "
+        "(train.stop_gap).",
+        PRUNING,
+    ),
+    (
+        "Stronger weight decay: 10 instead of 0 took copies from 87 to 0.6 % "
+        "(optimizer.weight_decay).",
+        PRUNING,
+    ),
+    (
+        "More training images: the same network and steps copied 98.9 % of the time "
+        "with 50 digits, and never with 1,400.",
+        "docs/results/main_job.md",
+    ),
+    (
+        "A narrower network: of 100 digits, width 512 copied 83 %, and width 128 4 % "
+        "(model.width).",
+        "docs/results/emm.md",
+    ),
+    (
+        "Pruning attention heads by small-t gradients helps least: 87 to 64 %, and "
+        "fine-tuning brings copies back (prune.ratio).",
+        PRUNING,
+    ),
+    (
+        "None of these makes a network forget: a search over the noise still found "
+        "its training images. What must not come out must not be trained on.",
+        PRUNING,
+    ),
+)
+
+
+def advice(metrics) -> list[dict]:
+    """What follows from the numbers, most useful first: {"text", "evidence"}."""
+    found, about = metrics["memorization"], metrics["data"]
+    alarm = verdict(metrics)["alarm"]
+    lines = []
+    if alarm is None:
+        text = "Give --config.held_out: images of the same kind, not trained on."
+        lines.append((text, ""))
+    repeats, near = about["duplicates"], about["near_duplicates"]
+    if repeats or near:
+        text = (
+            f"Deduplicate the training set: {repeats:,} images repeat another one and "
+            f"{near:,} nearly do"
+        )
+        if emitted := about["duplicates_emitted"]:
+            total = found["emitted"]["distinct"]
+            text += f"; {emitted:,} of the {total:,} images that came out are of them"
+        lines.append((f"{text}.", "duplicates.csv"))
+    if alarm or (alarm is None and found["interval"][0] > 0.05):
+        lines += EVIDENCE
+    if alarm is False:
+        high = report.percent(max(found["excess_interval"][1], 0))
+        text = (
+            "Nothing here asks for a change. More samples would show rarer copies: "
+            f"with {found['samples']:,}, up to {high} % may go unseen."
+        )
+        lines.append((text, ""))
+    if not found["flips"]:
+        text = "Mirrored copies were not looked for: --config.memorization.flips=True."
+        lines.append((text, ""))
+    return [{"text": text, "evidence": evidence} for text, evidence in lines]
+
+
+def summary(metrics) -> Table:
+    """The end of an audit as a short table."""
+    found, about = metrics["memorization"], metrics["data"]
+    n, samples = about["n"], about["samples"]
+    table = Table(
+        title=f"{samples:,} samples against {n:,} training images", show_header=False
+    )
+    spaces = {"pixels": found}
+    if metrics["features"]:
+        spaces[f"{metrics['features']['name']} features"] = metrics["features"]
+    for name, values in spaces.items():
+        table.add_row(f"copies, {name}", _percent(values))
+        if values["null"] is not None:
+            table.add_row("  honest samples would give", _percent(values, "null_"))
+    table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
+    table.add_row("training images emitted", f"{found['emitted']['distinct']:,}")
+    table.add_row("duplicates in the training set", f"{about['duplicates']:,}")
+    for row in metrics["quality"]:
+        if row["reference"] in ("train", "held_out") and "Vendi" not in row["metric"]:
+            where = row["reference"].replace("_", "-")
+            table.add_row(f"{row['metric']}, against {where}", f"{row['value']:.4g}")
+    return table

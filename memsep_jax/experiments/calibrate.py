@@ -1,0 +1,311 @@
+"""Which metric sees which kind of copy: known mixtures of copies and fresh images.
+
+A share of the samples are training images, all changed in one way; the others are
+images that nobody trained on. So it is known which are copies, and what a metric
+should say.
+"""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from memsep_jax import data, features, fidelity, memorization, neighbours
+from memsep_jax.experiments import audit, figures, record, report, setup, sweep
+from memsep_jax.experiments.compare import LAWS, Sets, copying
+
+ABOUT = (
+    '"says" is the share of copies that a metric reports by its own rule, less that of '
+    'held-out images; "sees" the share of the copies that it finds while it takes 1 % '
+    "of held-out images for copies. Brackets are 95 % intervals. C_T and the FLD gap "
+    "are far below 0, and the samples nearer to training images than to held-out ones, "
+    "where a set copies."
+)
+FIRST = ("kind", "true share", "says ")  # columns, as wide as a terminal is
+FALSE = 0.01  # of honest samples that are taken for copies, for metrics without a rule
+
+
+def run(config, session, resume_step=None):
+    """A row for every kind of copy, and one where all samples are fresh."""
+    with session.phase("data"):
+        sets, fresh = read(config)
+        spaces = {
+            name: audit.space(config, name, sets, None)
+            for name in config.calibration.features
+        }
+    session.begin(data.fingerprint(*sets, fresh))
+    with session.phase("features"):
+        spaces = {name: known_of(space, sets) for name, space in spaces.items()}
+    paths = []
+    with session.phase("kinds"), session.progress("kinds", len(KINDS)) as update:
+        for i, (kind, change) in enumerate(KINDS.items()):
+            session.check()
+            paths.append(session.workdir / "points" / f"{i:02d}-{kind}.npz")
+            if record.read_npz(paths[-1]) is None:
+                record.write_npz(paths[-1], **look(config, sets, fresh, change, spaces))
+            update(i + 1, kind)
+    points = [record.read_npz(path) for path in paths]
+    rows = [row(kind, at) for kind, at in zip(KINDS, points, strict=True)]
+    columns = sorted(rows[-1], key=lambda name: not name.startswith(FIRST))
+    metrics = {
+        "experiment": config.experiment,
+        "about": ABOUT,
+        "columns": [name for name in columns if name != "seeds"],
+        "points": [str(path.relative_to(session.workdir)) for path in paths],
+        "table": rows,
+    }
+    record.write_json(session.workdir / "metrics.json", metrics)
+    session.write_status()
+    with session.phase("report"):
+        report.write_sweep(session.workdir, draw, session.say)
+    session.write_status()
+    session.console.print(sweep.summary(session.workdir))
+    session.say(f"report: {session.workdir / 'report.html'}")
+
+
+def read(config):
+    """Sets without samples, and the fresh images.   Raises: setup.ConfigError."""
+    if not config.train or not config.pool:
+        raise setup.ConfigError(
+            "--config.train=IMAGES and --config.pool=OTHERS are required: training "
+            "images, and images of the same kind, half of which are held out and half "
+            "are the fresh ones among the samples"
+        )
+    train, pool = (
+        audit.images_of(config[name], name, config.resolution)[0]
+        for name in ("train", "pool")
+    )
+    seen = set(data.digests(train))
+    fresh = pool[[digest not in seen for digest in data.digests(pool)]]
+    if len(fresh) < 4:
+        raise setup.ConfigError(
+            f"--config.pool={config.pool} has {len(fresh)} images that are not among "
+            "the training images: half are held out, half are fresh; give more"
+        )
+    sets = Sets(fresh[:0], train, fresh[::2])
+    audit.check_sizes(sets)
+    return sets, fresh[1::2]
+
+
+# Kinds of copies: uint8 [h, w, c] -> [h, w, c].
+
+
+def _noise(std):
+    def change(x, rng):
+        return x + rng.normal(0, std, x.shape)
+
+    return change
+
+
+def _shift(pixels):
+    def change(x, rng):
+        wide = np.pad(x, [(pixels, pixels)] * 2 + [(0, 0)], mode="reflect")
+        return wide[: len(x), 2 * pixels :]
+
+    return change
+
+
+def _crop(share):
+    def change(x, rng):
+        h, w = x.shape[:2]
+        top, left = (round((1 - share) / 2 * side) for side in (h, w))
+        image = _image(x).crop((left, top, w - left, h - top))
+        return _array(image.resize((w, h), Image.Resampling.LANCZOS), x)
+
+    return change
+
+
+def _brighter(levels):
+    def change(x, rng):
+        return x.astype(float) + levels
+
+    return change
+
+
+def _jpeg(quality):
+    def change(x, rng):
+        file = io.BytesIO()
+        _image(x).save(file, "JPEG", quality=quality)
+        return _array(Image.open(file), x)
+
+    return change
+
+
+def _image(x):
+    return Image.fromarray(x if x.shape[2] == 3 else x[..., 0])
+
+
+def _array(image, like):
+    return np.asarray(image).reshape(like.shape)
+
+
+KINDS = {
+    "fresh": None,
+    "exact": lambda x, rng: x,
+    "noise 8": _noise(8),
+    "noise 32": _noise(32),
+    "shift 1": _shift(1),
+    "shift 4": _shift(4),
+    "flip": lambda x, rng: x[:, ::-1],
+    "crop .9": _crop(0.9),
+    "crop .7": _crop(0.7),
+    "brighter 16": _brighter(16),
+    "brighter 64": _brighter(64),
+    "jpeg 75": _jpeg(75),
+    "jpeg 20": _jpeg(20),
+}
+
+
+class Known(NamedTuple):
+    """What does not change with the samples, in one space."""
+
+    space: features.Extractor
+    felt: Sets
+    search: Callable
+    held_out: neighbours.Neighbours
+    own: np.ndarray  # [n] distances to the nearest other training point
+
+
+def known_of(space, sets) -> Known:
+    """Features and neighbours of training and held-out images."""
+    felt = sets.map(lambda _, x: space.apply(x))
+    search = neighbours.searcher(felt.train, 2)
+    held_out, own = search(felt.held_out), search(felt.train).distances[:, 1]
+    return Known(space, felt, search, held_out, own)
+
+
+def look(config, sets, fresh, change, spaces) -> dict:
+    """All scores of one mixture: arrays, per sample and of the whole set.
+
+    Args: spaces, {name: Known}.
+    """
+    rng, share = np.random.default_rng(config.seed), config.calibration.share
+    count = 0 if change is None else round(len(fresh) * share / (1 - share))
+    chosen = sets.train[rng.choice(len(sets.train), count, replace=False)]
+    changed = [np.clip(np.round(change(x, rng)), 0, 255) for x in chosen]
+    copies = np.array(changed, np.uint8).reshape(-1, *fresh.shape[1:])
+    sets = sets._replace(samples=np.concatenate([copies, fresh]))
+    group = config.memorization
+    found = {"is_copy": np.arange(len(sets.samples)) < count}
+    for name, (scores, null) in _pixel_scores(sets, group).items():
+        found[f"score/{name}"], found[f"null/{name}"] = scores, null
+    for name, known in spaces.items():
+        felt = known.felt._replace(samples=known.space.apply(sets.samples))
+        near, held, own = known.search(felt.samples), known.held_out, known.own
+        found[f"score/1/3 {name}"], found[f"null/1/3 {name}"] = (
+            _thirds(near),
+            _thirds(held),
+        )
+        found[f"score/authentic {name}"] = _outside(near, own)
+        found[f"null/authentic {name}"] = _outside(held, own)
+        if (test := copying(config, felt, near, held)) is not None:
+            found[f"set/C_T {name}"] = np.array(test["value"])
+        if felt.train.shape[1] > LAWS:
+            continue
+        likelihood = memorization.feature_likelihood(
+            felt.train, felt.held_out, felt.samples, config.seed
+        )
+        found[f"set/FLD gap {name}"] = np.array(likelihood.gap)
+        n = len(felt.held_out)
+        distances = [
+            fidelity.frechet(felt.samples, x[:n], warn=False)
+            for x in (felt.train, felt.held_out)
+        ]
+        found[f"set/FD train - held-out {name}"] = np.array(distances[0] - distances[1])
+    return found
+
+
+def _pixel_scores(sets, group):
+    """{metric: (of samples, of held-out images)}; small where a copy."""
+    search = neighbours.searcher(sets.train, group.near)
+    flips = memorization.with_flips(search)
+    near, held = search(sets.samples), search(sets.held_out)
+    own = search(sets.train).distances[:, 1]
+
+    def tiled(x, found):
+        return memorization.nearest_tiled(x, sets.train, found.indices, group.tiles)
+
+    return {
+        "1/3": (_thirds(near), _thirds(held)),
+        "1/3 flips": (
+            _thirds(flips(sets.samples)),
+            _thirds(flips(sets.held_out)),
+        ),
+        "authentic": (_outside(near, own), _outside(held, own)),
+        "calibrated l2": tuple(
+            memorization.calibrated_l2(found.distances) for found in (near, held)
+        ),
+        "tiled l2": tuple(
+            tiled(x, found).distances
+            for x, found in ((sets.samples, near), (sets.held_out, held))
+        ),
+    }
+
+
+def _thirds(found):
+    d1, d2 = found.distances[:, 0], found.distances[:, 1]
+    return np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+
+
+def _outside(found, own):
+    """d(g, x*) over that from x* to its nearest other one: above 1 authentic."""
+    return found.distances[:, 0] / own[found.indices[:, 0]]
+
+
+RULES = {"1/3": 1 / 3, "authentic": 1.0}  # a copy is below; others have none
+
+
+def row(kind, at) -> dict:
+    """What each metric says of one mixture.
+
+    "says ...": the share of copies beyond the null level, by the metric's own rule.
+    "sees ...": the share of the copies that it finds while it takes 1 % of held-out
+    images for copies.
+    """
+    copy = at["is_copy"]
+    found = {"kind": kind, "true share": _interval(copy)}
+    names = [name.removeprefix("score/") for name in at if name.startswith("score/")]
+    for name in names:
+        scores, null = at[f"score/{name}"], at[f"null/{name}"]
+        rule = RULES.get(name.split(" ")[0])
+        if rule is not None:
+            counts = [(int((s < rule).sum()), len(s)) for s in (scores, null)]
+            value, (low, high) = memorization.excess(*counts[0], *counts[1])
+            found[f"says {name}"] = {"mean": value, "low": low, "high": high}
+    for name in names:
+        if copy.any():
+            limit = np.quantile(at[f"null/{name}"], FALSE)
+            found[f"sees {name}"] = _interval(at[f"score/{name}"][copy] < limit)
+    for name in at:
+        if name.startswith("set/"):
+            found[name.removeprefix("set/")] = round(float(at[name]), 3)
+    return found | {"seeds": 1}
+
+
+def _interval(flags):
+    low, high = memorization.wilson(int(flags.sum()), len(flags))
+    return {"mean": float(flags.mean()), "low": low, "high": high}
+
+
+def draw(metrics, points):
+    """A table of metrics and kinds, coloured."""
+    rows = [row for row in metrics["table"] if row["true share"]["mean"] > 0]
+    names = [name for name in rows[0] if name.startswith("sees ")]
+    shares = [[row[name]["mean"] for name in names] for row in reversed(rows)]
+    yield (
+        "kinds",
+        "The share of the copies of each kind that a metric finds where its threshold "
+        "is the one that 1 % of held-out images pass. Distances are to the nearest "
+        "training images, in pixels or in the features named: d1 / d2 (1/3), or d1 "
+        "over what is between training images (authentic).",
+        figures.heatmap(
+            shares,
+            [row["kind"] for row in reversed(rows)],
+            [name.removeprefix("sees ") for name in names],
+            "kind of copy",
+            "metric",
+            "copies found at 1 % false ones",
+        ),
+    )

@@ -1,0 +1,322 @@
+"""An audit finds the copies that are there, says so in words, and refuses bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import audit as configs
+from memsep_jax import data, experiments, sources
+from memsep_jax.experiments import audit, record, setup
+from memsep_jax.sources import DataError
+
+DIGITS = sources.digits().images
+
+
+def settings(**fields):
+    config = configs.get_config("smoke")
+    config.update(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def copying(tmp_path_factory):
+    """The workdir of the smoke variant: 20 of 80 samples are training images."""
+    workdir = tmp_path_factory.mktemp("copying")
+    experiments.run(configs.get_config("smoke"), workdir)
+    return workdir
+
+
+def test_copies_are_found_and_the_alarm_is_raised(copying):
+    metrics = record.read_json(copying / "metrics.json")
+    found = metrics["memorization"]
+    assert (found["count"], found["samples"], found["exact_copies"]) == (20, 80, 20)
+    assert found["null"] == 0 and found["excess_interval"][0] > 0.1
+    assert found["emitted"]["distinct"] == 20
+    assert metrics["verdict"]["alarm"] is True
+    assert metrics["verdict"]["text"].startswith(
+        "25.0 % [16.8, 35.5] of the 80 samples"
+    )
+    assert "honest samples would give 0.0 %" in metrics["verdict"]["text"]
+    evidence = {line["evidence"] for line in metrics["advice"]}
+    assert {"docs/results/pruning.md", "docs/results/emm.md"} <= evidence
+    with open(copying / "per_sample.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["memorized"]) for row in rows] == [1] * 20 + [0] * 60
+    assert [int(row["nearest"]) for row in rows[:20]] == list(range(40, 60))
+    d1 = np.array([float(row["d1"]) for row in rows])
+    x = data.from_uint8(DIGITS[:300]).astype(np.float64).reshape(300, -1)
+    gaps = np.linalg.norm(x[40:120, None] - x[None, :60], axis=2)
+    np.testing.assert_allclose(d1, gaps.min(axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_every_quality_metric_says_of_what_it_is(copying):
+    rows = record.read_json(copying / "metrics.json")["quality"]
+    assert {row["reference"] for row in rows} == {"samples", "train", "held_out"}
+    for row in rows:
+        assert row["images"] == 60 and row["features"] == "FD (random_conv)"
+        assert np.isfinite(row["value"])
+    names = {row["metric"] for row in rows}
+    assert {"KID", "precision", "recall", "density", "coverage"} < names
+    assert "FID" not in names
+
+
+def test_the_report_is_whole_and_drawn_again_from_its_numbers(copying):
+    page = (copying / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 4
+    assert "25.0 % [16.8, 35.5]" in page and "Stop earlier" in page
+    before = (copying / "pairs.png").read_bytes()
+    (copying / "pairs.png").unlink()
+    config = settings(experiment="report")
+    experiments.run(config, copying)
+    assert (copying / "pairs.png").read_bytes() == before
+
+
+def test_fresh_samples_raise_no_alarm(tmp_path):
+    config = settings(samples="digits[300:400]", features={"name": "pixels"})
+    experiments.run(config, tmp_path)
+    metrics = record.read_json(tmp_path / "metrics.json")
+    assert metrics["verdict"]["alarm"] is False
+    assert metrics["memorization"]["exact_copies"] == 0
+    assert "No sign of copying" in metrics["verdict"]["small"]
+    assert "Nothing here asks for a change" in metrics["advice"][0]["text"]
+
+
+def test_without_held_out_images_nobody_knows(tmp_path, capsys):
+    experiments.run(settings(held_out=None), tmp_path)
+    metrics = record.read_json(tmp_path / "metrics.json")
+    assert metrics["verdict"]["alarm"] is None
+    assert metrics["memorization"]["null"] is None
+    assert "--config.held_out" in metrics["advice"][0]["text"]
+    assert "no --config.held_out" in capsys.readouterr().out
+    assert "not known" in (tmp_path / "report.html").read_text()
+
+
+def test_mirrored_copies_are_found_where_they_are_asked_for(tmp_path):
+    np.save(tmp_path / "mirrored.npy", DIGITS[:40, :, ::-1])
+    fields = dict(samples=str(tmp_path / "mirrored.npy"), features={"name": "pixels"})
+    for flips in (False, True):
+        config = settings(**fields)
+        config.memorization.flips = flips
+        experiments.run(config, tmp_path / str(flips))
+        found = record.read_json(tmp_path / str(flips) / "metrics.json")
+        # Some digits are their own mirror images, nearly.
+        copies = found["memorization"]["count"]
+        assert copies == 40 if flips else copies < 10
+
+
+def test_repeated_training_images_are_told(tmp_path):
+    train = np.concatenate([DIGITS[:30], DIGITS[:3]])
+    train[32, 0, 0] ^= 1  # the last one nearly
+    np.savez(tmp_path / "train.npz", train_images=train)
+    config = settings(train=str(tmp_path / "train.npz"), samples="digits[0:20]")
+    config.features.name = "pixels"
+    experiments.run(config, tmp_path / "run")
+    metrics = record.read_json(tmp_path / "run" / "metrics.json")
+    about = metrics["data"]
+    assert (about["duplicates"], about["near_duplicates"]) == (2, 2)
+    with open(tmp_path / "run" / "duplicates.csv", newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert rows == [
+        ("30", "0", "exact"), ("31", "1", "exact"), ("2", "32", "near"),
+        ("32", "2", "near"),
+    ]  # fmt: skip
+    assert "Deduplicate" in metrics["advice"][0]["text"]
+    assert about["duplicates_emitted"] == 3
+
+
+def test_all_origins_of_images_are_one(tmp_path):
+    """Folders, arrays of other programs and of ours hold the same images."""
+    x = DIGITS[:6]
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(x):
+        Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{i}.png")
+    np.save(tmp_path / "floats.npy", data.from_uint8(x[..., 0]))
+    np.savez(tmp_path / "adm.npz", x, np.arange(6))
+    np.savez(tmp_path / "one.npz", anything=x)
+    np.savez(tmp_path / "ours.npz", train_images=DIGITS[6:9], test_images=x)
+    for name, role in [
+        ("floats.npy", "train"), ("adm.npz", "samples"), ("one.npz", "train"),
+        ("ours.npz", "held_out"),
+    ]:  # fmt: skip
+        read, _ = sources.images(str(tmp_path / name), role)
+        np.testing.assert_array_equal(read, x)
+    read, _ = sources.images(str(tmp_path / "folder"))
+    np.testing.assert_array_equal(read, x.repeat(3, axis=3))
+    read, label = sources.images("digits[2:5]", "samples")
+    np.testing.assert_array_equal(read, DIGITS[2:5])
+    assert len(label) == 3
+
+
+def test_a_run_is_audited_by_its_workdir(tmp_path):
+    """Samples, training images and held-out ones of a run are those it had."""
+    run = tmp_path / "run"
+    run.mkdir()
+    from memsep_jax import defaults
+
+    config = defaults.smoke(defaults.digits())
+    record.write_json(run / "config.json", setup.to_json(config))
+    record.write_npz(run / "samples.npz", samples=DIGITS[:9])
+    splits = setup.build(config).splits
+    read = {
+        role: audit.images_of(str(run), role, None)[0]
+        for role in ("samples", "train", "held_out")
+    }
+    np.testing.assert_array_equal(read["samples"], DIGITS[:9])
+    np.testing.assert_array_equal(data.from_uint8(read["train"]), splits.train.x)
+    np.testing.assert_array_equal(data.from_uint8(read["held_out"]), splits.held_out.x)
+
+
+def test_features_of_another_program_are_taken(tmp_path):
+    rng = np.random.default_rng(0)
+    fields = {"name": "given"}
+    for role, n in (("samples", 80), ("train", 60), ("held_out", 100)):
+        path = tmp_path / f"{role}.npy"
+        np.save(path, rng.normal(size=(n, 4)).astype(np.float32))
+        fields[role] = str(path)
+    experiments.run(settings(features=fields), tmp_path / "run")
+    metrics = record.read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["features"]["dim"] == 4
+    assert metrics["quality"][1]["features"] == "FD (given features)"
+
+
+def test_absent_weights_skip_what_needs_them(tmp_path, capsys):
+    config = settings(samples="cifar", features={"name": "inception"})
+    config.samples = "digits[40:120]"
+    experiments.run(config, tmp_path)
+    metrics = record.read_json(tmp_path / "metrics.json")
+    assert metrics["features"] is None and metrics["quality"] == []
+    assert metrics["memorization"]["count"] == 20
+    assert capsys.readouterr().out.count("nothing is measured on inception") == 1
+
+
+def test_an_interrupted_audit_goes_on_from_its_chunks(copying, tmp_path, monkeypatch):
+    config = settings()
+    config.run.chunk = 16
+    config.features.name = "pixels"
+    whole = record.in_chunks
+    names = []
+
+    def cut(directory, work, total, chunk, session, what):
+        names.append(what)
+        if what == "features pixels train":
+            session.stop = 15
+        return whole(directory, work, total, chunk, session, what)
+
+    monkeypatch.setattr(record, "in_chunks", cut)
+    with pytest.raises(BaseException, match="SIGTERM"):
+        experiments.run(config, tmp_path)
+    monkeypatch.setattr(record, "in_chunks", whole)
+    assert not (tmp_path / "metrics.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "compared").rglob("*.npz")}
+    assert kept
+    experiments.run(config, tmp_path)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    one, other = (
+        record.read_json(place / "metrics.json") for place in (copying, tmp_path)
+    )
+    assert json.dumps(one["memorization"]) == json.dumps(other["memorization"])
+
+
+# Refusals, before anything is written.
+
+
+def bad(tmp_path):
+    """{name: (fields, words)}."""
+    np.save(tmp_path / "wide.npy", np.zeros((5, 8, 9, 1), np.uint8))
+    np.save(tmp_path / "colour.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "one.npy", np.repeat(DIGITS[:1], 5, axis=0))
+    np.save(tmp_path / "vectors.npy", np.zeros((5, 8), np.float32))
+    np.save(tmp_path / "first.npy", np.zeros((5, 3, 32, 32), np.uint8))
+    np.save(tmp_path / "unit.npy", np.random.default_rng(0).random((5, 8, 8, 1)))
+    nan = data.from_uint8(DIGITS[:5])
+    nan[3, 0, 0] = np.nan
+    np.save(tmp_path / "nan.npy", nan)
+    np.save(tmp_path / "object.npy", np.array([{}, None], object))
+    (tmp_path / "damaged").mkdir()
+    for i in range(12):
+        (tmp_path / "damaged" / f"{i:02d}.png").write_bytes(b"no image")
+    np.savez(tmp_path / "names.npz", a=DIGITS[:5], b=DIGITS[:5])
+    config, read = setup.ConfigError, DataError
+
+    def path(name):
+        return str(tmp_path / name)
+
+    return {
+        "none": (config, {"samples": None}, "config.samples=... is required"),
+        "size": (config, {"samples": path("wide.npy")}, "8 x 9 x 1, .* 8 x 8 x 1"),
+        "colours": (config, {"held_out": path("colour.npy")}, "8 x 8 x 3"),
+        "few": (config, {"train": path("one.npy")}, "fewer than 2 different"),
+        "same": (config, {"samples": "digits[:60]"}, "are the same 60 images"),
+        "seen": (config, {"held_out": "digits[:60]"}, "all 60 images of .*held_out"),
+        "beyond": (config, {"train": "digits[5000:]"}, "is none of the 1797"),
+        "vectors": (read, {"train": path("vectors.npy")}, "not images"),
+        "first": (read, {"train": path("first.npy")}, "channels first; save"),
+        "unit": (read, {"train": path("unit.npy")}, r"save uint8 pixels 0 \.\. 255"),
+        "nan": (read, {"train": path("nan.npy")}, r"\[3\] has NaN"),
+        "object": (read, {"train": path("object.npy")}, "allow_pickle is never used"),
+        "names": (read, {"train": path("names.npz")}, "its arrays a, b"),
+        "absent": (read, {"train": path("no/such")}, "no such folder of images"),
+        "damaged": (read, {"train": path("damaged")}, "12 of 12 .* 00.png.* 09.png;"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "none", "size", "colours", "few", "same", "seen", "beyond", "vectors", "first",
+        "unit", "nan", "object", "names", "absent", "damaged",
+    ],
+)  # fmt: skip
+def test_bad_images_get_one_message_and_leave_nothing(case, tmp_path):
+    kind, fields, words = bad(tmp_path)[case]
+    with pytest.raises(kind, match=words) as raised:
+        experiments.run(settings(**fields), tmp_path / "run")
+    assert raised.value.exit_code in (2, 3)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "group, field, value, words",
+    [
+        ("memorization", "threshold", 1.0, "threshold=1.0 must be in"),
+        ("memorization", "near", 1, "near=1 must be at least 2"),
+        ("memorization", "tiles", 0, "tiles=0"),
+        ("quality", "points", 3, "points=3 must be at least"),
+        ("run", "memory", 0.1, "memory=0.1 gigabytes, but 240 images"),
+        ("features", "name", "vgg", "vgg.*random_conv"),
+        ("features", "name", "classifier", None),
+        ("features", "name", "given", "features.samples=FILE.npy"),
+    ],
+)
+def test_bad_settings_get_one_message_and_leave_nothing(
+    group, field, value, words, tmp_path
+):
+    config = settings()
+    config[group][field] = value
+    if words is None:  # digits have labels, an array has none
+        np.save(tmp_path / "train.npy", DIGITS[:60])
+        config.train, words = str(tmp_path / "train.npy"), "needs a label"
+    with pytest.raises(setup.ConfigError, match=words):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_that_were_trained_on_are_left_out_and_told(tmp_path, capsys):
+    config = settings(held_out="digits[50:150]", features={"name": "pixels"})
+    experiments.run(config, tmp_path)
+    about = record.read_json(tmp_path / "metrics.json")["data"]
+    assert (about["excluded"], about["held_out"]) == (10, 90)
+    assert "10 held-out images are in the training set" in capsys.readouterr().out
+
+
+def test_hostile_names_are_words_only(tmp_path):
+    name = "<script>alert(1)<"
+    np.save(tmp_path / f"{name}.npy", DIGITS[40:120])
+    config = settings(samples=str(tmp_path / f"{name}.npy"))
+    config.features.name = "pixels"
+    experiments.run(config, tmp_path / "run")
+    assert "<script" not in (tmp_path / "run" / "report.html").read_text()
