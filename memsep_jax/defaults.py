@@ -209,6 +209,7 @@ def audit() -> ConfigDict:
         features=dict(  # features.FEATURES
             name="random_conv",
             path=placeholder(str),  # of the weights: inception, alexnet
+            required=False,  # or an audit without them goes on in pixels alone
             samples=placeholder(str),  # file: an .npy [n, d] for each set
             train=placeholder(str),
             held_out=placeholder(str),

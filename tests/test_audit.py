@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import audit as configs
-from memsep_jax import data, experiments, sources
+from memsep_jax import data, defaults, experiments, sources, weights
 from memsep_jax.experiments import audit, record, setup
 from memsep_jax.sources import DataError
 
@@ -155,8 +155,6 @@ def test_a_run_is_audited_by_its_workdir(tmp_path):
     """Samples, training images and held-out ones of a run are those it had."""
     run = tmp_path / "run"
     run.mkdir()
-    from memsep_jax import defaults
-
     config = defaults.smoke(defaults.digits())
     record.write_json(run / "config.json", setup.to_json(config))
     record.write_npz(run / "samples.npz", samples=DIGITS[:9])
@@ -184,13 +182,16 @@ def test_features_of_another_program_are_taken(tmp_path):
 
 
 def test_absent_weights_skip_what_needs_them(tmp_path, capsys):
-    config = settings(samples="cifar", features={"name": "inception"})
-    config.samples = "digits[40:120]"
+    config = settings(features={"name": "inception"})
     experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
     assert metrics["features"] is None and metrics["quality"] == []
     assert metrics["memorization"]["count"] == 20
     assert capsys.readouterr().out.count("nothing is measured on inception") == 1
+    config.features.required = True
+    with pytest.raises(weights.WeightsError, match="convert_inception"):
+        experiments.run(config, tmp_path / "required")
+    assert not (tmp_path / "required").exists()
 
 
 def test_an_interrupted_audit_goes_on_from_its_chunks(copying, tmp_path, monkeypatch):

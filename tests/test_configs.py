@@ -29,12 +29,8 @@ KINDS = {name: load(name).get_config().experiment for name in CONFIGS}
 TRAINED = [name for name in CONFIGS if KINDS[name] not in ("audit", "calibrate")]
 SWEEPS = [name for name in TRAINED if KINDS[name] in experiments.DRAWINGS]
 SAMPLED = [name for name in TRAINED if name not in SWEEPS]
-# The others are slow: band_swap and capacity run whole in their own tests, mitigate is
-# prune with a re-test, and factors trains and measures as emm does.
-QUICK = (
-    "emm_digits", "gmm_lipschitz", "gmm_loss_gap", "gmm_width_decay", "onset_digits",
-    "prune_digits", "twins_digits",
-)  # fmt: skip
+# The others are slow: their experiments run in small in the tests of their own.
+QUICK = ("gmm_loss_gap", "gmm_width_decay")
 SWEPT = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in SWEEPS

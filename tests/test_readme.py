@@ -60,6 +60,8 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
         words[words.index(saved[0])] = f"--config={tmp_path / 'config.json'}"
     monkeypatch.setattr("sys.argv", ["main", *words])
     flags.FLAGS.unparse_flags()
+    for field in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, field)  # of the command before
     assert main.parse_flags(["main", *words]) == ["main"]
     assert flags.FLAGS.config.experiment in experiments.EXPERIMENTS
 

@@ -201,6 +201,8 @@ def _compared(config, sets, label):
         found = space(config, group.name, sets, label)
         return found, found.note and f"{found.name}: {found.note}"
     except weights.WeightsError as error:
+        if group.required:
+            raise
         return None, f"nothing is measured on {group.name} features: {error}"
 
 

@@ -14,9 +14,11 @@ from memsep_jax import fidelity, memorization, neighbours
 from memsep_jax.experiments import record, setup
 from memsep_jax.experiments.sweep import mean_interval
 
+THREE = 3  # neighbours of a training image: itself, and two others
 FEW = 50  # images, below which no laws are compared
 PAIRS = 12  # worst pairs that are shown
 PER_CELL = 60  # samples in a cell of k-means, on average
+MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
 FOLDS = 5  # of the samples, for an interval of a difference
 LAWS = 4_096  # dimensions, beyond which laws are not compared
 
@@ -131,19 +133,23 @@ def measure(config, sets, space, session, fingerprint) -> Measured:
 
 def _search(chunked, name, sets, near, flips=False) -> Searched:
     distinct = len(neighbours.distinct(sets.train))
-    search = neighbours.searcher(sets.train, min(near, distinct))
-    three = neighbours.searcher(sets.train, min(3, distinct))
+    # One for all, as it holds the training set.
+    search = neighbours.searcher(sets.train, min(max(near, THREE), distinct))
     looked = memorization.with_flips(search) if flips else search
 
-    def found(where, x, search):
-        kept = chunked(f"{name}-{where}", lambda x: search(x)._asdict(), x)
+    def found(where, x, search, most):
+        def work(x):
+            found = search(x)._asdict()
+            return {k: v[:, :most] if v.ndim == 2 else v for k, v in found.items()}
+
+        kept = chunked(f"{name}-{where}", work, x)
         return neighbours.Neighbours(kept["distances"], kept["indices"]), kept
 
-    drawn, kept = found("samples", sets.samples, looked)
-    held = (
-        None if sets.held_out is None else found("held-out", sets.held_out, looked)[0]
-    )
-    own, _ = found("train", sets.train, three)
+    drawn, kept = found("samples", sets.samples, looked, near)
+    held = None
+    if sets.held_out is not None:
+        held, _ = found("held-out", sets.held_out, looked, 2)
+    own, _ = found("train", sets.train, search, THREE)
     flipped = kept.get("flipped", np.zeros(len(sets.samples), bool))
     return Searched(drawn, held, own, flipped)
 
@@ -194,16 +200,19 @@ def share(flags, null=None) -> dict:
 
 def _mirrored(images, flipped):
     """Images as they were nearest to training ones."""
+    if not flipped.any():  # no copy of them all
+        return images
     return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
 def _of_pixels(chunked, sets, images, seen, group):
     """Columns that only images have."""
     near = seen.samples
-    same = images == sets.train[near.indices[:, 0]]
+    pairs = zip(images, near.indices[:, 0], strict=True)
     columns = {
         "flipped": seen.flipped.astype(int),
-        "exact_copy": same.reshape(len(images), -1).all(axis=1).astype(int),
+        # One by one: all nearest images at once are as large as the samples.
+        "exact_copy": np.array([int((x == sets.train[i]).all()) for x, i in pairs]),
         "calibrated_l2": memorization.calibrated_l2(near.distances),
     }
     h, w = images.shape[1:3]
@@ -280,7 +289,8 @@ def _tests(config, felt, seen):
         return {"c_t": None, "likelihood": None}
     likelihood = None
     if felt.train.shape[1] <= LAWS:
-        some = felt.map(lambda name, x: _some(x, config.quality.points, config.seed))
+        points = min(config.quality.points, MODELLED)
+        some = felt.map(lambda name, x: _some(x, points, config.seed))
         found = memorization.feature_likelihood(
             some.train, some.held_out, some.samples, config.seed
         )

@@ -191,6 +191,40 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_a4_an_audit_is_stopped_in_every_phase_and_keeps_its_chunks(tmp_path):
+    args = "--config=configs/audit.py:smoke", "--config.run.chunk=30"
+    ended = harness.run(*args, workdir=tmp_path / "whole")
+    assert ended.code == 0, ended.output
+    workdir, kept = tmp_path / "run", {}
+    asleep = ASLEEP.format(what="none")
+    phases = {
+        "pixels samples": ASLEEP.format(what="pixels samples"),
+        "features": ASLEEP.format(what="features random_conv train"),
+        "in random_conv": ASLEEP.format(what="in random_conv samples"),
+        "quality": asleep + "from memsep_jax import fidelity\n"
+        "fidelity.frechet = asleep",
+        "report": asleep + "from memsep_jax.experiments import report\n"
+        "report.write_audit = asleep",
+    }
+    for phase, patch in phases.items():
+        with harness.spawn(*args, workdir=workdir, patch=patch) as child:
+            harness.wait_for_line(child, "^asleep")
+            harness.kill(child, signal.SIGTERM)
+            result = harness.finish(child, timeout=10)
+        assert result.code == 143, result.output
+        assert "Traceback" not in result.stderr
+        assert (workdir / "metrics.json").exists() == (phase == "report")
+        found = harness.files(workdir / "compared")
+        assert kept.items() <= found.items(), "a finished chunk was done again"
+        kept = found
+    result = harness.run(*args, workdir=workdir)
+    assert result.code == 0, result.output
+    for name in ("metrics.json", "per_sample.csv", "duplicates.csv"):
+        same = (tmp_path / "whole" / name).read_bytes()
+        assert (workdir / name).read_bytes() == same
+
+
 def test_a5_the_first_ctrl_c_saves_as_sigterm_does(tmp_path):
     workdir = tmp_path / "run"
     patch = harness.TRAIN_ONLY + harness.pause_at(7, seconds=2)
