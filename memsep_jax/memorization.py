@@ -59,7 +59,7 @@ def memorized(x, data, ratio: float = RATIO):
 
 
 def ratio(
-    samples, data, held_out=None, threshold: float = RATIO, chunk: int = 256
+    samples, data, held_out=None, threshold: float = RATIO, chunk: int = 1_024
 ) -> Ratio:
     """The memorization ratio, its interval, and the null level of held-out points.
 

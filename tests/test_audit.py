@@ -179,6 +179,11 @@ def test_features_of_another_program_are_taken(tmp_path):
     metrics = record.read_json(tmp_path / "run" / "metrics.json")
     assert metrics["features"]["dim"] == 4
     assert metrics["quality"][1]["features"] == "FD (given features)"
+    # They are of all images that were given, those left out too.
+    config = settings(features=fields, held_out="digits[50:150]")
+    experiments.run(config, tmp_path / "other")
+    about = record.read_json(tmp_path / "other" / "metrics.json")["data"]
+    assert (about["excluded"], about["held_out"]) == (10, 90)
 
 
 def test_absent_weights_skip_what_needs_them(tmp_path, capsys):

@@ -30,8 +30,8 @@ def run(config, session, resume_step=None):
     """Audits config.samples against config.train."""
     with session.phase("data"):
         check(config)
-        sets, label, excluded = read(config)
-        compared, note = _compared(config, sets, label)
+        sets, label, kept = read(config)
+        compared, note = _compared(config, sets, label, kept)
         _check_memory(config, sets, compared)
     fingerprint = data.fingerprint(*sets)
     session.begin(fingerprint)
@@ -41,6 +41,7 @@ def run(config, session, resume_step=None):
             "no --config.held_out, so nobody knows what honest samples would score: "
             "give images of the same kind that were not trained on"
         )
+    excluded = 0 if kept is None else int((~kept).sum())
     if excluded:
         notes.append(
             f"{excluded:,} held-out images are in the training set, and left out"
@@ -96,8 +97,8 @@ def check(config):
 def read(config):
     """All images, of one size.
 
-    Returns: `compare.Sets`; the labels of the training images, or None; how many
-      held-out images were left out, since a training one equals them.
+    Returns: `compare.Sets`; the labels of the training images, or None; which of the
+      held-out images were kept: those that no training one equals.
     Raises: setup.ConfigError where they do not fit each other; DataError.
     """
     found = {
@@ -118,18 +119,17 @@ def read(config):
             f"--config.samples={config.samples} and --config.train={config.train} are "
             f"the same {len(known):,} images: give what was generated as samples"
         )
-    excluded = 0
-    if sets.held_out is not None:
-        seen = set(known)
-        fresh = np.array([one not in seen for one in data.digests(sets.held_out)])
-        excluded = int((~fresh).sum())
-        if not fresh.any():
-            raise setup.ConfigError(
-                f"all {excluded:,} images of --config.held_out={config.held_out} are "
-                "in the training set: give images that were not trained on, or none"
-            )
-        sets = sets._replace(held_out=sets.held_out[fresh])
-    return sets, found["train"][1], excluded
+    if sets.held_out is None:
+        return sets, found["train"][1], None
+    seen = set(known)
+    kept = np.array([one not in seen for one in data.digests(sets.held_out)])
+    if not kept.any():
+        raise setup.ConfigError(
+            f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
+            "the training set: give images that were not trained on, or none"
+        )
+    sets = sets._replace(held_out=sets.held_out[kept])
+    return sets, found["train"][1], kept
 
 
 def check_sizes(sets):
@@ -192,12 +192,18 @@ def space(config, name, sets, label):
         raise setup.ConfigError(f"--config.features.name={name}: {error}") from error
 
 
-def _compared(config, sets, label):
+def _compared(config, sets, label, kept):
     """Where samples are compared besides pixels, or None; and what is to be said."""
     group = config.features
     try:
         if group.name == "given":
-            return sets.map(lambda name, x: _given(group, name, len(x))), ""
+            rows = {"held_out": kept}  # of the images that there were
+
+            def given(name, x):
+                mask = rows.get(name, np.ones(len(x), bool))
+                return _given(group, name, len(mask))[mask]
+
+            return sets.map(given), ""
         found = space(config, group.name, sets, label)
         return found, found.note and f"{found.name}: {found.note}"
     except weights.WeightsError as error:

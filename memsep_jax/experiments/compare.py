@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memsep_jax import fidelity, memorization, neighbours
+from memsep_jax import data, fidelity, memorization, neighbours
 from memsep_jax.experiments import record, setup
 from memsep_jax.experiments.sweep import mean_interval
 
@@ -69,6 +69,10 @@ def measure(config, sets, space, session, fingerprint) -> Measured:
     """
     group, known = config.memorization, setup.to_json(config)
     of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
+    if isinstance(space, Sets):
+        of.append(data.fingerprint(*space))
+    elif space is not None:  # other weights at the same path see another image
+        of.append(data.fingerprint(space.apply(sets.train[:1])))
     tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
     def chunked(name, work, x):
@@ -182,8 +186,7 @@ def _copies(seen, threshold):
 
 
 def share(flags, null=None) -> dict:
-    """A share [m] bool, that of held-out images, and how far it lies above, each with
-    a 95 % interval."""
+    """The share of flags [m], of held-out ones, and its excess, with 95 % intervals."""
     count, total = int(flags.sum()), len(flags)
     found: dict = {"ratio": count / total, "count": count}
     found["interval"] = memorization.wilson(count, total)
