@@ -92,15 +92,15 @@ def ratio_of(
     found: Neighbours, held_out: Neighbours | None, duplicates: int, threshold=RATIO
 ) -> Ratio:
     """`ratio`, from neighbours that were already searched."""
-    copied = _below(found, threshold)
-    null = None if held_out is None else _below(held_out, threshold)
+    flags = copied(found, threshold)
+    null = None if held_out is None else copied(held_out, threshold)
     return Ratio(
-        value=float(copied.mean()),
-        interval=wilson(int(copied.sum()), len(copied)),
+        value=float(flags.mean()),
+        interval=wilson(int(flags.sum()), len(flags)),
         null=None if null is None else float(null.mean()),
         null_interval=None if null is None else wilson(int(null.sum()), len(null)),
         neighbours=found,
-        memorized=copied,
+        memorized=flags,
         duplicates=duplicates,
     )
 
@@ -134,8 +134,15 @@ def excess(count: int, total: int, null_count: int, null_total: int):
     return value, (float(value - down), float(value + up))
 
 
-def _below(found, threshold):
-    return found.distances[:, 0] < threshold * found.distances[:, 1]
+def copied(found: Neighbours, threshold: float = RATIO):
+    """Which samples are memorized: d1 < threshold d2.   Returns: bool [..., m]."""
+    return found.distances[..., 0] < threshold * found.distances[..., 1]
+
+
+def quotient(d1, d2):
+    """d1 / d2 [m]: small where a sample is a copy, 1 where both are 0."""
+    d1, d2 = np.asarray(d1), np.asarray(d2)
+    return np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
 
 
 # A copy in a mirror is a copy.
@@ -784,7 +791,7 @@ def reproducibility(a, b, threshold: float = RATIO) -> Reproducibility:
             "the latter distinct: give equally many pairs, at least two different"
         )
     found = searcher(b)(a)
-    near = found.distances[:, 0] < threshold * found.distances[:, 1]
+    near = copied(found, threshold)
     centre, moved = (a.mean(axis=0) + b.mean(axis=0)) / 2, np.roll(b, 1, axis=0)
     nearest, axes = b[found.indices[:, 0]], tuple(range(1, b.ndim))
     close, null = (near & np.all(nearest == c, axis=axes) for c in (b, moved))

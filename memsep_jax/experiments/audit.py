@@ -51,7 +51,8 @@ def run(config, session, resume_step=None):
     found = measure(config, sets, compared, session, fingerprint)
     metrics = found.metrics | {"experiment": "audit", "notes": notes}
     metrics["data"]["excluded"] = excluded
-    metrics |= {"verdict": verdict(metrics), "advice": advice(metrics)}
+    metrics["verdict"] = verdict(metrics)
+    metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
     record.write_csv(session.workdir / "per_sample.csv", found.columns)
     record.write_csv(session.workdir / "duplicates.csv", found.repeats)
@@ -337,7 +338,7 @@ EVIDENCE = (  # what took copies away where we measured it, most first; and wher
 def advice(metrics) -> list[dict]:
     """What follows from the numbers, most useful first: {"text", "evidence"}."""
     found, about = metrics["memorization"], metrics["data"]
-    alarm = verdict(metrics)["alarm"]
+    alarm = metrics["verdict"]["alarm"]
     lines = []
     if alarm is None:
         text = "Give --config.held_out: images of the same kind, not trained on."

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import empirical, gap, mixture, neighbours, process, score
+from memsep_jax import empirical, gap, memorization, mixture, neighbours, process, score
 from memsep_jax.experiments import ensemble, figures, setup, sweep
 
 CURVES = ("inside", "outside", "below", "above")
@@ -133,9 +133,6 @@ def _look(samples, splits, threshold, bands):
     """What became of the samples [p, m, *e] of all pairs."""
     search = neighbours.searcher(np.asarray(splits.train.x))
 
-    def copied(found):
-        return found.distances[..., 0] < threshold * found.distances[..., 1]
-
     finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
     flat = np.nan_to_num(samples).reshape(-1, *samples.shape[2:])
     found = neighbours.Neighbours(
@@ -143,13 +140,13 @@ def _look(samples, splits, threshold, bands):
     )
     null = np.nan
     if splits.held_out is not None:
-        null = copied(search(splits.held_out.x)).mean()
+        null = memorization.copied(search(splits.held_out.x), threshold).mean()
     # The pairs of `below` start with nowhere and end with everywhere.
     start = len(bands.edges) * 2 - 2
     nowhere, everywhere = start, start + len(bands.edges) - 1
     nearest, place = found.distances[..., 0].mean(axis=1), found.indices[..., 0]
     numbers = {
-        "ratio": copied(found).mean(axis=1),
+        "ratio": memorization.copied(found, threshold).mean(axis=1),
         "overlap": (place == place[everywhere]).mean(axis=1),
         "distance": nearest / nearest[nowhere],
     }

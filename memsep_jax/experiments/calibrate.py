@@ -245,8 +245,7 @@ def _pixel_scores(sets, group):
 
 
 def _thirds(found):
-    d1, d2 = found.distances[:, 0], found.distances[:, 1]
-    return np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+    return memorization.quotient(*found.distances[:, :2].T)
 
 
 def _outside(found, own):

@@ -12,11 +12,11 @@ import numpy as np
 
 from memsep_jax import data, fidelity, memorization, neighbours
 from memsep_jax.experiments import record, setup
+from memsep_jax.experiments.evaluate import PAIRS, pairs
 from memsep_jax.experiments.sweep import mean_interval
 
 THREE = 3  # neighbours of a training image: itself, and two others
 FEW = 50  # images, below which no laws are compared
-PAIRS = 12  # worst pairs that are shown
 PER_CELL = 60  # samples in a cell of k-means, on average
 MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
 FOLDS = 5  # of the samples, for an interval of a difference
@@ -124,15 +124,14 @@ def measure(config, sets, space, session, fingerprint) -> Measured:
         "features": None,
         "quality": [],
     }
-    pairs = _pairs("pixels", images, sets.train, seen, columns["d1"], columns["d2"])
+    shown = _worst("pixels", images, sets.train, seen.samples)
     if space is not None:
         more, metrics["features"], metrics["quality"], felt = _in_features(
             config, sets, space, session, chunked
         )
         columns |= {f"feature_{name}": column for name, column in more.items()}
-        both = columns["feature_d1"], columns["feature_d2"]
-        pairs |= _pairs("features", sets.samples, sets.train, felt, *both)
-    return Measured(metrics, columns, repeats, pairs)
+        shown |= _worst("features", sets.samples, sets.train, felt.samples)
+    return Measured(metrics, columns, repeats, shown)
 
 
 def _search(chunked, name, sets, near, flips=False) -> Searched:
@@ -164,8 +163,7 @@ def _copies(seen, threshold):
     own = seen.train.distances[:, 1]  # to the nearest other one
 
     def rules(near):
-        copied = near.distances[:, 0] < threshold * near.distances[:, 1]
-        return copied, memorization.authentic(near, own)
+        return memorization.copied(near, threshold), memorization.authentic(near, own)
 
     copied, authentic = rules(near)
     held = (None, None) if seen.held_out is None else rules(seen.held_out)
@@ -250,18 +248,10 @@ def _repeats(seen, threshold):
     return {"train": rows, "repeats": of, "kind": kinds}
 
 
-def _pairs(name, samples, train, seen, d1, d2):
+def _worst(name, samples, train, near):
     """The samples that are most like a training image, worst first."""
-    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
-    index = np.argsort(share, kind="stable")[:PAIRS]
-    nearest = seen.samples.indices[index, :2]
-    return {
-        f"{name}_index": index,
-        f"{name}_sample": samples[index],
-        f"{name}_neighbours": train[nearest],
-        f"{name}_distances": seen.samples.distances[index, :2],
-        f"{name}_nearest": nearest,
-    }
+    order = np.argsort(memorization.quotient(*near.distances[:, :2].T), kind="stable")
+    return pairs(name, order[:PAIRS], samples, train, near)
 
 
 def _in_features(config, sets, space, session, chunked):

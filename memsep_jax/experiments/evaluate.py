@@ -134,18 +134,12 @@ def _write(config, parts, session, samples, result, about):
     )
     train_x = np.asarray(splits.train.x)
     stored = data.to_uint8 if samples.dtype == np.uint8 else np.asarray
-    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
-    order = np.argsort(share, kind="stable")
+    order = np.argsort(memorization.quotient(d1, d2), kind="stable")
     picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
-    pairs = {}
+    shown: dict = {}
     for name, index in picked.items():
-        index = index[:PAIRS]
-        pairs[f"{name}_index"] = index
-        pairs[f"{name}_sample"] = samples[index]
-        pairs[f"{name}_neighbours"] = stored(train_x[near.indices[index, :2]])
-        pairs[f"{name}_distances"] = near.distances[index, :2]
-        pairs[f"{name}_nearest"] = near.indices[index, :2]
-    record.write_npz(workdir / "pairs.npz", **pairs)
+        shown |= pairs(name, index[:PAIRS], samples, train_x, near, stored)
+    record.write_npz(workdir / "pairs.npz", **shown)
     emitted = near.indices[result.memorized, 0]
     copies = np.all(stored(train_x[near.indices[:, 0]]) == samples, axis=_axes(samples))
     record.write_json(
@@ -175,6 +169,21 @@ def _write(config, parts, session, samples, result, about):
             **about,
         },
     )
+
+
+def pairs(name, index, samples, train_x, near, stored=np.asarray) -> dict:
+    """What `figures.pairs` shows of the samples index [k], under a name in pairs.npz.
+
+    Args: near, their neighbours; stored, training points -> as samples are.
+    """
+    nearest = near.indices[index, :2]
+    return {
+        f"{name}_index": index,
+        f"{name}_sample": samples[index],
+        f"{name}_neighbours": stored(train_x[nearest]),
+        f"{name}_distances": near.distances[index, :2],
+        f"{name}_nearest": nearest,
+    }
 
 
 def finish(session):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import checkpoint, neighbours, sampling
+from memsep_jax import checkpoint, memorization, neighbours, sampling
 from memsep_jax.experiments import figures, networks, record, setup, sweep, train
 from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
 
@@ -245,7 +245,7 @@ def search(config, parts, weights, find) -> dict:
     # Among all points that it might be: found is what is nearest by a wide margin.
     near = neighbours.nearest(drawn, np.concatenate([points, held_out]))
     own = np.concatenate([first, len(points) + np.arange(len(held_out))])
-    close = near.distances[:, 0] < config.memorization.threshold * near.distances[:, 1]
+    close = memorization.copied(near, config.memorization.threshold)
     found = close & (near.indices[:, 0] == own)
     null = found[len(first) :]
     return {

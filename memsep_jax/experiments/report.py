@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from rich.console import Console
 
+from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import figures, record
 
@@ -140,7 +141,7 @@ def _audit_figures(numbers):
         if f"{prefix}d1" not in table:
             continue
         d1, d2 = table[f"{prefix}d1"], table[f"{prefix}d2"]
-        share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+        share = memorization.quotient(d1, d2)
         copied = table[f"{prefix}memorized"] == 1
         yield f"distances_{space}", figures.distance_ratios(share, copied, threshold)
         pairs = numbers["pairs.npz"]
@@ -250,7 +251,7 @@ def _figures(numbers):
     if "pruning" in metrics:
         yield "pruning", figures.curves([_along(metrics["pruning"])])
     d1, d2 = table["d1"], table["d2"]
-    share = np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
+    share = memorization.quotient(d1, d2)
     memorized = table["memorized"] == 1
     yield "distances", figures.distance_ratios(share, memorized, found["threshold"])
 
