@@ -42,6 +42,7 @@ def nearest_two(x, data):
 
     Args: x [*e], data [n, *e].   Returns: [2].
     """
+    data = jnp.asarray(data)
     axes = tuple(range(1, data.ndim))
     squares = jnp.sum((x[None] - data) ** 2, axis=axes)
     nearest = data[jnp.argmin(squares)]

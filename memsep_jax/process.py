@@ -105,19 +105,31 @@ def noise_to_signal(process: Process, t):
 def time_of(process: Process, noise):
     """The time at which sigma / alpha is `noise`; where it never is, 1e-8 or 1e8.
 
-    By bisection in log t, to rounding.   noise [] -> t [].
+    By bisection in log t, to rounding; its derivative is that of the inverse function.
+    noise [] -> t [].
     """
     noise = jnp.asarray(noise, float)
 
-    def halve(_, ends):
-        middle = (ends[0] + ends[1]) / 2
-        t = jnp.exp(middle)
+    def late(log_t):
+        t = jnp.exp(log_t)
         # Signed, not squared: alpha < 0 past the end of a rectified flow.
-        early = process.sigma(t) < noise * process.alpha(t)
-        return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
+        return process.sigma(t) - noise * process.alpha(t)
 
-    widest = jnp.full_like(noise, jnp.log(1e8))
-    return jnp.exp(jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0])
+    def bisect(late, start):
+        def halve(_, ends):
+            middle = (ends[0] + ends[1]) / 2
+            early = late(middle) < 0
+            return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
+
+        widest = jnp.full_like(start, jnp.log(1e8))
+        return jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0]
+
+    def divide(slope, y):
+        slope = slope(jnp.ones_like(y))
+        # Where the noise is never reached, nothing moves.
+        return jnp.where(slope == 0, 0.0, y / jnp.where(slope == 0, 1.0, slope))
+
+    return jnp.exp(jax.lax.custom_root(late, jnp.zeros_like(noise), bisect, divide))
 
 
 # Laws of t: (key) -> t [].

@@ -37,6 +37,12 @@ def test_a_duplicate_is_not_a_second_neighbour():
     np.testing.assert_array_equal(result.neighbours.indices, [[0, 1]])
 
 
+def test_training_points_may_be_of_numpy_inside_of_jit():
+    data = np.array([[0.0], [1.0], [4.0]], np.float32)
+    found = jax.jit(lambda x: memorization.nearest_two(x, data))(jnp.array([0.25]))
+    np.testing.assert_allclose(found, [0.25, 0.75])
+
+
 def test_a_third_exactly_is_not_memorized():
     data = np.array([[0.0], [4.0]], np.float32)
     assert memorization.ratio([[1.0 - 1e-6]], data).value == 1  # d1 / d2 just below

@@ -163,6 +163,14 @@ def test_a_time_is_found_by_its_noise(name, noise, x64):
     assert process.noise_to_signal(made, t) == pytest.approx(noise, rel=1e-6)
 
 
+@pytest.mark.parametrize("made", [OU, process.rectified_flow()])
+def test_the_time_of_a_noise_has_the_slope_of_the_inverse(made, x64):
+    """d t / d noise = 1 / (d noise / d t), at t = 0.3."""
+    noise, slope = jax.value_and_grad(lambda t: process.noise_to_signal(made, t))(0.3)
+    found = jax.jit(jax.grad(lambda s: process.time_of(made, s)))(noise)
+    np.testing.assert_allclose(found, 1 / slope, rtol=1e-10)
+
+
 def test_a_law_on_another_clock_keeps_its_noise(x64):
     """u ~ Beta(.8, 2) on the VP clock is below .5 with 1.8 u^.8 - .8 u^1.8, u = .5."""
     vp, ou = process.variance_preserving(), process.ornstein_uhlenbeck()
