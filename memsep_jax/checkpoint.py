@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -92,10 +93,7 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
         _make_room(directory, needed)
         if path.exists():
             _remove(path)
-        with (
-            _without_tracebacks(),
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-        ):
+        with _without_tracebacks(), _checkpointer() as checkpointer:
             checkpointer.save(
                 path.absolute(),
                 args=ocp.args.Composite(
@@ -136,6 +134,12 @@ def restore_newest(directory, like, at_most: int | None = None):
       never starts afresh beside the ruins of another. ConflictError as `restore`.
     """
     directory = Path(directory)
+    if strange := _strange(directory):
+        logging.warning(
+            "%s holds what is no checkpoint: %s; it is left alone",
+            directory,
+            ", ".join(strange[:10]),
+        )
     tried = []
     for step in reversed(steps(directory)):
         if at_most is not None and step > at_most:
@@ -229,15 +233,41 @@ def unpack(path, like):
         raise CorruptError(f"{path}: {error}") from error
 
 
+def _checkpointer():
+    # Of several processes, the one that saves or restores does so alone.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=options,
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        manifest=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _strange(directory) -> list[str]:
+    """Names of what is no step, not set aside, and no leftover of a save."""
+    known = {str(step) for step in steps(directory)}
+    ours = re.compile(rf"(corrupt|abandoned)-|.*{re.escape(TMP)}")
+    found = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
+    return sorted(name for name in found if name not in known and not ours.match(name))
+
+
 def _remove(path):
     # Under a name that `clean` knows: a kill on the way must not leave half a step.
     doomed = path.with_name(f"{path.name}{TMP}-removed")
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    if doomed.is_symlink():  # what it leads to is not ours
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
 
 
 def _restore(path, like):
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         with _reading("manifest"):
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             manifest = checkpointer.restore(path.absolute(), args=args).manifest

@@ -31,6 +31,7 @@ def train() -> ConfigDict:
             mix_from=placeholder(str),  # the name of one without arguments; an .npz
             deduplicate=placeholder(bool),  # each distinct point once
             path=placeholder(str),  # npz, folder
+            skip_bad=placeholder(bool),  # folder: without what cannot be read
             dataset=placeholder(str),  # tfds
             data_dir=placeholder(str),  # cifar10, tfds
             k=placeholder(int),  # mixture
@@ -85,6 +86,7 @@ def train() -> ConfigDict:
             clip=placeholder(float),
             schedule="constant",
             warmup=0,
+            skip_spikes=placeholder(float),  # beyond so many median norms: no step
         ),
         train=dict(
             steps=1_000,
@@ -186,8 +188,10 @@ def train() -> ConfigDict:
             snapshot_epochs=0,  # one every so many epochs
             snapshot_samples=250,
             chunk=250,  # samples looked at together
+            images=True,  # in the report, of training data
             tracker="none",  # tensorboard, wandb: besides metrics.jsonl
             pack=placeholder(str),  # a file with the whole state, to go on elsewhere
+            wait=0.0,  # seconds for a checkpoint to come where prune.source looks
         ),
     )
 
@@ -206,6 +210,7 @@ def audit() -> ConfigDict:
         held_out=placeholder(str),  # images of the same kind that it never saw
         pool=placeholder(str),  # all that `train` was chosen from
         resolution=placeholder(int),  # that all folders are resized to; None: as it is
+        skip_bad=placeholder(bool),  # of folders, what cannot be read is left out
         features=dict(  # features.FEATURES
             name="random_conv",
             path=placeholder(str),  # of the weights: inception, alexnet
@@ -227,7 +232,11 @@ def audit() -> ConfigDict:
             features=("random_conv",),
         ),
         quality=dict(points=10_000),  # of each set, at most, for distances of laws
-        run=dict(chunk=1_000, memory=1.0),  # gigabytes, of what an audit holds at once
+        run=dict(
+            chunk=1_000,
+            memory=1.0,  # GiB, of what an audit holds at once
+            images=True,  # in the report, of training data
+        ),
     )
 
 

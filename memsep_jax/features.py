@@ -124,14 +124,11 @@ def random_conv(shape, seed: int = 0, chunk: int = 256) -> Extractor:
     return _extractor("random_conv", one, layers, shape, chunk)
 
 
-def classifier(
-    shape, images, labels, seed: int = 0, chunk: int = 256, check=lambda: None
-) -> Extractor:
+def classifier(shape, images, labels, seed: int = 0, chunk: int = 256) -> Extractor:
     """What a small network, trained here to tell the labels, sees: 128 features.
 
     Args:
       shape: (h, w, c).   images [n, h, w, c], labels [n]: what it is trained on.
-      check: called before every step, so that a run can be stopped.
     Returns: its note tells on how many of its training images it is right.
     Raises: ValueError: fewer than two labels, or not one for each image.
     """
@@ -170,7 +167,6 @@ def classifier(
     step = jax.jit(train.make_train_step(loss, tx, ema_decay=0.0), donate_argnums=0)
     state, rng = train.init(params, tx), np.random.default_rng(seed)
     for _ in range(CLASSIFIER_STEPS):
-        check()
         batch = rng.integers(len(images), size=CLASSIFIER_BATCH)
         state, _ = step(state, (_floats(images[batch], shape), labels[batch]), step_key)
     found = _extractor("classifier", seen, state.params, shape, chunk)
@@ -264,7 +260,9 @@ def _extractor(name, one, params, shape, chunk):
             # Padded to a whole chunk: one shape, one compilation.
             whole = np.zeros((chunk, *shape), np.float32)
             whole[: len(x)] = x
-            pieces.append(np.asarray(run(params, whole))[: len(x)])
+            # Waited for: np.asarray of what found no memory would end the process.
+            seen = jax.block_until_ready(run(params, whole))
+            pieces.append(np.asarray(seen)[: len(x)])
         return np.concatenate(pieces)
 
     return Extractor(name, f"FD ({name})", apply)

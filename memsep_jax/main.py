@@ -1,7 +1,9 @@
 """The command: --config=FILE[:variant] [--workdir=DIR] [--config.a.b=value].
 
 Exit codes: 0 done; 2 config, usage or state conflict; 3 data or integrity; 4 a value
-that is not finite; 5 storage; 130 Ctrl-C and 143 SIGTERM, after a save; 1 a bug.
+that is not finite; 5 storage; 6 another process of the run is missing; 130 Ctrl-C and
+143 SIGTERM, after a save; 1 a bug. Where points of a sweep failed, their code if they
+share one, else 1.
 """
 
 import contextlib
@@ -31,6 +33,12 @@ _RESUME_STEP = flags.DEFINE_integer(
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on in a workdir that another config started."
 )
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "One of several processes that train together: auto (as SLURM, TPU, Kubernetes or "
+    "Open MPI say) or HOST:PORT,PROCESSES,INDEX.",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
 
@@ -55,10 +63,24 @@ def main(argv) -> int:
             "can be made and written",
             2,
         )
-    from memsep_jax import experiments
+    code = _run(config, workdir)
+    if _DISTRIBUTED.value:  # at exit, jax would wait for processes that are gone
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _run(config, workdir) -> int:
+    """The exit code; a bug of a single process shows itself whole."""
+    from memsep_jax import experiments, parallel
     from memsep_jax.experiments.dry_run import dry_run
 
     try:
+        if where := _DISTRIBUTED.value:
+            try:
+                parallel.join(where)
+            except ValueError as error:
+                return _fail(str(error), 2)
         if _DRY_RUN.value:
             console = experiments.session.Terminal(highlight=False)
             console.print(dry_run(config, console.print))
@@ -69,11 +91,12 @@ def main(argv) -> int:
         return 0
     except BaseException as error:
         code = getattr(error, "exit_code", None)
-        if code is None or isinstance(error, SystemExit):  # a bug shows itself whole
+        known = code is not None and not isinstance(error, SystemExit)
+        if not known and not _DISTRIBUTED.value:
             raise
-        if _DEBUG.value:
+        if _DEBUG.value or not known:
             traceback.print_exc()
-        return _fail(str(error), code)
+        return _fail(str(error), code if known else 1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -77,7 +77,10 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
         """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
         m, x = len(x), np.pad(_flat(x), [(0, size - len(x)), (0, 0)])
         parts = _search(shares, centre, x, n, k, block, mesh, every)
-        squares, numbers, others = (np.asarray(part)[:m] for part in parts)
+        # Waited for: np.asarray of what found no memory would end the process.
+        squares, numbers, others = (
+            np.asarray(part)[:m] for part in jax.block_until_ready(parts)
+        )
         # Shares are in the order of the data: of equal ones, the lowest index.
         order = np.argsort(squares, axis=1, kind="stable")[:, :k]
         squares, numbers = (

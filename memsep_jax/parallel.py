@@ -1,13 +1,78 @@
-"""One mesh over all devices: state replicated, batches split."""
+"""One mesh over all devices of all processes: state replicated, batches split."""
+
+import functools
+import os
+import sys
+import threading
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+MISSING = 6  # exit code of a process whose others did not come, or are gone
 
-def make_mesh() -> Mesh:
-    """All devices along one axis, "data"."""
+
+def join(where: str, timeout: int = 300) -> None:
+    """Makes this process one of several that train together.
+
+    Args: where, "auto" (SLURM, TPU, Kubernetes and Open MPI say it) or
+      "HOST:PORT,PROCESSES,INDEX", with the host of process 0; timeout, in seconds,
+      after which the process ends with exit code 6.
+    Raises: ValueError where no others could be there.
+    """
+    # A run has its own way with SIGTERM; the service would take the signal from it.
+    jax.config.update("jax_enable_preemption_service", False)
+    place: dict[str, Any] = {}
+    if where != "auto":
+        try:
+            address, count, index = where.split(",")
+            host, port = address.rsplit(":", 1)
+            if not (host and 0 < int(port) < 65_536 and 0 <= int(index) < int(count)):
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"--distributed={where} must be auto, or HOST:PORT,PROCESSES,INDEX, "
+                "0 <= INDEX < PROCESSES, such as 10.0.0.1:9876,2,0"
+            ) from None
+        place["coordinator_address"] = address
+        place |= {"num_processes": int(count), "process_id": int(index)}
+
+    def give_up():
+        # Left to itself, jax would abort the process with a dump.
+        sys.stderr.write(
+            f"error: --distributed={where}: the other processes did not come in "
+            f"{timeout} s: start all of them, and see that they reach that host and "
+            "port\n"
+        )
+        sys.stderr.flush()
+        os._exit(MISSING)
+
+    waiting = threading.Timer(timeout, give_up)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(initialization_timeout=2 * timeout + 60, **place)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed={where}: no processes could be joined ({error}): give "
+            "HOST:PORT,PROCESSES,INDEX"
+        ) from error
+    finally:
+        waiting.cancel()
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes."""
+    return jax.process_index() == 0
+
+
+def make_mesh(devices=None) -> Mesh:
+    """All devices along one axis, "data"; or those given, as `jax.local_devices()`."""
+    devices = jax.devices() if devices is None else devices
     # Auto: under the Explicit default of newer jax the train step does not trace.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    kind = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=kind, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -18,3 +83,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicate(tree, mesh: Mesh):
+    """Puts a tree that all processes have alike on every device."""
+    if jax.process_count() > 1:  # others' devices are filled from their own copies
+        tree = jax.device_get(tree)
+    return jax.device_put(tree, replicated(mesh))
+
+
+def local(tree):
+    """A replicated tree as this process alone can compute with it."""
+    return jax.device_get(tree) if jax.process_count() > 1 else tree
+
+
+def gather(values) -> jax.Array:
+    """values [k], uint32, of each process -> [processes, k], on all of them.
+
+    All must call it. It does not wait: np.asarray of what it returns does.
+    """
+    mesh, each = make_mesh(), jax.local_device_count()
+    rows = np.repeat(np.asarray(values, np.uint32)[None], each, axis=0)
+    split = jax.make_array_from_process_local_data(by_batch(mesh), rows)
+    return _on_all(split, each, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("each", "mesh"))
+def _on_all(rows, each, mesh):
+    return jax.lax.with_sharding_constraint(rows[::each], replicated(mesh))

@@ -24,6 +24,7 @@ from memsep_jax.mixture import LAWS, Law, sample
 
 BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 MAX_HELD_OUT = 10_000
+MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
 KINDS = "bmp gif jpeg jpg pgm png ppm tif tiff webp"
 SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -83,6 +84,7 @@ def mixture_truth(
     """
     if law not in LAWS:
         raise ValueError(f"data.law={law!r} is unknown; known: {', '.join(LAWS)}")
+    _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
     if not given.keys() <= set(taken):
@@ -108,6 +110,7 @@ def mixture(
     """`size` draws of a known law (mixture.LAWS), and 10,000 fresh ones as its test."""
     if size < 1:
         raise ValueError(f"mixture: size={size} draws: at least 1")
+    _check_numbers(k, d, size)
     shape = dict(rank=rank, noise=noise, dof=dof, width=width)
     truth = mixture_truth(k, d, scale, truth_seed, law, **shape)
     key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
@@ -116,6 +119,15 @@ def mixture(
     draws = np.asarray(draw(train_key, truth, size), np.float32)
     fresh = np.asarray(draw(test_key, truth, MAX_HELD_OUT), np.float32)
     return Source(draws, None, fresh, None)
+
+
+def _check_numbers(k, d, size=0):
+    if max(k, size) * d > MOST_NUMBERS:
+        draws = f" and {size:,} draws" if size else ""
+        raise ValueError(
+            f"mixture: k={k} components{draws} of d={d} are more than "
+            f"{MOST_NUMBERS:,} numbers: lower k or d"
+        )
 
 
 def npz(path) -> Source:
@@ -156,7 +168,7 @@ def _arrays(path, keys):
         raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
 
 
-def folder(path, resolution: int | None = None) -> Source:
+def folder(path, resolution: int | None = None, skip_bad: bool = False) -> Source:
     """All images below a folder, sorted by relative path: uint8 [n, h, w, 3].
 
     Everything becomes RGB: rotated as EXIF says, alpha laid over white, 16-bit grey
@@ -165,12 +177,13 @@ def folder(path, resolution: int | None = None) -> Source:
     followed; hidden and other files are skipped. If every image is in a subfolder,
     its label is the index of the first-level subfolder in sorted order.
 
+    Args: skip_bad: leave out what cannot be read, and warn of it with the count.
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
     check_resolution(resolution)
     root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # which takes any text
         raise DataError(f"{root}: no such folder; give the path of a folder of images")
     names = sorted(
         (Path(place) / name).relative_to(root).as_posix()
@@ -181,6 +194,7 @@ def folder(path, resolution: int | None = None) -> Source:
     if not names:
         raise DataError(f"{root}: no image below it ({' '.join(SUFFIXES)})")
     images: list[np.ndarray] = []
+    kept: list[str] = []
     damaged = []
     for name in names:
         try:
@@ -194,18 +208,23 @@ def folder(path, resolution: int | None = None) -> Source:
             continue
         if images and image.shape != images[0].shape:
             raise ValueError(
-                f"{root}: sizes differ ({names[0]} {images[0].shape}, {name} "
+                f"{root}: sizes differ ({kept[0]} {images[0].shape}, {name} "
                 f"{image.shape}); set resolution to resize all"
             )
         images.append(image)
+        kept.append(name)
     if damaged:
-        raise DataError(
+        found = (
             f"{root}: {len(damaged)} of {len(names)} images cannot be read: "
-            f"{', '.join(damaged[:10])}; repair them or take them out"
+            f"{', '.join(damaged[:10])}"
         )
+        if not (skip_bad and images):
+            more = "; skip_bad=True goes on without them" if images else ""
+            raise DataError(f"{found}; repair them or take them out{more}")
+        logging.warning("%s; left out", found)
     labels = None
-    if all("/" in name for name in names):
-        firsts = [name.split("/")[0] for name in names]
+    if all("/" in name for name in kept):
+        firsts = [name.split("/")[0] for name in kept]
         labels = np.unique(firsts, return_inverse=True)[1].astype(np.int32)
     read = Source(np.stack(images), labels)
     check_source(read, str(root))
@@ -231,6 +250,8 @@ def cifar10(data_dir=None) -> Source:
 
         class Cifar10(cifar.Cifar10):
             """The stock builder, its archive read by Python's tarfile."""
+
+            url_infos = cifar.Cifar10.url_infos  # the digests of what is fetched
 
             def _split_generators(self, dl_manager):
                 path = archive if archive.exists() else dl_manager.download(CIFAR_URL)
@@ -312,7 +333,12 @@ def second(mix_from: str) -> Source:
     return SOURCES[mix_from]()
 
 
-def images(where: str, role: str = "train", resolution: int | None = None):
+def images(
+    where: str,
+    role: str = "train",
+    resolution: int | None = None,
+    skip_bad: bool = False,
+):
     """Images of any origin, as a person sees them, and their labels where they have.
 
     Args:
@@ -321,14 +347,15 @@ def images(where: str, role: str = "train", resolution: int | None = None):
         With [a:b] at its end: those of them.
       role: "samples", "train" or "held_out": which array of an .npz (ROLES, or its only
         one), and which split of a set, is meant.
-      resolution: that images of a folder are resized to.
+      resolution: that images of a folder are resized to.   skip_bad: as in `folder`.
     Returns:
       uint8 [n, h, w, c]; integers [n] or None.
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
     part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", where)
-    x, label = _whole(part[1] if part else where, role, resolution, part is not None)
+    whole = part[1] if part else where
+    x, label = _whole(whole, role, resolution, skip_bad, part is not None)
     if part is None:
         return x, label
     rows = slice(*(int(end) if end else None for end in part.groups()[1:]))
@@ -337,11 +364,11 @@ def images(where: str, role: str = "train", resolution: int | None = None):
     return x[rows], None if label is None else label[rows]
 
 
-def _whole(where, role, resolution, cut):
+def _whole(where, role, resolution, skip_bad, cut):
     """`images` without [a:b]; cut: whether that follows."""
-    path = Path(where).expanduser()
-    if path.is_dir():
-        return folder(path, resolution)[:2]
+    path = Path(os.path.expanduser(where))
+    if os.path.isdir(path):  # which takes any text
+        return folder(path, resolution, skip_bad)[:2]
     if path.suffix in (".npz", ".npy"):
         names, label_name = ROLES[role], LABELS[role]
         found, known = _arrays(path, (*names, label_name))
@@ -472,6 +499,8 @@ def _check_labels(labels, n, where):
 
 
 def _read_rgb(path, resolution):
+    if not path.is_file():  # to open a pipe is to wait for its other end
+        raise OSError("a link to nothing, or no file")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
@@ -509,7 +538,8 @@ def _prepared(builder, way_out):
     try:
         builder.download_and_prepare(
             download_config=tensorflow_datasets.download.DownloadConfig(
-                try_download_gcs=False
+                try_download_gcs=False,
+                force_checksums_validation=True,  # no digest known: nothing fetched
             ),
         )
         read = builder.as_data_source()

@@ -13,6 +13,7 @@ from memsep_jax.prune import apply_mask, check_mask, full_mask
 from memsep_jax.score import Prediction, target
 
 Params = Any
+WINDOW = 64  # steps, whose gradients are the usual ones
 
 
 class NonFiniteError(ArithmeticError):
@@ -227,12 +228,14 @@ def make_train_step(
             step=state.step + 1, params=params, ema=ema, opt_state=opt_state
         )
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return state, {
+        metrics = {
             "step": state.step,
             "loss": value,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
         }
+        spikes = skipped(state)
+        return state, metrics if spikes is None else metrics | {"skipped": spikes}
 
     return train_step
 
@@ -262,6 +265,46 @@ def cosine(lr: float, steps: int | None = None, warmup: int = 0):
 SCHEDULES = {"constant": constant, "cosine": cosine}
 
 
+class Skipping(NamedTuple):
+    """The state of `skipping`."""
+
+    norms: jax.Array  # [WINDOW] of the gradients of the last steps taken; 0: no step
+    skipped: jax.Array  # [] number of steps
+    inner: optax.OptState
+
+
+def skipping(tx: optax.GradientTransformation, factor: float):
+    """tx, but for steps whose gradient is far larger than usual: they change nothing.
+
+    Such a gradient's norm is more than `factor` times the median of those of the last
+    WINDOW steps taken; before there are so many, none is skipped. A norm that stays so
+    large never becomes usual: watch the count.
+
+    Source: Chowdhery 2022 (arXiv 2204.02311), section 5.1, which skips by hand.
+    """
+
+    def init(params):
+        return Skipping(jnp.zeros(WINDOW), jnp.zeros((), jnp.int32), tx.init(params))
+
+    def update(grads, state, params=None):
+        norm, (norms, skipped, _) = optax.tree.norm(grads), state
+        spike = (norms[0] > 0) & (norm > factor * jnp.median(norms))
+        updates, inner = tx.update(grads, state.inner, params)
+        taken = jnp.append(norms[1:], norm), skipped, inner
+        left = norms, skipped + 1, state.inner
+        # Not a branch: networks of an ensemble are trained as one.
+        new = jax.tree.map(lambda a, b: jnp.where(spike, a, b), left, taken)
+        updates = jax.tree.map(lambda u: jnp.where(spike, 0, u), updates)
+        return updates, Skipping(*new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def skipped(state: TrainState):
+    """The number of steps that `skipping` has skipped, []; None without it."""
+    return optax.tree.get(state.opt_state, "skipped")
+
+
 # Optimizers: the first argument is the peak learning rate.
 
 
@@ -274,13 +317,16 @@ def adamw(
     schedule: str = "constant",
     warmup: int = 0,
     steps: int | None = None,
+    skip_spikes: float | None = None,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-    Args: clip, the largest global norm of a gradient; steps, for schedules that end.
+    Args: clip, the largest global norm of a gradient; steps, for schedules that end;
+      skip_spikes, the factor of `skipping`.
     """
-    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, b1=b1, b2=b2)
-    return _clipped(clip, optax.adamw(rate, b1, b2, weight_decay=weight_decay))
+    guard = clip, skip_spikes
+    rate = _rate(lr, weight_decay, guard, schedule, warmup, steps, b1=b1, b2=b2)
+    return _guarded(guard, optax.adamw(rate, b1, b2, weight_decay=weight_decay))
 
 
 def adam(
@@ -292,11 +338,13 @@ def adam(
     schedule: str = "constant",
     warmup: int = 0,
     steps: int | None = None,
+    skip_spikes: float | None = None,
 ) -> optax.GradientTransformation:
     """Adam with coupled L2: the decay is part of the gradient (as in Gu 2023)."""
-    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, b1=b1, b2=b2)
+    guard = clip, skip_spikes
+    rate = _rate(lr, weight_decay, guard, schedule, warmup, steps, b1=b1, b2=b2)
     coupled = optax.add_decayed_weights(weight_decay)
-    return _clipped(clip, optax.chain(coupled, optax.adam(rate, b1, b2)))
+    return _guarded(guard, optax.chain(coupled, optax.adam(rate, b1, b2)))
 
 
 def sgd(
@@ -307,19 +355,21 @@ def sgd(
     schedule: str = "constant",
     warmup: int = 0,
     steps: int | None = None,
+    skip_spikes: float | None = None,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent with momentum and coupled L2."""
-    rate = _rate(lr, weight_decay, clip, schedule, warmup, steps, momentum=momentum)
+    guard = clip, skip_spikes
+    rate = _rate(lr, weight_decay, guard, schedule, warmup, steps, momentum=momentum)
     coupled = optax.add_decayed_weights(weight_decay)
-    return _clipped(clip, optax.chain(coupled, optax.sgd(rate, momentum)))
+    return _guarded(guard, optax.chain(coupled, optax.sgd(rate, momentum)))
 
 
 OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd}
 
 
-def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
+def _rate(lr, weight_decay, guard, schedule, warmup, steps, **averages):
     """The schedule; or one ValueError with a line for each number that is wrong."""
-    wrong = []
+    (clip, skip_spikes), wrong = guard, []
     if not lr > 0:
         wrong.append(f"optimizer.lr={lr} must be positive")
     # A traced one, of an ensemble of networks, was looked at before.
@@ -327,6 +377,11 @@ def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
         wrong.append(f"optimizer.weight_decay={weight_decay} must not be negative")
     if clip is not None and not clip > 0:
         wrong.append(f"optimizer.clip={clip} must be positive, or None for no clipping")
+    if skip_spikes is not None and not skip_spikes > 1:
+        wrong.append(
+            f"optimizer.skip_spikes={skip_spikes} must be above 1, the median norm, or "
+            "None to skip no step"
+        )
     if warmup < 0:
         wrong.append(f"optimizer.warmup={warmup} must not be negative")
     for name, value in averages.items():
@@ -341,5 +396,7 @@ def _rate(lr, weight_decay, clip, schedule, warmup, steps, **averages):
     return SCHEDULES[schedule](lr, steps, warmup)
 
 
-def _clipped(clip, tx):
-    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+def _guarded(guard, tx):
+    clip, skip_spikes = guard
+    tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+    return tx if skip_spikes is None else skipping(tx, skip_spikes)

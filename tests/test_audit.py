@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_an_interrupted_audit_goes_on_from_its_chunks(copying, tmp_path, monkeyp
     def cut(directory, work, total, chunk, session, what):
         names.append(what)
         if what == "features pixels train":
-            session.stop = 15
+            signal.raise_signal(signal.SIGTERM)
         return whole(directory, work, total, chunk, session, what)
 
     monkeypatch.setattr(record, "in_chunks", cut)
@@ -292,7 +293,7 @@ def test_bad_images_get_one_message_and_leave_nothing(case, tmp_path):
         ("memorization", "near", 1, "near=1 must be at least 2"),
         ("memorization", "tiles", 0, "tiles=0"),
         ("quality", "points", 3, "points=3 must be at least"),
-        ("run", "memory", 0.1, "memory=0.1 gigabytes, but 240 images"),
+        ("run", "memory", 0.1, "memory=0.1 GiB, but 240 images"),
         ("features", "name", "vgg", "vgg.*random_conv"),
         ("features", "name", "classifier", None),
         ("features", "name", "given", "features.samples=FILE.npy"),

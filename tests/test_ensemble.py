@@ -80,7 +80,9 @@ def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
 
 def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
     config = smoke(width=(8, 4), weight_decay=(0.0, -1.0))
-    with pytest.raises(setup.ConfigError, match="weight_decay=-1.0 must not be"):
+    with pytest.raises(
+        setup.ConfigError, match=r"weight_decay=\(0.0, -1.0\) must be at"
+    ):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

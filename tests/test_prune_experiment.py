@@ -18,7 +18,6 @@ from memsep_jax import (
 from memsep_jax.experiments import prune as pruning
 from memsep_jax.experiments import record, setup
 from memsep_jax.experiments.evaluate import make_generate
-from memsep_jax.experiments.session import Session
 from memsep_jax.experiments.train import initial_state
 
 MEASURED = ("small_t", "uniform_t", "large_t", "magnitude", "activation")
@@ -190,18 +189,17 @@ def test_importance_that_is_not_finite_ends_with_one_message(parts, params):
 
 
 @pytest.fixture(scope="module")
-def cuts(parts, params, tmp_path_factory):
+def cuts(parts, params):
     """Pruned and control, both fine-tuned."""
     config = small()
     score_of = lambda weights, label: setup.score_fn(parts, weights, label)  # noqa: E731
     generate = make_generate(config, parts, parallel.make_mesh(), score_of)
     watch = pruning.watcher(config, parts, generate)
     tune = pruning.tuner(config, parts)
-    session = Session(tmp_path_factory.mktemp("cuts"), config)
     keep = np.ones((2, 4), bool)
     keep[0, 1] = keep[1, 2:] = False
     found = {
-        name: pruning.cut(config, params, its, watch, tune, session)
+        name: pruning.cut(config, params, its, watch, tune)
         for name, its in {"pruned": keep, "control": np.ones_like(keep)}.items()
     }
     return keep, found, watch
@@ -245,6 +243,7 @@ def _like(config):
     return state.replace(mask=mask)
 
 
+@pytest.mark.slow
 def test_the_main_job_reports_its_pruning(tmp_path):
     config = small()
     experiments.run(config, tmp_path)

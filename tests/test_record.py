@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,19 +13,17 @@ from memsep_jax.experiments import record
 
 
 class Session:
-    """What in_chunks needs of a session; it stops after `limit` checks."""
+    """What in_chunks needs of a session."""
 
-    def __init__(self, limit=1_000):
-        self.limit, self.seen = limit, []
+    def __init__(self):
+        self.seen = []
+
+    def say(self, text):
+        raise AssertionError(text)  # there is memory for all of it
 
     @contextlib.contextmanager
     def progress(self, what, total, done=0):
         yield lambda done, text="": self.seen.append(done)
-
-    def check(self):
-        self.limit -= 1
-        if self.limit < 0:
-            raise KeyboardInterrupt
 
 
 def test_json_comes_back_with_numpy_and_jax_values_plain(tmp_path):
@@ -147,6 +146,34 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path):
     assert record.read_metrics(tmp_path / "none") == []
 
 
+# Work that is kept.
+
+
+def test_what_is_kept_is_read_and_not_done_again(tmp_path):
+    called = []
+
+    def work():
+        called.append(1)
+        return {"x": jnp.arange(3), "y": 0.5, "names": ["a", "b"]}
+
+    path = tmp_path / "deep" / "a.npz"
+    for _ in range(2):
+        found = record.kept(path, work)
+        assert found["x"].tolist() == [0, 1, 2] and found["y"] == 0.5
+        assert found["names"].tolist() == ["a", "b"]
+        assert all(isinstance(value, np.ndarray) for value in found.values())
+    assert called == [1]
+    path.write_bytes(path.read_bytes()[:50])
+    record.kept(path, work)
+    assert called == [1, 1]
+
+
+def test_work_that_fails_keeps_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        record.kept(tmp_path / "a.npz", lambda: {"x": 1 / 0})
+    assert not any(tmp_path.iterdir())
+
+
 # Chunks.
 
 
@@ -170,8 +197,14 @@ def test_chunks_make_the_whole(tmp_path, chunk):
 
 def test_chunks_that_are_there_are_not_done_again(tmp_path):
     called = []
+
+    def stopped(start, stop):
+        if start == 8:
+            raise KeyboardInterrupt
+        return squares(called)(start, stop)
+
     with pytest.raises(KeyboardInterrupt):
-        record.in_chunks(tmp_path, squares(called), 10, 4, Session(limit=2), "squares")
+        record.in_chunks(tmp_path, stopped, 10, 4, Session(), "squares")
     assert called == [(0, 4), (4, 8)]
     found = record.in_chunks(tmp_path, squares(called), 10, 4, Session(), "squares")
     assert called == [(0, 4), (4, 8), (8, 10)]

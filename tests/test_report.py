@@ -124,12 +124,13 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.words, self.tags, self.fetched = [], set(), []
+        self.words, self.tags, self.names, self.fetched = [], set(), set(), []
         self.feed(html)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
+        self.names |= {name for name, _ in attributes}
         self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset")]
 
     def handle_data(self, data):
@@ -220,6 +221,22 @@ def test_a_hostile_name_is_only_text(tmp_path, undrawn):
     page = read(workdir)
     assert "script" not in page.tags
     assert HOSTILE in page.text and workdir.name in page.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "d1 / d2 and x / y",
+        "https://a.b/c/d",
+        "and/or",
+        "configs/a.py",
+        "1/3",
+        "/",
+        "a /",
+    ],
+)
+def test_what_is_no_path_is_told_whole(text):
+    assert report.pathless(text) == text
 
 
 def test_vectors_are_a_scatter_and_training_points(tmp_path):

@@ -104,6 +104,16 @@ def test_points_that_are_alike_are_worked_on_together(tmp_path):
     assert sizes == [4, 2, 4, 2]
 
 
+def test_networks_of_two_settings_are_not_trained_as_one():
+    """A setting may change anything, and an ensemble has the config of its first."""
+    config = grid(weight_decay=(0.0, 0.1), setting=("", "optimizer.lr=0.5"))
+    shapes = {p.values["setting"]: set() for p in sweep.points(config)}
+    for point in sweep.points(config):
+        shapes[point.values["setting"]].add(sweep.shape(point))
+    (plain,), (changed,) = shapes.values()
+    assert plain != changed
+
+
 def test_the_interval_is_students():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t_{.975, 2} = 4.3027."""
     found = sweep.mean_interval(np.array([1.0, 2.0, 3.0]))
@@ -125,6 +135,14 @@ def test_seeds_become_means_of_numbers_and_of_curves():
     assert row["y"]["mean"] == 2
     np.testing.assert_array_equal(row["curve"]["mean"], [1, 2])
     assert "samples" not in row and "seed" not in row
+
+
+def test_points_without_a_seed_that_finished_are_a_row_of_their_own():
+    """In its place, with its values and no number."""
+    rows = [{"width": np.array(8), "seed": np.array(1), "y": np.array(3.0)}]
+    gap, row = sweep.over_seeds(rows, sweep.points(grid(width=(4, 8))))
+    assert gap == {"width": 4, "seeds": 0}
+    assert row["seeds"] == 1 and row["y"]["mean"] == 3
 
 
 def test_the_end_of_a_sweep_is_numbers_and_a_report(tmp_path):

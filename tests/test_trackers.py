@@ -49,22 +49,33 @@ def test_tensorboard_gets_every_scalar(tmp_path, monkeypatch):
     assert seen == [("loss", 0.5, 3), ("train_loss_mean", 2.0, 3)]
 
 
-def test_wandb_stays_offline_without_a_key(tmp_path, monkeypatch):
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_wandb_stays_offline_without_a_key(known, old, tmp_path, monkeypatch):
     calls = []
 
     class Run:
         def log(self, row, step):
             calls.append((row, step))
 
-    fake = types.SimpleNamespace(
-        api=types.SimpleNamespace(api_key=None),
-        init=lambda **arguments: calls.append(arguments["mode"]) or Run(),
-    )
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    def login(verify, **others):
+        if old and others:
+            raise TypeError("login() got an unexpected keyword argument 'prompt'")
+        assert others == {"prompt": False} and not verify
+        return known
+
+    def init(mode, settings, **others):
+        assert settings["init_timeout"] <= 30  # no hang, where no server answers
+        calls.append(mode)
+        return Run()
+
+    api = types.SimpleNamespace(api_key="key" if known else None)
+    fake = types.SimpleNamespace(api=api, init=init, login=login)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     trackers.tracker("wandb", tmp_path, defaults.train(), calls.append)(ROW)
-    assert calls == ["offline", ({"loss": 0.5, "train_loss_mean": 2.0}, 3)]
+    mode = "online" if known else "offline"
+    assert calls == [mode, ({"loss": 0.5, "train_loss_mean": 2.0}, 3)]
 
 
 def test_a_tracker_that_fails_is_not_asked_again(tmp_path, monkeypatch):

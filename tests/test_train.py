@@ -332,6 +332,70 @@ def test_clipping_bounds_the_global_norm():
         )
 
 
+def fed(tx, sizes):
+    """The parameters and state after gradients of these sizes, in one direction."""
+
+    def step(carry, size):
+        grads = jax.tree.map(lambda w: size * jnp.ones_like(w) / 2, W)  # norm: size
+        updates, state = tx.update(grads, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    return jax.jit(lambda s: jax.lax.scan(step, (W, tx.init(W)), s)[0])(sizes)
+
+
+USUAL = 1 + 0.01 * np.sin(np.arange(train.WINDOW + 8.0))  # norms, of median about 1
+
+
+@pytest.mark.parametrize("name", train.OPTIMIZERS)
+def test_a_step_far_above_the_usual_is_as_if_it_had_not_been(name):
+    """Of 10 times the median; where 3 times are too much, and where 11 are."""
+    spiked = np.insert(USUAL, train.WINDOW + 2, 10.0)
+    make = partial(train.OPTIMIZERS[name], 0.1, weight_decay=0.1, clip=2.0)
+    plain, skipping = make(), make(skip_spikes=3.0)
+    params, state = fed(skipping, spiked)
+    assert int(state.skipped) == 1
+    truth, inner = fed(plain, USUAL)
+    chex.assert_trees_all_equal(params, truth)
+    chex.assert_trees_all_equal(state.inner, inner)
+    np.testing.assert_allclose(state.norms, USUAL[-train.WINDOW :], rtol=1e-6)
+    params, state = fed(make(skip_spikes=11.0), spiked)
+    assert int(state.skipped) == 0
+    chex.assert_trees_all_equal((params, state.inner), fed(plain, spiked))
+
+
+def test_no_step_is_skipped_before_the_window_is_full():
+    tx = train.sgd(0.1, skip_spikes=3.0)
+    early = np.insert(USUAL, [1, train.WINDOW - 2], 10.0)
+    assert int(fed(tx, early)[1].skipped) == 0
+    late = np.append(early, [4.0, 2.0, 1e9])
+    assert int(fed(tx, late)[1].skipped) == 2
+    assert train.skipped(train.init(W, train.sgd(0.1))) is None
+
+
+def test_of_networks_side_by_side_each_skips_its_own_spikes():
+    tx = train.adam(0.1, skip_spikes=3.0)
+    both = np.stack([np.append(USUAL, spike) for spike in (1.0, 10.0)])
+    params, state = jax.vmap(partial(fed, tx))(jnp.asarray(both, jnp.float32))
+    np.testing.assert_array_equal(state.skipped, [0, 1])
+    for i, sizes in enumerate((both[0], USUAL)):
+        of_one = jax.tree.map(lambda a, i=i: a[i], params)
+        close(of_one, fed(tx, sizes)[0])
+
+
+def test_the_count_of_skipped_steps_is_a_metric():
+    tx = train.sgd(0.1, skip_spikes=3.0)
+    state = train.init(W, tx)
+    small = state.opt_state._replace(norms=jnp.full(train.WINDOW, 1e-3))
+    state = state.replace(opt_state=small)
+    step = jax.jit(train.make_train_step(loss, tx, 0.0))
+    for count in (1, 2):
+        state, metrics = step(state, BATCH, jax.random.key(0))
+        assert int(metrics["skipped"]) == int(train.skipped(state)) == count
+        assert int(metrics["step"]) == count and metrics["update_norm"] == 0
+    chex.assert_trees_all_equal(state.params, W)
+    assert "skipped" not in stepped(train.sgd(0.1))[1]
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -340,6 +404,8 @@ def test_clipping_bounds_the_global_norm():
         (partial(train.adam, 1.0, weight_decay=-1.0), "optimizer.weight_decay=-1.0"),
         (partial(train.adam, 1.0, b2=1.0), r"optimizer.b2=1.0 must be in \[0, 1\)"),
         (partial(train.sgd, 1.0, clip=0.0), "optimizer.clip=0.0"),
+        (partial(train.sgd, 1.0, skip_spikes=1.0), "optimizer.skip_spikes=1.0 must be"),
+        (partial(train.sgd, 1.0, skip_spikes=float("nan")), "skip_spikes=nan"),
         (partial(train.sgd, 1.0, momentum=-0.1), "optimizer.momentum=-0.1"),
         (partial(train.sgd, 1.0, warmup=-1), "optimizer.warmup=-1"),
         (partial(train.sgd, 1.0, schedule="step"), "'step' is not one of constant, co"),
@@ -353,8 +419,8 @@ def test_optimizers_refuse_numbers_that_mean_nothing(make, words):
 
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ValueError) as caught:
-        train.adam(-1.0, weight_decay=-2.0, clip=-3.0)
-    assert len(str(caught.value).splitlines()) == 3
+        train.adam(-1.0, weight_decay=-2.0, clip=-3.0, skip_spikes=-4.0)
+    assert len(str(caught.value).splitlines()) == 4
 
 
 # Schedules.

@@ -1,5 +1,7 @@
 """Resumable functions of (config, workdir): numbers first, then pictures."""
 
+import jax
+
 from memsep_jax.experiments import (
     audit,
     band_swap,
@@ -15,6 +17,7 @@ from memsep_jax.experiments import (
     optimum,
     report,
     setup,
+    sweep,
     train,
     twins,
 )
@@ -64,15 +67,29 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
       resume_step: go back to this checkpoint; newer ones are moved aside.
       allow_config_change: go on although the config changed what is computed.
     Raises:
-      ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError
-      and Interrupted, each with the `exit_code` of the command line.
+      ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError,
+      sweep.FailedError and Interrupted, each with the `exit_code` of the command line.
     """
     experiment = setup.look_up(EXPERIMENTS, config.experiment, "experiment")
     session = Session(workdir, config, allow_config_change)
     if config.experiment == "report":
-        experiment(config, workdir, DRAWINGS)
+        status = sweep.status(workdir)
+        if status is not None:
+            session.say(status)
+        if status is None or (session.workdir / "metrics.json").exists():
+            experiment(config, workdir, DRAWINGS)
+        else:
+            session.say("figures are drawn at the end of the sweep: give its command")
     elif session.is_complete() and resume_step is None:
         session.say(f"already complete: {workdir}")
+        session.part()
     else:
         with session:
+            if jax.process_count() > 1 and config.experiment != "train":
+                raise setup.ConfigError(
+                    f"experiment={config.experiment} runs in one process: leave out "
+                    "--distributed; several train one network (experiment=train)"
+                )
+            if config.experiment in DRAWINGS:  # whose points are made of these values
+                setup.check(config)
             experiment(config, session, resume_step)

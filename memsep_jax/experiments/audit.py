@@ -17,7 +17,7 @@ from memsep_jax.experiments.compare import FEW, Sets, measure
 from memsep_jax.sources import DataError, images
 
 WORKING = 2e8  # bytes of temporaries, of a search and of a network
-GIGABYTE = 1e9
+GIB = 2**30
 ROLES = {
     "samples": "samples",
     "train": "train",
@@ -62,7 +62,7 @@ def run(config, session, resume_step=None):
     with session.phase("report"):
         report.write_audit(session.workdir, session.say)
     session.write_status()
-    session.console.print(summary(metrics))
+    session.say(summary(metrics))
     session.say(f"report: {session.workdir / 'report.html'}")
 
 
@@ -71,6 +71,7 @@ def run(config, session, resume_step=None):
 
 def check(config):
     """Refuses what no image would make right.   Raises: setup.ConfigError."""
+    setup.check_kinds(config, defaults.audit())
     wrong = [
         f"--config.{name}=... is required: a folder of images, an .npz or .npy, the "
         "workdir of a run, or the name of a data set"
@@ -85,7 +86,7 @@ def check(config):
         "memorization.cells": (group.cells >= 1, "at least 1 cell"),
         "quality.points": (config.quality.points >= FEW, f"at least {FEW} images"),
         "run.chunk": (config.run.chunk >= 1, "at least 1 sample"),
-        "run.memory": (config.run.memory > 0, "positive: gigabytes"),
+        "run.memory": (config.run.memory > 0, "positive: GiB"),
     }
     for name, (holds, rule) in rules.items():
         if not holds:
@@ -103,7 +104,7 @@ def read(config):
     Raises: setup.ConfigError where they do not fit each other; DataError.
     """
     found = {
-        name: images_of(config[name], name, config.resolution)
+        name: images_of(config[name], name, config.resolution, config.skip_bad)
         for name in ROLES
         if config[name]
     }
@@ -149,14 +150,14 @@ def _size(x):
     return " x ".join(map(str, x.shape[1:]))
 
 
-def images_of(where, role, resolution):
+def images_of(where, role, resolution, skip_bad=False):
     """As `sources.images`, for a field of the config; a run's workdir too."""
     known = record.read_json(Path(where) / "config.json")
     if known is None or "model" not in known:
         try:
-            return images(where, ROLES[role], resolution)
-        except DataError:
-            raise
+            return images(where, ROLES[role], resolution, bool(skip_bad))
+        except DataError as error:
+            raise DataError(f"--config.{role}: {error}") from error
         except ValueError as error:  # sizes that differ in a folder
             raise setup.ConfigError(f"--config.{role}: {error}") from error
     label = None
@@ -230,10 +231,10 @@ def _check_memory(config, sets, space):
         each += 4 * one.shape[1]
     count = sum(len(x) for x in sets if x is not None)
     # The sets, the training set once more where it is searched, and what that takes.
-    needed = (each * (count + len(sets.train)) + WORKING) / GIGABYTE
+    needed = (each * (count + len(sets.train)) + WORKING) / GIB
     if needed > config.run.memory:
         raise setup.ConfigError(
-            f"--config.run.memory={config.run.memory:g} gigabytes, but {count:,} "
+            f"--config.run.memory={config.run.memory:g} GiB, but {count:,} "
             f"images with their features take {needed:.2g}: raise it, or take features "
             "of fewer dimensions"
         )

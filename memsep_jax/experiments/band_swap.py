@@ -102,7 +102,10 @@ def sampler(config, parts, copying):
 
 
 def measure(points, session):
-    """Samples all bands of some points.   Yields: for each, the numbers of a row."""
+    """Samples all bands of some points.
+
+    Yields: for each, the numbers of a row, or the error that it failed with.
+    """
     configs = [point.config for point in points]
     with session.phase("data"):
         built = [setup.build(config) for config in configs]
@@ -112,7 +115,9 @@ def measure(points, session):
     pairs = np.concatenate([bands.pairs[name] for name in CURVES])
     drawn = jax.jit(sampler(config, parts, copying))
     for own, one, its in zip(built, configs, weights, strict=True):
-        session.check()
+        if isinstance(its, Exception):
+            yield its
+            continue
         truth, started = setup.truth(one), time.monotonic()
         with session.phase("sample"):
             samples = np.asarray(drawn(its, truth, setup.keys(one.seed).sample, pairs))
@@ -205,13 +210,18 @@ def _empirical(configs, built, session):
 
 def _trained(configs, built, session):
     with session.phase("train"):
-        state, _ = ensemble.learn(configs, built, session)
+        state, _ = ensemble.learn(configs, built)
     weights = state.ema if configs[0].sampler.weights == "ema" else state.params
-    each = [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(len(built))]
+    failed = ensemble.failures(state.step, built[0].steps)
+    each = [
+        error or jax.tree.map(lambda a, i=i: a[i], weights)
+        for i, error in enumerate(failed)
+    ]
     return each, functools.partial(setup.score_fn, built[0])
 
 
-# measure.swap -> (the weights of each point, weights -> the score that copies)
+# measure.swap -> (the weights of each point, or why it has none; weights -> the score
+# that copies)
 SCORES = {"empirical": _empirical, "trained": _trained}
 
 

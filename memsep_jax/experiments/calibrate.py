@@ -5,6 +5,7 @@ images that nobody trained on. So it is known which are copies, and what a metri
 should say.
 """
 
+import functools
 import io
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,15 +39,13 @@ def run(config, session, resume_step=None):
     session.begin(data.fingerprint(*sets, fresh))
     with session.phase("features"):
         spaces = {name: known_of(space, sets) for name, space in spaces.items()}
-    paths = []
+    paths, points = [], []
     with session.phase("kinds"), session.progress("kinds", len(KINDS)) as update:
         for i, (kind, change) in enumerate(KINDS.items()):
-            session.check()
             paths.append(session.workdir / "points" / f"{i:02d}-{kind}.npz")
-            if record.read_npz(paths[-1]) is None:
-                record.write_npz(paths[-1], **look(config, sets, fresh, change, spaces))
+            work = functools.partial(look, config, sets, fresh, change, spaces)
+            points.append(record.kept(paths[-1], work))
             update(i + 1, kind)
-    points = [record.read_npz(path) for path in paths]
     rows = [row(kind, at) for kind, at in zip(KINDS, points, strict=True)]
     columns = sorted(rows[-1], key=lambda name: not name.startswith(FIRST))
     metrics = {
@@ -61,7 +60,7 @@ def run(config, session, resume_step=None):
     with session.phase("report"):
         report.write_sweep(session.workdir, draw, session.say)
     session.write_status()
-    session.console.print(sweep.summary(session.workdir))
+    session.say(sweep.summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 
 
@@ -74,7 +73,7 @@ def read(config):
             "are the fresh ones among the samples"
         )
     train, pool = (
-        audit.images_of(config[name], name, config.resolution)[0]
+        audit.images_of(config[name], name, config.resolution, config.skip_bad)[0]
         for name in ("train", "pool")
     )
     seen = set(data.digests(train))

@@ -60,9 +60,12 @@ def run(config, session, resume_step=None):
     about |= {"eps": config.measure.eps, "widths": sorted(config.sweep.width)}
     with session.phase("exact"):
         about["exact"] = exact_networks(config)
-    about["smallest"] = smallest(rows, config.measure.eps, about["sigma"], times)
+    # The smallest of the widths that did not fail would be called the smallest.
+    of_all = sweep.whole(config, rows, lambda values: int(values["num_examples"]))
+    about["smallest"] = smallest(of_all, config.measure.eps, about["sigma"], times)
+    sizes = sorted(config.sweep.num_examples)
+    session.say(_widths(about["smallest"], sizes))
     sweep.finish(config, session, rows, draw, **about)
-    session.console.print(_widths(about["smallest"]))
 
 
 def exact_networks(config) -> list[dict]:
@@ -110,8 +113,9 @@ def _exact_error(config, params, score_fn, x, made) -> float:
 def measure(points, session):
     """Fits the networks of some points of one width: one for each target and time.
 
-    Yields: for each point, the numbers of a row; errors are E || s_net - s ||^2 under
-      Phat_t, [times], on draws that no network was trained on.
+    Yields: for each point, the numbers of a row, or the error that it failed with;
+      errors are E || s_net - s ||^2 under Phat_t, [times], on draws that no network was
+      trained on.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
@@ -120,7 +124,7 @@ def measure(points, session):
     config, parts = configs[0], built[0]
     started = time.monotonic()
     with session.phase("train"):
-        state, losses = _fit(config, parts, members, session)
+        state, losses = _fit(config, parts, members)
     seconds = (time.monotonic() - started) / len(points)
     with session.phase("evaluate"):
 
@@ -141,7 +145,12 @@ def measure(points, session):
     grid = (len(points), len(TARGETS), len(config.measure.times))
     errors, losses = errors.reshape(grid), losses.reshape(grid)
     parameters = setup.count(state.params) // len(members.t)
-    for error, loss in zip(errors, losses, strict=True):
+    applied = np.asarray(state.step).reshape(len(points), -1).min(axis=1)
+    failed = ensemble.failures(applied, parts.steps)
+    for why, error, loss in zip(failed, errors, losses, strict=True):
+        if why is not None:
+            yield why
+            continue
         row = {"parameters": parameters, "seconds": seconds}
         for i, name in enumerate(TARGETS):
             row |= {f"{name}_error": error[i], f"{name}_loss": loss[i]}
@@ -182,16 +191,16 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
     return found
 
 
-def _widths(found) -> Table:
-    """The smallest widths, a column for each target and time."""
+def _widths(found, sizes) -> Table:
+    """The smallest widths, a row for each n, a column for each target and time."""
     shown = Table(title="smallest width that meets the error of Theorem 5.1")
     shown.add_column("n", justify="right")
     columns = sorted({(row["target"], row["t"]) for row in found})
     for target, t in columns:
         shown.add_column(f"{target}, t = {t:.3g}", justify="right")
     width = {(r["target"], r["t"], r["num_examples"]): r["width"] for r in found}
-    for n in sorted({row["num_examples"] for row in found}):
-        cells = (width[*column, n] or "none" for column in columns)
+    for n in sizes:
+        cells = (width.get((*column, n), "n/a") or "none" for column in columns)
         shown.add_row(f"{n:,}", *map(str, cells))
     return shown
 
@@ -207,13 +216,14 @@ def draw(metrics, points):
             lines = []
             for n in sizes:
                 rows = {row["width"]: row for row in table if row["num_examples"] == n}
+                own = [w for w in widths if w in rows]  # others failed
                 mean, low, high = (
-                    np.array([rows[w][f"{name}_error"][k][i] for w in widths], float)
+                    np.array([rows[w][f"{name}_error"][k][i] for w in own], float)
                     * sigma**power
                     for k in ("mean", "low", "high")
                 )
                 low = np.maximum(low, mean / 10)  # a log axis has no 0
-                lines.append(figures.Line(widths, mean, f"n = {n:,}", low, high))
+                lines.append(figures.Line(own, mean, f"n = {n:,}", low, high))
             limit = figures.Line(
                 [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--",
                 color="black",
@@ -248,15 +258,16 @@ def _smallest_figure(metrics, sizes, times):
     for name in TARGETS:
         for i, t in enumerate(times):
             style = ("o-", "s--", "^:", "D-.")[i % 4]
-            chosen = [
-                row["width"]
+            chosen = {
+                row["num_examples"]: row["width"]
                 for row in metrics["smallest"]
                 if row["target"] == name and row["t"] == t
-            ]
+            }
+            widths = np.array([chosen.get(n) for n in sizes], float)
             lines.append(
                 figures.Line(
-                    sizes, np.array(chosen, float), f"{name} score, t = {t:g}",
-                    style=style, color=colors[name],
+                    sizes, widths, f"{name} score, t = {t:g}", style=style,
+                    color=colors[name],
                 )
             )  # fmt: skip
     # The widest, which also gives the axis its scale where no width sufficed.
@@ -264,9 +275,10 @@ def _smallest_figure(metrics, sizes, times):
     lines.append(
         figures.Line(sizes, widest, "widest tried", style="--", color=figures.GREY)
     )
+    exact_sizes = [row["num_examples"] for row in metrics["exact"]]
     numbers = [
         figures.Line(
-            sizes, [row[f"{name}_numbers"] for row in metrics["exact"]], label,
+            exact_sizes, [row[f"{name}_numbers"] for row in metrics["exact"]], label,
             color=colors[name],
         )
         for name, label in (
@@ -327,7 +339,7 @@ def _noised(key, member, made, m):
     return process.perturb(made, x0, member.t, jax.random.normal(eps_key, x0.shape))
 
 
-def _fit(config, parts, members, session):
+def _fit(config, parts, members):
     """All networks at once.   Returns: train.TrainState [m, ...], last losses [m]."""
 
     def loss(member):
@@ -343,9 +355,7 @@ def _fit(config, parts, members, session):
     def batch(member, key):
         return _noised(key, member, parts.process, config.train.batch_size)
 
-    return ensemble.fit(
-        config, parts, members, loss, lambda member: parts.tx, batch, session
-    )
+    return ensemble.fit(config, parts, members, loss, lambda member: parts.tx, batch)
 
 
 def _true_params(config):

@@ -272,7 +272,7 @@ def _in_features(config, sets, space, session, chunked):
     found |= about | {"dim": felt.samples.shape[1]}
     with session.phase("quality"):
         found |= _tests(config, felt, seen) | {"nearer": _nearer(config, felt)}
-        rows = _quality(config, felt, about["title"], session)
+        rows = _quality(config, felt, about["title"])
     return columns, found, rows, seen
 
 
@@ -355,7 +355,7 @@ def _nearer(config, felt):
     return mean_interval(differences)
 
 
-def _quality(config, felt, title, session):
+def _quality(config, felt, title):
     """A row for every metric and reference set, with the sizes that it was taken of."""
     some, seed, rows = _equal(config, felt), config.seed, []
     if some is None:
@@ -364,7 +364,6 @@ def _quality(config, felt, title, session):
     for reference, x in zip(Sets._fields, some, strict=True):
         if x is None:
             continue
-        session.check()
         found = {"Vendi score": fidelity.vendi(x)}
         if reference != "samples":
             found[title] = fidelity.frechet(some.samples, x, warn=False)

@@ -131,7 +131,7 @@ def search(choice, limits, session):
     Args: choice, of `choices`; limits, of `check`.
     Returns: the result, and [(config, rows)] for every size that was looked at.
     """
-    group, level = choice.emm, _level(choice)
+    group, level, seeds = choice.emm, _level(choice), choice.sweep.seeds
     smallest, largest, multiple = limits
     done: dict[int, tuple] = {}
     ended = None
@@ -143,18 +143,29 @@ def search(choice, limits, session):
         )  # fmt: skip
         if n is None:
             break
-        networks_then = (len(done) + 1) * choice.sweep.seeds
+        networks_then = (len(done) + 1) * seeds
         if group.budget is not None and networks_then > group.budget:
             ended = f"emm.budget={group.budget} networks"
             break
         some = at(choice, n)
-        work = functools.partial(networks.measure, session=session)
-        done[n] = some, sweep.run(some, session, work, what=f"n = {n:,}")
+        done[n] = some, _rows(some, session, what=f"n = {n:,}")
+        if failed := seeds - len(done[n][1]):  # the mean of the others is another one
+            ended = f"{failed} failed networks of n = {n:,}"
+            break
         ratio = mean(done[n][1], "ratio")
         session.say(f"n = {n:,}: {100 * ratio:.1f} % memorized")
     ordered = {n: done[n] for n in sorted(done)}
-    rows = {n: rows for n, (_, rows) in ordered.items()}
+    rows = {n: rows for n, (_, rows) in ordered.items() if len(rows) == seeds}
     return result(choice, rows, ended), list(ordered.values())
+
+
+def _rows(some, session, what):
+    """Of the networks that did not fail."""
+    work = functools.partial(networks.measure, session=session)
+    try:
+        return sweep.run(some, session, work, what=what)
+    except sweep.FailedError:  # said at the end, where other sizes are known
+        return []
 
 
 def mean(rows, kind) -> float:
@@ -178,9 +189,13 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
         "ended": ended,
     }  # fmt: skip
     for kind in KINDS:
+        one: dict = {"value": None, "low": None, "high": None, "beyond": None}
+        found[kind] = one
+        if not sizes:
+            one["beyond"] = "not known"
+            continue
         ratios = np.array([[row[kind] for row in rows[n]] for n in sizes], float)
         means = ratios.mean(axis=1)
-        one: dict = {"value": None, "low": None, "high": None, "beyond": None}
         fit = memorization.decreasing(means, np.ones(len(sizes)))
         if fit[-1] >= level:
             one["beyond"] = f"at least {sizes[-1]:,}"
@@ -191,7 +206,6 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
             low, high = memorization.effective_interval(sizes, counts, samples, level)
             value = memorization.effective_memorization(sizes, means, level)
             one |= {"value": value, "low": low, "high": high}
-        found[kind] = one
     return found
 
 
@@ -203,7 +217,7 @@ def sentence(found: dict) -> str:
         f"{KINDS[kind]} {shown(found[kind])}" for kind in ("raw", "ema", "highest")
     ]
     text += f"; {'; '.join(others)}"
-    if found["ratio"]["value"] is None:
+    if found["ratio"]["value"] is None and found["sizes"]:
         text += (
             ". The level lies outside: give other emm.low and emm.high, more data, or "
             "another emm.eps"
@@ -229,9 +243,13 @@ def draw(metrics, points):
     """(name, caption, figure) of the search: see `report.write_sweep`."""
     level = metrics["level"]
     text = " ".join(f"{sentence(found)}." for found in metrics["emm"])
+    groups: dict = {}
+    for row in metrics["table"]:
+        groups.setdefault(_setting(row), []).append(row)
+    drawn = [found for found in metrics["emm"] if found["setting"] in groups]
     curves, null = [], None
-    for i, found in enumerate(metrics["emm"]):
-        rows = [row for row in metrics["table"] if _setting(row) == found["setting"]]
+    for i, found in enumerate(drawn):
+        rows = groups[found["setting"]]
         label = found["setting"] or "memorized samples"
         curves.append(line(rows, "ratio", label, figures.COLORS[i]))
         value = found["ratio"]
@@ -255,11 +273,10 @@ def draw(metrics, points):
         figures.curves(
             [
                 _panel(found["setting"] or "", [
-                    line([r for r in metrics["table"]
-                          if _setting(r) == found["setting"]], kind, text)
+                    line(groups[found["setting"]], kind, text)
                     for kind, text in list(KINDS.items())[1:]
                 ])
-                for found in metrics["emm"]
+                for found in drawn
             ]
         ),
     )  # fmt: skip

@@ -45,7 +45,7 @@ def run(config, session, resume_step=None):
 def measure(points, session):
     """Trains the networks of some points of one shape.
 
-    Yields: for each, the numbers of a row.
+    Yields: for each, the numbers of a row, or the error that it alone failed with.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
@@ -53,7 +53,7 @@ def measure(points, session):
     parts, config = built[0], configs[0]
     started = time.monotonic()
     with session.phase("train"):
-        state, losses = learn(configs, built, session)
+        state, losses = learn(configs, built)
     seconds = (time.monotonic() - started) / len(points)
     weights = state.ema if config.sampler.weights == "ema" else state.params
     with session.phase("sample"):
@@ -62,8 +62,13 @@ def measure(points, session):
     if config.measure.likelihood:
         with session.phase("likelihood"):
             likelihoods = _likelihoods(config, parts, weights, built, configs)
+    failed = failures(state.step, parts.steps)
     for i, (own, samples) in enumerate(zip(built, drawn, strict=True)):
-        finite = bool(np.isfinite(samples).all())
+        if failed[i] is None and not np.isfinite(samples).all():
+            failed[i] = train.NonFiniteError("samples are not finite")
+        if failed[i] is not None:
+            yield failed[i]
+            continue
         row = {
             "parameters": setup.count(weights) // len(points),
             "steps": int(state.step[i]),
@@ -74,23 +79,21 @@ def measure(points, session):
         with session.phase("neighbours"):
             held_out = None if own.splits.held_out is None else own.splits.held_out.x
             found = memorization.ratio(
-                samples if finite else np.zeros_like(samples),
+                samples,
                 np.asarray(own.splits.train.x),
                 held_out,
                 config.memorization.threshold,
             )
         low, high = found.interval
         row |= {
-            "ratio": found.value if finite else np.nan,
-            "ratio_low": low if finite else np.nan,
-            "ratio_high": high if finite else np.nan,
+            "ratio": found.value,
+            "ratio_low": low,
+            "ratio_high": high,
             "null": np.nan if found.null is None else found.null,
             "samples": samples,
             "memorized": found.memorized,
             "train": np.asarray(own.splits.train.x)[: len(samples)],
         }
-        if not finite:
-            session.say(f"warning: {points[i].name} gave samples that are not finite")
         yield row
 
 
@@ -99,7 +102,15 @@ def draw(metrics, points):
     rows = metrics["table"]
     varied = [a for a in sweep.AXES if len({row.get(a) for row in rows}) > 1]
     varied = varied or [next(a for a in sweep.AXES if a in rows[0])]
-    *others, axis = varied
+    *others, axis = sorted(varied, key=lambda a: a != "setting")
+    label = sweep.LABELS[axis]
+    if axis == "setting":  # no number: its place in the table
+        label += ", by its place in the table"
+        places = {row[axis]: i for i, row in enumerate(rows, 1)}
+        rows, points = (
+            [row | {axis: np.asarray(places[str(row[axis])])} for row in some]
+            for some in (rows, points)
+        )
     groups: dict[str | None, list[dict]] = {}
     for row in rows:
         groups.setdefault(sweep.label(row, others), []).append(row)
@@ -114,8 +125,9 @@ def draw(metrics, points):
             mean, low, high = map(np.asarray, values)
             yield figures.Line(x, mean, label, low, high)
 
-    scale = {"xscale": "symlog" if axis == "weight_decay" else "log"}
-    scale |= {"xlabel": sweep.LABELS[axis]}
+    scales = {"weight_decay": "symlog", "setting": "linear"}
+    scale = {"xscale": scales.get(axis, "log")}
+    scale |= {"xlabel": label}
     (null, *_) = lines("null")
     null = null._replace(style="--", color="#666666", label="null level", low=None)
     panels = [
@@ -131,7 +143,7 @@ def draw(metrics, points):
                 ylabel="log-likelihood below the truth's, nats", **scale,
             )
         )  # fmt: skip
-    caption = "Share of memorized samples against " + sweep.LABELS[axis]
+    caption = "Share of memorized samples against " + label
     if len(panels) > 1:
         caption += (
             ". Right, how far the log-likelihood of held-out points under the model, "
@@ -179,7 +191,7 @@ def _lost(points, others, axis):
         yield figures.Line(list(line), middle, label, low, high)
 
 
-def learn(configs, built, session=None):
+def learn(configs, built):
     """Trains the networks of some configs that differ in no field that changes a shape.
 
     Args: configs, and the setup.Parts of each.
@@ -205,10 +217,10 @@ def learn(configs, built, session=None):
         return data.Dataset(member.x[rows])
 
     members = _members(configs, built)
-    return fit(config, parts, members, lambda member: loss, tx, batch, session)
+    return fit(config, parts, members, lambda member: loss, tx, batch)
 
 
-def fit(config, parts, members, loss, tx, batch, session=None):
+def fit(config, parts, members, loss, tx, batch):
     """Trains networks of one shape, each on its part of `members`, as one program.
 
     Args:
@@ -241,11 +253,25 @@ def fit(config, parts, members, loss, tx, batch, session=None):
     advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
     losses = None
     for first in range(0, parts.steps, every):
-        if session is not None:
-            session.check()
         last = min(first + every, parts.steps)
         state, losses = jax.block_until_ready(advance(state, members, first, last))
     return state, np.asarray(losses)
+
+
+def failures(applied, steps: int) -> list[train.NonFiniteError | None]:
+    """For each network why it failed, None where it did not: nan spoils no other.
+
+    Args: applied [m], the steps of training that were finite, of so many steps.
+    """
+    return [
+        None
+        if n == steps
+        else train.NonFiniteError(
+            f"{steps - n:,} of {steps:,} steps gave a loss, gradient or update that is "
+            "not finite. Lower optimizer.lr, set optimizer.clip, or look at the data"
+        )
+        for n in np.asarray(applied).tolist()
+    ]
 
 
 def _members(configs, built):

@@ -19,13 +19,16 @@ from memsep_jax.experiments import record, report, setup
 PAIRS = 12  # samples in each group of the report's pairs
 
 
-def make_generate(config, parts, mesh, score_of):
-    """(weights, start, stop) -> samples start .. stop, by one compiled program.
+def make_generate(config, parts, mesh, score_of, say=lambda text: None):
+    """(weights, start, stop) -> samples start .. stop, run.chunk of them at once.
 
-    Args: score_of, (weights, label or None) -> score_fn.
+    Compiled for run.chunk samples; where fewer are asked, or memory ends, for a half of
+    it, a quarter, ...
+
+    Args: score_of, (weights, label or None) -> score_fn; say, as `record.halving`.
+    Raises: record.OutOfMemoryError.
     """
     key = setup.keys(config.seed).sample
-    chunk = -(-config.run.chunk // mesh.size) * mesh.size
     shape = parts.splits.train.x.shape[1:]
     # Of the labels of the training points, uniformly: of another nothing was learned.
     present = jnp.unique(parts.splits.train.label) if parts.num_classes else None
@@ -40,18 +43,24 @@ def make_generate(config, parts, mesh, score_of):
         draw = setup.sampler(config, parts.process, parts.times, shape, score_fn)
         return draw(sample_key)
 
-    @jax.jit
-    def generate(weights, start):
-        indices = start + jnp.arange(chunk)
+    @functools.partial(jax.jit, static_argnums=2)
+    def generate(weights, start, count):
+        indices = start + jnp.arange(count)
         indices = jax.lax.with_sharding_constraint(indices, parallel.by_batch(mesh))
         return jax.vmap(functools.partial(sample, weights))(indices)
 
     def samples(weights, start, stop):
-        drawn = np.asarray(generate(weights, start))[: stop - start]
+        count = config.run.chunk
+        while stop - start <= (half := -(-count // 2)) < count:
+            count = half
+        count = -(-count // mesh.size) * mesh.size
+        # Waited for: np.asarray of what found no memory would end the process.
+        drawn = jax.block_until_ready(generate(weights, start, count))
+        drawn = np.asarray(drawn)[: stop - start]
         # Images as they would be saved: what is measured is what a person can see.
         return data.to_uint8(drawn) if drawn.ndim == 4 else drawn
 
-    return samples
+    return record.halving(samples, say, config.run.chunk, least=mesh.size)
 
 
 def as_float(x):
@@ -75,7 +84,7 @@ def evaluate(config, parts, session, generate, weights, about: dict):
       about: further sections of metrics.json; "model" says what the score is.
     """
     folder = place(config, parts, session, weights)
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(jax.local_devices())
     weights = jax.device_put(weights, parallel.replicated(mesh))
     chunk = config.run.chunk
 
@@ -192,7 +201,7 @@ def finish(session):
     with session.phase("report"):
         report.write(session.workdir, session.say)
     session.write_status()  # and the table those of the report
-    session.console.print(summary(session.workdir))
+    session.say(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 
 

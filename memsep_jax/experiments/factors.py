@@ -29,7 +29,7 @@ def run(config, session, resume_step=None):
     session.begin(parts.splits.fingerprint)
     work = functools.partial(networks.measure, session=session)
     rows = sweep.run(config, session, work, what="networks")
-    table = sweep.over_seeds(rows)
+    table = sweep.over_seeds(rows, sweep.points(config))
     sweep.finish(
         config, session, rows, draw, columns=COLUMNS, base=base_values(config),
         groups=groups(table),
@@ -76,7 +76,7 @@ def groups(table) -> dict[str, list[int]]:
 def draw(metrics, points):
     """(name, caption, figure) of every factor: see `report.write_sweep`."""
     table = metrics["table"]
-    for i, (factor, members) in enumerate(metrics["groups"].items()):
+    for i, (factor, members) in enumerate(groups(table).items()):  # without gaps
         rows = [table[k] for k in members]
         yield (
             f"factor_{i}",

@@ -39,13 +39,13 @@ def run(config, session, resume_step=None):
 def measure(points, session):
     """Trains the networks of some points of one shape and probes all scores.
 
-    Yields: for each point the numbers of a row.
+    Yields: for each point the numbers of a row, or the error that it failed with.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
         built = [setup.build(config) for config in configs]
     with session.phase("train"):
-        state, losses = ensemble.learn(configs, built, session)
+        state, losses = ensemble.learn(configs, built)
     weights = state.ema if configs[0].sampler.weights == "ema" else state.params
     group, parts = configs[0].measure, built[0]
     times = jnp.asarray(group.times)
@@ -54,8 +54,11 @@ def measure(points, session):
     )
     sigma = np.asarray(jax.vmap(parts.process.sigma)(times))
     path_sigma = jax.vmap(parts.process.sigma)(parts.times)
+    failed = ensemble.failures(state.step, parts.steps)
     for i, (config, own) in enumerate(zip(configs, built, strict=True)):
-        session.check()
+        if failed[i] is not None:
+            yield failed[i]
+            continue
         params = jax.tree.map(lambda a, i=i: a[i], weights)
         data = jnp.asarray(own.splits.train.x)
         with session.phase("measure"):

@@ -49,10 +49,10 @@ def run(config, session, resume_step=None):
             yield found | about | {"bound": bound}
 
     rows = sweep.run(config, session, work)
-    sweep.finish(config, session, rows, draw)
-    table = record.read_json(session.workdir / "metrics.json")["table"]
+    table = sweep.over_seeds(rows)
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
-    session.console.print(_ratios(table))
+    session.say(_ratios(table))
+    sweep.finish(config, session, rows, draw)
 
 
 def curves(truth, data, times, key, process, m):

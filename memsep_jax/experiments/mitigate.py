@@ -10,6 +10,7 @@ samples, what a gradient search for an initial noise finds, and what it emits af
 fine-tuning without the switches.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import numpy as np
 from memsep_jax import checkpoint, memorization, neighbours, sampling
 from memsep_jax.experiments import figures, networks, record, setup, sweep, train
 from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
+from memsep_jax.train import NonFiniteError
 
 # What `Tools` depend on, besides the seed.
 SAMPLING = (
@@ -57,7 +59,7 @@ def run(config, session, resume_step=None):
     """Trains, prunes and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
         parts = sweep.check(config)
-        source = _source(config, parts)
+        source = _source(config, parts, session.say)
     session.begin(parts.splits.fingerprint)
     shared: dict[str, Tools] = {}  # compiled once, not for every way of training
 
@@ -69,22 +71,30 @@ def run(config, session, resume_step=None):
 
     rows = sweep.run(config, session, work, alike=_alike, what="networks")
     _compare(rows)
-    sweep.finish(config, session, rows, draw, columns=COLUMNS, matched=matched(rows))
+    # A frontier without some of its points would be another one.
+    of_all = sweep.whole(
+        config, rows, lambda values: family(str(values.get("setting", "")))[0]
+    )
+    sweep.finish(config, session, rows, draw, columns=COLUMNS, matched=matched(of_all))
 
 
 def measure(points, tools, session, source=None):
     """Everything about some points that differ in no more than what is pruned.
 
     Args: source, the state to start from; None: it is trained.
-    Yields: for each, the numbers of a row.
+    Yields: for each, the numbers of a row, or the error that it alone failed with.
     """
     config = points[0].config
     with session.phase("data"):
         parts = setup.build(config)
-    params = _trained(config, parts, session, tools.generate, source)
+    try:
+        params = _trained(config, parts, session, tools.generate, source)
+    except NonFiniteError as error:  # they share the network
+        yield from [error] * len(points)
+        return
     tune, measured, done = tuner(config, parts), {}, {}
-    for point in points:
-        session.check()
+
+    def look(point):
         with session.phase("prune"):
             stays = keep(point.config, parts, params, measured)
             which = stays.tobytes()
@@ -93,14 +103,17 @@ def measure(points, tools, session, source=None):
                 more = (
                     tune if not (stays.all() and point.values.get("setting")) else None
                 )
-                done[which] = cut(config, params, stays, tools.watch, more, session)
+                done[which] = cut(config, params, stays, tools.watch, more)
             found = done[which]
         row = _row(point.config, found)
         row |= cost(parts, params, stays, config.prune.group)
         if config.measure.targets:
             with session.phase("re-test"):
-                row |= retest(config, parts, found, tools, session)
-        yield row
+                row |= retest(config, parts, found, tools)
+        return row
+
+    for point in points:
+        yield sweep.attempt(look, point)
 
 
 def _tools(config, point) -> Tools:
@@ -161,12 +174,20 @@ def _trained(config, parts, session, generate, source):
     return state.ema if config.sampler.weights == "ema" else state.params
 
 
-def _source(config, parts):
-    """The state of another run, of prune.source: its workdir or a packed checkpoint."""
+def _source(config, parts, say=lambda text: None):
+    """The state of another run, of prune.source: its workdir or a packed checkpoint.
+
+    It may come within run.wait seconds.
+    """
     if not config.prune.source:
         return None
     path = Path(config.prune.source)
     like = train.initial_state(config, parts)
+    look = functools.partial(_newest, path, like, parts)
+    return networks.awaited(look, path, config.run.wait, say)
+
+
+def _newest(path, like, parts):
     if path.is_file():
         return train.unpack(path, like, parts)[0]
     steps = checkpoint.steps(path / "checkpoints")
@@ -188,7 +209,7 @@ def _source(config, parts):
 # Does it come back?
 
 
-def retest(config, parts, found: Pruned, tools: Tools, session) -> dict:
+def retest(config, parts, found: Pruned, tools: Tools) -> dict:
     """More samples, a search for initial noise, and fine-tuning without the switches.
 
     Returns: shares of the training points: emitted by other samples, found by search
@@ -198,7 +219,7 @@ def retest(config, parts, found: Pruned, tools: Tools, session) -> dict:
     row = {"emitted_more": tools.watch(found.weights, m, MORE * m)["emitted"]}
     row |= search(config, parts, found.weights, tools.find)
     # As many steps as pruned networks have; what was pruned stays so.
-    again = cut(config, found.weights, found.keep, tools.watch, tools.tune, session)
+    again = cut(config, found.weights, found.keep, tools.watch, tools.tune)
     return row | {
         f"again_{name}": again.numbers[name][-1] for name in ("ratio", "emitted")
     }

@@ -6,11 +6,14 @@ that a trained network depends on: all points and all starts that need it share 
 
 import hashlib
 import json
+import time
 
 import numpy as np
 
+from memsep_jax import checkpoint, sources
 from memsep_jax.experiments import prune, record, setup, train
 
+POLL = 1.0  # seconds between two looks at what another run has yet to write
 # The groups of a config that a trained network depends on, besides the seed.
 TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
 
@@ -37,10 +40,34 @@ def trained(config, parts, session, generate=None):
     return train.learn(config, parts, session, None, generate, where)
 
 
+def awaited(look, where, seconds: float, say):
+    """look() once it finds a whole checkpoint, of a run that may still be on its way.
+
+    Raises: sources.DataError where none came to `where` within the seconds; with 0 of
+      them, what look() raises.
+    """
+    end, said = time.monotonic() + seconds, False
+    while True:
+        left = end - time.monotonic()
+        try:
+            return look()
+        except (setup.ConfigError, checkpoint.CorruptError) as error:
+            if not seconds:
+                raise
+            if left <= 0:
+                raise sources.DataError(
+                    f"watched {where} for run.wait={seconds:g} s, and no whole "
+                    f"checkpoint came: {error}"
+                ) from error
+        if not said:
+            say(f"waiting {seconds:g} s for a checkpoint in {where}")
+            said = True
+        time.sleep(min(POLL, left))
+
+
 def measure(points, session):
     """Yields, for each point of a sweep, what `measured` says of its network."""
     for point in points:
-        session.check()
         yield measured(point.config, session)
 
 

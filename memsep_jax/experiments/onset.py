@@ -160,14 +160,19 @@ def onsets(rows) -> list[dict]:
     groups: dict = {}
     for row in rows:
         sizes = groups.setdefault(sweep.label(row, emm.OTHER), {})
-        sizes.setdefault(row["num_examples"].item(), []).append(row)
+        by_seed = sizes.setdefault(row["num_examples"].item(), {})
+        by_seed[int(row.get("seed", 0))] = row
+    seeds = sorted({int(row.get("seed", 0)) for row in rows})
     found = []
     for setting, sizes in groups.items():
         for weights in WEIGHTS:
             for which in TIMES:
                 ordered = sorted(sizes)
                 taus = np.array(
-                    [[row[f"{weights}_{which}"] for row in sizes[n]] for n in ordered],
+                    [  # what failed is, as what was not reached, nan
+                        [sizes[n].get(s, {}).get(f"{weights}_{which}") for s in seeds]
+                        for n in ordered
+                    ],
                     float,
                 )
                 logs = sweep.mean_interval(np.log(taus).T)
@@ -197,7 +202,7 @@ def measure(points, session):
         started, config = time.monotonic(), point.config
         with session.phase("data"):
             parts = setup.build(config)
-        generate = train.network_samples(config, parts)
+        generate = train.network_samples(config, parts, session.say)
         state = networks.trained(config, parts, session, generate)
         steps = sorted(train.snapshot_steps(config, len(parts.splits.train.x)))
         folder = session.workdir / "models" / networks.name(config) / "snapshots"
@@ -207,7 +212,6 @@ def measure(points, session):
         looks: dict[str, list] = {weights: [] for weights in WEIGHTS}
         with session.phase("sample"):
             for step in steps:
-                session.check()
                 kept = checkpoint.restore(folder, step, like)
                 looks["raw"].append(watch(kept["params"]))
                 looks["ema"].append(watch(kept["ema"]))

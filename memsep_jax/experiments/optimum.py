@@ -19,7 +19,8 @@ def run(config, session, resume_step=None):
         parts = setup.build(config)
         score_of, weights, about = maker(config, parts)
     session.begin(parts.splits.fingerprint)
-    generate = make_generate(config, parts, parallel.make_mesh(), score_of)
+    mesh = parallel.make_mesh()
+    generate = make_generate(config, parts, mesh, score_of, session.say)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
 

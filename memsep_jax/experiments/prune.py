@@ -4,6 +4,7 @@ Algorithm 1 of Ye 2025, with other criteria beside the paper's: what happens to 
 trained network. The sweeps over criteria, ratios and seeds are in `mitigate`.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -165,7 +166,7 @@ def watcher(config, parts, generate):
 
     Args: generate, as `evaluate.make_generate` gives it.
     """
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(jax.local_devices())
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
     null, real = None, None
@@ -175,11 +176,7 @@ def watcher(config, parts, generate):
 
     def watch(weights, first=0, count=config.sampler.num_samples):
         weights = jax.device_put(weights, parallel.replicated(mesh))
-        starts, last = range(first, first + count, config.run.chunk), first + count
-        samples = np.concatenate(
-            [generate(weights, i, min(i + config.run.chunk, last)) for i in starts]
-        )
-        x = as_float(samples)
+        x = as_float(generate(weights, first, first + count))
         found = memorization.ratio_of(search(x), null, 0, threshold)
         low, high = found.interval
         emitted = np.unique(found.neighbours.indices[found.memorized, 0])
@@ -204,7 +201,7 @@ def watcher(config, parts, generate):
 
 
 def tuner(config, parts):
-    """(params, mask, session) -> (step, TrainState) at each of `looks`: fine-tuning.
+    """(params, mask) -> (step, TrainState) at each of `looks`: fine-tuning.
 
     The ordinary step, with the ordinary batches and EMA, at the constant rate prune.lr.
     """
@@ -213,12 +210,12 @@ def tuner(config, parts):
     tx = setup.call(
         train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
     )
-    mesh, wanted = parallel.make_mesh(), looks(config)
+    mesh, wanted = parallel.make_mesh(jax.local_devices()), looks(config)
     step_fn = jax.jit(
         setup.make_step(config, parts._replace(tx=tx), mesh), donate_argnums=0
     )
 
-    def tune(params, mask, session):
+    def tune(params, mask):
         dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
         state = train.init(params, tx, mask)
         state = jax.device_put(state, parallel.replicated(mesh))
@@ -226,7 +223,6 @@ def tuner(config, parts):
             state, fetched = step_fn(state, dataset)
             if step not in wanted:
                 continue
-            session.check()
             if int(fetched["step"]) != step:
                 raise train.NonFiniteError(
                     f"fine-tuning stood still before step {step}: a loss or gradient "
@@ -257,7 +253,7 @@ class Pruned(NamedTuple):
     numbers: dict  # name -> [k], of `watcher`
 
 
-def cut(config, params, stays, watch, tune, session) -> Pruned:
+def cut(config, params, stays, watch, tune) -> Pruned:
     """Masks what does not stay, fine-tunes, and looks along the way.
 
     Args: watch, `watcher`.   tune, `tuner`; None for no fine-tuning.
@@ -265,7 +261,7 @@ def cut(config, params, stays, watch, tune, session) -> Pruned:
     mask = prune.group_mask(params, stays, config.prune.group)
     weights = prune.apply_mask(params, mask)
     steps, found, state = [0], [watch(weights)], None
-    for step, state in tune(params, mask, session) if tune else ():
+    for step, state in tune(params, mask) if tune else ():
         weights = state.ema if config.sampler.weights == "ema" else state.params
         steps.append(step)
         found.append(watch(weights))
@@ -286,6 +282,14 @@ def of_run(config, parts, session, params, generate) -> dict:
     watch, tune = watcher(config, parts, generate), tuner(config, parts)
     group = config.prune.group
     numbers = {"settings": setup.to_json(config)["prune"]}
+
+    def work(name, its):
+        row = cut(config, params, its, watch, tune)
+        if name == "pruned" and row.state is not None:
+            kept = session.workdir / "pruned"
+            checkpoint.save(kept, config.prune.steps, row.state, keep=1)
+        return row.numbers | {"steps": row.steps, "keep": its}
+
     with session.phase("prune"):
         stays = keep(config, parts, params)
         session.say(
@@ -293,14 +297,6 @@ def of_run(config, parts, session, params, generate) -> dict:
             f"{config.prune.criterion}, then {config.prune.steps:,} steps"
         )
         for name, its in {"pruned": stays, "control": np.ones_like(stays)}.items():
-            path = folder / f"{name}.npz"
-            found = record.read_npz(path)
-            if found is None:
-                row = cut(config, params, its, watch, tune, session)
-                if name == "pruned" and row.state is not None:
-                    kept = session.workdir / "pruned"
-                    checkpoint.save(kept, config.prune.steps, row.state, keep=1)
-                found = row.numbers | {"steps": row.steps, "keep": its}
-                record.write_npz(path, **found)
+            found = record.kept(folder / f"{name}.npz", partial(work, name, its))
             numbers[name] = found | cost(parts, params, its, group)
     return numbers

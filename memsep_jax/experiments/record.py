@@ -6,15 +6,27 @@ half of one.
 
 import contextlib
 import csv
+import functools
 import json
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from memsep_jax.checkpoint import StorageError
+
+# What XLA says of it, also through a computation that waited for the one that failed.
+FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+
+
+class OutOfMemoryError(RuntimeError):
+    """The memory does not suffice for the least that can be done at once."""
+
+    exit_code = 1
 
 
 @contextlib.contextmanager
@@ -75,19 +87,37 @@ def write_csv(path, columns: dict):
         writer.writerows(zip(*columns.values(), strict=True))
 
 
+UNFINISHED = "unfinished"
+
+
 class Metrics:
-    """metrics.jsonl: one row per logged step, each step once, through any restarts."""
+    """metrics.jsonl: one row per logged step, each step once, through any restarts.
+
+    `unfinished` is what is known of a last step that was stopped before all of its row
+    was measured; a row of that step takes its place.
+    """
 
     def __init__(self, path, step: int):
         """Keeps the rows up to `step`: later ones, and a torn last one, are redone."""
         self.path = Path(path)
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        self.steps = {row["step"] for row in rows}
+        rows = [row for row in _rows(path) if row["step"] <= step]
+        self.steps = {row["step"] for row in rows if UNFINISHED not in row}
+        self._keep(rows)
+        last = rows[-1] if rows and UNFINISHED in rows[-1] else {}
+        self.unfinished = {k: v for k, v in last.items() if k != UNFINISHED}
+
+    def _keep(self, rows):
         with replacing(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def write_unfinished(self, **row):
+        """Appends what is known of a row that `write` is to finish."""
+        self.write(**row, **{UNFINISHED: True})
+
     def write(self, **row):
         """Appends a row, on disk before this returns."""
+        if row["step"] == self.unfinished.get("step"):
+            self._keep(read_metrics(self.path))
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(_plain(row)) + "\n")
@@ -97,6 +127,10 @@ class Metrics:
 
 def read_metrics(path) -> list[dict]:
     """All whole rows of metrics.jsonl."""
+    return [row for row in _rows(path) if UNFINISHED not in row]
+
+
+def _rows(path):
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -120,27 +154,81 @@ def read_points(workdir, metrics) -> list[dict]:
     return found
 
 
-def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
-    """work(start, stop) -> dict of arrays, over range(total), each chunk kept on disk.
+def kept(path, work) -> dict:
+    """The arrays of work(), a dict; read where they are there whole, else kept there.
 
-    A chunk that is already there is read instead of done again, so an interrupted
-    pass goes on where it stopped.
-
-    Returns: the dict of concatenated arrays.
+    So an interrupted run goes on where it stopped: no other work is kept.
     """
-    directory, parts = Path(directory), []
+    found = read_npz(path)
+    if found is None:
+        # np.asarray of what failed on its way would end the process.
+        done = jax.block_until_ready(work())
+        found = {name: np.asarray(value) for name, value in done.items()}
+        write_npz(path, **found)
+    return found
+
+
+def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
+    """work(start, stop) -> dict of arrays, over range(total), each chunk `kept`.
+
+    Where memory ends, a chunk is done in halves, and kept as the one that it is.
+
+    Returns: the dict of concatenated arrays.   Raises: OutOfMemoryError.
+    """
+    directory, found = Path(directory), {}
+    work = halving(work, session.say)
     with session.progress(what, total) as update:
         for start in range(0, total, chunk):
-            session.check()
             stop = min(start + chunk, total)
             path = directory / f"{start:08d}-{stop:08d}.npz"
-            part = read_npz(path)
-            if part is None:
-                part = {k: np.asarray(v) for k, v in work(start, stop).items()}
-                write_npz(path, **part)
-            parts.append(part)
+            for name, part in kept(path, functools.partial(work, start, stop)).items():
+                if not start:  # in place: a list to be joined would be all once more
+                    found[name] = np.empty((total, *part.shape[1:]), part.dtype)
+                found[name][start:stop] = part
             update(stop)
-    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    return found
+
+
+def halving(work, say, most: float = math.inf, least: int = 1):
+    """work(..., start, stop) -> arrays of a range, for ranges of any length.
+
+    Args: say, to tell of memory that ended; most, that are done at once, and half as
+      many for good from there on; least, of which no half is taken.
+    Raises: OutOfMemoryError with what was asked of the memory.
+    """
+
+    def halved(*args):
+        nonlocal most
+        *others, start, stop = args
+        parts = []
+        while start < stop:
+            size = min(stop - start, most)
+            try:
+                parts.append(jax.block_until_ready(work(*others, start, start + size)))
+                start += size
+                continue
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if not (isinstance(error, MemoryError) or FULL.search(str(error))):
+                    raise
+                why = (str(error) or "MemoryError").splitlines()[0].rstrip(".")
+                if size <= least:
+                    raise OutOfMemoryError(
+                        f"{why}, for {size} at once: below run.chunk={size} nothing "
+                        "gets smaller. Take a smaller model, fewer or smaller points, "
+                        "or a machine with more memory"
+                    ) from error
+            # Out of the handler: the error holds on to the memory of what failed.
+            most = -(-size // 2)
+            say(f"{why}, for {size} at once; from here on as with run.chunk={most}")
+        return _joined(parts)
+
+    return halved
+
+
+def _joined(parts):
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _plain(value):

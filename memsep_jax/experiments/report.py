@@ -4,15 +4,16 @@ import base64
 import contextlib
 import csv
 import functools
+import re
 from pathlib import Path, PurePath
 
 import jinja2
 import numpy as np
-from rich.console import Console
 
 from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import figures, record
+from memsep_jax.experiments.session import Terminal
 
 PHASES = ("data", "compile", "train", "prune", "sample", "neighbours")
 GROUPS = ("first", "most", "least")
@@ -20,6 +21,8 @@ ALWAYS = ("metrics.json", "config.json", "run.json", "per_sample.csv", "pairs.np
 SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
 REPEATS = 20  # duplicates of a training set that are listed
+# The directories of an absolute path, and of one in the home of somebody.
+PATH = r"""(?<![\w.:/])(?:/\S|~\w*/)(?:[^'"\n:;,=]*/)?(?<=/)"""
 
 
 def write(workdir, say):
@@ -41,19 +44,19 @@ def run(config, workdir, drawings=None):
     if draw_sweep := (drawings or {}).get(metrics.get("experiment")):
         _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
     elif metrics.get("experiment") == "audit":
-        _write_audit(workdir, lambda draw, *args: draw(*args))
+        _write_audit(workdir, lambda draw, *args: draw(*args), config)
     else:
-        _write(workdir, lambda draw, *args: draw(*args))
-    console = Console(highlight=False, soft_wrap=True)
-    with contextlib.suppress(OSError):  # a closed pipe
-        console.print(f"report: {Path(workdir) / 'report.html'}", markup=False)
+        _write(workdir, lambda draw, *args: draw(*args), config)
+    console = Terminal(highlight=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # a full disk, where that is where it goes
+        console.print(f"report: {workdir / 'report.html'}", markup=False)
 
 
-def _write(workdir, attempt):
+def _write(workdir, attempt, config=None):
     numbers = _read(workdir, SAMPLED)
     numbers["rows"] = record.read_metrics(workdir / "metrics.jsonl")
     images = {}
-    for name, figure in _figures(numbers):
+    for name, figure in _figures(numbers, _may_show(numbers, config)):
         images[name] = figures.encode(figure, "png")
         folder = workdir / "figures"
         attempt(_save, folder / f"{name}.png", images[name])
@@ -81,7 +84,8 @@ def _write_sweep(workdir, draw, attempt):
             "numbers of a finished run"
         )
     images = []
-    for name, caption, figure in draw(metrics, record.read_points(workdir, metrics)):
+    drawn = metrics | {"table": _without_gaps(metrics["table"])}
+    for name, caption, figure in draw(drawn, record.read_points(workdir, metrics)):
         png = figures.encode(figure, "png")
         attempt(_save, workdir / "figures" / f"{name}.png", png)
         pdf = figures.encode(figure, "pdf")
@@ -93,6 +97,11 @@ def _write_sweep(workdir, draw, attempt):
         "sweep.html",
         title=workdir.resolve().name,
         metrics=metrics,
+        # The class of the error alone: what it says may name paths.
+        failed={
+            name: (why or "").partition(":")[0]
+            for name, why in metrics.get("failed", {}).items()
+        },
         columns=columns,
         tables={name: [rows[i] for i in its] for name, its in groups.items()},
         run=run,
@@ -107,16 +116,17 @@ def write_audit(workdir, say):
     _write_audit(Path(workdir), functools.partial(figures.quietly, say))
 
 
-def _write_audit(workdir, attempt):
+def _write_audit(workdir, attempt, config=None):
     numbers = _read(workdir, AUDITED)
     metrics, run = numbers["metrics.json"], numbers["run.json"]
     images = {}
-    for name, figure in _audit_figures(numbers):
+    for name, figure in _audit_figures(numbers, _may_show(numbers, config)):
         images[name] = figures.encode(figure, "png")
         attempt(_save, workdir / "figures" / f"{name}.png", images[name])
         pdf = figures.encode(figure, "pdf")
         attempt(_save, workdir / "figures" / f"{name}.pdf", pdf)
-    attempt(_save, workdir / "pairs.png", images["pairs_pixels"])
+    if "pairs_pixels" in images:
+        attempt(_save, workdir / "pairs.png", images["pairs_pixels"])
     rows = zip(*numbers["duplicates.csv"].values(), strict=True)
     page = _render(
         "audit.html",
@@ -131,7 +141,16 @@ def _write_audit(workdir, attempt):
     attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
 
 
-def _audit_figures(numbers):
+def _may_show(numbers, config):
+    """Whether training data may be seen: not where the run, or the redrawing, says no.
+
+    Args: config, of the redrawing; None where there is none.
+    """
+    settings = (numbers["config.json"], config or {})
+    return all(known.get("run", {}).get("images", True) for known in settings)
+
+
+def _audit_figures(numbers, pairs_too):
     """(name, figure) for all figures of an audit."""
     table, threshold = (
         numbers["per_sample.csv"],
@@ -144,6 +163,8 @@ def _audit_figures(numbers):
         share = memorization.quotient(d1, d2)
         copied = table[f"{prefix}memorized"] == 1
         yield f"distances_{space}", figures.distance_ratios(share, copied, threshold)
+        if not pairs_too:
+            continue
         pairs = numbers["pairs.npz"]
         index = pairs[f"{space}_index"]
         fields = ("sample", "neighbours", "distances", "nearest")
@@ -166,8 +187,9 @@ def table(metrics, intervals=True):
     """The scalars of metrics.json's table as text.   (columns, rows).
 
     Those of metrics["columns"], where an experiment measures more than a page is wide.
+    Where all seeds of a point failed, its numbers are n/a.
     """
-    first = metrics["table"][0]
+    first = _without_gaps(metrics["table"])[0]
     columns = list(metrics.get("columns", []))
     if not columns:
         for row in metrics["table"]:
@@ -176,10 +198,19 @@ def table(metrics, intervals=True):
         # The axes, then the ratio where there is one.
         columns.sort(key=lambda k: (isinstance(first.get(k), dict), k != "ratio"))
     rows = [
-        [_cell(row.get(name), intervals) for name in columns]
+        [
+            "n/a"
+            if row.get("seeds") == 0 and name not in row
+            else _cell(row.get(name), intervals)
+            for name in columns
+        ]
         for row in metrics["table"]
     ]
     return columns, rows
+
+
+def _without_gaps(table):
+    return [row for row in table if row.get("seeds") != 0]
 
 
 def _mean(value):
@@ -235,7 +266,7 @@ def _column(words):
         return np.array(words)
 
 
-def _figures(numbers):
+def _figures(numbers, pairs_too):
     """(name, figure) for all figures of a run."""
     metrics, rows, table = (
         numbers[k] for k in ("metrics.json", "rows", "per_sample.csv")
@@ -254,7 +285,8 @@ def _figures(numbers):
     share = memorization.quotient(d1, d2)
     memorized = table["memorized"] == 1
     yield "distances", figures.distance_ratios(share, memorized, found["threshold"])
-
+    if not pairs_too:
+        return
     pairs = numbers["pairs.npz"]
     if _of_images(metrics):
         for name in GROUPS:
@@ -358,7 +390,9 @@ def _render(template, **values):
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(percent=percent, between=between, zip=zip)
+    environment.filters.update(
+        percent=percent, between=between, zip=zip, pathless=pathless
+    )
     return environment.get_template(template).render(**values)
 
 
@@ -381,7 +415,12 @@ def _name_first(field):
 def _shown(value):
     if isinstance(value, str) and (PurePath(value).is_absolute() or value[:1] == "~"):
         return f".../{PurePath(value).name}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else pathless(str(value))
+
+
+def pathless(text: str) -> str:
+    """A text without the directories of its absolute paths: a page is for others."""
+    return re.sub(PATH, ".../", text)
 
 
 def _of_images(metrics):

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import fcntl
+import hashlib
+import json
 import os
 import platform
 import shlex
@@ -14,6 +16,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from memsep_jax import defaults
+from memsep_jax import defaults, parallel
 from memsep_jax.checkpoint import ConflictError, StorageError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.setup import differences, looks, to_json
@@ -36,6 +40,8 @@ LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
+WATCH_EVERY = 0.5  # seconds between looks at the other processes of a run
+SHARED_IN = 20.0  # seconds that a shared directory may take to show a file elsewhere
 
 
 class Interrupted(BaseException):
@@ -61,6 +67,11 @@ class Session:
     Nothing is written before `begin`. The first SIGTERM or Ctrl-C raises Interrupted
     at once; inside `deferred`, where a step must be finished and saved, it sets `stop`
     instead. The second one ends the process on the spot.
+
+    Of several processes that train together, the first one alone writes and speaks.
+    They meet in `__enter__` and `part` when training is over; in between, `poll` sets
+    `stop` on all of them at the same step, and none goes on without another: each holds
+    a lock in the workdir, and watches those of the others.
     """
 
     def __init__(self, workdir, config, allow_config_change=False):
@@ -75,13 +86,36 @@ class Session:
         self._made: list[Path] = []  # directories that were not there
         self._deferred = 0
         self._handlers: dict = {}
+        self._heard: int | None = None  # a signal that the others may not know of yet
+        self._votes = None
+        self._together = jax.process_count() > 1
+        self._watch: threading.Thread | None = None
+        self._over = threading.Event()
+        self.console.quiet = not parallel.is_first()
 
     def __enter__(self):
+        try:
+            self._enter()
+        except ConflictError as error:
+            if self._together:
+                self._meet(error)
+            raise
+        if self._together:
+            try:
+                self._meet(None)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
+            self._watch = threading.Thread(target=self._watch_others, daemon=True)
+            self._watch.start()
+        return self
+
+    def _enter(self):
         try:
             places = (self.workdir, *self.workdir.parents)
             self._made = [place for place in places if not place.exists()]
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.workdir)
+            self._lock = _lock(_lock_path(self.workdir, jax.process_index()))
         except OSError as error:
             raise ConflictError(f"{self.workdir} cannot be written: {error}") from error
         self.before = record.read_json(self.workdir / "run.json") or {}
@@ -95,9 +129,15 @@ class Session:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        return self
 
     def __exit__(self, kind, error, trace):
+        if self._watch and issubclass(kind or type, jax.errors.JaxRuntimeError):
+            # What needs another process fails; the watch knows which one is gone.
+            self._watch.join(20 * WATCH_EVERY)
+        if self._watch and error is not None:
+            # Others may have the same to say; the first leaves last, as all hang on it.
+            self._over.set()
+            time.sleep(WATCH_EVERY * (6 if parallel.is_first() else 2))
         if kind is None:
             self.status["status"] = "complete"
         elif issubclass(kind, Interrupted):
@@ -110,7 +150,9 @@ class Session:
                 self.write_status()
         elif not self.before:  # a run that was refused leaves nothing behind
             with contextlib.suppress(OSError):
-                (self.workdir / ".lock").unlink()
+                _lock_path(self.workdir, jax.process_index()).unlink()
+                if jax.process_count() > 1:  # the others take away theirs
+                    time.sleep(WATCH_EVERY)
                 for place in self._made:
                     place.rmdir()
         for number, handler in self._handlers.items():
@@ -122,6 +164,9 @@ class Session:
 
         Raises: ConflictError.
         """
+        if self._together:
+            mine = _words(fingerprint)
+            self._agree(mine, "read other training data than process 0")
         old = self.before.get("fingerprint")
         if old not in (None, fingerprint) and not self.allow_config_change:
             raise ConflictError(
@@ -139,8 +184,9 @@ class Session:
             "fingerprint": fingerprint,
             "status": "running",
         }
-        self._begun = True
-        record.write_json(self.workdir / "config.json", to_json(self.config))
+        self._begun = parallel.is_first()
+        if self._begun:
+            record.write_json(self.workdir / "config.json", to_json(self.config))
         self.write_status()
 
     def is_complete(self) -> bool:
@@ -197,13 +243,15 @@ class Session:
 
     def write_status(self):
         """Writes run.json as it stands."""
+        if not parallel.is_first():
+            return
         self.status["updated"] = _now()
         record.write_json(self.workdir / "run.json", self.status)
 
-    def say(self, text: str):
-        """One line to the person; a closed pipe is not an error."""
+    def say(self, text):
+        """One line, or a table, to the person; a closed pipe is not an error."""
         with contextlib.suppress(OSError):
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=not isinstance(text, str))
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -218,16 +266,19 @@ class Session:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Inside, a signal only sets `stop`: the caller polls it and saves."""
+        """Inside, a signal only sets `stop`: the caller polls it and saves.
+
+        Raises: Interrupted at the end, where nobody heard of it inside.
+        """
         self._deferred += 1
         try:
             yield
         finally:
             self._deferred -= 1
+        self._check()
 
-    def check(self):
-        """Raises Interrupted where a signal came while it was deferred."""
-        if self.stop is not None:
+    def _check(self):
+        if self.stop is not None and not self._deferred:
             raise Interrupted(self.stop)
 
     @contextlib.contextmanager
@@ -263,18 +314,112 @@ class Session:
 
         yield update
 
+    def poll(self):
+        """Agrees on `stop` with the other processes: all call it, once in a step."""
+        if self._together:  # what was said one step ago: no device waits for a vote
+            votes, self._votes = self._votes, parallel.gather([self._heard or 0])
+            if votes is not None:
+                self.stop = int(np.asarray(votes).max()) or None
+
+    def share(self, value: int) -> int:
+        """The value, not negative, that process 0 has; all call it."""
+        if self._together:
+            value = int(np.asarray(parallel.gather([value]))[0, 0])
+        return value
+
+    def part(self):
+        """Ends the time of several processes: from here on the first one is alone.
+
+        Raises: Interrupted where one of them heard a signal.
+        """
+        if self._together:
+            heard = np.asarray(parallel.gather([self._heard or 0])).max()
+            self._over.set()
+            if self._watch:
+                self._watch.join()
+                self._watch = None
+            np.asarray(parallel.gather([0]))  # all have ceased to watch the others
+            jax.distributed.shutdown()
+            self._together = False
+            self.stop = self.stop or int(heard) or None
+            self._check()
+
+    def _meet(self, error):
+        """All processes begin as one, or none does.   Raises: ConflictError."""
+        mine = _lock_path(self.workdir, 0)
+        token = _words(mine.read_text() if mine.exists() else "")
+        rows = np.asarray(parallel.gather([error is not None, *token]))
+        if rows[:, 0].any():
+            self.part()
+            wrong = int(np.flatnonzero(rows[:, 0])[0])
+            raise error or ConflictError(
+                f"process {wrong} could not begin: see what it says"
+            )
+        config = json.dumps(to_json(self.config), sort_keys=True)
+        self._agree(_words(config), "was given another config than process 0")
+        limit = time.monotonic() + SHARED_IN
+        # A file system may show a file of another host late.
+        while token != rows[0, 1:].tolist() and time.monotonic() < limit:
+            time.sleep(0.2)
+            token = _words(mine.read_text() if mine.exists() else "")
+        self._agree(
+            token,
+            f"does not see in {self.workdir} what process 0 wrote there, and all need "
+            "one directory",
+        )
+
+    def _agree(self, words, what):
+        """Raises ConflictError on all processes where one has other words."""
+        rows = np.asarray(parallel.gather(words))
+        wrong = np.flatnonzero((rows != rows[:1]).any(axis=1))
+        if wrong.size:
+            self.part()
+            raise ConflictError(
+                f"process {', '.join(map(str, wrong))} {what}: give all processes the "
+                "same command, data and --workdir"
+            )
+
+    def _watch_others(self):
+        """Ends this process when another one is gone: it would wait for ever."""
+        others = [i for i in range(jax.process_count()) if i != jax.process_index()]
+        while not self._over.wait(WATCH_EVERY):
+            for index in others:
+                owner = _gone(_lock_path(self.workdir, index))
+                if owner is None or self._over.is_set():
+                    continue
+                text = (
+                    f"process {index} of {jax.process_count()} ({owner}) is gone, and "
+                    "this one cannot go on without it. Give all of them the same "
+                    "command again: it goes on from the last checkpoint"
+                )
+                self.status |= {"status": "failed", "error": text}
+                with contextlib.suppress(OSError):
+                    if self._begun:
+                        self.write_status()
+                    sys.stderr.write(f"error: {text}\n")
+                    sys.stderr.flush()
+                # The main thread may stand in a call that never comes back.
+                os._exit(parallel.MISSING)
+
     def _on_signal(self, number, frame):
         # The second signal, whichever it is, gets the system's own way: at once.
         for other in (signal.SIGTERM, signal.SIGINT):
             signal.signal(other, signal.SIG_DFL)
+        if self._together and self._deferred:
+            self._heard = number
+            return
         self.stop = number
         if not self._deferred:
             raise Interrupted(number)
 
 
-def _lock(workdir):
-    """Takes the workdir, for as long as this process lives."""
-    path = workdir / ".lock"
+def _lock_path(workdir, index):
+    """Where process `index` of a run has its lock."""
+    return Path(workdir) / (f".lock-{index}" if index else ".lock")
+
+
+def _lock(path):
+    """Takes a workdir, for as long as this process lives."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         # A lock of the kernel, not of a file's existence: SIGKILL frees it.
@@ -283,25 +428,42 @@ def _lock(workdir):
         owner = os.read(handle, 4_096).decode(errors="replace").strip()
         os.close(handle)
         raise ConflictError(
-            f"{workdir} is in use by {owner or 'another process'}: wait for it, or "
+            f"{path.parent} is in use by {owner or 'another process'}: wait for it, or "
             "give another --workdir"
         ) from error
     if not os.fstat(handle).st_nlink:  # its owner was refused and took it away
         os.close(handle)
-        return _lock(workdir)
+        return _lock(path)
     try:
         os.ftruncate(handle, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}, started {_now()}"
         os.pwrite(handle, owner.encode(), 0)
+        os.fsync(handle)  # others look for it
     except OSError as error:
         os.close(handle)
         raise StorageError(f"could not write {path}: {error.strerror}") from error
     return handle
 
 
-def _circumstances():
-    import jax
+def _gone(path) -> str | None:
+    """What a lock says whose owner is no more; None while it lives."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return file.read()
+    except BlockingIOError:
+        return None
+    except OSError:
+        return "its lock was removed"
 
+
+def _words(text) -> list[int]:
+    """A digest, as numbers that processes can gather."""
+    found = hashlib.sha256(text.encode()).digest()[:16]
+    return np.frombuffer(found, np.uint32).tolist()
+
+
+def _circumstances():
     device = jax.devices()[0]
     return {
         # Arguments only: the environment may hold keys of other services.

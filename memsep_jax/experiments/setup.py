@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class Keys(NamedTuple):
 ORDERS = {"reshuffled": True, "fixed": False}  # of the points, in every epoch
 EPOCHS = ("epochs", "warmup_epochs")
 ENDLESS = 2**31 - 1  # steps
+MOST_TIMES = 2**20  # steps of a sampler: float32 hardly tells more times apart
 STOPPING = ("stop_gap", "plateau")  # rules of `train` that end it early
 LOOKS = {  # the fields that such a rule depends on
     "run": (
@@ -81,12 +83,28 @@ LOOKS = {  # the fields that such a rule depends on
 # Experiments that train networks together, with one loss and one number of steps.
 TOGETHER = ("band_swap", "capacity", "ensemble", "lipschitz")
 
+MOST_COPIES = 10_000  # of a training point
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # that a network computes in
+KINDS: dict[type, tuple[tuple, str]] = {  # of a field: what it takes, in words
+    bool: ((bool,), "True or False"),
+    int: ((numbers.Integral,), "an integer"),
+    float: ((numbers.Real,), "a number"),
+    str: ((str,), "a word"),
+    tuple: ((tuple, list), "several values, in brackets"),
+}
+
+
+def _all_integers(values, low=1):
+    return all(type(value) is int and low <= value < 2**31 for value in values)
+
+
 # What a plain number must satisfy; the rest is checked by the constructors.
 RULES = {
-    "train.steps": (lambda v: v >= 1, "at least 1"),
+    "train.steps": (lambda v: 1 <= v <= ENDLESS, "at least 1, and below 2**31"),
     "train.epochs": (lambda v: v > 0, "positive: passes over the training points"),
     "train.warmup_epochs": (lambda v: v >= 0, "at least 0"),
     "train.batch_size": (lambda v: v >= 1, "at least 1"),
+    "data.classes": (lambda v: _all_integers(v, 0), "numbers of classes, from 0 on"),
     "train.order": (lambda v: v in ORDERS, f"one of {', '.join(ORDERS)}"),
     "train.accumulate": (lambda v: v >= 1, "at least 1"),
     "train.ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -113,13 +131,28 @@ RULES = {
     "prune.looks": (lambda v: v >= 1, "at least 1"),
     "prune_times.t_max": (lambda v: v > 0, "positive"),
     "model.dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "model.width": (lambda v: v >= 1, "at least 1"),
-    "model.depth": (lambda v: v >= 1, "at least 1"),
+    "model.width": (lambda v: 1 <= v <= 2**16, f"in 1 .. {2**16:,}"),
+    "model.depth": (lambda v: 1 <= v <= 1_000, "in 1 .. 1,000"),
+    "model.dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "model.multipliers": (_all_integers, "integers, at least 1"),
+    "model.attention": (_all_integers, "integers: sides of feature maps"),
+    "model.skips": (lambda v: all(kept in (0, 1) for kept in v), "of 0 and 1"),
+    "model.mlp_ratio": (lambda v: 0 < v <= 64, "in (0, 64]; usually 4"),
+    "sampler.steps": (lambda v: 1 <= v <= MOST_TIMES, f"in 1 .. {MOST_TIMES:,}"),
     "sampler.num_samples": (lambda v: v >= 1, "at least 1"),
     "sampler.weights": (lambda v: v in ("ema", "raw"), "'ema' or 'raw'"),
     "memorization.threshold": (lambda v: 0 < v < 1, "in (0, 1); the papers use 1/3"),
     "memorization.near": (lambda v: v >= 2, "at least 2 neighbours"),
-    "sweep.seeds": (lambda v: v >= 1, "at least 1"),
+    "sweep.seeds": (lambda v: 1 <= v <= 10_000, "in 1 .. 10,000"),
+    "sweep.num_examples": (_all_integers, "integers, at least 1"),
+    "sweep.d": (_all_integers, "integers, at least 1"),
+    "sweep.width": (_all_integers, "integers, at least 1"),
+    "sweep.depth": (_all_integers, "integers, at least 1"),
+    "sweep.weight_decay": (lambda v: all(decay >= 0 for decay in v), "at least 0"),
+    "sweep.setting": (
+        lambda v: all(isinstance(text, str) for text in v),
+        'of the form ("group.field=value; group.field=value", ...)',
+    ),
     "sweep.together": (lambda v: v >= 1, "at least 1 point"),
     "measure.times": (
         lambda v: all(t > 0 for t in v) and list(v) == sorted(v),
@@ -148,6 +181,7 @@ RULES = {
     "run.snapshot_epochs": (lambda v: v >= 0, "at least 0"),
     "run.snapshot_samples": (lambda v: v >= 1, "at least 1"),
     "run.chunk": (lambda v: v >= 1, "at least 1 sample"),
+    "run.wait": (lambda v: v >= 0, "at least 0 seconds"),
     "run.tracker": (lambda v: v in TRACKERS, f"one of {', '.join(TRACKERS)}"),
 }
 
@@ -219,6 +253,21 @@ def did_you_mean(word: str, known) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def check(config):
+    """What must be right before a sweep is laid out, or anything is built.
+
+    Raises: ConfigError.
+    """
+    if "model" not in config:  # nothing is trained
+        check_kinds(config, defaults.audit())
+        return
+    _check_fields(config)
+    check_kinds(config, defaults.train())
+    # Of one training, `build` says this with all the rest.
+    if config.get("experiment") != "train" and (wrong := _broken(config, ("sweep",))):
+        raise ConfigError("\n".join(wrong))
+
+
 def build(config) -> Parts:
     """All objects of a config.
 
@@ -238,6 +287,7 @@ def build(config) -> Parts:
             return None
 
     _check_fields(config)  # alone: all the rest reads them
+    check_kinds(config, defaults.train())
     attempt(_check_values, config)
     made_process = attempt(call, process.PROCESSES, config.process, "process")
     law = attempt(_law, config.times, made_process)
@@ -262,7 +312,7 @@ def build(config) -> Parts:
     times = None
     if grid:
         group = config.sampler
-        times = attempt(grid, group.t_min, group.t_max, group.steps)
+        times = attempt(grid, group.t_min, group.t_max, min(group.steps, MOST_TIMES))
     if made_process and times is not None:
         attempt(_check_times, made_process, times, law, config)
         if method:
@@ -335,6 +385,11 @@ def lengths(config, n: int = 0) -> tuple[int, int]:
     epoch = n / config.train.batch_size
     if config.train.epochs is not None:
         steps = max(1, round(config.train.epochs * epoch))
+        if steps > ENDLESS:
+            raise ConfigError(
+                f"train.epochs={config.train.epochs} are {steps:,} steps: at most "
+                f"{ENDLESS:,}"
+            )
     if config.train.warmup_epochs is not None:
         warmup = round(config.train.warmup_epochs * epoch)
     return steps, warmup
@@ -385,7 +440,10 @@ def truth(config):
         )
     names = _arguments(sources.mixture) - {"size"}
     known = {k: config.data[k] for k in names if config.data.get(k) is not None}
-    return sources.mixture_truth(**known)
+    try:
+        return sources.mixture_truth(**known)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def network(parts: Parts, params, label=None, key=None, gates=None):
@@ -538,6 +596,9 @@ def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
 
 
 def _splits(group):
+    copies = group.get("copies")
+    if copies is not None and copies > MOST_COPIES:
+        raise ValueError(f"data.copies={copies} must be in 1 .. {MOST_COPIES:,}")
     source = look_up(sources.SOURCES, group["name"], "data.name")
     own = _arguments(source)
     select = _arguments(data.select) - {"source"}  # those of every source
@@ -572,11 +633,48 @@ def _check_fields(config):
         raise ConfigError("\n".join(f"{field} is missing" for field in missing))
 
 
+def check_kinds(config, known):
+    """Refuses values of another kind than the defaults have, or placeholders for.
+
+    A ConfigDict does so too, but not for what a sweep sets, or what came to be None.
+
+    Raises: ConfigError with all of them.
+    """
+    like, wrong = {name: at for name, *at in _leaves(known)}, []
+    for name, group, field in _leaves(config):
+        if name not in like:
+            continue
+        value, default = group[field], like[name][0][field]
+        kind = like[name][0].get_type(field)
+        kinds, text = KINDS[kind]
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        if not (default is None if value is None else fits):
+            wrong.append(f"{name}={value!r} must be {text}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _leaves(config):
+    """("group.field", the group, "field") of every field."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from ((f"{name}.{field}", value, field) for field in value)
+        else:
+            yield name, config, name
+
+
+def _holds(rule, value):
+    try:
+        return rule(value)
+    except TypeError:  # of a value among several
+        return False
+
+
 def _check_values(config):
     """Numbers against RULES, and fields that nothing reads."""
-    wrong = []
+    wrong, default = [], defaults.train()
     for group in PLAIN:
-        known = defaults.train()[group]
+        known = default[group]
         wrong += [
             f"{group}.{field} is not a field of {group}{did_you_mean(field, known)}"
             for field in config[group]
@@ -584,15 +682,22 @@ def _check_values(config):
         ]
     if not 0 <= config.seed < 2**32:
         wrong.append(f"seed={config.seed} must be in [0, 2**32): others repeat these")
-    for group in (*NAMED, *PLAIN):
+    wrong += _broken(config, (*NAMED, *PLAIN))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _broken(config, groups):
+    """What breaks RULES, or is not finite."""
+    wrong = []
+    for group in groups:
         for field, value in config[group].items():
             rule, text = RULES.get(f"{group}.{field}", (lambda v: True, ""))
             if isinstance(value, float) and not math.isfinite(value):
                 wrong.append(f"{group}.{field}={value} must be a finite number")
-            elif value is not None and not rule(value):
+            elif value is not None and not _holds(rule, value):
                 wrong.append(f"{group}.{field}={value} must be {text}")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    return wrong
 
 
 def _check_times(made_process, times, law, config):

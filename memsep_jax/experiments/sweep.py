@@ -2,20 +2,26 @@
 
 `config.sweep` names the axes; a point is one value of each, and a seed. A finished
 point is kept as points/<tag>/<name>.npz, where the tag stands for the rest of the
-config, and is read instead of done again.
+config, and is read instead of done again. One that fails ends no other: why it failed
+is kept as <name>.failed.json beside them, and the same command tries it again.
 """
 
 import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from memsep_jax import defaults
 from memsep_jax.experiments import record, report, setup
 
 AXES = {  # axis of config.sweep -> the field of the config that it varies
@@ -27,10 +33,23 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
     "setting": None,  # any fields: "optimizer.weight_decay=1.0; model.dropout=0.1"
 }
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
-SHAPE = ("d", "width", "depth")  # axes that change the shape of a network
+# Axes that change the shape of a network; a setting may change anything.
+SHAPE = ("d", "width", "depth", "setting")
 WIDE = 5  # columns of the table that a terminal shows, where an experiment ranks them
 # Of a point, but nothing to be averaged over seeds.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
+# Exit codes of errors that are of no single point: what a person must change, a disk
+# that is full.
+ENDS_ALL = (2, 5)
+LISTED, LONG = 10, 400  # failed points in a message, characters of each
+
+
+class FailedError(RuntimeError):
+    """Some points failed; all others are finished and kept."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Point(NamedTuple):
@@ -130,17 +149,20 @@ def check(config) -> setup.Parts:
 def run(
     config,
     session,
-    work: Callable[[list[Point]], Iterable[dict]],
+    work: Callable[[list[Point]], Iterable[dict | Exception]],
     alike: Callable[[Point], Any] = lambda point: point.name,
     what: str = "points",
 ) -> list[dict]:
     """The results of all points, in their order; finished ones are not done again.
 
     Args:
-      work: some points -> for each a dict of numbers and arrays.
+      work: some points -> for each a dict of numbers and arrays, or the error that it
+        alone failed with.
       alike: points of equal value are worked on together, up to sweep.together.
     Returns:
-      For each point its values together with its results, as arrays.
+      For each point that did not fail its values together with its results, as arrays.
+    Raises:
+      FailedError where all failed; else `finish` does, when the others are shown.
     """
     todo: dict[Any, list[Point]] = {}
     found: dict[str, dict] = {}
@@ -152,42 +174,150 @@ def run(
                 todo.setdefault(alike(point), []).append(point)
             else:
                 found[point.name] = known
-        update(len(found))
+        count = len(found)
+        update(count)
         for group in todo.values():
             for start in range(0, len(group), config.sweep.together):
-                session.check()
                 some = group[start : start + config.sweep.together]
-                for point, result in zip(some, work(some), strict=True):
-                    arrays = {k: np.asarray(v) for k, v in result.items()}
-                    arrays = {
-                        k: np.asarray(v) for k, v in point.values.items()
-                    } | arrays
-                    record.write_npz(_path(session, config, point), **arrays)
-                    found[point.name] = arrays
-                    update(len(found), point.name)
-    return [found[point.name] for point in every]
+                for point, result in _results(work, some, session):
+                    path = _path(session, config, point)
+                    if isinstance(result, Exception):
+                        _note(path, result, session)
+                    else:
+                        found[point.name] = _arrays(point.values) | result
+                        record.write_npz(path, **found[point.name])
+                        _why(path).unlink(missing_ok=True)
+                    count += 1
+                    update(count, point.name)
+    if not found:
+        raise _failure([_path(session, config, point) for point in every], len(every))
+    return [found[point.name] for point in every if point.name in found]
+
+
+def attempt(work, *args):
+    """What work(*args) returns, or the error with which it failed: for this point."""
+    try:
+        return work(*args)
+    except Exception as error:
+        if getattr(error, "exit_code", None) in ENDS_ALL:
+            raise
+        return error
+
+
+def _results(work, some, session) -> Iterator[tuple[Point, dict | Exception]]:
+    """Each of some points with its arrays, or with the error that it failed with.
+
+    Where an error ends the work on several, which one it belongs to is not known: those
+    that are left are done alone.
+    """
+    left = list(some)
+    try:
+        for _, result in zip(some, work(some), strict=True):
+            if not isinstance(result, Exception):
+                # What a device could not do is said here, and not when it is fetched.
+                result = _arrays(jax.block_until_ready(result))
+            yield left.pop(0), result
+    except Exception as error:
+        # The latter: there are more results than points.
+        if getattr(error, "exit_code", None) in ENDS_ALL or not left:
+            raise
+        if len(some) == 1:
+            yield left.pop(), error
+        else:
+            session.say(
+                f"warning: {_short(error)}: {len(left)} points that were worked on "
+                "together are now done one by one"
+            )
+    for point in left:
+        yield from _results(work, [point], session)
+
+
+def _arrays(values):
+    return {k: np.asarray(v) for k, v in values.items()}
+
+
+def _note(path, error, session):
+    """Keeps why a point failed, and says it."""
+    known = {
+        "error": f"{type(error).__name__}: {error}",
+        "exit_code": getattr(error, "exit_code", 1),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    record.write_json(_why(path), known)
+    session.say(f"warning: {path.stem} failed: {_short(error)}")
+
+
+def _failure(failed: list[Path], total: int) -> FailedError:
+    """What is raised at the end.   Args: failed, where these points would be kept."""
+    known = [record.read_json(_why(path)) or {} for path in failed]
+    lines = [
+        f"  {path.stem}: {about.get('error', 'unknown')}".splitlines()[0][:LONG]
+        for path, about in zip(failed, known, strict=True)
+    ][:LISTED]
+    if len(failed) > LISTED:
+        lines.append(f"  and {len(failed) - LISTED} more")
+    codes = {about.get("exit_code", 1) for about in known}
+    others = ", the others are finished" if len(failed) < total else ""
+    text = (
+        f"{len(failed)} of {total} points failed{others}:\n"
+        + "\n".join(lines)
+        + f"\nMore in {failed[0].parent}/*.failed.json. Give the same command again to "
+        "try these only"
+    )
+    return FailedError(text, codes.pop() if len(codes) == 1 else 1)
+
+
+def whole(config, rows: list[dict], key: Callable[[dict], Any]) -> list[dict]:
+    """The rows of those groups of points, equal in key(values), of which none failed.
+
+    What is concluded from several points is not concluded from what is left of them.
+    """
+    known = {_values(row) for row in rows}
+    gaps = {
+        key(point.values)
+        for point in points(config)
+        if _values(point.values) not in known
+    }
+    return [row for row in rows if key(row) not in gaps]
 
 
 def finish(config, session, rows: list[dict], draw, every=None, columns=None, **about):
     """Numbers, figures, report, and a table for the person.
 
-    points.csv has a row for every point; metrics.json means over the seeds, and what
-    `about` adds.
+    points.csv has a row for every point, empty where it failed; metrics.json means over
+    the seeds that did not, their number, and what `about` adds.
 
     Args: draw, as `report.write_sweep` takes it; every, the points of the rows where
       they are not all points of config.sweep; columns, of the table that is shown, in
       their order: those that the rows have.
+    Raises: FailedError at the end, where points failed.
     """
-    scalars = [{k: v.item() for k, v in row.items() if v.ndim == 0} for row in rows]
-    values = {name: [row[name] for row in scalars] for name in scalars[0]}
+    every = points(config) if every is None else every
+    known = {_values(row): row for row in rows}
+    done: list[Path] = []
+    failed: list[Path] = []
+    for point in every:
+        path = _path(session, config, point)
+        (done if _values(point.values) in known else failed).append(path)
+    if not rows:
+        raise _failure(failed, len(every))
+    names = [name for name, value in rows[0].items() if value.ndim == 0]
+    listed = [known.get(_values(point.values), point.values) for point in every]
+    values = {
+        name: [np.asarray(row.get(name, "")).item() for row in listed] for name in names
+    }
     record.write_csv(session.workdir / "points.csv", values)
-    table = over_seeds(rows)
+    table = over_seeds(rows, every)
     if columns is not None:
-        about["columns"] = [name for name in columns if name in table[0]]
-    paths = [_path(session, config, point) for point in every or points(config)]
+        measured = {name for row in table for name in row}
+        about["columns"] = [name for name in columns if name in measured]
     metrics = {
         "experiment": config.experiment,
-        "points": [str(path.relative_to(session.workdir)) for path in paths],
+        "points": [str(path.relative_to(session.workdir)) for path in done],
+        "failed": {
+            path.stem: (record.read_json(_why(path)) or {}).get("error")
+            for path in failed
+        },
         "table": table,
         **about,
     }
@@ -196,8 +326,10 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
     with session.phase("report"):
         report.write_sweep(session.workdir, draw, session.say)
     session.write_status()
-    session.console.print(summary(session.workdir))
+    session.say(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
+    if failed:
+        raise _failure(failed, len(every))
 
 
 def summary(workdir) -> Table:
@@ -207,12 +339,13 @@ def summary(workdir) -> Table:
     """
     metrics = record.read_json(workdir / "metrics.json")
     columns, rows = report.table(metrics, intervals=False)
-    seeds = metrics["table"][0]["seeds"]
-    shown = Table(title=f"{metrics['experiment']}: means over {seeds} seeds")
+    seeds = [row["seeds"] for row in metrics["table"] if row["seeds"]]
+    counts = " to ".join(map(str, dict.fromkeys([min(seeds), max(seeds)])))
+    shown = Table(title=f"{metrics['experiment']}: means over {counts} seeds")
     every = zip(columns, zip(*rows, strict=True), strict=True)
     kept = [(name, c) for name, c in every if len(set(c)) > 1 or len(rows) == 1]
-    if "columns" in metrics:
-        kept = kept[:WIDE]
+    if "columns" in metrics:  # how many seeds is always said where it is not the same
+        kept = kept[:WIDE] + [column for column in kept[WIDE:] if column[0] == "seeds"]
     for name, _ in kept:
         shown.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for row in zip(*(column for _, column in kept), strict=True):
@@ -220,16 +353,55 @@ def summary(workdir) -> Table:
     return shown
 
 
-def over_seeds(rows: list[dict]) -> list[dict]:
-    """The seeds of each point as one: for every number its mean and 95 % interval."""
-    groups: dict[tuple, list[dict]] = {}
+def status(workdir) -> Table | None:
+    """Which points of the sweep in a workdir are done, failed or missing, at any time.
+
+    Returns: None where no sweep has a point yet.
+    """
+    values = record.read_json(Path(workdir) / "config.json") or {}
+    if "sweep" not in values or not (Path(workdir) / "points").is_dir():
+        return None
+    config = defaults.restored(values)
+    folder = _folder(workdir, config)
+    names = [point.name for point in points(config)]
+    if config.experiment == "emm":  # that chooses its sizes as it goes
+        files = [path.name for path in folder.glob("[!.]*")]
+        names = [f.removesuffix(".npz").removesuffix(".failed.json") for f in files]
+        names = sorted(set(names))
+    rows = []
+    for name in names:
+        path = folder / f"{name}.npz"
+        why = record.read_json(_why(path))
+        if path.is_file():
+            rows.append((name, "done", ""))
+        elif why is not None:
+            rows.append((name, "failed", why["error"].splitlines()[0][:100]))
+        else:
+            rows.append((name, "missing", ""))
+    states = [state for _, state, _ in rows]
+    counts = [f"{states.count(s)} {s}" for s in ("done", "failed", "missing")]
+    shown = Table(title=f"{config.experiment}: {', '.join(counts)}")
+    columns = ("point", "", "why") if "failed" in states else ("point", "")
+    for name in columns:
+        shown.add_column(name, overflow="fold")
     for row in rows:
-        values = tuple((axis, row[axis].item()) for axis in AXES if axis in row)
-        groups.setdefault(values, []).append(row)
+        shown.add_row(*map(escape, row[: len(columns)]))
+    return shown
+
+
+def over_seeds(rows: list[dict], every: Iterable[Point] = ()) -> list[dict]:
+    """The seeds of each point as one: for every number its mean and 95 % interval.
+
+    Args: every, the points that should have a row: where all seeds of one failed,
+      there are its values, and 0 seeds.
+    """
+    groups: dict[tuple, list[dict]] = {_values(p.values, AXES): [] for p in every}
+    for row in rows:
+        groups.setdefault(_values(row, AXES), []).append(row)
     table = []
     for values, group in groups.items():
         merged = dict(values) | {"seeds": len(group)}
-        for name in group[0]:
+        for name in group[0] if group else ():
             if name in AXES or name == "seed":
                 continue
             shapes = {np.shape(row[name]) for row in group}
@@ -255,12 +427,30 @@ def mean_interval(values, level=0.95) -> dict:
     return {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
 
-def _path(session, config, point):
-    """Where a point is kept; the folder stands for all that is no axis."""
+def _values(row, axes=(*AXES, "seed")) -> tuple:
+    """The values of a row or point: what tells it from the others."""
+    return tuple((axis, np.asarray(row[axis]).item()) for axis in axes if axis in row)
+
+
+def _path(session, config, point) -> Path:
+    """Where a point is kept."""
+    return _folder(session.workdir, config) / f"{point.name}.npz"
+
+
+def _folder(workdir, config) -> Path:
+    """Of the points; its name stands for all that is no axis."""
     rest = setup.to_json(config)
     for group in ("sweep", "emm", "run"):
         rest.pop(group, None)
     rest |= setup.looks(config)
     text = json.dumps(rest, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return session.workdir / "points" / tag / f"{point.name}.npz"
+    return Path(workdir) / "points" / tag
+
+
+def _why(path) -> Path:
+    return path.with_suffix(".failed.json")
+
+
+def _short(error) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:LONG]

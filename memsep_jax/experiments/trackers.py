@@ -1,6 +1,7 @@
 """metrics.jsonl to TensorBoard or Weights & Biases as well, where a person asks."""
 
 import os
+import sys
 
 import numpy as np
 
@@ -28,9 +29,14 @@ def wandb(workdir, config):
     """A run of Weights & Biases (extra `wandb`); offline where nobody is logged in."""
     import wandb
 
-    # Without a key it would ask for one, and wait for an answer.
-    known = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        # Without a key it would ask for one, and wait for an answer.
+        try:
+            known = wandb.login(prompt=False, verify=False)
+        except TypeError:  # of an older version
+            known = wandb.api.api_key
+        mode = "online" if known else "offline"
     run = wandb.init(
         project="memsep_jax",
         dir=str(workdir),
@@ -38,6 +44,11 @@ def wandb(workdir, config):
         config=config.to_dict(),
         mode=mode,
         resume="allow",
+        settings={
+            "init_timeout": 30.0,  # seconds, for a server that does not answer
+            "silent": not sys.stdout.isatty(),  # it colours log files too
+            "console": "off",  # what is printed here stays here
+        },
     )
     return lambda row: run.log(dict(_flat(row)), step=row["step"])
 
@@ -54,7 +65,8 @@ def tracker(name, workdir, config, say):
         if isinstance(error, ImportError):
             extra = {"tensorboard": "tb"}.get(name, name)
             cure = f"; it needs pip install 'memsep_jax[{extra}]'"
-        say(f"warning: {name} is not written ({error}), metrics.jsonl is{cure}")
+        why = " ".join(str(error).split())  # in one line
+        say(f"warning: {name} is not written ({why}), metrics.jsonl is{cure}")
 
     try:
         track = TRACKERS[name](workdir, config)

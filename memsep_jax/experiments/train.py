@@ -47,8 +47,12 @@ def run(config, session, resume_step=None):
     for note in parts.notes:
         session.say(f"note: {note}")
     session.say(_describe(parts, config))
-    generate = network_samples(config, parts)  # compiled once for all of the run
-    state = learn(config, parts, session, resume_step, generate)
+    # Compiled once for all of the run.
+    generate = network_samples(config, parts, session.say)
+    state = parallel.local(learn(config, parts, session, resume_step, generate))
+    session.part()
+    if not parallel.is_first():
+        return
     about = {
         "model": {
             "name": config.model.name,
@@ -72,59 +76,80 @@ def initial_state(config, parts):
     return train.init(setup.init_params(parts, setup.keys(config.seed).init), parts.tx)
 
 
-def network_samples(config, parts):
-    """(params, start, stop) -> samples of the network."""
+def network_samples(config, parts, say=lambda text: None):
+    """(params, start, stop) -> samples of the network, as `make_generate`."""
     score_of = functools.partial(setup.score_fn, parts)
-    return make_generate(config, parts, parallel.make_mesh(), score_of)
+    mesh = parallel.make_mesh(jax.local_devices())
+    return make_generate(config, parts, mesh, score_of, say)
 
 
 def learn(config, parts, session, resume_step=None, generate=None, workdir=None):
     """Trains to the last step, from the newest valid checkpoint where there is one.
 
-    The last step is that of train.steps or train.epochs, or that of `early_stop`.
+    The last step is that of train.steps or train.epochs, or that of `early_stop`. Of
+    several processes all take the steps, and the first one does everything else.
 
     Args: workdir, of one of several networks; by default that of the session.
     """
-    mesh = parallel.make_mesh()
+    mesh, first = parallel.make_mesh(), parallel.is_first()
     own, steps = workdir is None, parts.steps
     workdir = session.workdir if own else workdir
     packed = _packed(config, None if own else workdir)
     checkpoints = workdir / "checkpoints"
-    checkpoint.clean(checkpoints)
-    if resume_step is not None:
-        _check_resume_step(checkpoints, resume_step)
-    state = initial_state(config, parts)
-    found = checkpoint.restore_newest(checkpoints, state, at_most=resume_step)
-    if found is None and packed and packed.is_file():
-        found = unpack(packed, state, parts)
+    state, found = initial_state(config, parts), None
+    if first:
+        checkpoint.clean(checkpoints)
+        if resume_step is not None:
+            _check_resume_step(checkpoints, resume_step)
+        found = checkpoint.restore_newest(checkpoints, state, at_most=resume_step)
+        if found is None and packed and packed.is_file():
+            found = unpack(packed, state, parts)
+    step = session.share(found[1] + 1 if found else 0) - 1
+    if step >= 0 and not first:
+        if step in checkpoint.steps(checkpoints):
+            found = checkpoint.restore(checkpoints, step, state), step
+        else:
+            found = unpack(packed, state, parts)
     # A checkpoint that does not fit must leave config.json as it was.
     if own:
         session.begin(parts.splits.fingerprint)
     start = 0
-    if resume_step is not None:
+    if resume_step is not None and first:
         _roll_back(workdir, resume_step, session)
     if found:
         state, start = found
         session.say(f"resumed from step {start}")
         _warn_of_circumstances(session)
-    metrics = record.Metrics(workdir / "metrics.jsonl", start)
-    if start >= steps and start in metrics.steps:
+    metrics = record.Metrics(workdir / "metrics.jsonl", start) if first else None
+    looked = session.share(first and start in metrics.steps)
+
+    def stops(step):
+        """Whether training ends here, before the last step."""
+        why = early_stop(config, workdir, step, steps) if first else None
+        if why:
+            session.say(why)
+        return session.share(why is not None)
+
+    if (start >= steps and looked) or stops(start):
         return state
-    if why := early_stop(config, workdir, start, steps):
-        session.say(why)
-        return state
-    state = jax.device_put(state, parallel.replicated(mesh))
-    dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
+    state = parallel.replicate(state, mesh)
+    dataset = parallel.replicate(parts.splits.train, mesh)
 
     with session.phase("compile"):
         session.say("compiling the train step")
-        step_fn = jax.jit(setup.make_step(config, parts, mesh), donate_argnums=0)
+        step_fn = jax.jit(
+            setup.make_step(config, parts, mesh),
+            donate_argnums=0,
+            out_shardings=parallel.replicated(mesh),
+        )
         step_fn = step_fn.lower(state, dataset).compile()
-        generate = generate or network_samples(config, parts)
-        watch = _Watcher(config, parts, session, generate)
+        if first:
+            generate = generate or network_samples(config, parts, session.say)
+            watch = _Watcher(config, parts, session, generate)
 
+    rows = record.read_metrics(workdir / "metrics.jsonl")
     best = min(
-        (np.mean(r["held_out_losses"]) for r in record.read_metrics(metrics.path)
+        (np.mean(r["held_out_losses"]) for r in rows
          if r.get("held_out_losses")),
         default=np.inf,
     )  # fmt: skip
@@ -135,7 +160,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         """Waits for a step; the row to log, or {} where it is not logged."""
         nonlocal since
         if int(fetched["step"]) != step:
-            _not_finite(config, parts, state, session, step, fetched)
+            _not_finite(config, parts, state, session, workdir, step, fetched)
         if step % config.run.log_every and step != steps:
             return {}
         now = time.monotonic()
@@ -143,6 +168,8 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         since = (now, step)
         names = ("loss", "grad_norm", "update_norm")
         row = {"step": step, **{k: float(fetched[k]) for k in names}}
+        if "skipped" in fetched:
+            row["skipped"] = int(fetched["skipped"])
         return row | {"steps_per_second": round(rate, 3)}
 
     def evaluating(step):
@@ -151,8 +178,10 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     def look(step, row):
         """Adds to the row what is measured at this step."""
         nonlocal best
+        if not first:
+            return row
         if evaluating(step):
-            row = {"step": step} | row | watch.losses(state.ema)
+            row = {"step": step} | row | watch.losses(parallel.local(state.ema))
             held_out = row.get("held_out_losses")
             if held_out is not None and np.mean(held_out) < best:
                 best = np.mean(held_out)
@@ -161,13 +190,13 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         if step in snapshots:
             kept = {"params": state.params, "ema": state.ema}
             checkpoint.save(workdir / "snapshots", step, kept)
-            row = {"step": step} | row | watch.snapshot(step, state)
+            row = {"step": step} | row | watch.snapshot(step, parallel.local(state))
         return row
 
-    track = trackers.tracker(config.run.tracker, workdir, config, session.say)
+    track = first and trackers.tracker(config.run.tracker, workdir, config, session.say)
 
     def log(row):
-        if row:
+        if row and first:
             metrics.write(**row)
             track(row)
 
@@ -176,13 +205,13 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         session.deferred(),
         session.progress("training", steps, start) as update,
     ):
-        if start and start not in metrics.steps:  # stopped before it could look
-            log(look(start, {}))
-            if why := early_stop(config, workdir, start, steps):
-                session.say(why)
+        if start and not looked:  # stopped before it could look
+            log(look(start, metrics.unfinished if first else {}))
+            if stops(start):
                 return state
         for step in range(start + 1, steps + 1):
             state, fetched = step_fn(state, dataset)
+            session.poll()
             # One step late, so the device always has the next one waiting.
             if previous is not None:
                 row = settle(*previous)
@@ -195,27 +224,31 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             if not (due or saving or session.stop is not None):
                 continue
 
-            row, previous = settle(*previous), None
-            if due and session.stop is None:
-                row = look(step, row)
+            known, previous = settle(*previous), None
+            row = look(step, known) if due and session.stop is None else known
             stopping = session.stop is not None
-            if not (due and stopping):  # else the look, and its row, come on resuming
+            if not (due and stopping):
                 log(row)
                 update(step, _status(row) if "loss" in row else "")
-            why = None
-            if due and not stopping:
-                why = early_stop(config, workdir, step, steps)
-            if saving or stopping or why:
+            elif known and first:  # the look comes on resuming
+                metrics.write_unfinished(**known)
+            ends = due and not stopping and stops(step)
+            if (saving or stopping or ends) and first:
                 checkpoint.save(checkpoints, step, state, config.run.keep)
                 if packed:
                     pack(packed, step, state, parts)
             since = (time.monotonic(), step)  # steps/s counts steps, not evaluations
             if stopping:
                 session.say(f"preempted at step {step}: saved")
+                session.part()
                 raise Interrupted(session.stop)
-            if why:
-                session.say(why)
+            if ends:
                 break
+    if (spikes := train.skipped(state)) is not None:
+        session.say(
+            f"{int(spikes)} of {int(state.step)} steps were skipped, by "
+            f"optimizer.skip_spikes={config.optimizer.skip_spikes:g}"
+        )
     return state
 
 
@@ -456,10 +489,12 @@ class _Watcher:
         return np.concatenate(parts)
 
 
-def _not_finite(config, parts, state, session, step, fetched):
+def _not_finite(config, parts, state, session, workdir, step, fetched):
     """Writes what is known of a step that was refused, and ends the run."""
     keys = setup.keys(config.seed)
+    session.part()
     step -= 1  # the state still stands at the step before
+    state = parallel.local(state)
     n, size = len(parts.splits.train.x), config.train.batch_size
     reshuffle = setup.ORDERS[config.train.order]
     batch = data.draw(
@@ -476,17 +511,16 @@ def _not_finite(config, parts, state, session, step, fetched):
         name: int((~np.isfinite(leaf)).sum())
         for name, leaf in checkpoint.leaves(grads).items()
     }
-    path = session.workdir / f"nonfinite_step_{step + 1}.json"
-    record.write_json(
-        path,
-        {
-            "step": step + 1,
-            **{k: str(float(fetched[k])) for k in ("loss", "grad_norm", "update_norm")},
-            "nonfinite_gradients": {k: v for k, v in counts.items() if v},
-            "sigma": [float(sigma.min()), float(sigma.max())],
-            "indices": data.indices(n, keys.data, step, size, reshuffle),
-        },
-    )
+    path = workdir / f"nonfinite_step_{step + 1}.json"
+    details = {
+        "step": step + 1,
+        **{k: str(float(fetched[k])) for k in ("loss", "grad_norm", "update_norm")},
+        "nonfinite_gradients": {k: v for k, v in counts.items() if v},
+        "sigma": [float(sigma.min()), float(sigma.max())],
+        "indices": data.indices(n, keys.data, step, size, reshuffle),
+    }
+    if parallel.is_first():
+        record.write_json(path, details)
     raise train.NonFiniteError(
         f"step {step + 1} gave loss {float(fetched['loss']):.4g}, gradient norm "
         f"{float(fetched['grad_norm']):.4g}, update norm "

@@ -77,27 +77,17 @@ def measure(points, session):
         with session.phase("data"):
             built = [setup.build(config) for config in twins]
         # One program, which folds in the seed alone: equal noises for both.
-        generate = train.network_samples(twins[0], built[0])
+        generate = train.network_samples(twins[0], built[0], session.say)
         samples = []
         for config, parts in zip(twins, built, strict=True):
-            session.check()
             state = networks.trained(config, parts, session, generate)
             weights = state.ema if config.sampler.weights == "ema" else state.params
             with session.phase("sample"):
-                samples.append(draws(config, weights, generate))
+                drawn = generate(weights, 0, config.sampler.num_samples)
+            samples.append(evaluate.as_float(drawn))
         with session.phase("neighbours"):
             row = compare(*samples, *built, point.config.memorization.threshold)
         yield row | {"seconds": time.monotonic() - started}
-
-
-def draws(config, weights, generate):
-    """sampler.num_samples samples, in the units of the data.   Returns: [m, *e]."""
-    total, chunk = config.sampler.num_samples, config.run.chunk
-    parts = [
-        generate(weights, start, min(start + chunk, total))
-        for start in range(0, total, chunk)
-    ]
-    return evaluate.as_float(np.concatenate(parts))
 
 
 def compare(a, b, first: setup.Parts, second: setup.Parts, threshold) -> dict:

@@ -28,7 +28,7 @@ from memsep_jax import (
     score,
     train,
 )
-from memsep_jax.experiments import evaluate, record, setup
+from memsep_jax.experiments import evaluate, record, session, setup
 from memsep_jax.models import DiT
 
 PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
@@ -82,14 +82,14 @@ def test_c31_a_loss_that_explodes_stops_the_run_and_is_explained(tmp_path):
     assert again.code == 4 and f"step {step} gave loss" in again.stderr, again.output
 
 
-def poisoned(monkeypatch, config, step):
-    """Puts NaN in one training point that batch `step`, and none before, holds."""
+def poisoned(monkeypatch, config, step, value=jnp.nan):
+    """Puts a value in one training point that batch `step`, and none before, holds."""
     parts = setup.build(config)
     n, size = len(parts.splits.train.x), config.train.batch_size
     key = setup.keys(config.seed).data
     batches = [np.asarray(data.indices(n, key, i, size)) for i in range(step)]
     (point, *_) = set(batches[-1]) - set(np.concatenate([[-1], *batches[:-1]]))
-    x = parts.splits.train.x.at[point].set(jnp.nan)
+    x = parts.splits.train.x.at[point].set(value)
     splits = parts.splits._replace(train=parts.splits.train._replace(x=x))
     monkeypatch.setattr(data, "splits", lambda *args, **kwargs: splits)
     return int(point)
@@ -133,6 +133,53 @@ def test_c31_a_state_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(ArithmeticError, match="not finite: not saved"):
         checkpoint.save(tmp_path, 1, {"a": np.array([1.0, np.nan], np.float32)})
     assert checkpoint.steps(tmp_path) == []
+
+
+# 33: a gradient far above the usual.
+
+
+def learn(config, workdir):
+    """Trains in this process.   Returns: the rows of metrics, the last state."""
+    with session.Session(workdir, config) as running:
+        state = experiments.train.learn(config, setup.build(config), running)
+    return {row["step"]: row for row in harness.rows(workdir)}, state
+
+
+def test_c33_an_outlier_is_skipped_counted_and_kept_through_a_resumption(
+    tmp_path, monkeypatch, capsys
+):
+    """A point of 1,000 in batch 70, where all others are in [-1, 1]."""
+
+    def config(steps):
+        return tiny(
+            "--config.data.num_examples=1000",
+            "--config.data.num_held_out=8",
+            "--config.model.depth=1",
+            "--config.optimizer.schedule=constant",
+            "--config.optimizer.skip_spikes=20",
+            f"--config.train.steps={steps}",
+            "--config.run.save_every=1000",
+            "--config.run.evaluate_every=1000",
+        )
+
+    poisoned(monkeypatch, config(72), step=70, value=1e3)
+    rows, state = learn(config(72), tmp_path / "whole")
+    assert [rows[step]["skipped"] for step in (1, 69, 70, 71)] == [0, 0, 1, 1]
+    usual = np.median([rows[step]["grad_norm"] for step in range(6, 70)])
+    assert rows[70]["grad_norm"] > 20 * usual
+    assert rows[70]["update_norm"] == 0 < min(rows[69]["update_norm"], 1)
+    assert "1 of 72 steps were skipped" in capsys.readouterr().out
+
+    # The window comes back with the state: the first steps after it see all of it.
+    learn(config(68), tmp_path / "parts")
+    again, resumed = learn(config(72), tmp_path / "parts")
+    assert checkpoint.digest(resumed) == checkpoint.digest(state)
+    assert [again[step]["skipped"] for step in (69, 70, 71)] == [0, 1, 1]
+
+
+def test_c33_a_factor_that_ordinary_steps_exceed_is_refused():
+    with pytest.raises(setup.ConfigError, match="optimizer.skip_spikes=0.5 must be ab"):
+        setup.build(tiny("--config.optimizer.skip_spikes=0.5"))
 
 
 # 34: data that are not finite, out of range, or constant.

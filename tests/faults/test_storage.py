@@ -149,19 +149,35 @@ def test_b20_where_every_step_is_damaged_no_run_starts_afresh(copy):
     assert checkpoint.steps(checkpoints) == []
 
 
-def test_b21_what_is_not_a_step_is_left_alone(copy, trained):
+def test_b21_what_is_not_a_step_is_left_alone(copy, trained, caplog):
+    """A directory that is empty, foreign, or named almost as a step; files; links."""
     checkpoints = copy / "checkpoints"
     (checkpoints / "12").mkdir()  # orbax would take it for the newest
-    (checkpoints / "notes").mkdir()
-    (checkpoints / "notes" / "mine.txt").write_text("keep")
-    (checkpoints / "readme.txt").write_text("keep")
-    (checkpoints / f"14{checkpoint.TMP}").mkdir()  # our own leftover
+    for name in ("notes", "10.old", "step_16", "-18", "１９"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "mine.txt").write_text("keep")
+    for name in ("readme.txt", "20", f"22{checkpoint.TMP}"):  # files
+        (checkpoints / name).write_text("keep")
+    outside = copy.parent / "outside"
+    outside.mkdir()
+    (outside / "mine.txt").write_text("keep")
+    (checkpoints / f"24{checkpoint.TMP}").symlink_to(outside)
+    foreign = harness.files(checkpoints)
     shutil.rmtree(checkpoints / "10")
+    foreign = {k: v for k, v in foreign.items() if v[1] == b"keep"}
+    assert len(foreign) == 8
+    for step in (12, 14):  # our own leftovers
+        (checkpoints / f"{step}{checkpoint.TMP}").mkdir()
+        (checkpoints / f"{step}{checkpoint.TMP}" / "half").write_bytes(b"torn")
     learn(harness.config(*ARGS), copy)
+    assert caplog.text.count("holds what is no checkpoint") == 1
+    assert all(name in caplog.text for name in ("12", "notes", "readme.txt"))
     assert harness.digest(copy) == harness.digest(trained)
-    assert (checkpoints / "notes" / "mine.txt").read_text() == "keep"
-    assert (checkpoints / "readme.txt").read_text() == "keep"
-    assert not list(checkpoints.glob(f"*{checkpoint.TMP}*"))
+    assert checkpoint.steps(checkpoints) == [6, 8, 10]
+    assert foreign.items() <= harness.files(checkpoints).items()
+    assert (outside / "mine.txt").read_text() == "keep"
+    left = {path.name for path in checkpoints.glob(f"*{checkpoint.TMP}*")}
+    assert left == {f"22{checkpoint.TMP}", f"24{checkpoint.TMP}"}
 
 
 @contextlib.contextmanager
@@ -198,6 +214,7 @@ shutil.disk_usage = lambda path: collections.namedtuple("usage", "free")(10**12)
 """
 
 
+@pytest.mark.slow
 def test_b22_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path):
     """20 MB, of which all but 1 MB are taken while the run is at step 5."""
     args = (*ARGS, "--config.model.width=128", "--config.run.keep=2")
@@ -457,3 +474,68 @@ def test_b29_a_newer_schema_is_refused_with_both_versions(tmp_path, tree, monkey
         saved(tmp_path, tree, [1])
     with pytest.raises(ConflictError, match="schema 2.*reads 1"):
         checkpoint.restore(tmp_path, 1, tree)
+
+
+GOLDEN = Path(__file__).parents[1] / "data" / "checkpoint-schema-1"
+
+
+def golden():
+    """What GOLDEN holds as step 7, and packed: every type that a state may have.
+
+    It was made once, at schema 1, and is never made anew; a later schema gets its own.
+    In tests/, moved to data/ afterwards:
+    python -c "from faults.test_storage import golden, checkpoint as c;
+    c.save('/tmp/golden', 7, golden()); c.pack('/tmp/golden/packed.npz', 7, golden())"
+    """
+    thirds = jnp.arange(-3, 3, dtype=jnp.float32).reshape(2, 3) / 3
+    return {
+        "step": jnp.int32(7),
+        "params": {"block_0": {"kernel": thirds, "bias": jnp.zeros(3)}},
+        "ema": {"block_0": {"kernel": thirds.astype(jnp.bfloat16)}},
+        "opt_state": [{"count": jnp.uint32(2**31)}, {"mu": jnp.float32(1e-45)}],
+        "mask": {"heads": jnp.array([True, False])},
+    }
+
+
+def test_b29_a_checkpoint_of_the_first_schema_is_read_by_every_later_version(tmp_path):
+    """Bitwise; by the digest, and by the bits of what is computed here."""
+    directory = shutil.copytree(GOLDEN, tmp_path / "golden")
+    like = jax.eval_shape(golden)
+    known = {
+        "step": "07000000",
+        "params/block_0/kernel": "000080bfabaa2abfabaaaabe00000000abaaaa3eabaa2a3f",
+        "params/block_0/bias": "00" * 12,
+        "ema/block_0/kernel": "80bf2bbfabbe0000ab3e2b3f",
+        "opt_state/0/count": "00000080",
+        "opt_state/1/mu": "01000000",
+        "mask/heads": "0100",
+    }
+    for tree, step in (
+        checkpoint.restore_newest(directory, like),
+        checkpoint.unpack(directory / "packed.npz", like),
+    ):
+        assert step == 7
+        found = checkpoint.leaves(tree)
+        assert {name: leaf.tobytes().hex() for name, leaf in found.items()} == known
+        types = (jax.tree.map(lambda a: a.dtype, some) for some in (tree, like))
+        assert next(types) == next(types)
+
+
+def test_b30_a_step_is_chosen_by_its_number_and_not_by_time(tmp_path, tree):
+    """Clocks that go backwards, or stand still, and names that sort otherwise."""
+    digests = saved(tmp_path, tree, [2, 9, 10])
+    year = 365 * 86_400
+    for times in ({2: 30, 9: 20, 10: 1}, {2: 1, 9: 1, 10: 1}):
+        for step, since in times.items():
+            for path in (tmp_path / str(step), *(tmp_path / str(step)).rglob("*")):
+                os.utime(path, (since * year, since * year))
+        assert checkpoint.steps(tmp_path) == [2, 9, 10]
+        restored, step = checkpoint.restore_newest(tmp_path, tree)
+        assert step == 10 and checkpoint.digest(restored) == digests[10]
+    # What is dropped is the lowest number, though it is the youngest.
+    os.utime(tmp_path / "2", (60 * year, 60 * year))
+    checkpoint.save(tmp_path, 11, tree, keep=2)
+    assert checkpoint.steps(tmp_path) == [10, 11]
+    # And what is damaged is followed by the one below.
+    harness.corrupt(harness.largest(tmp_path / "11" / "state"), "truncate")
+    assert checkpoint.restore_newest(tmp_path, tree)[1] == 10

@@ -1,0 +1,273 @@
+"""Row F: two processes on this machine train one network, and none is left alone."""
+
+import contextlib
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from faults import harness
+from memsep_jax import checkpoint
+from memsep_jax.experiments import record
+
+pytestmark = pytest.mark.slow
+STEPS = 30
+# Steps take a while on the process that writes: signals land where they are meant to.
+SLOWLY = harness.SLOW_STEPS + harness.TRAIN_ONLY
+
+
+@contextlib.contextmanager
+def together(*args, workdirs, patch="", count=2):
+    """The same command in some processes that find each other on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                harness.spawn(
+                    *harness.TINY,
+                    *args,
+                    f"--distributed=127.0.0.1:{port},{count},{index}",
+                    workdir=workdir,
+                    patch=patch,
+                )
+            )
+            for index, workdir in enumerate(workdirs)
+        ]
+
+
+def ends(children):
+    """How they ended, all of them."""
+    return [harness.finish(child) for child in children]
+
+
+def weights(workdir):
+    """All leaves of the last checkpoint."""
+    directory = workdir / "checkpoints"
+    step = checkpoint.steps(directory)[-1]
+    return checkpoint.restore(directory, step, harness.like(workdir, step))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with together(workdirs=[workdir] * 2) as children:
+        results = ends(children)
+    assert [result.code for result in results] == [0, 0], results
+    return workdir, results
+
+
+def test_f62_two_processes_train_what_one_does(whole, tmp_path):
+    workdir, _ = whole
+    alone = tmp_path / "alone"
+    result = harness.run(*harness.TINY, workdir=alone)
+    assert result.code == 0, result.output
+    expected, found = weights(alone), weights(workdir)
+    assert found.keys() == expected.keys()
+    for name, leaf in found.items():
+        # Adam divides by a gradient: where that is rounding, so is the step.
+        np.testing.assert_allclose(leaf, expected[name], 1e-5, 1e-5, err_msg=name)
+    losses = [[row["loss"] for row in harness.rows(w)] for w in (workdir, alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_f62_only_the_first_process_writes_and_speaks(whole):
+    workdir, (first, second) = whole
+    assert "report:" in first.stdout and (workdir / "report.html").is_file()
+    # What is left of the second is a line of the library that connects them.
+    said = [line for line in second.stdout.splitlines() if "Gloo" not in line]
+    assert not said and "memorized" in first.stdout
+    assert [row["step"] for row in harness.rows(workdir)] == list(range(1, STEPS + 1))
+    assert record.read_json(workdir / "run.json")["device"].startswith("2 x")
+
+
+DRAW = """
+import json
+from memsep_jax import data, parallel
+index = int(sys.argv[-1])
+parallel.join("127.0.0.1:%d,2," + str(index))
+import jax, jax.numpy as jnp
+mesh = parallel.make_mesh()
+points = data.Dataset(jnp.arange(15.0)[:, None], None)
+def batch(step):
+    x = data.draw(points, jax.random.key(0), step, 6, False).x
+    return jax.lax.with_sharding_constraint(x, parallel.by_batch(mesh))
+for step in range(5):
+    shards = jax.jit(batch)(step).addressable_shards
+    print(json.dumps([float(v) for s in shards for v in s.data[:, 0]]))
+sys.stdout.flush()
+jax.distributed.shutdown()
+os._exit(0)
+"""
+
+
+def test_f62_each_example_is_seen_once_in_an_epoch_whoever_sees_it():
+    """15 points in batches of 6, 3 on each of two processes: 2 epochs in 5 steps."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        patch = DRAW % probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(harness.spawn(str(i), patch=patch)) for i in range(2)
+        ]
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    seen = [
+        [line for line in r.stdout.splitlines() if line.startswith("[") and "," in line]
+        for r in results
+    ]
+    values = [[float(v) for line in s for v in line[1:-1].split(",")] for s in seen]
+    assert [len(v) for v in values] == [15, 15]
+    steps = np.concatenate([np.reshape(v, (5, 3)) for v in values], axis=1).ravel()
+    for epoch in np.split(steps, 2):
+        assert sorted(epoch) == list(range(15))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_f63_where_one_is_killed_the_other_names_it_and_ends(killed, whole, tmp_path):
+    workdir = tmp_path / "run"
+    with together(workdirs=[workdir] * 2, patch=SLOWLY) as children:
+        harness.wait_for_rows(children[0], 12)
+        harness.kill(children[killed])
+        left = harness.finish(children[1 - killed], timeout=30)
+    if killed:
+        assert left.code == 6, left.output
+        assert "process 1 of 2 (process " in left.stderr
+        assert "Traceback" not in left.stderr
+    else:  # jax's service lives in process 0: jax may end the others before we do
+        assert left.code in (6, -signal.SIGABRT), left.output
+        assert "process 0 of 2" in left.stderr or "another task died" in left.stderr
+    with together(workdirs=[workdir] * 2) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    assert "resumed from step" in results[0].stdout
+    assert harness.digest(workdir) == harness.digest(whole[0])
+    assert harness.rows(workdir) == harness.rows(whole[0])
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_f64_a_signal_to_one_stops_both_at_the_same_saved_step(to, whole, tmp_path):
+    workdir = tmp_path / "run"
+    with together(workdirs=[workdir] * 2, patch=SLOWLY) as children:
+        harness.wait_for_rows(children[0], 12)
+        harness.kill(children[to], signal.SIGTERM)
+        results = ends(children)
+    assert [r.code for r in results] == [143, 143], results
+    step = checkpoint.steps(workdir / "checkpoints")[-1]
+    assert 12 <= step < STEPS
+    assert f"preempted at step {step}: saved" in results[0].stdout
+    with together(workdirs=[workdir] * 2) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    assert f"resumed from step {step}" in results[0].stdout
+    assert harness.digest(workdir) == harness.digest(whole[0])
+
+
+def test_f65_a_workdir_that_is_not_shared_is_refused_at_the_start(tmp_path):
+    places = [tmp_path / name for name in ("here", "there")]
+    patch = "from memsep_jax.experiments import session\nsession.SHARED_IN = 1.0"
+    with together(workdirs=places, patch=patch) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    for result in results:
+        assert "process 1 does not see in" in result.stderr, result.output
+    assert not any(place.exists() for place in places)
+
+
+def test_f65_processes_of_different_configs_do_not_begin(tmp_path):
+    # The last word counts, so the second process has another config.
+    workdir = tmp_path / "run"
+    field = "--config.optimizer.lr=0.5"
+    other = f"if sys.argv[-2].endswith('2,1'): sys.argv.append('{field}')"
+    with together(workdirs=[workdir] * 2, patch=other) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    assert all("process 1 was given another config" in r.stderr for r in results)
+    assert not workdir.exists()
+
+
+def test_f65_other_data_on_one_host_are_refused(tmp_path):
+    workdir = tmp_path / "run"
+    other = """
+if sys.argv[-2].endswith("2,1"):
+    from memsep_jax.experiments import setup
+    _build = setup.build
+    def build(config):
+        parts = _build(config)
+        splits = parts.splits._replace(fingerprint="0" * 64)
+        return parts._replace(splits=splits)
+    setup.build = build
+"""
+    with together(workdirs=[workdir] * 2, patch=other) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    assert all("process 1 read other training data" in r.stderr for r in results)
+
+
+def test_f65_a_workdir_in_use_is_refused_to_all(tmp_path):
+    workdir = tmp_path / "run"
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=SLOWLY) as owner:
+        harness.wait_for_rows(owner, 3)
+        with together(workdirs=[workdir] * 2) as children:
+            first, second = ends(children)
+        assert (first.code, second.code) == (2, 2), (first, second)
+        assert "in use by process" in first.stderr
+        assert "process 0 could not begin" in second.stderr
+        assert harness.finish(owner).code == 0
+
+
+def test_f63_a_process_that_never_comes_is_waited_for_in_vain(tmp_path):
+    soon = "from memsep_jax import parallel\nparallel.join.__defaults__ = (3,)"
+    workdirs = [tmp_path / "run"]
+    with together(workdirs=workdirs, patch=soon) as children:
+        (result,) = ends(children)
+    assert result.code == 6, result.output
+    assert "did not come in 3 s" in result.stderr
+    assert not workdirs[0].exists()
+
+
+@pytest.mark.parametrize("where", ["here", "a:1,2", "a:1,2,2", "a:b,2,0", "a:1,x,0"])
+def test_f65_a_place_that_makes_no_sense_is_a_wrong_command(where, tmp_path):
+    workdir = tmp_path / "run"
+    result = harness.run(*harness.TINY, f"--distributed={where}", workdir=workdir)
+    assert result.code == 2, result.output
+    assert f"--distributed={where} must be auto, or" in result.stderr
+    assert not workdir.exists()
+
+
+def test_f65_what_runs_in_one_process_says_so(tmp_path):
+    workdir = tmp_path / "run"
+    with together("--config.experiment=emm", workdirs=[workdir] * 2) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    assert all("experiment=emm runs in one process" in r.stderr for r in results)
+
+
+def test_a_value_of_each_is_gathered_in_their_order():
+    """In this one process: one row, whatever its devices."""
+    from memsep_jax import parallel
+
+    assert jax.device_count() == 4
+    np.testing.assert_array_equal(parallel.gather([7, 9]), [[7, 9]])
+
+
+def test_f62_processes_that_agree_on_a_refusal_say_so_each(tmp_path):
+    workdir = tmp_path / "run"
+    with together("--config.train.batch_size=0", workdirs=[workdir] * 2) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    assert all("train.batch_size=0" in r.stderr for r in results)
+    assert not workdir.exists()
+
+
+def test_f62_a_finished_run_is_complete_for_all(whole):
+    before = harness.files(whole[0], ignore=(".lock", ".lock-1"))
+    with together(workdirs=[whole[0]] * 2) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    assert "already complete" in results[0].stdout
+    assert harness.files(whole[0], ignore=(".lock", ".lock-1")) == before
