@@ -41,6 +41,7 @@ WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the sam
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
 WATCH_EVERY = 0.5  # seconds between looks at the other processes of a run
+LINGER = 5.0  # seconds that a failed process leaves the others to fail in their own way
 SHARED_IN = 20.0  # seconds that a shared directory may take to show a file elsewhere
 
 
@@ -137,7 +138,11 @@ class Session:
         if self._watch and error is not None:
             # Others may have the same to say; the first leaves last, as all hang on it.
             self._over.set()
-            time.sleep(WATCH_EVERY * (6 if parallel.is_first() else 2))
+            limit = time.monotonic() + LINGER * (1 + 2 * parallel.is_first())
+            while time.monotonic() < limit and not (
+                parallel.is_first() and all(map(self._gone, self._others()))
+            ):
+                time.sleep(WATCH_EVERY)
         if kind is None:
             self.status["status"] = "complete"
         elif issubclass(kind, Interrupted):
@@ -379,12 +384,17 @@ class Session:
                 "same command, data and --workdir"
             )
 
+    def _others(self):
+        return [i for i in range(jax.process_count()) if i != jax.process_index()]
+
+    def _gone(self, index):
+        return _gone(_lock_path(self.workdir, index))
+
     def _watch_others(self):
         """Ends this process when another one is gone: it would wait for ever."""
-        others = [i for i in range(jax.process_count()) if i != jax.process_index()]
         while not self._over.wait(WATCH_EVERY):
-            for index in others:
-                owner = _gone(_lock_path(self.workdir, index))
+            for index in self._others():
+                owner = self._gone(index)
                 if owner is None or self._over.is_set():
                     continue
                 text = (
