@@ -132,9 +132,10 @@ class Session:
             raise
 
     def __exit__(self, kind, error, trace):
-        if self._watch and issubclass(kind or type, jax.errors.JaxRuntimeError):
-            # What needs another process fails; the watch knows which one is gone.
-            self._watch.join(20 * WATCH_EVERY)
+        if self._watch and error is not None and not hasattr(error, "exit_code"):
+            # What needs another process fails, as a JaxRuntimeError or a ValueError;
+            # the watch knows which one is gone, and ends this one.
+            self._watch.join(LINGER)
         if self._watch and error is not None:
             # Others may have the same to say; the first leaves last, as all hang on it.
             self._over.set()

@@ -127,10 +127,26 @@ def test_f62_each_example_is_seen_once_in_an_epoch_whoever_sees_it():
         assert sorted(epoch) == list(range(15))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_f63_where_one_is_killed_the_other_names_it_and_ends(killed, whole, tmp_path):
+# A step fails before the look at the other that says why, and with either error.
+FAILS_FIRST = """
+from memsep_jax.experiments import session
+session.WATCH_EVERY = 3.0
+_poll = session.Session.poll
+def poll(self):
+    try:
+        _poll(self)
+    except Exception as error:
+        raise ValueError(str(error))
+session.Session.poll = poll
+"""
+
+
+@pytest.mark.parametrize("killed, patch", [(0, ""), (1, ""), (1, FAILS_FIRST)])
+def test_f63_where_one_is_killed_the_other_names_it_and_ends(
+    killed, patch, whole, tmp_path
+):
     workdir = tmp_path / "run"
-    with together(workdirs=[workdir] * 2, patch=SLOWLY) as children:
+    with together(workdirs=[workdir] * 2, patch=SLOWLY + patch) as children:
         harness.wait_for_rows(children[0], 12)
         harness.kill(children[killed])
         left = harness.finish(children[1 - killed], timeout=30)
@@ -240,14 +256,6 @@ def test_f65_a_place_that_makes_no_sense_is_a_wrong_command(where, tmp_path):
     assert not workdir.exists()
 
 
-def test_f65_what_runs_in_one_process_says_so(tmp_path):
-    workdir = tmp_path / "run"
-    with together("--config.experiment=emm", workdirs=[workdir] * 2) as children:
-        results = ends(children)
-    assert [r.code for r in results] == [2, 2], results
-    assert all("experiment=emm runs in one process" in r.stderr for r in results)
-
-
 def test_a_value_of_each_is_gathered_in_their_order():
     """In this one process: one row, whatever its devices."""
     from memsep_jax import parallel
@@ -256,12 +264,19 @@ def test_a_value_of_each_is_gathered_in_their_order():
     np.testing.assert_array_equal(parallel.gather([7, 9]), [[7, 9]])
 
 
-def test_f62_processes_that_agree_on_a_refusal_say_so_each(tmp_path):
+@pytest.mark.parametrize(
+    "arg, said",
+    [
+        ("--config.train.batch_size=0", "train.batch_size=0"),
+        ("--config.experiment=emm", "experiment=emm runs in one process"),
+    ],
+)
+def test_f65_processes_that_agree_on_a_refusal_say_so_each(arg, said, tmp_path):
     workdir = tmp_path / "run"
-    with together("--config.train.batch_size=0", workdirs=[workdir] * 2) as children:
+    with together(arg, workdirs=[workdir] * 2) as children:
         results = ends(children)
     assert [r.code for r in results] == [2, 2], results
-    assert all("train.batch_size=0" in r.stderr for r in results)
+    assert all(said in r.stderr for r in results)
     assert not workdir.exists()
 
 
