@@ -33,7 +33,7 @@ class ConfigFile(flags.ArgumentParser):
 
     def parse(self, argument):
         """Reads the file; refuses fields on the command line that it lacks."""
-        config = _load(argument)
+        config = load(argument)
         # Where ml_collections itself looks for the fields that a person gives.
         _check_fields(config, sys.argv[1:])
         return config.lock()
@@ -109,7 +109,7 @@ def _default(name):
     return None, None
 
 
-def _load(argument):
+def load(argument: str) -> ConfigDict:
     """The ConfigDict of FILE.py[:variant] or RUN/config.json.   Raises: UsageError."""
     file, colon, variant = argument.partition(":")
     if not Path(file).is_file():

@@ -116,7 +116,7 @@ class Session:
             places = (self.workdir, *self.workdir.parents)
             self._made = [place for place in places if not place.exists()]
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(_lock_path(self.workdir, jax.process_index()))
+            self._held = lock(_lock_path(self.workdir, jax.process_index()))
         except OSError as error:
             raise ConflictError(f"{self.workdir} cannot be written: {error}") from error
         self.before = record.read_json(self.workdir / "run.json") or {}
@@ -163,7 +163,7 @@ class Session:
                     place.rmdir()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._lock)
+        os.close(self._held)
 
     def expect(self, fingerprint: str):
         """Checks that the data are those that the run began with.
@@ -389,7 +389,7 @@ class Session:
         return [i for i in range(jax.process_count()) if i != jax.process_index()]
 
     def _gone(self, index):
-        return _gone(_lock_path(self.workdir, index))
+        return gone(_lock_path(self.workdir, index))
 
     def _watch_others(self):
         """Ends this process when another one is gone: it would wait for ever."""
@@ -429,8 +429,11 @@ def _lock_path(workdir, index):
     return Path(workdir) / (f".lock-{index}" if index else ".lock")
 
 
-def _lock(path):
-    """Takes a workdir, for as long as this process lives."""
+def lock(path) -> int:
+    """Takes a workdir, or what else a file stands for, until the handle is closed.
+
+    Raises: ConflictError where another process has it; StorageError.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         # A lock of the kernel, not of a file's existence: SIGKILL frees it.
@@ -444,7 +447,7 @@ def _lock(path):
         ) from error
     if not os.fstat(handle).st_nlink:  # its owner was refused and took it away
         os.close(handle)
-        return _lock(path)
+        return lock(path)
     try:
         os.ftruncate(handle, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}, started {_now()}"
@@ -456,7 +459,7 @@ def _lock(path):
     return handle
 
 
-def _gone(path) -> str | None:
+def gone(path) -> str | None:
     """What a lock says whose owner is no more; None while it lives."""
     try:
         with open(path) as file:

@@ -35,6 +35,7 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
 # Axes that change the shape of a network; a setting may change anything.
 SHAPE = ("d", "width", "depth", "setting")
+WORD = 16  # characters of a setting that a terminal shows in a line
 WIDE = 5  # columns of the table that a terminal shows, where an experiment ranks them
 # Of a point, but nothing to be averaged over seeds.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
@@ -111,22 +112,34 @@ def parse(setting: str) -> dict[str, str]:
 
 def _apply(config, setting):
     """Sets the fields of a setting.   Raises: setup.ConfigError."""
+    values: dict[str, Any] = {}
     for name, text in parse(setting).items():
-        group, _, field = name.partition(".")
-        if field not in config.get(group, {}):
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text  # a name
+    try:
+        override(config, values)
+    except setup.ConfigError as error:
+        raise setup.ConfigError(f"sweep.setting={setting!r}: {error}") from error
+
+
+def override(config, values: dict[str, Any]) -> None:
+    """Sets {"group.field": value}.   Raises: setup.ConfigError."""
+    for name, value in values.items():
+        *groups, field = name.split(".")
+        place = config
+        for group in groups:
+            place = place.get(group, {}) if hasattr(place, "get") else {}
+        if field not in place:
             raise setup.ConfigError(
-                f"sweep.setting={setting!r}: {name} is not a field of the config"
-                f"{setup.did_you_mean(field, config.get(group, {}))}; write it as "
-                '"group.field=value; group.field=value"'
+                f"{name} is not a field of the config{setup.did_you_mean(field, place)}"
+                '; write it as "group.field=value; group.field=value"'
             )
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text  # a name
-        try:
-            config[group][field] = value
+            place[field] = value
         except TypeError as error:
-            raise setup.ConfigError(f"sweep.setting={setting!r}: {error}") from error
+            raise setup.ConfigError(f"{name}: {error}") from error
 
 
 def check(config) -> setup.Parts:
@@ -225,7 +238,7 @@ def _results(work, some, session) -> Iterator[tuple[Point, dict | Exception]]:
             yield left.pop(), error
         else:
             session.say(
-                f"warning: {_short(error)}: {len(left)} points that were worked on "
+                f"warning: {short(error)}: {len(left)} points that were worked on "
                 "together are now done one by one"
             )
     for point in left:
@@ -238,13 +251,17 @@ def _arrays(values):
 
 def _note(path, error, session):
     """Keeps why a point failed, and says it."""
-    known = {
+    record.write_json(_why(path), about(error))
+    session.say(f"warning: {path.stem} failed: {short(error)}")
+
+
+def about(error) -> dict:
+    """What is kept of an error that a point failed with."""
+    return {
         "error": f"{type(error).__name__}: {error}",
         "exit_code": getattr(error, "exit_code", 1),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    record.write_json(_why(path), known)
-    session.say(f"warning: {path.stem} failed: {_short(error)}")
 
 
 def _failure(failed: list[Path], total: int) -> FailedError:
@@ -346,8 +363,14 @@ def summary(workdir) -> Table:
     kept = [(name, c) for name, c in every if len(set(c)) > 1 or len(rows) == 1]
     if "columns" in metrics:  # how many seeds is always said where it is not the same
         kept = kept[:WIDE] + [column for column in kept[WIDE:] if column[0] == "seeds"]
-    for name, _ in kept:
-        shown.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    for name, cells in kept:
+        # What says a setting is read, not compared: a line of it is not cut to bits.
+        words = max((len(word) for cell in cells for word in cell.split()), default=1)
+        side: Any = "left" if name == "setting" else "right"
+        shown.add_column(
+            name.replace("_", " "), justify=side, overflow="fold",
+            min_width=min(words, WORD) if name == "setting" else None,
+        )  # fmt: skip
     for row in zip(*(column for _, column in kept), strict=True):
         shown.add_row(*row)
     return shown
@@ -389,20 +412,20 @@ def status(workdir) -> Table | None:
     return shown
 
 
-def over_seeds(rows: list[dict], every: Iterable[Point] = ()) -> list[dict]:
+def over_seeds(rows: list[dict], every: Iterable[Any] = (), axes=AXES) -> list[dict]:
     """The seeds of each point as one: for every number its mean and 95 % interval.
 
     Args: every, the points that should have a row: where all seeds of one failed,
-      there are its values, and 0 seeds.
+      there are its values, and 0 seeds; axes, what a point has besides its seed.
     """
-    groups: dict[tuple, list[dict]] = {_values(p.values, AXES): [] for p in every}
+    groups: dict[tuple, list[dict]] = {_values(p.values, axes): [] for p in every}
     for row in rows:
-        groups.setdefault(_values(row, AXES), []).append(row)
+        groups.setdefault(_values(row, axes), []).append(row)
     table = []
     for values, group in groups.items():
         merged = dict(values) | {"seeds": len(group)}
         for name in group[0] if group else ():
-            if name in AXES or name == "seed":
+            if name in axes or name == "seed":
                 continue
             shapes = {np.shape(row[name]) for row in group}
             # Of curves, all; of samples and the like, nothing.
@@ -452,5 +475,6 @@ def _why(path) -> Path:
     return path.with_suffix(".failed.json")
 
 
-def _short(error) -> str:
+def short(error) -> str:
+    """The first line of what an error says."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:LONG]

@@ -1,0 +1,421 @@
+"""launch/sweep.py: one description, run by any engine, stopped and gone on with."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import sweep
+from memsep_jax.experiments import record
+
+ROOT = Path(__file__).parents[1]
+HEAD = f'CONFIG = "{ROOT}/configs/mlp_mixture.py:smoke"\n'
+TINY = {"data.num_examples": [8, 16], "seeds": 2}
+
+
+def describe(folder, *points, head=HEAD):
+    """A sweep file of some dicts."""
+    path = folder / "sweep.py"
+    yields = "".join(f"    yield {point!r}\n" for point in points)
+    path.write_text(f"{head}def points():\n{yields or '    yield from ()'}\n")
+    return path
+
+
+def command(action, file, workdir, *args):
+    place = [str(file), f"--workdir={workdir}"]
+    return [sys.executable, str(ROOT / "launch/sweep.py"), action, *place, *args]
+
+
+def launched(action, file, workdir, *args):
+    """The launcher as a person starts it: (exit code, what it said)."""
+    words = command(action, file, workdir, *args)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def launching(file, workdir, *args):
+    """A launcher at work; nothing of it is left behind."""
+    words = command("run", file, workdir, *args)
+    child = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def wait_for(true, seconds=120):
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def states(workdir, points):
+    return [sweep.state(workdir, point) for point in points]
+
+
+def digests(workdir, points):
+    """What all finished runs found."""
+    found = [(sweep.place(workdir, p) / "samples.npz").read_bytes() for p in points]
+    return [*found, (workdir / "points.csv").read_bytes()]
+
+
+def slowed(file):
+    """The same sweep, whose steps take a while."""
+    text = (
+        "import time\nfrom memsep_jax.experiments import record\n"
+        "_write = record.Metrics.write\n"
+        "def write(self, **row):\n    _write(self, **row)\n    time.sleep(0.5)\n"
+        "record.Metrics.write = write\n"
+    )
+    path = file.with_name("slowed.py")
+    path.write_text(text + file.read_text())
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nothing disturbs, by two workers: (file, points, workdir, said)."""
+    folder = tmp_path_factory.mktemp("whole")
+    file, workdir = describe(folder, TINY), folder / "out"
+    code, said = launched("run", file, workdir, "--workers=2")
+    assert code == 0, said
+    return file, sweep.read(file), workdir, said
+
+
+def test_a_description_becomes_points_with_grids_and_seeds(tmp_path):
+    grid = {"data.num_examples": [8, 16], "model.width": range(4, 6), "seeds": 2}
+    points = sweep.read(describe(tmp_path, grid, {"optimizer.weight_decay": 0.5}))
+    assert len(points) == 2 * 2 * 2 + 1
+    assert points[0].name == "data.num_examples=8,model.width=4,seed=0"
+    assert points[-1].name == "optimizer.weight_decay=0.5"
+    n, width, seed = points[7].values.values()
+    config = points[7].config
+    assert (config.data.num_examples, config.model.width) == (n, width) == (16, 5)
+    # A seed moves the truth, the draws and the weights alike.
+    first = points[6].config
+    assert config.seed - first.seed == seed == config.data.seed - first.data.seed == 1
+
+
+BAD = {
+    "duplicates": (({"seed": 0}, {"model.width": 4, "seed": 0}), "are one"),
+    "field": (({"model.widht": 4},), "model.widht is not a field"),
+    "group": (({"modle.width": 4},), "modle.width is not a field"),
+    "kind": (({"model.width": "wide"},), "model.width"),
+    "value": (({"train.batch_size": 0},), "train.batch_size=0"),
+    "later": (({"seed": 0}, {"data.num_examples": 10**9}), "num_examples"),
+    "seeds": (({"seeds": 0},), "seeds=0 must be"),
+    "both": (({"seeds": 2, "seed": 1},), "seeds=2 must be"),
+    "no dict": ((("model.width", 4),), "each must be a dict"),
+    "nothing": ((), "yields nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_sweep_is_refused_before_anything_is_written(case, tmp_path, capsys):
+    points, said = BAD[case]
+    if case == "duplicates":  # the second says what is so already
+        width = sweep.read(describe(tmp_path, {}))[0].config.model.width
+        points = ({"seed": 0}, {"model.width": width, "seed": 0})
+    file = describe(tmp_path, *points)
+    assert sweep.main(["run", str(file), f"--workdir={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file}: ") and said in error, error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "head, said",
+    [
+        ("", "defines no CONFIG"),
+        ("CONFIG = 'nowhere.py'\n", "no such file"),
+        ("CONFIG = (\n", "SyntaxError"),
+        ("1 / 0\n", "ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused(head, said, tmp_path, capsys):
+    file = describe(tmp_path, {"seed": 0}, head=head)
+    assert sweep.main(["run", str(file), f"--workdir={tmp_path / 'out'}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--engine=slurm"], "no sbatch here"),
+        (["--engine=slurm", "--resources=cluster=local"], "pip install -e '.[slurm]'"),
+        (["--engine=ray"], "pip install -e '.[ray]'"),
+        (["--resources=num_gpus=1"], "--engine=local knows devices=0+1 only"),
+        (["--resources=devices"], "must be name=value"),
+        (["--workers=0"], "--workers=0 must be at least 1"),
+    ],
+)
+def test_an_engine_that_is_not_there_starts_nothing(
+    args, said, tmp_path, capsys, monkeypatch
+):
+    for name in ("submitit", "ray"):
+        monkeypatch.setitem(sys.modules, name, None)
+    if said == "no sbatch here":
+        monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace())
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+    file = describe(tmp_path, {"seed": 0})
+    assert sweep.main(["run", str(file), f"--workdir={tmp_path / 'out'}", *args]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
+    _, points, workdir, said = whole
+    assert states(workdir, points) == ["done"] * 4
+    assert "4 points, 2 workers (local)" in said and "4 done" in said
+    with open(workdir / "points.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["data.num_examples"]) for row in rows] == [8, 8, 16, 16]
+    for row, point in zip(rows, points, strict=True):
+        own = record.read_json(sweep.place(workdir, point) / "metrics.json")
+        ratio = own["memorization"]["ratio"]
+        assert float(row["memorization.ratio"]) == ratio and row["state"] == "done"
+    table = record.read_json(workdir / "metrics.json")["table"]
+    assert [row["seeds"] for row in table] == [2, 2]
+    assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((workdir / "points").glob("*.claim"))
+
+
+@pytest.mark.slow
+def test_finished_points_are_not_done_again(whole):
+    file, points, workdir, _ = whole
+    runs = [sweep.place(workdir, point) / "run.json" for point in points]
+    before = [path.stat().st_mtime_ns for path in runs]
+    code, said = launched("run", file, workdir)
+    assert code == 0, said
+    assert [path.stat().st_mtime_ns for path in runs] == before
+
+
+@pytest.mark.slow
+def test_status_says_what_is_known_of_each_point(whole, capsys):
+    file, points, workdir, _ = whole
+    assert sweep.main(["status", str(file), f"--workdir={workdir}"]) == 0
+    said = capsys.readouterr().out
+    assert "4 done" in said and all(point.name in said for point in points)
+    assert sweep.main(["status", str(file), f"--workdir={workdir.parent / 'no'}"]) == 0
+    assert "4 waiting" in capsys.readouterr().out
+    assert not (workdir.parent / "no").exists()
+
+
+def test_what_fails_ends_no_other_and_is_done_again_on_request(
+    tmp_path, capsys, monkeypatch
+):
+    """Here in this process: the second of three points fails once."""
+    from memsep_jax import experiments
+
+    file = describe(tmp_path, {"model.width": [4, 5, 6]})
+    points, workdir = sweep.read(file), tmp_path / "out"
+    args = [str(file), f"--workdir={workdir}"]
+    begun = []
+
+    def run(config, place):
+        begun.append(config.model.width)
+        if config.model.width == 5 and len(begun) < 4:
+            raise RuntimeError("no luck\nat all")
+        known = {"experiment": "train", "memorization": {"ratio": 0.5}}
+        record.write_json(place / "metrics.json", known)
+        record.write_json(place / "config.json", json.loads(config.to_json()))
+        record.write_json(place / "run.json", {"status": "complete"})
+
+    monkeypatch.setattr(experiments, "run", run)
+    (workdir / "points").mkdir(parents=True)
+    sweep.work(workdir, points)
+    assert begun == [4, 5, 6] and states(workdir, points) == ["done", "failed", "done"]
+    sweep.work(workdir, points)
+    assert begun == [4, 5, 6], "what failed is not done again unasked"
+    assert sweep.main(["status", *args]) == 0
+    assert "RuntimeError: no luck" in capsys.readouterr().out
+    assert sweep.main(["aggregate", *args]) == 0
+    with open(workdir / "points.csv", newline="") as rows:
+        ratios = [row["memorization.ratio"] for row in csv.DictReader(rows)]
+    assert ratios == ["0.5", "", "0.5"], "a gap is a gap"
+    assert "n/a" in capsys.readouterr().out
+    sweep._clear(workdir, points, retry=True)
+    sweep.work(workdir, points)
+    assert begun[3:] == [5] and states(workdir, points) == ["done"] * 3
+
+
+def test_the_picture_marks_what_has_no_result():
+    axes = ["data.num_examples", "model.width"]
+    share = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    table = [
+        {axes[0]: n, axes[1]: width, "seeds": 2, "r": share}
+        for n in (10, 100)
+        for width in (4, 8)
+    ]
+    del table[2]["r"]
+    (panel,) = sweep.draw(table, axes, "r").axes
+    labels = [line.get_label() for line in panel.lines]
+    assert labels == ["width = 4", "width = 8", "no result"]
+    assert list(panel.lines[2].get_xdata()) == [100]
+    assert panel.get_xscale() == "log" and panel.get_xlabel() == "num examples"
+    named = [{"data.name": name, "seeds": 1, "r": share} for name in ("a", "b")]
+    (panel,) = sweep.draw(named, ["data.name"], "r").axes
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["a", "b"]
+
+
+def test_nothing_is_shown_of_a_sweep_without_a_result(tmp_path, capsys):
+    file = describe(tmp_path, {"seed": 0})
+    with pytest.raises(sweep.UsageError, match="no point is done yet"):
+        sweep.aggregate(tmp_path / "out", sweep.read(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["worker", "launcher", "asked"])
+def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_was_not(how, whole, tmp_path):
+    file, points, undisturbed, _ = whole
+    workdir = tmp_path / "out"
+    with launching(slowed(file), workdir, "--workers=2") as child:
+        some = [sweep.place(workdir, point) / "metrics.jsonl" for point in points]
+        wait_for(lambda: any(path.exists() for path in some))
+        if how == "worker":
+            claims = list((workdir / "points").glob("*.claim"))
+            pid = int(re.search(r"process (\d+)", claims[0].read_text())[1])
+            os.kill(pid, signal.SIGKILL)
+            said, _ = child.communicate(timeout=200)
+            # What it was at is left to the next command; the others are done.
+            assert child.returncode == 1 and "1 of 4 points are not done" in said
+            assert sorted(states(workdir, points)) == ["done"] * 3 + ["stopped"]
+        elif how == "launcher":
+            child.kill()  # the workers see it, save, and end
+            ended = lambda: "running" not in states(workdir, points)  # noqa: E731
+            wait_for(ended)
+            assert "stopped" in states(workdir, points)
+        else:
+            child.send_signal(signal.SIGTERM)
+            said, _ = child.communicate(timeout=100)
+            assert child.returncode == 143 and "the same command goes on" in said
+            assert "stopped" in states(workdir, points)
+    code, said = launched("run", file, workdir, "--workers=2")
+    assert code == 0, said
+    assert digests(workdir, points) == digests(undisturbed, points)
+
+
+@pytest.mark.slow
+def test_two_launchers_share_the_points(whole, tmp_path):
+    file, points, undisturbed, _ = whole
+    workdir = tmp_path / "out"
+    with launching(file, workdir, "--workers=1") as other:
+        code, said = launched("run", file, workdir, "--workers=1")
+        assert other.wait(timeout=200) in (0, 1) and code in (0, 1), said
+    begun = [
+        name
+        for log in (workdir / "workers").glob("*.log")
+        for name in re.findall("^== (.*)$", log.read_text(), re.MULTILINE)
+    ]
+    assert sorted(begun) == sorted(point.name for point in points)
+    assert launched("aggregate", file, workdir)[0] == 0
+    assert digests(workdir, points) == digests(undisturbed, points)
+
+
+def test_workers_take_turns_on_the_devices_or_have_their_own_cores(monkeypatch):
+    given = []
+
+    class Ended:
+        def start(self, env, cores):
+            given.append((env, cores))
+
+        def wait(self, seconds=0):
+            return 0
+
+        def stop(self):
+            pass
+
+    start, count = sweep.local({"devices": "0+3"})
+    assert count == 2 and list(start([Ended() for _ in range(4)])) == []
+    assert [env["CUDA_VISIBLE_DEVICES"] for env, _ in given] == ["0", "3", "0", "3"]
+    assert {env["XLA_PYTHON_CLIENT_MEM_FRACTION"] for env, _ in given} == {"0.450"}
+    assert not any(cores for _, cores in given)
+    del given[:]
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda pid: {4, 5, 6, 7}, raising=False
+    )
+    start, count = sweep.local({"devices": ""})
+    assert count == 2 and list(start([Ended(), Ended()])) == []
+    assert given == [({}, [4, 6]), ({}, [5, 7])]
+
+
+@pytest.mark.slow
+@pytest.mark.dev
+def test_a_job_whose_time_ends_is_saved_and_queued_again(whole, tmp_path):
+    """As submitit asks for it, after the signal that SLURM sends to the whole job."""
+    pytest.importorskip("submitit")
+    file, points, *_ = whole
+    workdir = tmp_path / "out"
+    (workdir / "points").mkdir(parents=True)
+    words = command("work", slowed(file), workdir, "--attached")
+    worker = sweep.Worker(words, workdir / "log")
+    worker.start()
+    place = sweep.place(workdir, points[0])
+    wait_for((place / "metrics.jsonl").exists)
+    os.kill(worker.child.pid, signal.SIGUSR2)
+    again = worker.checkpoint()
+    assert worker.child.returncode == 143, (workdir / "log").read_text()
+    assert states(workdir, points)[0] == "stopped"
+    assert again.function.command == words and again.function.child is None
+
+
+@pytest.mark.dev
+@pytest.mark.parametrize(
+    "args", [["--engine=slurm", "--resources=cluster=local"], ["--engine=ray"]]
+)
+def test_other_engines_do_the_same(args, whole, tmp_path):
+    pytest.importorskip({"slurm": "submitit"}.get(engine := args[0][9:], engine))
+    file, points, undisturbed, _ = whole
+    workdir = tmp_path / "out"
+    code, said = launched("run", file, workdir, "--workers=2", *args)
+    assert code == 0, said
+    assert digests(workdir, points) == digests(undisturbed, points)
+
+
+@pytest.mark.dev
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--engine=slurm", "--resources=cluster=local,nonsense=1"], "nonsense"),
+        (["--engine=ray", "--resources=nonsense=1"], "nonsense"),
+    ],
+)
+def test_resources_that_an_engine_does_not_know_are_named(args, said, tmp_path):
+    pytest.importorskip({"slurm": "submitit"}.get(engine := args[0][9:], engine))
+    file = describe(tmp_path, {"seed": 0})
+    code, found = launched("run", file, tmp_path / "out", *args)
+    assert code == 2 and said in found and "Traceback" not in found, found
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_to_start_elsewhere_can_be_read():
+    for script in ("slurm.sbatch", "tpu_vm.sh"):
+        subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
+    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    for words in container["command"], task["run"].split():
+        assert words[1:4] == ["launch/sweep.py", "run", "launch/digits_64.py"]
+
+
+def test_the_sweep_of_64_points_can_be_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    points = sweep.read("launch/digits_64.py")
+    assert len(points) == 64 == len({point.name for point in points})
