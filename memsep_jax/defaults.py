@@ -190,6 +190,7 @@ def train() -> ConfigDict:
             chunk=250,  # samples looked at together
             images=True,  # in the report, of training data
             tracker="none",  # tensorboard, wandb: besides metrics.jsonl
+            shard=False,  # the state over the devices, as FSDP does, or on each of them
             pack=placeholder(str),  # a file with the whole state, to go on elsewhere
             wait=0.0,  # seconds for a checkpoint to come where prune.source looks
         ),

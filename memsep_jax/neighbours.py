@@ -49,7 +49,8 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
     Args:
       data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1.
       chunk, block: samples and training points looked at together.
-      devices: over which the data are split; by default all of this process.
+      devices: over which the data are split; by default all of this process. Of several
+        processes, jax.devices(): then all of them ask for the same samples together.
     Returns:
       samples [m, *e] -> Neighbours; uint8 pixels where the data are.
     Raises:
@@ -210,13 +211,18 @@ def _search(shares, centre, samples, n, k, block, mesh, every):
             )
             exact = jnp.where(squares < jnp.inf, exact, jnp.inf)
             squares, places = jax.lax.sort((exact, places), num_keys=2)
-        return squares[:, :k], begin + places[:, :k], others
+        found = squares[:, :k], begin + places[:, :k], others
+        if several:
+            found = [jax.lax.all_gather(a, "data", axis=1, tiled=True) for a in found]
+        return tuple(found)
 
+    # Of several processes, each needs the answers of all.
+    several = len({device.process_index for device in mesh.devices.flat}) > 1
     split, whole = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
         in_specs=(split, whole, whole),
-        out_specs=PartitionSpec(None, "data"),
-        check_vma=False,
+        out_specs=whole if several else PartitionSpec(None, "data"),
+        check_vma=False,  # it cannot see that all have gathered the same
     )(shares, centre, samples)

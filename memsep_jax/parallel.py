@@ -1,16 +1,20 @@
-"""One mesh over all devices of all processes: state replicated, batches split."""
+"""One mesh over all devices of all processes: batches are split, a state may be."""
 
+import collections
 import functools
+import math
 import os
 import sys
 import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MISSING = 6  # exit code of a process whose others did not come, or are gone
+SPLIT = 2**14  # numbers in an array from which on it is split
 
 
 def join(where: str, timeout: int = 300) -> None:
@@ -19,7 +23,7 @@ def join(where: str, timeout: int = 300) -> None:
     Args: where, "auto" (SLURM, TPU, Kubernetes and Open MPI say it) or
       "HOST:PORT,PROCESSES,INDEX", with the host of process 0; timeout, in seconds,
       after which the process ends with exit code 6.
-    Raises: ValueError where no others could be there.
+    Raises: ValueError where no others could be there, or have other devices.
     """
     # A run has its own way with SIGTERM; the service would take the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -60,6 +64,13 @@ def join(where: str, timeout: int = 300) -> None:
         ) from error
     finally:
         waiting.cancel()
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
+        raise ValueError(
+            f"--distributed={where}: all devices get equal parts of a batch, and there "
+            f"are {found}: give every process the same number"
+        )
 
 
 def is_first() -> bool:
@@ -85,16 +96,51 @@ def by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def replicate(tree, mesh: Mesh):
-    """Puts a tree that all processes have alike on every device."""
-    if jax.process_count() > 1:  # others' devices are filled from their own copies
-        tree = jax.device_get(tree)
-    return jax.device_put(tree, replicated(mesh))
+def sharded(tree, mesh: Mesh, least: int = SPLIT):
+    """Where each leaf of a state is, split over the devices as FSDP does.
+
+    Of an array of `least` numbers or more the longest axis that they divide is split;
+    what is smaller, or has none, is replicated.   Returns: a NamedSharding a leaf.
+    """
+
+    def of(leaf):
+        shape = jnp.shape(leaf)
+        axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
+        if math.prod(shape) < least or not axes:
+            return replicated(mesh)
+        axis = max(axes, key=lambda i: shape[i])
+        return NamedSharding(mesh, PartitionSpec(*axis * [None], "data"))
+
+    return jax.tree.map(of, tree)
+
+
+def place(tree, shardings):
+    """Puts a tree that all processes have alike where shardings say.
+
+    Args: shardings, one for all leaves, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(leaf, sharding):  # others' devices are filled from their own copies
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
+
+    return jax.tree.map(put, jax.device_get(tree), shardings)
 
 
 def local(tree):
-    """A replicated tree as this process alone can compute with it."""
-    return jax.device_get(tree) if jax.process_count() > 1 else tree
+    """A tree as this process alone can compute with it; all call it."""
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(leaf):  # one after the other: no device holds more than one of them
+        if not leaf.is_fully_replicated:
+            leaf = _on_all(leaf, 1, leaf.sharding.mesh)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def gather(values) -> jax.Array:

@@ -33,6 +33,9 @@ def dry_run(config, say) -> Table:
     flops = setup.flops(step.lower(state, dataset))
     activations = _activations(config, parts, state, dataset)
     model_bytes, data_bytes = _bytes(state), _bytes(dataset)
+    if config.run.shard:
+        places = parallel.sharded(state, mesh)
+        model_bytes = _bytes(jax.tree.map(_share, state, places))
     gradients = _bytes(state.params)
     steps = parts.steps
     table = Table(title="dry run: nothing is compiled or written", show_header=False)
@@ -42,7 +45,8 @@ def dry_run(config, say) -> Table:
     n, *shape = parts.splits.train.x.shape
     table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
     table.add_row("parameters", f"{setup.count(state.params):,}")
-    table.add_row("state (params, EMA, optimizer)", _mib(model_bytes))
+    each = f" on each of {mesh.size}" if config.run.shard else ""
+    table.add_row(f"state (params, EMA, optimizer){each}", _mib(model_bytes))
     table.add_row("gradients", _mib(gradients))
     table.add_row("activations, at most", _mib(activations))
     table.add_row("training set on the device", _mib(data_bytes))
@@ -69,6 +73,10 @@ def _activations(config, parts, state, dataset):
         0,
         _bytes(jax.eval_shape(residuals, state.params, dataset)) - _bytes(state.params),
     )
+
+
+def _share(leaf, sharding):
+    return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
 
 
 def _bytes(tree):

@@ -132,15 +132,17 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
 
     if (start >= steps and looked) or stops(start):
         return state
-    state = parallel.replicate(state, mesh)
-    dataset = parallel.replicate(parts.splits.train, mesh)
+    everywhere = parallel.replicated(mesh)
+    places = parallel.sharded(state, mesh) if config.run.shard else everywhere
+    state = parallel.place(state, places)
+    dataset = parallel.place(parts.splits.train, everywhere)
 
     with session.phase("compile"):
         session.say("compiling the train step")
         step_fn = jax.jit(
             setup.make_step(config, parts, mesh),
             donate_argnums=0,
-            out_shardings=parallel.replicated(mesh),
+            out_shardings=(places, everywhere),
         )
         step_fn = step_fn.lower(state, dataset).compile()
         if first:
@@ -178,19 +180,18 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     def look(step, row):
         """Adds to the row what is measured at this step."""
         nonlocal best
+        weights = parallel.local({"params": state.params, "ema": state.ema})
         if not first:
             return row
         if evaluating(step):
-            row = {"step": step} | row | watch.losses(parallel.local(state.ema))
+            row = {"step": step} | row | watch.losses(weights["ema"])
             held_out = row.get("held_out_losses")
             if held_out is not None and np.mean(held_out) < best:
                 best = np.mean(held_out)
-                kept = {"params": state.params, "ema": state.ema}
-                checkpoint.save(workdir / "best", step, kept, keep=1)
+                checkpoint.save(workdir / "best", step, weights, keep=1)
         if step in snapshots:
-            kept = {"params": state.params, "ema": state.ema}
-            checkpoint.save(workdir / "snapshots", step, kept)
-            row = {"step": step} | row | watch.snapshot(step, parallel.local(state))
+            checkpoint.save(workdir / "snapshots", step, weights)
+            row = {"step": step} | row | watch.snapshot(step, weights)
         return row
 
     track = first and trackers.tracker(config.run.tracker, workdir, config, session.say)
@@ -233,10 +234,12 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             elif known and first:  # the look comes on resuming
                 metrics.write_unfinished(**known)
             ends = due and not stopping and stops(step)
-            if (saving or stopping or ends) and first:
-                checkpoint.save(checkpoints, step, state, config.run.keep)
-                if packed:
-                    pack(packed, step, state, parts)
+            if saving or stopping or ends:
+                whole = parallel.local(state)
+                if first:
+                    checkpoint.save(checkpoints, step, whole, config.run.keep)
+                if first and packed:
+                    pack(packed, step, whole, parts)
             since = (time.monotonic(), step)  # steps/s counts steps, not evaluations
             if stopping:
                 session.say(f"preempted at step {step}: saved")
@@ -456,11 +459,11 @@ class _Watcher:
             found["held_out_losses"] = np.asarray(self._losses(params, self.held_out))
         return found
 
-    def snapshot(self, step, state):
+    def snapshot(self, step, weights):
         """A grid of samples, and the ratio of a few, with EMA and with raw weights."""
         found = {}
-        for name, weights in zip(RATIOS, (state.ema, state.params), strict=True):
-            samples = self._samples(weights)
+        for name, which in zip(RATIOS, ("ema", "params"), strict=True):
+            samples = self._samples(weights[which])
             if samples is None:
                 return {}
             if name == RATIOS[0]:
@@ -492,9 +495,9 @@ class _Watcher:
 def _not_finite(config, parts, state, session, workdir, step, fetched):
     """Writes what is known of a step that was refused, and ends the run."""
     keys = setup.keys(config.seed)
+    state = parallel.local(state)
     session.part()
     step -= 1  # the state still stands at the step before
-    state = parallel.local(state)
     n, size = len(parts.splits.train.x), config.train.batch_size
     reshuffle = setup.ORDERS[config.train.order]
     batch = data.draw(

@@ -1,6 +1,7 @@
 """Row F: two processes on this machine train one network, and none is left alone."""
 
 import contextlib
+import json
 import signal
 import socket
 
@@ -9,13 +10,20 @@ import numpy as np
 import pytest
 
 from faults import harness
-from memsep_jax import checkpoint
+from memsep_jax import checkpoint, empirical, neighbours, process
 from memsep_jax.experiments import record
 
 pytestmark = pytest.mark.slow
 STEPS = 30
 # Steps take a while on the process that writes: signals land where they are meant to.
 SLOWLY = harness.SLOW_STEPS + harness.TRAIN_ONLY
+
+
+# Even a small network is split.
+SPLIT = """
+from memsep_jax import parallel
+parallel.sharded.__defaults__ = (16,)
+"""
 
 
 @contextlib.contextmanager
@@ -73,6 +81,87 @@ def test_f62_two_processes_train_what_one_does(whole, tmp_path):
         np.testing.assert_allclose(leaf, expected[name], 1e-5, 1e-5, err_msg=name)
     losses = [[row["loss"] for row in harness.rows(w)] for w in (workdir, alone)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+HALVES = """
+import json
+from memsep_jax import empirical, neighbours, parallel, process
+parallel.join("127.0.0.1:%d,2," + sys.argv[-1])
+import jax, jax.numpy as jnp, numpy as np
+rng = np.random.default_rng(0)
+data = rng.normal(size=(501, 3)).astype(np.float32)
+x = rng.normal(size=(7, 3)).astype(np.float32)
+near = neighbours.searcher(data, devices=jax.devices())(x)
+mesh = parallel.make_mesh()
+spread = jax.make_array_from_callback(
+    (500, 3), parallel.by_batch(mesh), lambda i: data[:500][i]
+)
+assert [s.data.shape for s in spread.addressable_shards] == [(250, 3)]
+ou = process.ornstein_uhlenbeck()
+def scores(data, x):
+    return jax.vmap(empirical.score(data, ou, chunk=64, mesh=mesh), (0, None))(x, 0.1)
+score = jax.jit(scores, out_shardings=parallel.replicated(mesh))(spread, x)
+print(json.dumps([a.tolist() for a in (*near, np.asarray(score))]))
+sys.stdout.flush()
+jax.distributed.shutdown()
+os._exit(0)
+"""
+
+
+def test_f62_the_training_set_may_lie_on_several_hosts():
+    """Of the neighbours and of the empirical score, each process has one half."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        patch = HALVES % probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(harness.spawn(str(i), patch=patch)) for i in range(2)
+        ]
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    found = [
+        json.loads(next(line for line in r.stdout.splitlines() if line[:2] == "[["))
+        for r in results
+    ]
+    assert found[0] == found[1]
+    rng = np.random.default_rng(0)
+    data, x = (rng.normal(size=(n, 3)).astype(np.float32) for n in (501, 7))
+    expected = neighbours.nearest(x, data)
+    np.testing.assert_array_equal(found[0][1], expected.indices)
+    np.testing.assert_allclose(found[0][0], expected.distances, rtol=1e-6)
+    score = empirical.score(data[:500], process.ornstein_uhlenbeck())
+    one = jax.jit(jax.vmap(score, (0, None)))(x, 0.1)
+    np.testing.assert_allclose(found[0][2], one, rtol=1e-4, atol=1e-5)
+
+
+def test_f62_a_state_that_is_split_over_processes_is_saved_and_goes_on(whole, tmp_path):
+    """FSDP: no process holds it all, and the first one writes it all."""
+    workdir, apart = tmp_path / "run", "--config.run.shard=True"
+    with together(apart, workdirs=[workdir] * 2, patch=SPLIT + SLOWLY) as children:
+        harness.wait_for_rows(children[0], 12)
+        harness.kill(children[1], signal.SIGTERM)
+        results = ends(children)
+    assert [r.code for r in results] == [143, 143], results
+    with together(apart, workdirs=[workdir] * 2, patch=SPLIT) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    assert "resumed from step" in results[0].stdout
+    expected, found = weights(whole[0]), weights(workdir)
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[name], 1e-5, 1e-5, err_msg=name)
+
+
+def test_f65_processes_with_other_numbers_of_devices_do_not_begin(tmp_path):
+    workdir = tmp_path / "run"
+    more = (
+        "if sys.argv[-2].endswith('2,1'):\n"
+        "    os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'\n"
+    )
+    with together(workdirs=[workdir] * 2, patch=more) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    assert all("1 in process 0, 2 in process 1" in r.stderr for r in results)
+    assert not workdir.exists()
 
 
 def test_f62_only_the_first_process_writes_and_speaks(whole):
