@@ -4,6 +4,12 @@ python launch/sweep.py run launch/digits_64.py
 """
 
 CONFIG = "configs/digits.py"
+FIELDS = {
+    "model.depth": 2,
+    "train.steps": 3_000,
+    "sampler.num_samples": 500,
+    "run.images": False,
+}
 
 
 def points():
@@ -11,8 +17,4 @@ def points():
         "data.num_examples": [25, 50, 100, 200],
         "model.width": [16, 32, 64, 128],
         "seeds": 4,
-        "model.depth": 2,
-        "train.steps": 3_000,
-        "sampler.num_samples": 500,
-        "run.images": False,
     }

@@ -4,11 +4,13 @@
     python launch/sweep.py status SWEEP.py --workdir=DIR
     python launch/sweep.py aggregate SWEEP.py --workdir=DIR
 
-SWEEP.py has a CONFIG, as --config takes it, and a function points() that yields dicts
-of what differs: a value for a field, a list or range for a grid over it, and "seeds"
-for how many. Each point is a run of its own, in DIR/points/<point>:
+SWEEP.py has a CONFIG, as --config takes it, FIELDS that all points have besides, where
+there are any, and a function points() that yields dicts of what differs: a value for a
+field, a list or range for a grid over it, and "seeds" for how many. Each point is a run
+of its own, in DIR/points/<point>:
 
     CONFIG = "configs/digits.py"
+    FIELDS = {"train.steps": 3_000}
     def points():
         yield {"data.num_examples": [50, 100], "model.width": [32, 64], "seeds": 4}
 
@@ -83,6 +85,7 @@ def read(file) -> list[Point]:
         )
     try:
         base = command.load(names["CONFIG"])
+        sweep.override(base, names.get("FIELDS", {}))
         found = [one for given in names["points"]() for one in _grid(given)]
     except (command.UsageError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
@@ -472,15 +475,21 @@ def aggregate(workdir, points: list[Point], measure=None) -> Any:
         raise UsageError(
             f"--measure={measure}: no run has it; they have {', '.join(names)}"
         )
-    axes = list(dict.fromkeys(k for p in points for k in p.values if k != "seed"))
+    fields = dict.fromkeys(k for p in points for k in p.values if k != "seed")
+    axes = [k for k in fields if len({str(p.values.get(k)) for p in points}) > 1]
     columns = {
         name: [point.values.get(name, "") for point in points]
-        for name in [*axes, "seed"]
+        for name in [*fields, "seed"]
     }
     columns["state"] = [state(workdir, point) for point in points]
     columns |= {n: [known[p.name].get(n, "") for p in points] for n in names}
     record.write_csv(Path(workdir) / "points.csv", columns)
-    rows = [p.values | known[p.name] for p in points if known[p.name]]
+    own = (*axes, "seed")
+    rows = [
+        {k: v for k, v in point.values.items() if k in own} | known[point.name]
+        for point in points
+        if known[point.name]
+    ]
     table = sweep.over_seeds(rows, points, axes)
     metrics = {
         "experiment": Path(workdir).resolve().name,
@@ -506,7 +515,7 @@ def draw(table, axes, measure):
         ticks.sort()
     groups: dict[str, list[dict]] = {}
     for row in table:
-        label = ", ".join(f"{_last(axis)} = {row[axis]}" for axis in others)
+        label = ", ".join(f"{_last(a)} = {row[a]}" for a in others if a in row)
         groups.setdefault(label, []).append(row)
 
     def at(row):
@@ -526,7 +535,7 @@ def draw(table, axes, measure):
     share = all(0 <= value["mean"] <= 1 for value in ends)
     gaps = [row for row in table if measure not in row]
     if gaps:
-        low = 0.0 if share else min(value["mean"] for value in ends)
+        low = -0.02 if share else min(value["mean"] for value in ends)
         lines.append(
             figures.Line(
                 [at(row) for row in gaps],
@@ -540,7 +549,7 @@ def draw(table, axes, measure):
     return figures.curves(
         [
             figures.Panel(
-                "", lines, _last(first or "sweep"), measure,
+                "", lines, _last(first or "sweep"), measure.replace(".", " "),
                 xscale="log" if wide else "linear", yscale="linear", percent=share,
                 ticks=[str(tick) for tick in ticks] if named else None,
             )

@@ -145,6 +145,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_written(case, tmp_path, cap
         ("CONFIG = 'nowhere.py'\n", "no such file"),
         ("CONFIG = (\n", "SyntaxError"),
         ("1 / 0\n", "ZeroDivisionError"),
+        (HEAD + "FIELDS = {'model.widht': 4}\n", "model.widht is not a field"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused(head, said, tmp_path, capsys):
@@ -224,7 +225,9 @@ def test_what_fails_ends_no_other_and_is_done_again_on_request(
     """Here in this process: the second of three points fails once."""
     from memsep_jax import experiments
 
-    file = describe(tmp_path, {"model.width": [4, 5, 6]})
+    fields = 'FIELDS = {"optimizer.schedule": "constant"}\n'
+    more = {"model.width": [4, 5, 6], "train.order": "fixed"}
+    file = describe(tmp_path, more, head=HEAD + fields)
     points, workdir = sweep.read(file), tmp_path / "out"
     args = [str(file), f"--workdir={workdir}"]
     begun = []
@@ -418,4 +421,6 @@ def test_what_is_there_to_start_elsewhere_can_be_read():
 def test_the_sweep_of_64_points_can_be_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     points = sweep.read("launch/digits_64.py")
+    assert points[0].name == "data.num_examples=25,model.width=16,seed=0"
+    assert {point.config.model.depth for point in points} == {2}
     assert len(points) == 64 == len({point.name for point in points})

@@ -31,7 +31,9 @@ from memsep_jax.experiments import figures, record, report
 PACKAGE = sorted((harness.ROOT / "memsep_jax").rglob("*.py"))
 CONFIGS = sorted((harness.ROOT / "configs").glob("*.py"))
 TOOLS = sorted((harness.ROOT / "tools").glob("*.py"))
-LAUNCH = sorted(p for p in (harness.ROOT / "launch").iterdir() if p.is_file())
+LAUNCH = sorted(
+    p for p in (harness.ROOT / "launch").iterdir() if p.suffix in (".sh", ".sbatch")
+)
 TEMPLATES = sorted((harness.ROOT / "memsep_jax").rglob("*.html"))
 
 
