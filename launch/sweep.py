@@ -319,10 +319,11 @@ def local(resources):
     """Processes on this machine, each with its device or its share of the cores."""
     devices = _devices(resources.pop("devices", None))
     _nothing_left("local", resources, "devices=0+1")
+    # Of macOS nobody may choose the cores.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
     def start(workers):
         each = -(-len(workers) // max(len(devices), 1))
-        cores = sorted(os.sched_getaffinity(0))
         try:
             for i, worker in enumerate(workers):
                 env, own = {}, []
@@ -340,7 +341,7 @@ def local(resources):
             for worker in workers:
                 worker.wait()
 
-    return start, len(devices) or max(1, len(os.sched_getaffinity(0)) // 2)
+    return start, len(devices) or max(1, len(cores) // 2)
 
 
 def slurm(resources):
@@ -352,7 +353,6 @@ def slurm(resources):
             "--engine=slurm: there is no sbatch here: run this on a login node of the "
             "cluster, or give --engine=local"
         )
-    count = int(resources.pop("jobs", 4))
 
     def made(folder):
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -377,7 +377,7 @@ def slurm(resources):
             print("the jobs go on without this; `status` shows how far they are")
             raise
 
-    return start, count
+    return start, 4
 
 
 def ray(resources):

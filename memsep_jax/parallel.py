@@ -66,6 +66,7 @@ def join(where: str, timeout: int = 300) -> None:
         waiting.cancel()
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
+        jax.distributed.shutdown()  # together: the others have the same to say
         found = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
         raise ValueError(
             f"--distributed={where}: all devices get equal parts of a batch, and there "

@@ -30,14 +30,17 @@ TRAINED = [name for name in CONFIGS if KINDS[name] not in ("audit", "calibrate")
 SWEEPS = [name for name in TRAINED if KINDS[name] in experiments.DRAWINGS]
 SAMPLED = [name for name in TRAINED if name not in SWEEPS]
 # The others are slow: their experiments run in small in the tests of their own.
-QUICK = ("gmm_loss_gap",)
-SWEPT = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in SWEEPS
-]
+QUICK = ("gmm_loss_gap", "digits", "mlp_mixture", "optimum")
 
 
-@pytest.mark.parametrize("name", SWEPT)
+def marked(names):
+    return [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", marked(SWEEPS))
 def test_the_smoke_variant_of_a_sweep_leaves_its_points(name, tmp_path):
     config = load(name).get_config("smoke")
     experiments.run(config, tmp_path)
@@ -76,7 +79,7 @@ def test_the_smoke_variant_of_a_sweep_leaves_its_points(name, tmp_path):
     assert [path.read_bytes() for path in figures] == before
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", marked(SAMPLED))
 def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
     config = load(name).get_config("smoke")
     experiments.run(config, tmp_path)

@@ -45,6 +45,7 @@ def test_decay_shrinks_the_weights_and_seeds_part_them():
     assert light != other
 
 
+@pytest.mark.slow
 def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
     config = smoke(width=(4, 8), weight_decay=(0.0, 0.1), seeds=2)
     experiments.run(config, tmp_path)

@@ -146,6 +146,7 @@ def test_a3_a_signal_while_training_saves_the_step_it_is_at(whole, tmp_path):
     assert_same_training(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
     whole, tmp_path
 ):
@@ -238,6 +239,7 @@ def test_a5_the_first_ctrl_c_saves_as_sigterm_does(tmp_path):
     assert "preempted at step 8: saved" in result.stdout
 
 
+@pytest.mark.slow
 def test_a5_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(
     whole, tmp_path
 ):
@@ -331,7 +333,10 @@ EPOCHS = (
 )
 
 
-@pytest.mark.parametrize("model, options", [("mlp", EPOCHS), ("dit", ())])
+@pytest.mark.parametrize(
+    "model, options",
+    [("mlp", EPOCHS), pytest.param("dit", (), marks=pytest.mark.slow)],
+)
 def test_a7_a_resumed_run_is_bitwise_the_uninterrupted_one(
     model, options, tmp_path, monkeypatch
 ):

@@ -54,6 +54,7 @@ def no_report(monkeypatch):
 # 31, 32: values that are not finite.
 
 
+@pytest.mark.slow
 def test_c31_a_loss_that_explodes_stops_the_run_and_is_explained(tmp_path):
     workdir = tmp_path / "run"
     arguments = (*TINY, "--config.optimizer.lr=1e20")
