@@ -241,7 +241,7 @@ def _try(workdir, point):
             raise
         except Exception as error:
             print(f"failed: {sweep.short(error)}", flush=True)
-            record.write_json(_why(workdir, point), sweep.about(error))
+            record.write_json(_why(workdir, point), sweep.explained(error))
         jax.clear_caches()
     finally:
         claim.unlink()

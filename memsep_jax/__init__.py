@@ -26,7 +26,8 @@ Learning:
   data          a data set is an array: load, subset, label, duplicate, draw
   train         TrainState, what a network is asked for, train step, optimizers
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
-  parallel      one mesh over all devices of all processes: replicated, split by batch
+  parallel      one mesh over all devices of all processes: batches are split, a state
+                may be; processes that train together
   checkpoint    what is on disk is whole, verified, and the newest
   weights       safetensors: networks of other projects as ours, and ours for them
   features      images as points: Inception, AlexNet and LPIPS, stand-ins, files

@@ -121,7 +121,10 @@ def _apply(config, setting):
     try:
         override(config, values)
     except setup.ConfigError as error:
-        raise setup.ConfigError(f"sweep.setting={setting!r}: {error}") from error
+        raise setup.ConfigError(
+            f'sweep.setting={setting!r}: {error}; write it as "group.field=value; '
+            'group.field=value"'
+        ) from error
 
 
 def override(config, values: dict[str, Any]) -> None:
@@ -134,7 +137,6 @@ def override(config, values: dict[str, Any]) -> None:
         if field not in place:
             raise setup.ConfigError(
                 f"{name} is not a field of the config{setup.did_you_mean(field, place)}"
-                '; write it as "group.field=value; group.field=value"'
             )
         try:
             place[field] = value
@@ -251,11 +253,11 @@ def _arrays(values):
 
 def _note(path, error, session):
     """Keeps why a point failed, and says it."""
-    record.write_json(_why(path), about(error))
+    record.write_json(_why(path), explained(error))
     session.say(f"warning: {path.stem} failed: {short(error)}")
 
 
-def about(error) -> dict:
+def explained(error) -> dict:
     """What is kept of an error that a point failed with."""
     return {
         "error": f"{type(error).__name__}: {error}",

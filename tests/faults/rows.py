@@ -8,7 +8,6 @@ A test belongs to a row by its name: test_a1_..., test_b18_..., test_security_..
 
 import ast
 import collections
-import datetime
 import json
 import platform
 import re
@@ -141,8 +140,8 @@ def results(*paths) -> dict[str, collections.Counter]:
     return found
 
 
-def written(known, outcomes) -> str:
-    """docs/reliability.md."""
+def written(known, outcomes, days) -> str:
+    """docs/reliability.md.   Args: days, on which the tests ran."""
     total: collections.Counter = collections.Counter()
     lines, section = [], None
     for row, (scenario, promise) in ROWS.items():
@@ -180,7 +179,7 @@ def written(known, outcomes) -> str:
             "",
             "All tests are in `tests/faults/`. The table is made by the two commands in "
             "`tests/faults/rows.py`;\nwhat it shows ran on "
-            f"{datetime.date.today().isoformat()}, Python "
+            f"{' to '.join(sorted({min(days), max(days)}))}, Python "
             f"{platform.python_version()}, {versions}.",
             "",
             f"- Faults injected and survived: {total['survived']:,} cases, and in the "
@@ -198,4 +197,8 @@ def written(known, outcomes) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(written(tests(), results(*sys.argv[1:])))
+    paths = sys.argv[1:]
+    days = [
+        ElementTree.parse(p).find(".//testsuite").get("timestamp")[:10] for p in paths
+    ]
+    sys.stdout.write(written(tests(), results(*paths), days))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 
@@ -15,6 +16,7 @@ from memsep_jax.experiments import record
 
 pytestmark = pytest.mark.slow
 STEPS = 30
+JSON = re.compile(r"\[[\[\d-]")  # and not a line of the library that connects them
 # Steps take a while on the process that writes: signals land where they are meant to.
 SLOWLY = harness.SLOW_STEPS + harness.TRAIN_ONLY
 
@@ -26,12 +28,16 @@ parallel.sharded.__defaults__ = (16,)
 """
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def together(*args, workdirs, patch="", count=2):
     """The same command in some processes that find each other on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
@@ -50,6 +56,25 @@ def together(*args, workdirs, patch="", count=2):
 def ends(children):
     """How they ended, all of them."""
     return [harness.finish(child) for child in children]
+
+
+def by_two(program):
+    """What each of two processes prints of a program, a line of JSON at a time."""
+    leave = "sys.stdout.flush()\njax.distributed.shutdown()\nos._exit(0)"
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                harness.spawn(f"127.0.0.1:{port},2,{i}", patch=program + leave)
+            )
+            for i in range(2)
+        ]
+        results = ends(children)
+    assert [r.code for r in results] == [0, 0], results
+    return [
+        [json.loads(line) for line in r.stdout.splitlines() if JSON.match(line)]
+        for r in results
+    ]
 
 
 def weights(workdir):
@@ -86,7 +111,7 @@ def test_f62_two_processes_train_what_one_does(whole, tmp_path):
 HALVES = """
 import json
 from memsep_jax import empirical, neighbours, parallel, process
-parallel.join("127.0.0.1:%d,2," + sys.argv[-1])
+parallel.join(sys.argv[-1])
 import jax, jax.numpy as jnp, numpy as np
 rng = np.random.default_rng(0)
 data = rng.normal(size=(501, 3)).astype(np.float32)
@@ -102,36 +127,21 @@ def scores(data, x):
     return jax.vmap(empirical.score(data, ou, chunk=64, mesh=mesh), (0, None))(x, 0.1)
 score = jax.jit(scores, out_shardings=parallel.replicated(mesh))(spread, x)
 print(json.dumps([a.tolist() for a in (*near, np.asarray(score))]))
-sys.stdout.flush()
-jax.distributed.shutdown()
-os._exit(0)
 """
 
 
 def test_f62_the_training_set_may_lie_on_several_hosts():
     """Of the neighbours and of the empirical score, each process has one half."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        patch = HALVES % probe.getsockname()[1]
-    with contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(harness.spawn(str(i), patch=patch)) for i in range(2)
-        ]
-        results = ends(children)
-    assert [r.code for r in results] == [0, 0], results
-    found = [
-        json.loads(next(line for line in r.stdout.splitlines() if line[:2] == "[["))
-        for r in results
-    ]
-    assert found[0] == found[1]
+    (found,), others = by_two(HALVES)
+    assert others == [found]
     rng = np.random.default_rng(0)
     data, x = (rng.normal(size=(n, 3)).astype(np.float32) for n in (501, 7))
     expected = neighbours.nearest(x, data)
-    np.testing.assert_array_equal(found[0][1], expected.indices)
-    np.testing.assert_allclose(found[0][0], expected.distances, rtol=1e-6)
+    np.testing.assert_array_equal(found[1], expected.indices)
+    np.testing.assert_allclose(found[0], expected.distances, rtol=1e-6)
     score = empirical.score(data[:500], process.ornstein_uhlenbeck())
     one = jax.jit(jax.vmap(score, (0, None)))(x, 0.1)
-    np.testing.assert_allclose(found[0][2], one, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2], one, rtol=1e-4, atol=1e-5)
 
 
 def test_f62_a_state_that_is_split_over_processes_is_saved_and_goes_on(whole, tmp_path):
@@ -177,8 +187,7 @@ def test_f62_only_the_first_process_writes_and_speaks(whole):
 DRAW = """
 import json
 from memsep_jax import data, parallel
-index = int(sys.argv[-1])
-parallel.join("127.0.0.1:%d,2," + str(index))
+parallel.join(sys.argv[-1])
 import jax, jax.numpy as jnp
 mesh = parallel.make_mesh()
 points = data.Dataset(jnp.arange(15.0)[:, None], None)
@@ -188,28 +197,12 @@ def batch(step):
 for step in range(5):
     shards = jax.jit(batch)(step).addressable_shards
     print(json.dumps([float(v) for s in shards for v in s.data[:, 0]]))
-sys.stdout.flush()
-jax.distributed.shutdown()
-os._exit(0)
 """
 
 
 def test_f62_each_example_is_seen_once_in_an_epoch_whoever_sees_it():
     """15 points in batches of 6, 3 on each of two processes: 2 epochs in 5 steps."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        patch = DRAW % probe.getsockname()[1]
-    with contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(harness.spawn(str(i), patch=patch)) for i in range(2)
-        ]
-        results = ends(children)
-    assert [r.code for r in results] == [0, 0], results
-    seen = [
-        [line for line in r.stdout.splitlines() if line.startswith("[") and "," in line]
-        for r in results
-    ]
-    values = [[float(v) for line in s for v in line[1:-1].split(",")] for s in seen]
+    values = [sum(batches, []) for batches in by_two(DRAW)]
     assert [len(v) for v in values] == [15, 15]
     steps = np.concatenate([np.reshape(v, (5, 3)) for v in values], axis=1).ravel()
     for epoch in np.split(steps, 2):
