@@ -235,7 +235,7 @@ class UNet(nn.Module):
             )
         elif not levels:
             wrong.append("model.multipliers is empty: give one for each resolution")
-        else:
+        elif all(type(some) is int and some > 0 for some in self.multipliers):
             uneven = [c for c in self._channels() if c % groups(c)]
             if uneven:
                 wrong.append(
@@ -274,12 +274,13 @@ class UNet(nn.Module):
     def _channels(self):
         """The numbers of channels that some group norm sees."""
         widths = [self.width * multiplier for multiplier in self.multipliers]
+        depth = min(self.depth, 2)  # more blocks of a resolution see the same again
         skips = [self.width]
         for level, width in enumerate(widths):
-            skips += skips[-1:] * (level > 0) + [width] * self.depth
+            skips += skips[-1:] * (level > 0) + [width] * depth
         seen, h = set(skips), widths[-1]
         for width in reversed(widths):
-            for _ in range(self.depth + 1):
+            for _ in range(depth + 1):
                 seen.add(h + skips.pop())
                 h = width
         return sorted(seen | set(widths))

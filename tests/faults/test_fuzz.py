@@ -29,7 +29,10 @@ CONFIGS = {path.stem: path for path in sorted((harness.ROOT / "configs").glob("*
 CASES = 6  # of every config, by default
 THOROUGH = 80  # of every config, where it may take minutes
 WHOLE = 4  # that are run to their end
-EVERY_VALUE = ("digits", "mlp_mixture", "emm_digits", "audit")  # in every field
+EVERY_VALUE = {  # in every field, or in every one of a group
+    "digits": "", "mlp_mixture": "", "emm_digits": "", "audit": "",
+    "skips_cifar": "model.",
+}  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 VALUES = (
     None, True, -1, 0, 1, 2, 3, 7, 100, 2**31, 2**32, 10**12, -(10**12),
@@ -218,14 +221,16 @@ def test_fuzz_many_values_are_built_or_refused_in_words(name, door):
 @pytest.mark.parametrize("name", EVERY_VALUE)
 def test_fuzz_every_value_in_every_field_is_built_or_refused_in_words(name, door):
     tried = 0
-    for field in fields(smoke(name)):
+    group = EVERY_VALUE[name]
+    chosen = [field for field in fields(smoke(name)) if field.startswith(group)]
+    for field in chosen:
         words = WORDS if field.rpartition(".")[2] in ("name", "grid", "clock") else ()
         for value in (*VALUES, *words):
             config = changed(smoke(name), {field: value})
             if config is not None:
                 tried += 1
                 knock(door, config, {field: value})
-    assert tried > 300
+    assert tried > 10 * len(chosen)
 
 
 SMALL = tuple(v for v in VALUES if not isinstance(v, (int, float)) or abs(v) < 10)
