@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memsep_jax.models import MLP, MODELS, DiT, UNet, dit
-from memsep_jax.models.layers import time_features
+from memsep_jax.models.layers import Conv, Dense, time_features
 
 SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
 X = jax.random.normal(jax.random.key(5), (4, 6, 3))
@@ -303,6 +303,23 @@ def test_an_mlp_in_bfloat16_is_close_to_float32():
     assert found.dtype == jnp.float32
     error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
     assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("layer, shape", [(Dense(2, dtype="bfloat16"), (1_001, 3)),
+                                          (Conv(2, (3, 3), dtype="bfloat16"),
+                                           (77, 13, 3))])  # fmt: skip
+def test_the_gradient_of_a_bias_is_summed_in_float32(layer, shape):
+    """1,001 ones: as bfloat16, whose steps are 4 there, they make no 1,001."""
+    params = layer.init(jax.random.key(0), jnp.ones(shape))["params"]
+
+    @jax.jit
+    @jax.grad
+    def slopes(params):
+        out = layer.apply({"params": params}, jnp.ones(shape))
+        assert out.dtype == jnp.bfloat16
+        return jnp.sum(out.astype(jnp.float32))
+
+    np.testing.assert_array_equal(slopes(params)["bias"], [1_001, 1_001])
 
 
 @pytest.mark.parametrize("make", [lambda p: DiT(**SMALL, dropout=p),

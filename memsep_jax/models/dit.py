@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.models.layers import Embedding
+from memsep_jax.models.layers import Dense, Embedding
 
 
 class Attention(nn.Module):
@@ -29,9 +29,7 @@ class Attention(nn.Module):
         init = nn.initializers.xavier_uniform()
 
         def project(name):
-            layer = nn.DenseGeneral(
-                shape, kernel_init=init, dtype=self.dtype, name=name
-            )
+            layer = Dense(shape, kernel_init=init, dtype=self.dtype, name=name)
             return layer(h)
 
         heads = jax.nn.dot_product_attention(
@@ -40,7 +38,7 @@ class Attention(nn.Module):
         _sow(self, "heads", heads, lambda a: jnp.mean(jnp.linalg.norm(a, axis=2), 0))
         if gates is not None:
             heads = heads * gates[None, :, None].astype(heads.dtype)
-        out = nn.DenseGeneral(
+        out = Dense(
             width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out"
         )
         return out(heads)
@@ -78,16 +76,12 @@ class Block(nn.Module):
 
         inner = _norm(self.dtype)(h) * (1 + scale_m) + shift_m
         hidden = _given(self, "mlp_in", 1, int(self.mlp_ratio * width))
-        inner = nn.Dense(hidden, kernel_init=init, dtype=self.dtype, name="mlp_in")(
-            inner
-        )
+        inner = Dense(hidden, kernel_init=init, dtype=self.dtype, name="mlp_in")(inner)
         inner = nn.gelu(inner, approximate=True)
         _sow(self, "neurons", inner, lambda a: jnp.mean(jnp.abs(a), axis=0))
         if "neurons" in gates:
             inner = inner * gates["neurons"][None].astype(inner.dtype)
-        inner = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_out")(
-            inner
-        )
+        inner = Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_out")(inner)
         h = h + gate_m * drop(inner)
         _sow(self, "blocks", h - before, lambda a: jnp.mean(jnp.linalg.norm(a, axis=1)))
         if "blocks" in gates:
@@ -135,7 +129,7 @@ class DiT(nn.Module):
         tokens = x.reshape(rows, self.patch, columns, self.patch, channels)
         tokens = tokens.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
         init = nn.initializers.xavier_uniform()
-        h = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="patches")(
+        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="patches")(
             tokens
         )
         h = h + position_features(rows, columns, self.width).astype(h.dtype)
@@ -224,4 +218,4 @@ def _norm(dtype):
 def _zero_dense(width, dtype, name):
     # adaLN-zero: every block starts as the identity, the network as zero.
     zeros = nn.initializers.zeros
-    return nn.Dense(width, kernel_init=zeros, dtype=dtype, name=name)
+    return Dense(width, kernel_init=zeros, dtype=dtype, name=name)

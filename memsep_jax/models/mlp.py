@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memsep_jax.models.layers import Embedding
+from memsep_jax.models.layers import Dense, Embedding
 
 SILU_SLOPE = 1.0998393202  # the largest slope of silu, at x = 2.399357; rounded up
 
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         embedding = embedding.astype(dtype)
 
         def dense(name):
-            return nn.Dense(self.width, dtype=dtype, name=name)
+            return Dense(self.width, dtype=dtype, name=name)
 
         h = dense("input")(x.reshape(-1))
         for i in range(self.depth):
@@ -47,7 +47,7 @@ class MLP(nn.Module):
             h = h + inner / jnp.sqrt(self.depth).astype(h.dtype)
         # float32 at the door: the loss and the score are not computed in bfloat16.
         zeros = nn.initializers.zeros
-        out = nn.Dense(x.size, kernel_init=zeros, dtype=x.dtype, name="output")
+        out = Dense(x.size, kernel_init=zeros, dtype=x.dtype, name="output")
         return out(nn.silu(h)).reshape(x.shape)
 
 

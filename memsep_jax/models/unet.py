@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.models.layers import check_label
+from memsep_jax.models.layers import Conv, Dense, check_label
 
 VARIANTS = {  # filter of every change of resolution, and the features of the time
     "ddpm": ((1, 1), "positional"),
@@ -364,12 +364,10 @@ def _padded(h, pad, axis):
 def _conv(channels, scale, dtype, name, wider=0):
     """3x3; scale is of the variance of xavier-uniform."""
     init, pad = nn.initializers.variance_scaling(scale, "fan_avg", "uniform"), 1 + wider
-    return nn.Conv(
-        channels, (3, 3), padding=pad, kernel_init=init, dtype=dtype, name=name
-    )
+    return Conv(channels, (3, 3), padding=pad, kernel_init=init, dtype=dtype, name=name)
 
 
 def _dense(channels, scale, dtype, name):
     """1x1; scale is of the variance of xavier-uniform."""
     init = nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-    return nn.Dense(channels, kernel_init=init, dtype=dtype, name=name)
+    return Dense(channels, kernel_init=init, dtype=dtype, name=name)
