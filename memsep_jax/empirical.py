@@ -10,6 +10,7 @@ differences at every sigma, at the speed of the product, and exact for every chu
 size. Data may be float, or uint8 pixels, which mean u / 127.5 - 1.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -129,8 +130,9 @@ def denoiser(data, process: Process, chunk: int = CHUNK, **options):
 def score(data, process: Process, chunk: int = CHUNK, **options) -> ScoreFn:
     """The empirical score -(1/sigma^2) sum_i w_i (x - alpha x_i) (Ye 2025, section 3).
 
-    Its Jacobian-vector product is `jax.jvp` of it, streaming too. The Jacobian is
-    symmetric, so nothing needs reverse mode, which would keep batch x n weights.
+    Its Jacobian-vector product is `jax.jvp` or `jax.linearize` of it, streaming too.
+    The Jacobian is symmetric, so nothing needs reverse mode, which would keep batch x n
+    weights.
 
     Args: as `posterior`.   Returns: score_fn(x [*e], t []) -> [*e].
     """
@@ -199,9 +201,15 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
             return _merged(sums, of_chunk(start), x, *scale), None
 
         starts = np.arange(0, len(points), size)
+        first = of_chunk(0)
         if len(starts) == 1:  # half the compilation
-            return of_chunk(0)
-        return jax.lax.scan(body, of_chunk(0), starts[1:])[0]
+            return first
+
+        def rest(sums):
+            return jax.lax.scan(body, sums, starts[1:])[0]
+
+        # A derivative streams again: it would keep batch x n weights of the score.
+        return jax.checkpoint(rest, prevent_cse=False)(first)
 
     def sums(x, t):
         _check_query(data, x, t)
@@ -217,13 +225,26 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
         extra = jnp.pad(extra, (0, short), constant_values=NEVER)
 
         def on_one_device(points, extra, x, t):
-            parts = jax.lax.all_gather(gather(points, extra, x, t), axis)
+            sums, count = gather(points, extra, x, t), mesh.shape[axis]
             scale = process.alpha(t), process.sigma(t) ** 2 * temperature
-            whole = jax.tree.map(lambda a: a[0], parts)
-            for i in range(1, mesh.shape[axis]):
-                part = jax.tree.map(lambda a, i=i: a[i], parts)
-                whole = _merged(whole, part, x, *scale)
-            return whole
+            if count & (count - 1):  # no power of 2
+                parts = jax.lax.all_gather(sums, axis)
+                return jax.lax.scan(
+                    lambda a, b: (_merged(a, b, x, *scale), None),
+                    jax.tree.map(lambda a: a[0], parts),
+                    jax.tree.map(lambda a: a[1:], parts),
+                )[0]
+            # Pair by pair: of log2(count) devices, not of count, is there a copy.
+            place = jax.lax.axis_index(axis)
+            for step in (2**i for i in range(count.bit_length() - 1)):
+                pairs = [(i, i ^ step) for i in range(count)]
+                other = jax.lax.ppermute(sums, axis, pairs)
+                # In the order of the devices: all of them round alike.
+                before = partial(jnp.where, place & step == 0)
+                low = jax.tree.map(before, sums, other)
+                high = jax.tree.map(before, other, sums)
+                sums = _merged(low, high, x, *scale)
+            return sums
 
         split, everywhere = PartitionSpec(axis), PartitionSpec()
         return jax.shard_map(

@@ -49,9 +49,9 @@ def spectral_norm(
       x: [*e].   t: [].
       iters: products with J and J', at least 1.
       tolerance: the relative error at which it counts as converged.
-      symmetric: take J' = J, as it is for the score of any law, and J by forward mode
-        only: through the streaming empirical score reverse mode would keep batch x n
-        numbers. Wrong for networks, whose Jacobian need not be symmetric.
+      symmetric: take J' = J, as it is for the score of any law: forward mode alone,
+        which streams where the empirical score does. Wrong for networks, whose
+        Jacobian need not be symmetric.
     Returns:
       Norm of [] arrays.
     Raises:
@@ -62,19 +62,14 @@ def spectral_norm(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be positive, such as 1e-3")
 
-    def at(x):
-        return score_fn(x, t)
-
-    def forward(v):
-        return jax.jvp(at, (x,), (v,))[1]
-
-    pull = None if symmetric else jax.vjp(at, x)[1]
+    # Once, not in every iteration: what does not depend on the direction.
+    push = jax.linearize(lambda x: score_fn(x, t), x)[1]
 
     def body(v, _):
         # Unit vectors only: norms of 1e10 are common, and their fourth powers not
         # numbers in float32.
-        u, value = _unit(forward(v))
-        pulled = forward(u) if pull is None else pull(u)[0]
+        u, value = _unit(push(v))
+        pulled = push(u) if symmetric else jax.linear_transpose(push, u)(u)[0]
         return _unit(pulled)[0], (value, _length(pulled - value * v))
 
     start, _ = _unit(jax.random.normal(key, x.shape, x.dtype))

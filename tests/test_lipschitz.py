@@ -271,6 +271,21 @@ def test_memory_grows_with_n_and_not_with_its_square():
         assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * n * d
 
 
+def test_the_norm_of_a_streaming_score_does_not_keep_batch_times_n(key):
+    """Temporaries of the compiled program, from XLA's own accounting."""
+    points = jax.ShapeDtypeStruct((4_096, 8), jnp.float32)
+    queries = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+
+    def norms(data, xs):
+        score_fn = empirical.score(data, OU, chunk=64)
+        return jax.vmap(
+            lambda x: lipschitz.jacobian_norm(score_fn, x, 0.1, key, 2, symmetric=True)
+        )(xs)
+
+    compiled = jax.jit(norms).lower(points, queries).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4_096 * 512 * 4 / 2
+
+
 def test_segments_join_different_points(key):
     """Of 0, 1, 3: each of the three midpoints a third of the time."""
     data = jnp.array([[0.0], [1.0], [3.0]])
