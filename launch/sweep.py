@@ -24,10 +24,11 @@ signal, with everything saved.
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib
 import itertools
 import json
-import math
 import os
 import re
 import runpy
@@ -40,9 +41,17 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from memsep_jax import checkpoint, experiments
+from memsep_jax.command import UsageError, load
+from memsep_jax.experiments import DRAWINGS, figures, record, session, setup, sweep
+from memsep_jax.experiments.sweep import Point
 
 STATES = ("done", "failed", "running", "stopped", "waiting")
 OPEN = ("stopped", "waiting")
@@ -52,26 +61,11 @@ GRACE = 120.0  # seconds that a worker has for its last save
 LONG = 150  # characters of a name: file systems take 255
 
 
-class UsageError(Exception):
-    """What a person must change before anything can begin."""
-
-
-class Point(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # "data.num_examples=50,seed=0"
-    values: dict[str, Any]  # what differs from the sweep's config, the seed last
-    config: Any  # the ConfigDict of the run
-
-
 # What a sweep is.
 
 
 def read(file) -> list[Point]:
     """All points of a sweep file.   Raises: UsageError with what is wrong in it."""
-    from memsep_jax import command
-    from memsep_jax.experiments import setup, sweep
-
     try:
         names = runpy.run_path(str(file))
     except OSError as error:
@@ -84,10 +78,10 @@ def read(file) -> list[Point]:
             '"configs/digits.py" and a points() that yields dicts of fields'
         )
     try:
-        base = command.load(names["CONFIG"])
+        base = load(names["CONFIG"])
         sweep.override(base, names.get("FIELDS", {}))
         found = [one for given in names["points"]() for one in _grid(given)]
-    except (command.UsageError, AttributeError, TypeError, ValueError) as error:
+    except (UsageError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
     points: list[Point] = []
     known: dict[str, str] = {}
@@ -95,8 +89,7 @@ def read(file) -> list[Point]:
         name = ",".join(f"{field}={value}" for field, value in values.items())
         try:
             config = sweep.seeded(base, values.get("seed", 0))
-            fields = {k: v for k, v in values.items() if k != "seed"}
-            sweep.override(config, fields)
+            sweep.override(config, {k: v for k, v in values.items() if k != "seed"})
             setup.check(config)
         except setup.ConfigError as error:
             raise UsageError(f"{file}: point {name}: {error}") from error
@@ -136,9 +129,6 @@ def check(file, points: list[Point]) -> None:
 
     Raises: UsageError, before anything is written.
     """
-    from memsep_jax import checkpoint, sources
-    from memsep_jax.experiments import DRAWINGS, setup, sweep
-
     built = set()
     for point in points:
         key = tuple((k, str(v)) for k, v in point.values.items() if k != "seed")
@@ -150,17 +140,13 @@ def check(file, points: list[Point]) -> None:
                 setup.build(point.config)
             elif point.config.experiment in DRAWINGS and "model" in point.config:
                 sweep.check(point.config)
-        except (
-            setup.ConfigError, sources.DataError, checkpoint.ConflictError, ValueError
-        ) as error:  # fmt: skip
+        except (checkpoint.ConflictError, ValueError) as error:
             raise UsageError(f"{file}: point {point.name}: {error}") from error
 
 
 def _file_name(name):
     name = name.replace("/", "_").replace("\0", "_") or "all"
     if len(name) > LONG:
-        import hashlib
-
         name = f"{name[:LONG]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
@@ -168,43 +154,44 @@ def _file_name(name):
 # What is known of a point: its run, a claim while a worker has it, why it failed.
 
 
-def place(workdir, point: Point) -> Path:
+def place(workdir: Path, point: Point) -> Path:
     """The workdir of a point's run."""
-    return Path(workdir) / "points" / point.name
+    return workdir / "points" / point.name
 
 
 def _claim(workdir, point):
-    return Path(workdir) / "points" / f"{point.name}.claim"
+    return workdir / "points" / f"{point.name}.claim"
 
 
 def _why(workdir, point):
-    return Path(workdir) / "points" / f"{point.name}.failed.json"
+    return workdir / "points" / f"{point.name}.failed.json"
 
 
-def state(workdir, point: Point) -> str:
+def state(workdir: Path, point: Point) -> str:
     """One of STATES."""
-    from memsep_jax.experiments import session
-
-    claim, outcome = _claim(workdir, point), _outcome(workdir, point)
-    if not claim.exists():
-        return outcome
+    claim = _claim(workdir, point)
     if session.gone(claim) is None:
         return "running"
-    return "stopped" if outcome in OPEN else outcome
+    outcome = _outcome(workdir, point)
+    return "stopped" if outcome in OPEN and claim.exists() else outcome
 
 
 def _outcome(workdir, point):
-    from memsep_jax.experiments import session
-
-    run = place(workdir, point)
+    folder = place(workdir, point)
     if _why(workdir, point).exists():
         return "failed"
-    if session.Session(run, point.config).is_complete():
+    if session.Session(folder, point.config).is_complete():
         return "done"
-    return "stopped" if (run / "run.json").exists() else "waiting"
+    return "stopped" if (folder / "run.json").exists() else "waiting"
 
 
-def work(workdir, points: list[Point]) -> None:
+def _counted(states) -> str:
+    """ "3 done, 1 running"."""
+    counts = Counter(states)
+    return ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+
+
+def work(workdir: Path, points: list[Point]) -> None:
     """Runs what nobody has, point by point, until nothing is left.
 
     Raises: Interrupted, where a signal came and what was begun is saved; StorageError.
@@ -221,11 +208,6 @@ def work(workdir, points: list[Point]) -> None:
 
 def _try(workdir, point):
     """Runs a point, or leaves it to who was faster."""
-    import jax
-
-    from memsep_jax import checkpoint, experiments
-    from memsep_jax.experiments import record, session, sweep
-
     claim = _claim(workdir, point)
     try:
         held = session.lock(claim)
@@ -251,8 +233,8 @@ def _try(workdir, point):
 def _clear(workdir, points, retry):
     """What was killed may be done again, and what failed where that is asked for."""
     for point in points:
-        if state(workdir, point) != "running":
-            _claim(workdir, point).unlink(missing_ok=True)
+        if session.gone(claim := _claim(workdir, point)) is not None:
+            claim.unlink(missing_ok=True)
         if retry:
             _why(workdir, point).unlink(missing_ok=True)
 
@@ -273,17 +255,18 @@ class Worker:
 
     def start(self, env=None, cores=()):
         """Begins.   Args: env, what its environment has besides; cores, if not all."""
-        only = [f"--cores={','.join(map(str, cores))}"] if cores else []
         with open(self.log, "ab") as log:
             self.child = subprocess.Popen(
-                self.command + only,
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.cwd,
-                env={**os.environ, **(env or {})},
+                env=os.environ | (env or {}),
                 start_new_session=True,  # a Ctrl-C is for this process, once
             )
+        if cores:  # before it has threads of its own
+            os.sched_setaffinity(self.child.pid, cores)
 
     def stop(self):
         """Asks it to save and end."""
@@ -292,10 +275,8 @@ class Worker:
 
     def wait(self, seconds=GRACE):
         """Its exit code, or None where it has not ended by then."""
-        limit = time.monotonic() + seconds
-        while self.child and self.child.poll() is None and time.monotonic() < limit:
-            time.sleep(0.1)
-        return self.child and self.child.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.child and self.child.wait(seconds)
 
     def __call__(self):
         """Starts it and waits: what an engine does with it."""
@@ -318,7 +299,10 @@ class Worker:
 def local(resources):
     """Processes on this machine, each with its device or its share of the cores."""
     devices = _devices(resources.pop("devices", None))
-    _nothing_left("local", resources, "devices=0+1")
+    if resources:
+        raise UsageError(
+            f"--resources={','.join(resources)}: --engine=local knows devices=0+1 only"
+        )
     # Of macOS nobody may choose the cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
@@ -419,13 +403,6 @@ def _imported(name, extra):
         ) from error
 
 
-def _nothing_left(engine, resources, known):
-    if resources:
-        raise UsageError(
-            f"--resources={','.join(resources)}: --engine={engine} knows {known} only"
-        )
-
-
 def _devices(given) -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     if given is None:
@@ -435,15 +412,14 @@ def _devices(given) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return [str(i) for i, _ in enumerate(listed.stdout.splitlines())]
+    return [str(i) for i in range(len(listed.stdout.splitlines()))]
 
 
 # What comes out.
 
 
-def numbers(workdir, point: Point) -> dict:
+def numbers(workdir: Path, point: Point) -> dict:
     """The scalars of a finished run: {"memorization.ratio": 0.5, ...}."""
-    from memsep_jax.experiments import record
 
     def scalars(value, name):
         if isinstance(value, dict):
@@ -452,62 +428,56 @@ def numbers(workdir, point: Point) -> dict:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value
 
-    if state(workdir, point) != "done":
-        return {}
     return dict(scalars(record.read_json(place(workdir, point) / "metrics.json"), ""))
 
 
-def aggregate(workdir, points: list[Point], measure=None) -> Any:
+def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
     """All points as one table and picture, with gaps where one is not done.
 
     Writes points.csv (a row a point), metrics.json (means over the seeds with 95 %
     intervals) and sweep.png, of `measure` against the first axis.
     Returns: the table for a person.   Raises: UsageError where nothing is done.
     """
-    from memsep_jax.experiments import figures, record, sweep
-
-    known = {point.name: numbers(workdir, point) for point in points}
-    names = list(dict.fromkeys(name for row in known.values() for name in row))
+    states = [state(workdir, point) for point in points]
+    found = [
+        numbers(workdir, point) if what == "done" else {}
+        for point, what in zip(points, states, strict=True)
+    ]
+    names = list(dict.fromkeys(itertools.chain(*found)))
     if not names:
         raise UsageError(f"{workdir}: no point is done yet: there is nothing to show")
-    measure = measure or ("memorization.ratio" if MEASURE in names else names[0])
+    measure = measure or (MEASURE if MEASURE in names else names[0])
     if measure not in names:
         raise UsageError(
             f"--measure={measure}: no run has it; they have {', '.join(names)}"
         )
     fields = dict.fromkeys(k for p in points for k in p.values if k != "seed")
     axes = [k for k in fields if len({str(p.values.get(k)) for p in points}) > 1]
-    columns = {
-        name: [point.values.get(name, "") for point in points]
-        for name in [*fields, "seed"]
-    }
-    columns["state"] = [state(workdir, point) for point in points]
-    columns |= {n: [known[p.name].get(n, "") for p in points] for n in names}
-    record.write_csv(Path(workdir) / "points.csv", columns)
-    own = (*axes, "seed")
+    columns = {k: [p.values.get(k, "") for p in points] for k in (*fields, "seed")}
+    columns["state"] = states
+    columns |= {name: [row.get(name, "") for row in found] for name in names}
+    record.write_csv(workdir / "points.csv", columns)
     rows = [
-        {k: v for k, v in point.values.items() if k in own} | known[point.name]
-        for point in points
-        if known[point.name]
+        {k: v for k, v in point.values.items() if k in (*axes, "seed")} | row
+        for point, row in zip(points, found, strict=True)
+        if row
     ]
     table = sweep.over_seeds(rows, points, axes)
     metrics = {
-        "experiment": Path(workdir).resolve().name,
+        "experiment": workdir.resolve().name,
         "columns": [*axes, measure, "seeds"],
-        "states": Counter(columns["state"]),
+        "states": Counter(states),
         "table": table,
     }
-    record.write_json(Path(workdir) / "metrics.json", metrics)
+    record.write_json(workdir / "metrics.json", metrics)
     picture = figures.encode(draw(table, axes, measure), "png")
-    with record.replacing(Path(workdir) / "sweep.png") as path:
+    with record.replacing(workdir / "sweep.png") as path:
         path.write_bytes(picture)
-    return sweep.summary(Path(workdir))
+    return sweep.summary(workdir)
 
 
 def draw(table, axes, measure):
     """The measure against the first axis, a line for each value of the others."""
-    from memsep_jax.experiments import figures
-
     first, *others = axes or [None]
     ticks = list(dict.fromkeys(row.get(first, "all") for row in table))
     named = any(isinstance(x, str) or x is None for x in ticks)
@@ -523,28 +493,19 @@ def draw(table, axes, measure):
 
     def line(label, rows):
         rows = sorted(rows, key=at)
-        nothing = {"mean": math.nan, "low": math.nan, "high": math.nan}
-        mean, low, high = (
-            np.array([row.get(measure, nothing)[name] for row in rows])
-            for name in ("mean", "low", "high")
+        names = ("mean", "low", "high")
+        gap = dict.fromkeys(names, np.nan)
+        mean, low, high = np.array(
+            [[row.get(measure, gap)[name] for row in rows] for name in names]
         )
         return figures.Line([at(row) for row in rows], mean, label, low, high)
 
     lines = [line(label or None, rows) for label, rows in groups.items()]
     ends = [row[measure] for row in table if measure in row]
     share = all(0 <= value["mean"] <= 1 for value in ends)
-    gaps = [row for row in table if measure not in row]
-    if gaps:
-        low = -0.02 if share else min(value["mean"] for value in ends)
-        lines.append(
-            figures.Line(
-                [at(row) for row in gaps],
-                [low] * len(gaps),
-                "no result",
-                style="x",
-                color="0.5",
-            )
-        )
+    if gaps := [at(row) for row in table if measure not in row]:
+        low = [-0.02 if share else min(value["mean"] for value in ends)] * len(gaps)
+        lines.append(figures.Line(gaps, low, "no result", style="x", color="0.5"))
     wide = not named and ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]
     return figures.curves(
         [
@@ -562,23 +523,17 @@ def _last(field):
     return field.rpartition(".")[2].replace("_", " ")
 
 
-def status(workdir, points: list[Point]) -> Any:
+def status(workdir: Path, points: list[Point]) -> Table:
     """Every point and what is known of it, as a table for a person."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from memsep_jax.experiments import record
-
     states = [state(workdir, point) for point in points]
-    counts = Counter(states)
-    shown = Table(title=", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]))
+    shown = Table(title=_counted(states))
     for name in ("point", "", "seconds", "why"):
         shown.add_column(name, overflow="fold")
     for point, what in zip(points, states, strict=True):
-        run = record.read_json(place(workdir, point) / "run.json") or {}
-        seconds = sum(run.get("seconds", {}).values())
+        known = record.read_json(place(workdir, point) / "run.json") or {}
+        seconds = sum(known.get("seconds", {}).values())
         why = (record.read_json(_why(workdir, point)) or {}).get("error", "")
-        about = why.splitlines()[0][:LONG] if what == "failed" and why else ""
+        about = why.partition("\n")[0][:LONG]
         row = (point.name, what, f"{seconds:.0f}" if seconds else "", about)
         shown.add_row(*map(escape, row))
     return shown
@@ -587,17 +542,13 @@ def status(workdir, points: list[Point]) -> Any:
 # The command.
 
 
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C."""
-
-
 def run(args, points) -> int:
     """Starts workers and waits for them.   Returns: the exit code."""
     workdir = args.workdir
-    check(args.sweep, points)
-    start, count = ENGINES[args.engine](_resources(args.resources))
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers={args.workers} must be at least 1")
+    check(args.sweep, points)
+    start, count = ENGINES[args.engine](_resources(args.resources))
     count = min(args.workers or count, len(points))
     logs = workdir / "workers"
     for folder in (logs, workdir / "points"):
@@ -610,51 +561,49 @@ def run(args, points) -> int:
     def stop(number, frame):
         for other in (signal.SIGTERM, signal.SIGINT):
             signal.signal(other, signal.SIG_DFL)
-        raise Stopped(number)
+        raise session.Interrupted(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     print(f"{len(points)} points, {count} workers ({args.engine}): {logs}", flush=True)
     at_work = start(workers)
-    said = None
-    states = dict.fromkeys((point.name for point in points), "waiting")
     try:
-        for _ in at_work:
-            for point in points:
-                if states[point.name] not in ("done", "failed"):
-                    states[point.name] = state(workdir, point)
-            counts = Counter(states.values())
-            text = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
-            if text != said:
-                print(text, flush=True)
-            said = text
-            time.sleep(LOOK_EVERY)
-    except Stopped as error:
+        _follow(at_work, workdir, points)
+    except session.Interrupted as error:
         at_work.close()
         print("stopped: the same command goes on", flush=True)
-        return 128 + error.args[0]
+        return error.exit_code
     return finish(args, points)
+
+
+def _follow(at_work, workdir, points):
+    """Says how far the points are, until no worker is at work."""
+    said, states = None, dict.fromkeys((point.name for point in points), "waiting")
+    for _ in at_work:
+        for point in points:
+            if states[point.name] not in ("done", "failed"):
+                states[point.name] = state(workdir, point)
+        if said != (text := _counted(states.values())):
+            print(text, flush=True)
+        said = text
+        time.sleep(LOOK_EVERY)
 
 
 def finish(args, points) -> int:
     """Shows and writes what there is.   Returns: the exit code."""
-    left: dict[str, list[Point]] = {name: [] for name in STATES}
-    for point in points:
-        left[state(args.workdir, point)].append(point)
-    if left["done"]:
+    left = [point for point in points if state(args.workdir, point) != "done"]
+    if len(left) < len(points) or args.action == "aggregate":
         _show(aggregate(args.workdir, points, args.measure))
         print(f"{args.workdir}/points.csv, metrics.json, sweep.png")
-    if len(left["done"]) == len(points):
+    if args.action == "aggregate" or not left:
         return 0
-    bad = [p for p in points if p not in left["done"]]
-    if args.action == "run":
-        _show(status(args.workdir, bad))
-        print(
-            f"{len(bad)} of {len(points)} points are not done: the same command goes "
-            "on, --retry does failed ones again; what workers said is in "
-            f"{args.workdir}/workers"
-        )
-    return 1 if args.action == "run" else 0
+    _show(status(args.workdir, left))
+    print(
+        f"{len(left)} of {len(points)} points are not done: the same command goes on, "
+        "--retry does failed ones again; what workers said is in "
+        f"{args.workdir}/workers"
+    )
+    return 1
 
 
 def attend(args) -> int:
@@ -662,14 +611,13 @@ def attend(args) -> int:
     # By this signal SLURM tells a whole job of its end: submitit listens, and closes
     # the input of this process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if args.cores:
-        os.sched_setaffinity(0, map(int, args.cores.split(",")))
     for name, value in {
-        "JAX_COMPILATION_CACHE_DIR": str(args.workdir / "compiled"),  # of all workers
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "jax_compilation_cache_dir": str(args.workdir / "compiled"),  # of all workers
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():
-        os.environ.setdefault(name, value)
+        if name.upper() not in os.environ:  # what a person chose stays
+            jax.config.update(name, value)
     if args.attached:
 
         def end_with_it():
@@ -677,9 +625,6 @@ def attend(args) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=end_with_it, daemon=True).start()
-    from memsep_jax import checkpoint
-    from memsep_jax.experiments import session
-
     try:
         work(args.workdir, read(args.sweep))
     except (session.Interrupted, checkpoint.StorageError) as error:
@@ -700,8 +645,6 @@ def _resources(text) -> dict[str, Any]:
 
 
 def _show(table):
-    from memsep_jax.experiments import session
-
     session.Terminal(highlight=False, soft_wrap=True).print(table)
 
 
@@ -718,16 +661,14 @@ def main(argv=None) -> int:
     parser.add_argument("--resources", help="of each worker, in the engine's own words")
     parser.add_argument("--retry", action="store_true", help="failed points again")
     parser.add_argument("--measure", help=f"what sweep.png shows, such as {MEASURE}")
-    for hidden in ("--attached", "--cores"):  # of a worker, from its engine
-        parser.add_argument(hidden, nargs="?", const=True, help=argparse.SUPPRESS)
+    # Of a worker, from whoever starts it.
+    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.sweep = args.sweep.resolve()
     args.workdir = (args.workdir or Path("runs") / args.sweep.stem).resolve()
     try:
         if args.action == "work":
             return attend(args)
-        import jax
-
         # Whoever waits takes no device from those who work.
         jax.config.update("jax_platforms", "cpu")
         points = read(args.sweep)

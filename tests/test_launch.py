@@ -196,6 +196,7 @@ def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
     assert [row["seeds"] for row in table] == [2, 2]
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert not list((workdir / "points").glob("*.claim"))
+    assert list((workdir / "compiled").iterdir()), "what all workers share"
 
 
 @pytest.mark.slow
@@ -276,6 +277,22 @@ def test_the_picture_marks_what_has_no_result():
     named = [{"data.name": name, "seeds": 1, "r": share} for name in ("a", "b")]
     (panel,) = sweep.draw(named, ["data.name"], "r").axes
     assert [text.get_text() for text in panel.get_xticklabels()] == ["a", "b"]
+
+
+def test_fields_of_several_values_have_rows_of_their_own(tmp_path, monkeypatch):
+    """As the classes of a subset have: their text is what a row is known by."""
+    head = HEAD.replace("mlp_mixture", "digits")
+    grid = {"data.classes": [(0, 1), (2, 3)], "seeds": 2}
+    points = sweep.read(describe(tmp_path, grid, head=head))
+    for point in points:
+        (tmp_path / "out" / "points" / point.name).mkdir(parents=True)
+        found = {"memorization": {"ratio": 0.5}}
+        record.write_json(sweep.place(tmp_path / "out", point) / "metrics.json", found)
+    monkeypatch.setattr(sweep, "state", lambda workdir, point: "done")
+    sweep.aggregate(tmp_path / "out", points)
+    table = record.read_json(tmp_path / "out" / "metrics.json")["table"]
+    assert [row["data.classes"] for row in table] == ["(0, 1)", "(2, 3)"]
+    assert [row["seeds"] for row in table] == [2, 2]
 
 
 def test_nothing_is_shown_of_a_sweep_without_a_result(tmp_path, capsys):

@@ -429,7 +429,7 @@ def _lock_path(workdir, index):
     return Path(workdir) / (f".lock-{index}" if index else ".lock")
 
 
-def lock(path) -> int:
+def lock(path, tries: int = 5) -> int:
     """Takes a workdir, or what else a file stands for, until the handle is closed.
 
     Raises: ConflictError where another process has it; StorageError.
@@ -441,6 +441,9 @@ def lock(path) -> int:
     except OSError as error:
         owner = os.read(handle, 4_096).decode(errors="replace").strip()
         os.close(handle)
+        if tries:  # `gone` has it for a moment
+            time.sleep(0.01)
+            return lock(path, tries - 1)
         raise ConflictError(
             f"{path.parent} is in use by {owner or 'another process'}: wait for it, or "
             "give another --workdir"

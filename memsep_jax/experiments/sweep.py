@@ -454,7 +454,9 @@ def mean_interval(values, level=0.95) -> dict:
 
 def _values(row, axes=(*AXES, "seed")) -> tuple:
     """The values of a row or point: what tells it from the others."""
-    return tuple((axis, np.asarray(row[axis]).item()) for axis in axes if axis in row)
+    known = {axis: np.asarray(row[axis]) for axis in axes if axis in row}
+    # Of several values, such as classes, their text.
+    return tuple((k, str(row[k]) if a.ndim else a.item()) for k, a in known.items())
 
 
 def _path(session, config, point) -> Path:
