@@ -22,8 +22,9 @@ Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
                 inception and alexnet, which only look
 Learning:
-  sources       where data come from: digits, mixture, npz, folder, cifar10, tfds
-  data          a data set is an array: load, subset, label, duplicate, draw
+  sources       where data come from: digits, mixture, npz, latents, folder, cifar10,
+                tfds; in memory, or rows of a file
+  data          a data set is an array: load, subset, label, duplicate, draw, stream
   train         TrainState, what a network is asked for, train step, optimizers
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
   parallel      one mesh over all devices of all processes: batches are split, a state

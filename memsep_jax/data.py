@@ -4,9 +4,11 @@
 batch is a function of (key, step) alone, so a resumed run sees the same batches.
 """
 
+import functools
 import hashlib
 import math
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,11 @@ from absl import logging
 from PIL import Image
 
 from memsep_jax.sources import (
+    BLOCK,
     BRANCH,
     MAX_HELD_OUT,
     DataError,
+    Rows,
     Source,
     check_resolution,
     check_source,
@@ -26,13 +30,16 @@ from memsep_jax.sources import (
 )
 
 LABELS = ("none", "true", "random", "unique")
+AHEAD = 2  # batches that are read while the device is at work
+KEPT = 2**17  # numbers of the epochs' permutations that are made at once
 HELD_OUT_SHARE = 0.165  # of a source without a test split: 297 of the 1,797 digits
 
 
 class Dataset(NamedTuple):
     """Training points and, for a conditional model, their labels."""
 
-    x: jax.Array  # [n, *event] float32; images in [-1, 1]
+    # [n, *event] float32; images in [-1, 1]. On disk: Rows, uint8 pixels or float32.
+    x: jax.Array | Rows
     label: jax.Array | None = None  # [n] int32
 
 
@@ -43,6 +50,7 @@ class Splits(NamedTuple):
     held_out: Dataset | None
     fingerprint: str  # SHA-256 of both
     num_distinct: int  # different points in train
+    pixels: bool = True  # whether points [h, w, c] are images
 
 
 # From pools to what a run trains on.
@@ -134,6 +142,10 @@ def select(
         num_held_out=num_held_out, classes=classes, balanced=balanced, labels=labels
     )
     cuts = [_cut(source, "the source", resolution=resolution, **asked)]
+    if mix and isinstance(source.images, Rows):
+        raise ValueError(
+            f"mix={mix} of data that stay on disk: stream=False, or write one .npz"
+        )
     if mix:
         cuts.append(_cut(mix_from, "mix_from", like=cuts[0].images, **asked))
     # Against the whole pool, not the subset: the same set for every seed and size.
@@ -172,7 +184,7 @@ def select(
             "image; lower num_labels to at most that, or raise num_examples"
         )
     x, true_labels = _take(pool, pool_labels, order[skip : skip + n])
-    tests = [c[2:] for c in cuts]
+    tests = [c[2:4] for c in cuts]
     held, held_labels, rows = _mixed(tests, [np.arange(len(t[0])) for t in tests], mix)
     limit = MAX_HELD_OUT if num_held_out is None else num_held_out
     held, held_labels = _take(held, held_labels, rows[:limit] if mix else rows)
@@ -196,9 +208,10 @@ def select(
         x, label = _take(x, label, _first_rows(x))
     return Splits(
         _dataset(x, label),
-        _dataset(held, held_label) if len(held) else None,
+        _dataset(np.asarray(held), held_label) if len(held) else None,
         fingerprint(x, label, held, held_label),
         len(set(digests(x))),
+        source.pixels,
     )
 
 
@@ -223,6 +236,12 @@ def random_labels(key, n: int, classes: int):
     return jax.random.randint(key, (n,), 0, classes, jnp.int32)
 
 
+def read(data: Dataset) -> Dataset:
+    """Points that stay on disk, as they are in memory; those there as they are."""
+    x, label = data
+    return _dataset(np.asarray(x), label) if isinstance(x, Rows) else data
+
+
 def deduplicate(data: Dataset) -> Dataset:
     """The first occurrence of each point, in the original order."""
     return Dataset(*_take(*data, _first_rows(np.asarray(data.x))))
@@ -242,8 +261,7 @@ def indices(n: int, key, step, size: int, reshuffle: bool = True):
       reshuffle: False: every epoch has the permutation of the first.
     Returns: [size] int32 in 0..n-1.
     """
-    if not (0 < n < 2**27 and 0 < size < 2**27):
-        raise ValueError(f"n={n} and batch size={size} must be in 1 .. 2**27 - 1")
+    _check_batch(n, size)
     # step * size overflows 32 bits, so it is summed over the bits of step from
     # exact quotients and remainders; an epoch wraps, a remainder never does.
     powers = [divmod(size << bit, n) for bit in range(32)]
@@ -258,10 +276,48 @@ def indices(n: int, key, step, size: int, reshuffle: bool = True):
     epochs = epoch + jnp.arange(touched, dtype=jnp.uint32)
     if not reshuffle:
         epochs = jnp.zeros_like(epochs)
-    permutations = jax.vmap(
-        lambda e: jax.random.permutation(jax.random.fold_in(key, e), n)
-    )(epochs)
-    return permutations[place // n, place % n].astype(jnp.int32)
+    return _permutations(key, epochs, n)[place // n, place % n].astype(jnp.int32)
+
+
+def order(n: int, key, size: int, reshuffle: bool = True):
+    """(step) -> what `indices` says, on the host.   Returns: [size] int32.
+
+    A step sorts n random numbers for every epoch that it touches, if it asks `indices`:
+    here an epoch's are sorted once.
+    """
+    _check_batch(n, size)
+    together = max(1, KEPT // n)
+    permutations = jax.jit(_permutations, static_argnums=2)
+
+    @functools.lru_cache(maxsize=2)  # a batch may begin in one and end in the next
+    def block(number):
+        epochs = np.arange(number * together, (number + 1) * together) % 2**32
+        return np.asarray(permutations(key, epochs.astype(np.uint32), n))
+
+    def rows(step):
+        epoch, place = divmod(np.arange(step * size, (step + 1) * size), n)
+        if not reshuffle:
+            epoch = np.zeros_like(epoch)
+        number, epoch = divmod(epoch, together)
+        found = np.empty(size, np.int32)
+        for i in np.unique(number):
+            here = number == i
+            found[here] = block(int(i))[epoch[here], place[here]]
+        return found
+
+    return rows
+
+
+def _check_batch(n, size):
+    if not (0 < n < 2**27 and 0 < size < 2**27):
+        raise ValueError(f"n={n} and batch size={size} must be in 1 .. 2**27 - 1")
+
+
+def _permutations(key, epochs, n):
+    """That of each epoch.   epochs [k] uint32 -> [k, n]."""
+    return jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(key, e), n))(
+        epochs
+    )
 
 
 def draw(
@@ -274,15 +330,56 @@ def draw(
       reshuffle: as in `indices`.
     Returns: Dataset of [size, *event] and [size] labels.
     """
-    if flip and data.x.ndim != 4:
-        raise ValueError(f"flip=True mirrors images; x has shape {data.x.shape}")
     rows = indices(len(data.x), key, step, size, reshuffle)
-    x = jnp.asarray(data.x)[rows]
+    batch = jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
+    return augment(batch, key, step, flip)
+
+
+def stream(data: Dataset, rows_of, sharding):
+    """(step) -> batch `step` of points that stay on disk, where a sharding says.
+
+    The next AHEAD are read meanwhile; each process reads its own part of each. Pixels
+    stay uint8: `augment` makes floats of them.
+
+    Args: rows_of, as `order` gives it.
+    """
+    pool, ahead = ThreadPoolExecutor(1), {}
+
+    def read_batch(step):
+        rows = rows_of(step)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(
+                (len(rows), *a.shape[1:]),
+                sharding,
+                lambda at: np.asarray(a[rows[at[0]]]),
+            ),
+            data,
+        )
+
+    def batch(step):
+        for k in range(step, step + AHEAD + 1):
+            if k not in ahead:
+                ahead[k] = pool.submit(read_batch, k)
+        return ahead.pop(step).result()
+
+    return batch
+
+
+def augment(batch: Dataset, key, step, flip: bool = False) -> Dataset:
+    """What `draw` does with the examples of a batch; uint8 pixels become floats."""
+    x: Any = batch.x
+    if flip and x.ndim != 4:
+        raise ValueError(f"flip=True mirrors images; x has shape {x.shape}")
+    if x.dtype == np.uint8:
+        # Looked up: compiled, a division may be rounded in another way.
+        x = jnp.asarray(from_uint8(np.arange(256)))[x]
     if flip:
         branch = jax.random.fold_in(key, BRANCH)  # fold_in(key, step) is an epoch's
-        flips = jax.random.bernoulli(jax.random.fold_in(branch, step), shape=(size,))
+        flips = jax.random.bernoulli(
+            jax.random.fold_in(branch, step), shape=x.shape[:1]
+        )
         x = jnp.where(flips[:, None, None, None], x[:, :, ::-1], x)
-    return Dataset(x, None if data.label is None else jnp.asarray(data.label)[rows])
+    return batch._replace(x=x)
 
 
 # Checks.
@@ -380,7 +477,7 @@ def _cut(
 
     pool, pool_labels = _keep_classes(*source[:2], classes)
     if tested:
-        held, held_labels = _keep_classes(*source[2:], classes)
+        held, held_labels = _keep_classes(*source[2:4], classes)
         count = min(len(held), MAX_HELD_OUT) if num_held_out is None else num_held_out
         if count > len(held):
             raise ValueError(
@@ -403,7 +500,7 @@ def _cut(
     elif resolution is not None:
         size = resolution, resolution
         pool, held = _resize(pool, size), _resize(held, size)
-    return Source(pool, pool_labels, held, held_labels)
+    return Source(pool, pool_labels, held, held_labels, source.pixels)
 
 
 def _unseen(cut, seen):
@@ -413,7 +510,7 @@ def _unseen(cut, seen):
         return cut
     logging.info("%d held-out equal a training one: removed", fresh.count(False))
     held = _take(cut.test_images, cut.test_labels, np.array(fresh, bool))
-    return Source(*cut[:2], *held)
+    return Source(*cut[:2], *held, cut.pixels)
 
 
 def _interleave(order, labels):
@@ -453,6 +550,8 @@ def _mixed(parts, orders, share, block=1):
 
 
 def _dataset(x, label):
+    if isinstance(x, Rows):
+        return Dataset(x, None if label is None else np.asarray(label, np.int32))
     x = from_uint8(x) if x.dtype == np.uint8 else x
     return Dataset(jnp.array(x), None if label is None else jnp.array(label, jnp.int32))
 
@@ -475,6 +574,11 @@ def _alike(x, like):
 def _resize(x, size):
     if x.shape[1:3] == size:
         return x
+    if isinstance(x, Rows):
+        raise ValueError(
+            f"resolution={size[0]} of images {x.shape[1:3]} that stay on disk: resize "
+            "them where the .npz is written, or stream=False"
+        )
     resized = np.empty((len(x), *size, x.shape[3]), np.uint8)
     for image, out in zip(x, resized, strict=True):
         for c in range(x.shape[3]):  # one by one: any number of channels
@@ -500,8 +604,10 @@ def fingerprint(*arrays) -> str:
         if array is None:
             digest.update(b"none;")
             continue
-        array = np.asarray(array)
-        array = np.ascontiguousarray(array, array.dtype if array.ndim > 1 else np.int32)
+        if array.ndim == 1:
+            array = np.asarray(array, np.int32)
         digest.update(f"{array.dtype.str}{array.shape};".encode())
-        digest.update(array.data)
+        for start in range(0, len(array), BLOCK):
+            block = np.asarray(array[start : start + BLOCK])
+            digest.update(np.ascontiguousarray(block).data)
     return digest.hexdigest()

@@ -30,7 +30,8 @@ def train() -> ConfigDict:
             mix=0.0,  # share of the points that is from another source:
             mix_from=placeholder(str),  # the name of one without arguments; an .npz
             deduplicate=placeholder(bool),  # each distinct point once
-            path=placeholder(str),  # npz, folder
+            path=placeholder(str),  # npz, latents, folder
+            stream=placeholder(bool),  # npz, latents, tfds: the images stay on disk
             skip_bad=placeholder(bool),  # folder: without what cannot be read
             dataset=placeholder(str),  # tfds
             data_dir=placeholder(str),  # cifar10, tfds

@@ -1,6 +1,8 @@
 """Which training points are nearest to a sample, exactly, at the speed of a product."""
 
+import functools
 import hashlib
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 CONTENDERS = 16  # beyond k, recomputed by differences
+PART = 2**28  # bytes of points on disk that are read at a time
 DOUBTED = 8  # samples compared with every point by differences, at a time
 
 
@@ -23,7 +26,7 @@ class Neighbours(NamedTuple):
 def distinct(data):
     """Which rows are the first of their kind.   data [n, *e] -> sorted indices [k]."""
     first: dict[bytes, int] = {}
-    for i, row in enumerate(np.asarray(data)):
+    for i, row in enumerate(data):
         row = row + np.zeros((), row.dtype)  # -0.0 is 0.0
         first.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), i)
     return np.array([*first.values()], int)
@@ -47,7 +50,8 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
     themselves, distances[:, 1] is that to the nearest other point.
 
     Args:
-      data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1.
+      data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1; or what stays
+        on disk (sources.Rows): then PART bytes at a time are read, for all samples.
       chunk, block: samples and training points looked at together.
       devices: over which the data are split; by default all of this process. Of several
         processes, jax.devices(): then all of them ask for the same samples together.
@@ -57,7 +61,8 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
       ValueError: k larger than the number of distinct points, or shapes or units that
         differ.
     """
-    data = np.asarray(data)
+    on_disk = not isinstance(data, (np.ndarray, jax.Array, list, tuple))
+    data = data if on_disk else np.asarray(data)
     if chunk < 1 or block < 1:
         raise ValueError(f"chunk={chunk} and block={block} must be at least 1")
     first = distinct(data)
@@ -67,28 +72,15 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
             f"k={k} neighbours were asked of {n} distinct training points: "
             "use more data, or the distance to the nearest one only (k=1)"
         )
-    points = _flat(data if n == len(data) else data[first])
-    # Distances do not change when all is centred, and rounding shrinks with the norms.
-    centre = points.mean(axis=0, dtype=np.float64).astype(np.float32)
+    event, dtype = data.shape[1:], data.dtype
     devices = np.array(jax.local_devices() if devices is None else devices)
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    shares, event, dtype = _shares(points, mesh), data.shape[1:], data.dtype
+    part = max(k, PART // (dtype.itemsize * math.prod(event))) if on_disk else n
 
-    def answer(x, size, every):
-        """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
-        m, x = len(x), np.pad(_flat(x), [(0, size - len(x)), (0, 0)])
-        parts = _search(shares, centre, x, n, k, block, mesh, every)
-        # Waited for: np.asarray of what found no memory would end the process.
-        squares, numbers, others = (
-            np.asarray(part)[:m] for part in jax.block_until_ready(parts)
-        )
-        # Shares are in the order of the data: of equal ones, the lowest index.
-        order = np.argsort(squares, axis=1, kind="stable")[:, :k]
-        squares, numbers = (
-            np.take_along_axis(a, order, axis=1) for a in (squares, numbers)
-        )
-        largest = squares[:, -1] / _shrink(x.shape[1])
-        return squares, numbers, ~(largest < others.min(axis=1))  # NaN is in doubt
+    @functools.lru_cache(maxsize=1)  # what fits is read once
+    def part_of(start):
+        rows = first[start : start + part]
+        points = data if len(rows) == len(data) else data[rows]
+        return _searcher(_flat(np.asarray(points)), min(k, len(rows)), block, devices)
 
     def search(samples) -> Neighbours:
         samples = np.asarray(samples)
@@ -102,6 +94,48 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
                 f"samples of dtype {samples.dtype} against data of dtype {dtype}: "
                 "uint8 pixels have other units; data.from_uint8 takes them to [-1, 1]"
             )
+        samples = _flat(samples)
+        squares = np.empty((len(samples), 0), np.float32)
+        numbers = np.empty((len(samples), 0), int)
+        for start in range(0, n, part):
+            found = part_of(start)(samples, chunk)
+            squares, numbers = _nearest(
+                np.concatenate([squares, found[0]], axis=1),
+                np.concatenate([numbers, found[1] + start], axis=1),
+                k,
+            )
+        unit = np.float32(127.5 if pixels else 1)
+        return Neighbours(np.sqrt(squares) / unit, first[numbers])
+
+    if not on_disk:
+        part_of(0)  # what does not fit says so now
+    return search
+
+
+def _searcher(points, k, block, devices):
+    """points [n, d], all different -> (samples [m, d], chunk) -> squares and numbers.
+
+    Returns: both [m, k], as the answer of `_search` for each of them.
+    """
+    n = len(points)
+    # Distances do not change when all is centred, and rounding shrinks with the norms.
+    centre = points.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    shares = _shares(points, mesh)
+
+    def answer(x, size, every):
+        """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
+        m, x = len(x), np.pad(x, [(0, size - len(x)), (0, 0)])
+        parts = _search(shares, centre, x, n, k, block, mesh, every)
+        # Waited for: np.asarray of what found no memory would end the process.
+        squares, numbers, others = (
+            np.asarray(part)[:m] for part in jax.block_until_ready(parts)
+        )
+        squares, numbers = _nearest(squares, numbers, k)
+        largest = squares[:, -1] / _shrink(x.shape[1])
+        return squares, numbers, ~(largest < others.min(axis=1))  # NaN is in doubt
+
+    def search(samples, chunk):
         m = len(samples)
         squares, numbers = np.empty((m, k), np.float32), np.empty((m, k), int)
         doubted = np.zeros(m, bool)
@@ -113,10 +147,15 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
             )
         for rows in _cut(np.flatnonzero(doubted), DOUBTED):
             squares[rows], numbers[rows], _ = answer(samples[rows], DOUBTED, every=True)
-        unit = np.float32(127.5 if pixels else 1)
-        return Neighbours(np.sqrt(squares) / unit, first[numbers])
+        return squares, numbers
 
     return search
+
+
+def _nearest(squares, numbers, k):
+    """The k nearest of candidates [m, j], in the order of the data: first on ties."""
+    order = np.argsort(squares, axis=1, kind="stable")[:, :k]
+    return tuple(np.take_along_axis(a, order, axis=1) for a in (squares, numbers))
 
 
 def _flat(x):

@@ -6,10 +6,14 @@ arrays. Nothing is unpickled, no archive is extracted, and TensorFlow is never n
 
 import hashlib
 import inspect
+import mmap
 import os
 import re
+import struct
 import tarfile
+import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +29,7 @@ from memsep_jax.mixture import LAWS, Law, sample
 BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 MAX_HELD_OUT = 10_000
 MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
+BLOCK = 1_024  # rows that are looked at together
 KINDS = "bmp gif jpeg jpg pgm png ppm tif tiff webp"
 SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -52,13 +57,38 @@ class DataError(ValueError):
     exit_code = 3
 
 
+class Rows:
+    """Rows of an array that stays on disk, in an order: read where they are asked for.
+
+    rows[i], of a slice or of integers [k], are Rows too; np.asarray(rows) reads them.
+    """
+
+    def __init__(self, array, rows=None):
+        self.array, self.dtype, self.ndim = array, array.dtype, array.ndim
+        self.rows = np.arange(len(array)) if rows is None else rows
+        self.shape = len(self.rows), *array.shape[1:]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return Rows(self.array, self.rows[index])
+
+    def __iter__(self):
+        return (self.array[row] for row in self.rows)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array[self.rows], dtype)
+
+
 class Source(NamedTuple):
     """The pools of a source as read, before any choice."""
 
-    images: np.ndarray  # uint8 or float32 [n, h, w, c], or float32 [n, d]
+    images: np.ndarray | Rows  # uint8 or float32 [n, h, w, c], or float32 [n, d]
     labels: np.ndarray | None = None  # [n] integer
-    test_images: np.ndarray | None = None
+    test_images: np.ndarray | Rows | None = None
     test_labels: np.ndarray | None = None
+    pixels: bool = True  # [n, h, w, c] are images; else latents, of any values
 
 
 def digits() -> Source:
@@ -130,34 +160,87 @@ def _check_numbers(k, d, size=0):
         )
 
 
-def npz(path) -> Source:
+def npz(path, stream: bool = False) -> Source:
     """The .npz layout: train_images and, optional, train_labels, test_images, ...
 
     Images are uint8 or float32 in [-1, 1], [n, h, w, c]; vectors float32 [n, d].
 
+    Args: stream: they stay on disk, as Rows of a file that np.savez wrote.
     Raises:
       DataError: the file is missing, damaged, or holds anything else.
     """
-    found, names = _arrays(path, KEYS)
+    return _pools(path, stream, pixels=True)
+
+
+def latents(path, stream: bool = False) -> Source:
+    """An .npz as `npz`, of what an autoencoder made of images: float32 [n, h, w, c].
+
+    They may have any finite values; a spread near `prediction.sigma_data` is best.
+    """
+    return _pools(path, stream, pixels=False)
+
+
+def _pools(path, stream, pixels):
+    found, names = _arrays(path, KEYS[1::2] if stream else KEYS, only=stream)
+    if stream:
+        found |= {key: Rows(_mapped(path, key)) for key in KEYS[::2] if key in names}
     if "train_images" not in found:
         raise DataError(
             f"{path}: not a readable .npz (no 'train_images' among {names}); write it "
             "again by np.savez(path, train_images=...)"
         )
-    pools = Source(found["train_images"], *(found.get(key) for key in KEYS[1:]))
+    pools = Source(*(found.get(key) for key in KEYS), pixels)
+    if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
+        raise DataError(
+            f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
+            "latents: float32 [n, h, w, c]; data.name=npz reads images and vectors"
+        )
     check_source(pools, str(path))
     return pools
 
 
-def _arrays(path, keys):
-    """(those of an .npz that are among keys, all its names); an .npy is one "array"."""
+def _mapped(path, name):
+    """An array of an .npz as a map of the file: nothing of it is read.
+
+    Raises: DataError where it is compressed, or of no plain numbers.
+    """
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it is compressed")
+            # A member begins with 30 bytes, the last four the lengths of two texts.
+            file.seek(member.header_offset + 26)
+            texts = sum(struct.unpack("<HH", file.read(4)))
+            file.seek(member.header_offset + 30 + texts)
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("it is of no plain numbers")
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+            if by_columns or dtype.hasobject:
+                raise ValueError("it is of objects, or stored by columns")
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.ndarray(shape, dtype, whole, file.tell())
+    except (OSError, TypeError, ValueError, OverflowError, struct.error) as error:
+        raise DataError(
+            f"{path}: {name} cannot be read in place, as data.stream=True does "
+            f"({error}); write it again by np.savez, not np.savez_compressed"
+        ) from error
+
+
+def _arrays(path, keys, only=False):
+    """(those of an .npz that are among keys, all its names); an .npy is one "array".
+
+    Args: only: what is alone in its file is not taken under another name.
+    """
     try:
         # Opened here: np.load leaves the file of a damaged .npz open.
         with open(path, "rb") as file:
             read = np.load(file, allow_pickle=False)
             read = {"array": read} if isinstance(read, np.ndarray) else read
             names = sorted(read)
-            chosen = [key for key in keys if key in names] or names[: len(names) == 1]
+            chosen = [key for key in keys if key in names]
+            if not chosen and len(names) == 1 and not only:
+                chosen = names
             return {key: read[key] for key in chosen}, names
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of an .npz") from None
@@ -276,9 +359,13 @@ def cifar10(data_dir=None) -> Source:
     )
 
 
-def tfds(dataset: str, data_dir=None) -> Source:
+def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """An image set of TensorFlow Datasets that is, or can be, prepared without TF.
 
+    Its array_record is decoded once, beside it. Its test split, or else its validation
+    split, is what is held out.
+
+    Args: stream: the images stay on disk.
     Raises:
       DataError: not prepared as array_record, and cannot be prepared here.
     """
@@ -301,6 +388,7 @@ def tfds(dataset: str, data_dir=None) -> Source:
         builder,
         "prepare it where TensorFlow and a network are at hand "
         f"(tfds build {dataset} --file_format=array_record) and copy it below {root}",
+        stream,
     )
 
 
@@ -308,6 +396,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "mixture": mixture,
     "npz": npz,
+    "latents": latents,
     "folder": folder,
     "cifar10": cifar10,
     "tfds": tfds,
@@ -391,7 +480,7 @@ def _whole(where, role, resolution, skip_bad, cut):
             f"{where}: no such folder of images, no .npz or .npy file, and no data set "
             f"of that name ({error})"
         ) from error
-    x, label = pools[2:] if role == "held_out" else pools[:2]
+    x, label = pools[2:4] if role == "held_out" else pools[:2]
     if x is None and cut:  # a part that was cut off by hand
         x, label = pools[:2]
     if x is None:
@@ -445,14 +534,14 @@ def check_resolution(resolution):
 
 def check_source(source, where, warn=True):
     """Refuse what training would only fail on later; `where` names the file."""
-    _check_points(source.images, f"{where}: train_images", warn)
+    _check_points(source.images, f"{where}: train_images", warn, source.pixels)
     _check_labels(source.labels, len(source.images), f"{where}: train_labels")
     test = source.test_images
     if test is None:
         if source.test_labels is not None:
             raise DataError(f"{where}: test_labels without test_images")
         return
-    _check_points(test, f"{where}: test_images", warn)
+    _check_points(test, f"{where}: test_images", warn, source.pixels)
     _check_labels(source.test_labels, len(test), f"{where}: test_labels")
     if (test.shape[1:], test.dtype) != (source.images.shape[1:], source.images.dtype):
         raise DataError(
@@ -461,21 +550,27 @@ def check_source(source, where, warn=True):
         )
 
 
-def _check_points(x, where, warn):
+def _check_points(x, where, warn, pixels=True):
     if (x.dtype.name, x.ndim) not in {("uint8", 4), ("float32", 4), ("float32", 2)}:
         raise DataError(
             f"{where} is {x.dtype}{x.shape}; it must be uint8 or float32 [n, h, w, c], "
             "or float32 [n, d]"
         )
-    if not x.size:
+    if 0 in x.shape:
         raise DataError(f"{where} is empty: {x.shape}")
-    rows = x.reshape(len(x), -1)
+    limits = np.empty((len(x), 2), x.dtype)
+    for start in range(0, len(x), BLOCK):  # what is on disk may be larger than memory
+        rows = np.asarray(x[start : start + BLOCK])
+        rows = rows.reshape(len(rows), -1)
+        limits[start : start + BLOCK, 0] = rows.min(axis=1)  # NaN, where there is one
+        limits[start : start + BLOCK, 1] = rows.max(axis=1)
+    low, high = limits.T
     if x.dtype == np.float32:
-        _refuse(~np.isfinite(rows).all(axis=1), where, "NaN or Inf")
-        if x.ndim == 4:
-            out = (rows < -1).any(axis=1) | (rows > 1).any(axis=1)
+        _refuse(~np.isfinite(limits).all(axis=1), where, "NaN or Inf")
+        if x.ndim == 4 and pixels:
+            out = (low < -1) | (high > 1)
             _refuse(out, where, "values outside [-1, 1]")
-    constant = np.flatnonzero(rows.min(axis=1) == rows.max(axis=1))
+    constant = np.flatnonzero(low == high)
     if warn and x.ndim == 4 and len(constant):
         logging.warning(
             "%s: %d constant images, the first at %d", where, len(constant), constant[0]
@@ -522,7 +617,7 @@ def _data_dir(data_dir):
     return Path(data_dir or default).expanduser()
 
 
-def _prepared(builder, way_out):
+def _prepared(builder, way_out, stream=False):
     """Prepare a TFDS builder if need be, decode it once, keep that as an .npz."""
     import tensorflow_datasets
     from tensorflow_datasets.core.download import downloader
@@ -530,7 +625,7 @@ def _prepared(builder, way_out):
     cache = Path(builder.data_path) / "memsep_jax.npz"
     if cache.exists():
         try:
-            return npz(cache)
+            return npz(cache, stream)
         except DataError as error:
             logging.warning("%s; decoding again", error)
     tensorflow_datasets.disable_progress_bar()
@@ -550,48 +645,63 @@ def _prepared(builder, way_out):
             f"{builder.name}: cannot be prepared or read below {builder.data_path} "
             f"({type(error).__name__}: {str(error)[:300]}); {way_out}"
         ) from error
-    decoded = _decode(read, builder.name)
-    pairs = zip(KEYS, decoded, strict=True)
-    arrays = {key: value for key, value in pairs if value is not None}
     part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
+        _decode(read, builder.name, part)
         os.replace(part, cache)
+        return npz(cache, stream)
     except OSError as error:
         logging.warning("%s: not cached (%s)", cache, error)
+    finally:
         part.unlink(missing_ok=True)
-    return decoded
+    if stream:
+        raise DataError(f"{cache}: data.stream=True needs it: free some space for it")
+    with tempfile.TemporaryDirectory() as folder:
+        _decode(read, builder.name, Path(folder) / cache.name)
+        return npz(Path(folder) / cache.name)
 
 
-def _decode(read, name):
-    """The pools of prepared TFDS splits, decoded by one pass over each."""
-    pools = []
-    for split in ("train", "test"):
-        if split not in read:
-            pools += [None, None]
-            continue
-        examples = read[split]
-        if not len(examples) or "image" not in examples[0]:
-            raise DataError(f"{name}: no images in split {split!r}; take another set")
-        shape, labelled = examples[0]["image"].shape, "label" in examples[0]
-        images = np.empty((len(examples), *shape), examples[0]["image"].dtype)
-        labels = np.empty(len(examples), np.int32) if labelled else None
-        for i, example in enumerate(examples):
-            if example["image"].shape != shape:
-                raise DataError(
-                    f"{name}: images differ in size ({shape}, {example['image'].shape} "
-                    "...); save them as files and use the source 'folder'"
-                )
-            images[i] = example["image"]
-            if labels is not None:
-                labels[i] = example["label"]
-        pools += [images, labels]
-    if pools[0] is None:
+def _decode(read, name, path):
+    """Writes the splits of a prepared TFDS set as an .npz, image by image."""
+    if "train" not in read:
         raise DataError(f"{name}: no split 'train' among {sorted(read)}")
-    decoded = Source(*pools)
-    check_source(decoded, name)
-    return decoded
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, role in (("train", "train"), (_tested(read), "test")):
+            if split not in read:
+                continue
+            examples = read[split]
+            if not len(examples) or "image" not in examples[0]:
+                raise DataError(
+                    f"{name}: no images in split {split!r}; take another set"
+                )
+            first = examples[0]["image"]
+            header = {
+                "descr": np.lib.format.dtype_to_descr(first.dtype),
+                "fortran_order": False,
+                "shape": (len(examples), *first.shape),
+            }
+            labels = []
+            with archive.open(f"{role}_images.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for example in examples:
+                    image = example["image"]
+                    if image.shape != first.shape:
+                        raise DataError(
+                            f"{name}: images differ in size ({first.shape}, "
+                            f"{image.shape} ...); save them as files and use the "
+                            "source 'folder'"
+                        )
+                    file.write(np.ascontiguousarray(image, first.dtype).data)
+                    labels.append(example.get("label"))
+            if "label" in examples[0]:
+                with archive.open(f"{role}_labels.npy", "w") as file:
+                    labels = np.array(labels, np.int32)
+                    np.lib.format.write_array(file, labels, allow_pickle=False)
+
+
+def _tested(read):
+    """The split that is held out."""
+    return "test" if "test" in read else "validation"
 
 
 def _cifar_batches(path):

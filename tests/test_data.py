@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsep_jax import data
+from memsep_jax import data, parallel
 
 KEY = jax.random.key(0)
 
@@ -405,6 +405,19 @@ def test_a_late_step_is_exact(n, size):
     order = jax.random.permutation(jax.random.fold_in(KEY, epoch % 2**32), n)
     got = data.indices(n, KEY, np.uint32(step), size)
     np.testing.assert_array_equal(got[: n - place], order[place : place + size])
+    np.testing.assert_array_equal(data.order(n, KEY, size)(step), got)
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 40), size=st.integers(1, 90), reshuffle=st.booleans())
+def test_the_host_has_the_order_of_the_device(n, size, reshuffle):
+    """Also where a batch holds several of the blocks that are made at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "KEPT", 50)
+        rows_of = data.order(n, KEY, size, reshuffle)
+    for step in (0, 1, 7, 3):
+        expected = data.indices(n, KEY, step, size, reshuffle)
+        np.testing.assert_array_equal(rows_of(step), expected)
 
 
 def test_a_batch_depends_on_its_step_alone():
@@ -427,6 +440,70 @@ def test_flips_mirror_half_of_the_images_and_nothing_else():
     same = np.all(plain.x == got.x, axis=(1, 2, 3))
     mirrored = np.all(plain.x[:, :, ::-1] == got.x, axis=(1, 2, 3))
     assert np.all(same | mirrored) and 150 < mirrored.sum() < 250
+
+
+# What stays on disk.
+
+CHOICES = (
+    {},
+    {"num_examples": 10, "skip": 4, "seed": 3},
+    {"classes": (0, 2), "labels": "true"},
+    {"num_examples": 9, "balanced": True, "labels": "true"},
+    {"duplicates": 0.3, "copies": 2, "labels": "unique"},
+    {"duplicates": 0.3, "copies": 2, "deduplicate": True},
+    {"labels": "random", "num_labels": 3, "num_held_out": 5},
+)
+
+
+def on_disk(source):
+    """The same pools as Rows, whose arrays are never read whole."""
+    images, test = (
+        x if x is None else data.Rows(x) for x in (source.images, source.test_images)
+    )
+    return source._replace(images=images, test_images=test)
+
+
+@pytest.mark.parametrize("test", [0, 20])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_among_rows_on_disk_is_that_in_memory(choice, test):
+    source = pool(test=test)
+    one, two = data.select(source, **choice), data.select(on_disk(source), **choice)
+    assert isinstance(two.train.x, data.Rows) and two.train.x.dtype == np.uint8
+    assert not isinstance(two.held_out.x, data.Rows)
+    assert one.fingerprint == two.fingerprint
+    assert one.num_distinct == two.num_distinct
+    for a, b in zip(
+        jax.tree.leaves((one.train, one.held_out)),
+        jax.tree.leaves((data.read(two.train), two.held_out)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_streamed_batch_is_the_one_that_is_drawn(flip):
+    """To the last bit, from any step on, each device with its part."""
+    choice = dict(labels="unique")
+    whole = data.select(pool(), **choice).train
+    disk = data.select(on_disk(pool()), **choice).train
+    split = parallel.by_batch(parallel.make_mesh())
+    augment = jax.jit(lambda batch, step: data.augment(batch, KEY, step, flip))
+    for start in (0, 5):
+        batches = data.stream(disk, data.order(50, KEY, 8), split)
+        for step in range(start, start + 4):
+            batch = batches(step)
+            assert batch.x.sharding == split and batch.x.dtype == np.uint8
+            got = augment(batch, step)
+            drawn = data.draw(whole, KEY, step, 8, flip)
+            np.testing.assert_array_equal(got.x, drawn.x)
+            np.testing.assert_array_equal(got.label, drawn.label)
+
+
+def test_what_would_read_all_of_it_is_refused():
+    source = on_disk(pool())
+    for choice in ({"mix": 0.5, "mix_from": pool()}, {"resolution": 2}):
+        with pytest.raises(ValueError, match="stay on disk"):
+            data.select(source, **choice)
 
 
 def test_batches_refuse_what_has_no_meaning():

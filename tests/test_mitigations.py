@@ -107,8 +107,12 @@ def test_a_train_step_has_the_data_as_an_argument():
         jax.jit(setup.make_step(config, parts, parallel.make_mesh()))
         for config in (smooth, small())
     ]
+    batch = data.Dataset(x[:8])
     for points, same in ((one, True), (parts.splits.train, False)):
-        values = [step(state, points)[1]["loss"] for step in steps]
+        own = one if same else batch
+        values = [
+            step(state, data.Dataset(own.x[:8]), points)[1]["loss"] for step in steps
+        ]
         assert np.isclose(*values, rtol=1e-5) == same
 
 

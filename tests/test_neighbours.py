@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from memsep_jax import data as images
 from memsep_jax import neighbours
+from memsep_jax.sources import Rows
 
 RNG = np.random.default_rng(0)
 FEW = settings(deadline=None, max_examples=8)
@@ -36,6 +37,25 @@ def test_ties_go_to_the_lowest_index():
     data = np.array([[2.0], [0.0], [1.0], [0.0], [2.0]], np.float32)
     found = neighbours.nearest(np.array([[1.0], [0.5], [0.0]]), data, k=3)
     np.testing.assert_array_equal(found.indices, [[2, 0, 1], [1, 2, 0], [1, 2, 0]])
+
+
+@FEW
+@given(
+    seed=st.integers(0, 10**6),
+    part=st.sampled_from([1, 24, 100, 10**6]),
+    chunk=st.sampled_from([4, 100]),
+    dtype=st.sampled_from([np.float32, np.uint8]),
+)
+def test_points_on_disk_are_searched_part_by_part(seed, part, chunk, dtype):
+    """One part, some, or a part for every k points: always the same answer."""
+    data, samples = grid_points(seed, 60, 3), grid_points(seed + 1, 9, 3)
+    data, samples = data.astype(dtype), samples.astype(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "PART", part)
+        search = neighbours.searcher(Rows(data), 3, chunk)
+    found, whole = search(samples), neighbours.nearest(samples, data, 3)
+    np.testing.assert_array_equal(found.indices, whole.indices)
+    np.testing.assert_array_equal(found.distances, whole.distances)
 
 
 def test_minus_zero_is_zero():

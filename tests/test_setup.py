@@ -213,27 +213,72 @@ def test_the_step_has_the_average_and_the_order_of_the_config():
     config.train.order = "fixed"
     config.optimizer.lr = 1e-9  # the weights stay, and so the loss but for its noise
     made = setup.build(config)
-    step = jax.jit(setup.make_step(config, made, parallel.make_mesh()))
+    step = jax.jit(setup.make_steps(config, made, parallel.make_mesh()))
     state = train.init(setup.init_params(made, jax.random.key(0)), made.tx)
     state = state.replace(ema=jax.tree.map(jnp.ones_like, state.ema))
-    after, _ = step(state, made.splits.train)
+    rows_of = setup.order(config, len(made.splits.train.x))
+    after, _ = step(state, made.splits.train, rows_of(0)[None], 0, 1)
     for a, b in zip(
         jax.tree.leaves(after.ema), jax.tree.leaves(after.params), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    seen = []
+    epoch = len(made.splits.train.x) // config.train.batch_size
+    np.testing.assert_array_equal(rows_of(0), rows_of(epoch))
+    config.train.order = "reshuffled"
+    rows_of = setup.order(config, len(made.splits.train.x))
+    assert np.any(rows_of(0) != rows_of(epoch))
 
-    def spy(dataset, key, step, size, flip, reshuffle):
-        seen.append(reshuffle)
-        return draw(dataset, key, step, size, flip, reshuffle)
 
-    draw = data.draw
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "draw", spy)
-        for config.train.order in ("fixed", "reshuffled"):
-            step = setup.make_step(config, made, parallel.make_mesh())
-            jax.eval_shape(step, state, made.splits.train)
-    assert seen == [False, True]
+def refused_at(step):
+    """A loss that is not finite at one step, whatever its batch is."""
+
+    def make(parts, config):
+        example_loss = loss(parts, config)
+
+        def broken(params, example, key):
+            bad = jnp.any(jnp.all(jax.random.key_data(key)[None] == keys, axis=1))
+            return jnp.where(bad, jnp.nan, example_loss(params, example, key))
+
+        return broken
+
+    loss = setup.loss
+    keys = jax.random.key_data(train.example_keys(setup.keys(0).train, step, 8))
+    return make
+
+
+@pytest.mark.parametrize("bad", [None, 1, 3])
+def test_several_steps_in_one_call_are_those_steps(bad, parts, monkeypatch):
+    """Also where one is refused: from then on the state stands still."""
+    if bad is not None:
+        monkeypatch.setattr(setup, "loss", refused_at(bad))
+    config, mesh = small(), parallel.make_mesh()
+    steps = jax.jit(setup.make_steps(config, parts, mesh))
+    points = parts.splits.train
+    rows_of = setup.order(config, len(points.x))
+    rows = np.stack([rows_of(step) for step in range(6)])
+    start = train.init(setup.init_params(parts, jax.random.key(0)), parts.tx)
+    start = parallel.place(start, parallel.replicated(mesh))
+
+    def taken(*counts):
+        state, first = start, 0
+        for count in counts:
+            own = np.zeros_like(rows)
+            own[:count] = rows[first : first + count]
+            state, metrics = steps(state, points, own, first, count)
+            first += count
+        return state, metrics["loss"]
+
+    one_by_one, last = taken(*6 * [1])
+    assert int(one_by_one.step) == (6 if bad is None else bad)
+    for counts in ((6,), (2, 3, 1), (4, 2)):
+        state, loss = taken(*counts)
+        for a, b in zip(
+            jax.tree.leaves(state), jax.tree.leaves(one_by_one), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+        if bad is None:
+            assert loss == last
+    assert steps._cache_size() == 1
 
 
 # What changes results.

@@ -66,7 +66,7 @@ def test_what_a_law_does_not_take_is_refused():
 
 def test_npz_reads_images_vectors_and_labels(tmp_path):
     source, path = pool(), tmp_path / "set.npz"
-    np.savez(path, **dict(zip(sources.KEYS, source, strict=True)))
+    np.savez(path, **dict(zip(sources.KEYS, source[:4], strict=True)))
     for got, stored in zip(sources.npz(path), source, strict=True):
         np.testing.assert_array_equal(got, stored)
     np.savez(path, train_images=np.full((4, 3), 7, np.float32))
@@ -146,6 +146,56 @@ def test_damaged_npz_files_are_refused(tmp_path):
             sources.npz(path)
     with pytest.raises(data.DataError, match="no such file"):
         sources.npz(tmp_path / "absent.npz")
+
+
+# What stays on disk.
+
+
+def test_rows_on_disk_are_those_in_memory(tmp_path):
+    path, source = tmp_path / "x.npz", pool()._replace(test_labels=None)
+    arrays = zip(sources.KEYS, source[:4], strict=True)
+    np.savez(path, **{key: array for key, array in arrays if array is not None})
+    got = sources.npz(path, stream=True)
+    assert isinstance(got.images, sources.Rows) and len(got.images) == len(
+        source.images
+    )
+    assert not got.images.array.flags.owndata  # a map of the file
+    np.testing.assert_array_equal(got.images, source.images)
+    np.testing.assert_array_equal(got.labels, source.labels)
+    np.testing.assert_array_equal(got.test_images, source.test_images)
+    some = got.images[np.array([7, 3, 3])][1:]
+    assert (some.shape, some.dtype) == ((2, *source.images.shape[1:]), np.uint8)
+    np.testing.assert_array_equal(some, source.images[[3, 3]])
+    np.testing.assert_array_equal(list(some), source.images[[3, 3]])
+
+
+@pytest.mark.parametrize("bad", ["compressed", "columns", "cut", "labels only"])
+def test_what_cannot_be_read_in_place_says_so(bad, tmp_path):
+    path, x = tmp_path / "x.npz", pool().images
+    save_it = np.savez_compressed if bad == "compressed" else np.savez
+    name = "train_labels" if bad == "labels only" else "train_images"
+    save_it(path, **{name: np.asfortranarray(x) if bad == "columns" else x})
+    if bad == "cut":  # inside of the array, with the end of the archive as it was
+        whole = path.read_bytes()
+        path.write_bytes(whole[:200] + whole[-200:])
+    message = {"compressed": "it is compressed.*np.savez, not", "columns": "by columns"}
+    with pytest.raises(data.DataError, match=message.get(bad, "x.npz: ")):
+        sources.npz(path, stream=True)
+
+
+def test_latents_have_any_values_and_images_have_not(tmp_path):
+    path = tmp_path / "x.npz"
+    x = np.linspace(-9, 9, 5 * 4 * 4 * 4, dtype=np.float32).reshape(5, 4, 4, 4)
+    np.savez(path, train_images=x)
+    for stream in (False, True):
+        got = sources.latents(path, stream)
+        assert not got.pixels and not data.select(got).pixels
+        np.testing.assert_array_equal(got.images, x)
+        with pytest.raises(data.DataError, match="outside"):
+            sources.npz(path, stream)
+    np.savez(path, train_images=pool().images)
+    with pytest.raises(data.DataError, match="no latents.*data.name=npz"):
+        sources.latents(path)
 
 
 def test_constant_images_are_allowed_with_a_warning(tmp_path, caplog):
@@ -356,18 +406,22 @@ def test_tfds_reads_what_is_prepared(tmp_path):
             def _split_generators(self, _):
                 return {
                     "train": self._generate_examples(),
-                    "ragged": self._generate_examples(grow=1),
+                    "validation": self._generate_examples(first=3),
                 }
 
-            def _generate_examples(self, grow=0):
-                for i in range(5):
-                    image = Image.new("L", (4 + i * grow, 4), 10 * i)
-                    yield i, {"image": image, "label": i}
+            def _generate_examples(self, first=0):
+                for i in range(first, 5):
+                    yield i, {"image": Image.new("L", (4, 4), 10 * i), "label": i}
 
     TinySet(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     got = sources.tfds("tiny_set", tmp_path)
     np.testing.assert_array_equal(got.images[:, 0, 0, 0], 10 * got.labels)
-    assert got.images.shape == (5, 4, 4, 1) and got.test_images is None
+    assert got.images.shape == (5, 4, 4, 1)
+    assert sorted(got.test_labels) == [3, 4]  # its validation split
+    streamed = sources.tfds("tiny_set", tmp_path, stream=True)
+    assert isinstance(streamed.images, sources.Rows)
+    for one, two in zip(got[:4], streamed[:4], strict=True):
+        np.testing.assert_array_equal(one, two)
     with pytest.raises(ValueError, match="neither known"):
         sources.tfds("no_such_set", tmp_path)
     with pytest.raises(ValueError, match="must be name"):

@@ -166,9 +166,10 @@ def images_of(where, role, resolution, skip_bad=False):
     else:
         splits = setup.build(defaults.restored(known)).splits
         part = splits.held_out if role == "held_out" else splits.train
-        x = None if part is None else data.to_uint8(np.asarray(part.x))
-        label = None if part is None else part.label
-    if x is None or x.ndim != 4:
+        x = None
+        if part is not None and splits.pixels:
+            x, label = data.to_uint8(np.asarray(data.read(part).x)), part.label
+    if x is None or x.ndim != 4 or x.dtype != np.uint8:
         raise DataError(
             f"--config.{role}={where} is a run without images for it: give one that "
             "has finished on images, or a folder"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from memsep_jax import parallel
+from memsep_jax import data, parallel, sources
 from memsep_jax.experiments import setup, sweep, train
 
 
@@ -28,11 +28,19 @@ def dry_run(config, say) -> Table:
     for note in parts.notes:
         say(f"note: {note}")
     state = jax.eval_shape(lambda: train.initial_state(config, parts))
-    dataset = jax.eval_shape(lambda: parts.splits.train)
+    # Points that stay on disk come as batches.
+    streamed = isinstance(parts.splits.train.x, sources.Rows)
+    dataset = None if streamed else jax.eval_shape(lambda: parts.splits.train)
+    size = config.train.batch_size
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype),
+        parts.splits.train,
+    )
     step = jax.jit(setup.make_step(config, parts, mesh))
-    flops = setup.flops(step.lower(state, dataset))
-    activations = _activations(config, parts, state, dataset)
-    model_bytes, data_bytes = _bytes(state), _bytes(dataset)
+    flops = setup.flops(step.lower(state, batch, dataset))
+    activations = _activations(config, parts, state, batch)
+    model_bytes = _bytes(state)
+    data_bytes = _bytes(batch if streamed else dataset)
     if config.run.shard:
         places = parallel.sharded(state, mesh)
         model_bytes = _bytes(jax.tree.map(_share, state, places))
@@ -57,13 +65,14 @@ def dry_run(config, say) -> Table:
     return table
 
 
-def _activations(config, parts, state, dataset):
+def _activations(config, parts, state, batch):
     """Bytes kept from the forward pass for the backward pass, before fusion."""
     size = config.train.batch_size // config.train.accumulate
     loss = setup.loss(parts, config)
 
-    def residuals(params, dataset):
-        batch = jax.tree.map(lambda a: a[jnp.zeros(size, jnp.int32)], dataset)
+    def residuals(params, batch):
+        batch = jax.tree.map(lambda a: a[:size], batch)
+        batch = data.augment(batch, jax.random.key(0), 0)
         keys = jax.random.split(jax.random.key(0), size)
         return jax.vjp(
             lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, batch, keys)), params
@@ -71,7 +80,7 @@ def _activations(config, parts, state, dataset):
 
     return max(
         0,
-        _bytes(jax.eval_shape(residuals, state.params, dataset)) - _bytes(state.params),
+        _bytes(jax.eval_shape(residuals, state.params, batch)) - _bytes(state.params),
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import checkpoint, data, memorization, neighbours, parallel
+from memsep_jax import checkpoint, data, memorization, neighbours, parallel, sources
 from memsep_jax.experiments import record, report, setup
 
 PAIRS = 12  # samples in each group of the report's pairs
@@ -58,14 +58,21 @@ def make_generate(config, parts, mesh, score_of, say=lambda text: None):
         drawn = jax.block_until_ready(generate(weights, start, count))
         drawn = np.asarray(drawn)[: stop - start]
         # Images as they would be saved: what is measured is what a person can see.
-        return data.to_uint8(drawn) if drawn.ndim == 4 else drawn
+        seen = drawn.ndim == 4 and parts.splits.pixels
+        return data.to_uint8(drawn) if seen else drawn
 
     return record.halving(samples, say, config.run.chunk, least=mesh.size)
 
 
-def as_float(x):
-    """Stored samples in the units of the data."""
-    return data.from_uint8(x) if x.dtype == np.uint8 else x
+def _on_host(x):
+    return x if isinstance(x, sources.Rows) else np.asarray(x)
+
+
+def like(points, x):
+    """Samples in the units of these training points: floats, or pixels on disk."""
+    if x.dtype == points.dtype:
+        return x
+    return data.from_uint8(x) if x.dtype == np.uint8 else data.to_uint8(x)
 
 
 def place(config, parts, session, weights, groups=("sampler",)):
@@ -99,14 +106,14 @@ def evaluate(config, parts, session, generate, weights, about: dict):
         )["x"]
 
     with session.phase("neighbours"):
-        train_x = np.asarray(parts.splits.train.x)
+        train_x = _on_host(parts.splits.train.x)
         distinct = parts.splits.num_distinct
         near = min(config.memorization.near, distinct)
         search = neighbours.searcher(train_x, near, chunk)
 
         def found_in(name, x):
             def work(start, stop):
-                return search(as_float(x[start:stop]))._asdict()
+                return search(like(train_x, x[start:stop]))._asdict()
 
             pieces = record.in_chunks(
                 folder / f"{name}-{near}", work, len(x), chunk, session, name
@@ -141,16 +148,16 @@ def _write(config, parts, session, samples, result, about):
             "calibrated_l2": calibrated.tolist(),
         },
     )
-    train_x = np.asarray(splits.train.x)
-    stored = data.to_uint8 if samples.dtype == np.uint8 else np.asarray
+    train_x = _on_host(splits.train.x)
     order = np.argsort(memorization.quotient(d1, d2), kind="stable")
     picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
     shown: dict = {}
     for name, index in picked.items():
-        shown |= pairs(name, index[:PAIRS], samples, train_x, near, stored)
+        shown |= pairs(name, index[:PAIRS], samples, train_x, near)
     record.write_npz(workdir / "pairs.npz", **shown)
     emitted = near.indices[result.memorized, 0]
-    copies = np.all(stored(train_x[near.indices[:, 0]]) == samples, axis=_axes(samples))
+    nearest = like(samples, np.asarray(train_x[near.indices[:, 0]]))
+    copies = np.all(nearest == samples, axis=_axes(samples))
     record.write_json(
         workdir / "metrics.json",
         {
@@ -180,16 +187,16 @@ def _write(config, parts, session, samples, result, about):
     )
 
 
-def pairs(name, index, samples, train_x, near, stored=np.asarray) -> dict:
+def pairs(name, index, samples, train_x, near) -> dict:
     """What `figures.pairs` shows of the samples index [k], under a name in pairs.npz.
 
-    Args: near, their neighbours; stored, training points -> as samples are.
+    Args: near, their neighbours among train_x, which are shown as samples are.
     """
     nearest = near.indices[index, :2]
     return {
         f"{name}_index": index,
         f"{name}_sample": samples[index],
-        f"{name}_neighbours": stored(train_x[nearest]),
+        f"{name}_neighbours": like(samples, np.asarray(train_x[nearest])),
         f"{name}_distances": near.distances[index, :2],
         f"{name}_nearest": nearest,
     }

@@ -541,7 +541,13 @@ def _smoothed(values):
 
 
 def _pixels(image):
-    """[h, w, c] uint8 -> [h, w, 3]: what is not RGB is shown by its first channel."""
+    """[h, w, c] -> uint8 [h, w, 3]: what is not RGB is shown by its first channel.
+
+    Latents, which are no uint8, are shown from their lowest value to their highest.
+    """
+    if image.dtype != np.uint8:
+        low, high = image.min(), image.max()
+        image = (255 * (image - low) / max(high - low, 1e-9)).astype(np.uint8)
     return image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
 
 

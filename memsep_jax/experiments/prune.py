@@ -23,7 +23,7 @@ from memsep_jax import (
     train,
 )
 from memsep_jax.experiments import record, setup
-from memsep_jax.experiments.evaluate import as_float, place
+from memsep_jax.experiments.evaluate import like, place
 
 # Which units fall.
 
@@ -176,7 +176,7 @@ def watcher(config, parts, generate):
 
     def watch(weights, first=0, count=config.sampler.num_samples):
         weights = jax.device_put(weights, parallel.replicated(mesh))
-        x = as_float(generate(weights, first, first + count))
+        x = like(parts.splits.train.x, generate(weights, first, first + count))
         found = memorization.ratio_of(search(x), null, 0, threshold)
         low, high = found.interval
         emitted = np.unique(found.neighbours.indices[found.memorized, 0])
@@ -212,15 +212,18 @@ def tuner(config, parts):
     )
     mesh, wanted = parallel.make_mesh(jax.local_devices()), looks(config)
     step_fn = jax.jit(
-        setup.make_step(config, parts._replace(tx=tx), mesh), donate_argnums=0
+        setup.make_steps(config, parts._replace(tx=tx), mesh), donate_argnums=0
     )
+    rows_of = setup.order(config, len(parts.splits.train.x))
 
     def tune(params, mask):
         dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
         state = train.init(params, tx, mask)
         state = jax.device_put(state, parallel.replicated(mesh))
         for step in range(1, config.prune.steps + 1):
-            state, fetched = step_fn(state, dataset)
+            state, fetched = step_fn(
+                state, dataset, rows_of(step - 1)[None], step - 1, 1
+            )
             if step not in wanted:
                 continue
             if int(fetched["step"]) != step:

@@ -345,6 +345,8 @@ def build(config) -> Parts:
     if model is not None and shape is not None and hasattr(model, "check"):
         attempt(model.check, shape)
     attempt(_check_mitigations, config, splits, num_classes)
+    if splits is not None and isinstance(splits.train.x, sources.Rows):
+        attempt(_check_stream, config)
     if model is not None and shape is not None and not wrong:
         attempt(_check_prune, config.prune, model, shape, num_classes)
     if splits is not None and splits.num_distinct < 2:
@@ -518,13 +520,13 @@ def loss(parts: Parts, config):
 
 def _ask(parts, config, label):
     """What the network is asked for: `train.clean`, or a mitigation of config.train."""
-    made, (points, labels) = parts.process, parts.splits.train
+    made = parts.process
     if config.train.ambient is not None:
         # One key for all seeds: the noisy copies belong to the data.
         return train.ambient(made, config.train.ambient, jax.random.key(sources.BRANCH))
     if config.train.temperature is None:
         return train.clean(made)
-    log_weights = None
+    (points, labels), log_weights = parts.splits.train, None
     if label is not None:  # the law that the network is asked for has its label
         among = (labels == label) | (label == parts.num_classes)
         log_weights = jnp.where(among, 0.0, -jnp.inf)
@@ -541,30 +543,66 @@ def _ask(parts, config, label):
 
 
 def make_step(config, parts, mesh):
-    """(state, data: Dataset) -> (state, metrics): draws its own batch, by step."""
-    named = keys(config.seed)
+    """(state, batch: Dataset [b, ...], dataset) -> (state, metrics).
 
-    def train_step(state, dataset):
-        # A loss that looks at the data has them as an argument, not as a constant.
+    Args: dataset, all of it, where the loss looks at it (`train.temperature`).
+    """
+    key = keys(config.seed)
+
+    def step(state, batch, dataset):
+        # An argument, not a constant of the program.
         own = parts._replace(splits=parts.splits._replace(train=dataset))
-        step = train.make_train_step(
+        train_step = train.make_train_step(
             loss(own, config),
             parts.tx,
             ema_decay(config),
             config.train.accumulate,
         )
-        batch = data.draw(
-            dataset,
-            named.data,
-            state.step,
-            config.train.batch_size,
-            config.train.flip,
-            ORDERS[config.train.order],
-        )
+        batch = data.augment(batch, key.data, state.step, config.train.flip)
         batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
-        return step(state, batch, named.train)
+        return train_step(state, batch, key.train)
 
-    return train_step
+    return step
+
+
+def make_steps(config, parts, mesh):
+    """(state, dataset, rows [k, b], first, count) -> (state, metrics of the last step).
+
+    Takes `count` steps, at most k, in one call, which costs more than a step of a small
+    network: the program is the same for every count, and so is every bit. A step that
+    is refused leaves the state as it is, and so do all after it, in later calls too.
+
+    Args: rows of `order`, from step `first` on, which the state has come to; None where
+      the dataset is the batch of one step.
+    """
+    step = make_step(config, parts, mesh)
+
+    def on_rows(state, dataset, rows, i):
+        if rows is None:
+            return step(state, dataset, None)
+        batch = jax.tree.map(lambda a: a[rows[i]], dataset)
+        return step(state, batch, dataset)
+
+    def steps(state, dataset, rows, first, count):
+        count = jnp.where(state.step == first, count, 0)
+
+        def body(_, carry):
+            state, _ = carry
+            # By the state's step: one that is refused is not passed over.
+            return on_rows(state, dataset, rows, state.step - first)
+
+        _, shapes = jax.eval_shape(on_rows, state, dataset, rows, first)
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, none))
+
+    return steps
+
+
+def order(config, n: int):
+    """(step) -> the rows of its batch, [b], of n training points: `data.order`."""
+    group = config.train
+    key = keys(config.seed).data
+    return data.order(n, key, group.batch_size, ORDERS[group.order])
 
 
 def flops(lowered) -> float:
@@ -796,6 +834,20 @@ def _check_mitigations(config, splits, num_classes):
             )
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def _check_stream(config):
+    """What needs all training points in memory."""
+    needs = {
+        f"experiment={config.experiment}": config.experiment != "train",
+        f"train.temperature={config.train.temperature}": config.train.temperature,
+        f"prune.ratio={config.prune.ratio}": config.prune.ratio,
+    }
+    if wrong := [name for name, is_so in needs.items() if is_so]:
+        raise ValueError(
+            f"data.stream=True leaves the training points on disk, and "
+            f"{', '.join(wrong)} needs them in memory: leave out one of the two"
+        )
 
 
 def _check_prune(group, model, shape, num_classes):

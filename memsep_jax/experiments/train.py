@@ -23,17 +23,20 @@ from memsep_jax import (
     neighbours,
     parallel,
     process,
+    sources,
     train,
 )
 from memsep_jax.experiments import figures, prune, record, setup, trackers
 from memsep_jax.experiments.evaluate import (
-    as_float,
     evaluate,
     finish,
+    like,
     make_generate,
 )
 from memsep_jax.experiments.session import Interrupted
 
+CALL = 0.1  # seconds of steps that are taken in one call, ...
+MOST = 256  # and so many at most
 LEVELS = 12  # noise levels of the held-out loss
 GRID = 64  # images in a grid of samples
 RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
@@ -73,7 +76,9 @@ def run(config, session, resume_step=None):
 
 def initial_state(config, parts):
     """The state of step 0: a function of the config alone."""
-    return train.init(setup.init_params(parts, setup.keys(config.seed).init), parts.tx)
+    params = setup.init_params(parts, setup.keys(config.seed).init)
+    # Compiled: else each leaf of each part of the state is a program of its own.
+    return jax.jit(train.init, static_argnums=1)(params, parts.tx)
 
 
 def network_samples(config, parts, say=lambda text: None):
@@ -135,16 +140,16 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     everywhere = parallel.replicated(mesh)
     places = parallel.sharded(state, mesh) if config.run.shard else everywhere
     state = parallel.place(state, places)
-    dataset = parallel.place(parts.splits.train, everywhere)
+    most, feed = _feeder(config, parts, mesh)
 
     with session.phase("compile"):
         session.say("compiling the train step")
         step_fn = jax.jit(
-            setup.make_step(config, parts, mesh),
+            setup.make_steps(config, parts, mesh),
             donate_argnums=0,
             out_shardings=(places, everywhere),
         )
-        step_fn = step_fn.lower(state, dataset).compile()
+        step_fn = step_fn.lower(state, *feed(start, 1), start, 1).compile()
         if first:
             generate = generate or network_samples(config, parts, session.say)
             watch = _Watcher(config, parts, session, generate)
@@ -156,13 +161,26 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         default=np.inf,
     )  # fmt: skip
     snapshots = snapshot_steps(config, len(parts.splits.train.x))
-    previous, since = None, (time.monotonic(), start)
+    previous, since, rate = None, (time.monotonic(), start), 0.0
+
+    def advance(state, step):
+        """Takes the steps of one call, up to the next that is logged, looked at, saved.
+
+        Returns: the state, what there is to fetch of its last step, and that step.
+        """
+        group = config.run
+        every = (group.log_every, group.save_every, group.evaluate_every)
+        events = [steps, *(step - step % k + k for k in every)]
+        events += [s for s in snapshots if s > step]
+        count = max(1, min(int(rate * CALL), most, min(events) - step))
+        state, fetched = step_fn(state, *feed(step, count), step, count)
+        return state, fetched, step + count
 
     def settle(step, fetched):
         """Waits for a step; the row to log, or {} where it is not logged."""
-        nonlocal since
-        if int(fetched["step"]) != step:
-            _not_finite(config, parts, state, session, workdir, step, fetched)
+        nonlocal since, rate
+        if (stands := int(fetched["step"])) != step:
+            _not_finite(config, parts, state, session, workdir, stands, fetched)
         if step % config.run.log_every and step != steps:
             return {}
         now = time.monotonic()
@@ -210,10 +228,11 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             log(look(start, metrics.unfinished if first else {}))
             if stops(start):
                 return state
-        for step in range(start + 1, steps + 1):
-            state, fetched = step_fn(state, dataset)
+        step = start
+        while step < steps:
+            state, fetched, step = advance(state, step)
             session.poll()
-            # One step late, so the device always has the next one waiting.
+            # One call late, so the device always has the next one waiting.
             if previous is not None:
                 row = settle(*previous)
                 log(row)
@@ -253,6 +272,25 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             f"optimizer.skip_spikes={config.optimizer.skip_spikes:g}"
         )
     return state
+
+
+def _feeder(config, parts, mesh):
+    """How many steps one call may take, and (step, count) -> its dataset and rows."""
+    points = parts.splits.train
+    rows_of = setup.order(config, len(points.x))
+    if isinstance(points.x, sources.Rows):
+        batch = data.stream(points, rows_of, parallel.by_batch(mesh))
+        return 1, lambda step, count: (batch(step), None)
+    points = parallel.place(points, parallel.replicated(mesh))
+    # Of several processes all must take as many, whatever time each of them sees.
+    most = MOST if jax.process_count() == 1 else 1
+
+    def feed(step, count):
+        rows = np.zeros((most, config.train.batch_size), np.int32)
+        rows[:count] = [rows_of(step + i) for i in range(count)]
+        return points, rows
+
+    return most, feed
 
 
 def _packed(config, workdir):
@@ -400,13 +438,19 @@ def detector(config, parts, weights) -> dict:
             truth_score,
         )
 
-    found = spectrum(weights, splits.train.x[:points], splits.held_out.x[:points])
+    seen = first_points(splits.train, points)
+    found = spectrum(weights, seen.x, splits.held_out.x[:points])
     return {
         "gap": found.gap.value,
         "gap_error": found.gap.error,
         "memorizes": found.memorizes,
         "against": "held-out points" if truth_score is None else "the true score",
     }
+
+
+def first_points(points, count: int):
+    """The first so many, in memory."""
+    return data.read(jax.tree.map(lambda a: a[:count], points))
 
 
 def make_losses(config, parts):
@@ -439,18 +483,22 @@ class _Watcher:
     def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
         self.generate = generate
-        self.search = neighbours.searcher(parts.splits.train.x)
         self._losses = jax.jit(make_losses(config, parts))
         points = config.run.evaluate_points
         splits = parts.splits
-        self.seen = jax.tree.map(lambda a: a[:points], splits.train)
+        self.seen = first_points(splits.train, points)
         self.held_out = None
         if splits.held_out is not None and len(splits.held_out.x):
-            self.held_out = jax.tree.map(lambda a: a[:points], splits.held_out)
+            self.held_out = first_points(splits.held_out, points)
             if parts.num_classes and self.held_out.label is None:
                 # Held-out points without a label are shown as "no label".
                 none = jnp.full((len(self.held_out.x),), parts.num_classes, jnp.int32)
                 self.held_out = self.held_out._replace(label=none)
+
+    @functools.cached_property
+    def search(self):
+        """Of the nearest training points, where a snapshot asks for it."""
+        return neighbours.searcher(self.parts.splits.train.x)
 
     def losses(self, params):
         """The eps-loss per noise level, of training and of held-out points."""
@@ -472,7 +520,7 @@ class _Watcher:
                 figures.quietly(self.session.say, save, path, samples[:GRID])
             # The null level is measured once, at the end: the held-out points stay.
             ratio = memorization.ratio_of(
-                self.search(as_float(samples)),
+                self.search(like(self.parts.splits.train.x, samples)),
                 None,
                 0,
                 self.config.memorization.threshold,
@@ -493,16 +541,14 @@ class _Watcher:
 
 
 def _not_finite(config, parts, state, session, workdir, step, fetched):
-    """Writes what is known of a step that was refused, and ends the run."""
+    """Writes what is known of the step after `step`, which was refused, and ends."""
     keys = setup.keys(config.seed)
     state = parallel.local(state)
     session.part()
-    step -= 1  # the state still stands at the step before
-    n, size = len(parts.splits.train.x), config.train.batch_size
-    reshuffle = setup.ORDERS[config.train.order]
-    batch = data.draw(
-        parts.splits.train, keys.data, step, size, config.train.flip, reshuffle
-    )
+    points, size = parts.splits.train, config.train.batch_size
+    rows = setup.order(config, len(points.x))(step)
+    batch = data.read(jax.tree.map(lambda a: a[rows], points))
+    batch = data.augment(batch, keys.data, step, config.train.flip)
     example_keys = train.example_keys(keys.train, step, size)
     loss = setup.loss(parts, config)
     grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
@@ -520,7 +566,7 @@ def _not_finite(config, parts, state, session, workdir, step, fetched):
         **{k: str(float(fetched[k])) for k in ("loss", "grad_norm", "update_norm")},
         "nonfinite_gradients": {k: v for k, v in counts.items() if v},
         "sigma": [float(sigma.min()), float(sigma.max())],
-        "indices": data.indices(n, keys.data, step, size, reshuffle),
+        "indices": rows,
     }
     if parallel.is_first():
         record.write_json(path, details)

@@ -84,7 +84,7 @@ def measure(points, session):
             weights = state.ema if config.sampler.weights == "ema" else state.params
             with session.phase("sample"):
                 drawn = generate(weights, 0, config.sampler.num_samples)
-            samples.append(evaluate.as_float(drawn))
+            samples.append(evaluate.like(parts.splits.train.x, drawn))
         with session.phase("neighbours"):
             row = compare(*samples, *built, point.config.memorization.threshold)
         yield row | {"seconds": time.monotonic() - started}

@@ -241,7 +241,7 @@ def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
 from memsep_jax.experiments import setup
 def refuse(*args, **kwargs):
     raise AssertionError("compiled")
-setup.make_step = setup.init_params = refuse
+setup.make_steps = setup.init_params = refuse
 """
     told = refused(SMOKE, *written(WRONG), tmp_path=tmp_path, patch=no_compiling)
     for line in TOLD:
@@ -415,6 +415,13 @@ def test_d49_every_variant_of_every_config_parses(path):
     assert f"--config=configs/{path.name}" in module["__doc__"]
 
 
+POINTS = {  # of configs whose data are elsewhere
+    "dit_cifar": ("npz", 5_010, 32, 32, 3),
+    "imagenet": ("npz", 300, 64, 64, 3),
+    "latents": ("latents", 300, 32, 32, 4),
+}
+
+
 @pytest.mark.parametrize(
     "path",
     # An audit trains nothing.
@@ -427,16 +434,13 @@ def test_d49_every_variant_of_every_config_parses(path):
 )
 def test_d49_a_dry_run_of_every_config_prints_and_writes_nothing(path, tmp_path):
     arguments = [f"--config={path}", "--dry_run"]
-    if path.stem == "dit_cifar":  # images of its size, without a network
-        images = np.random.default_rng(0).integers(0, 256, (5_010, 32, 32, 3), np.uint8)
-        np.savez(tmp_path / "images.npz", train_images=images)
-        arguments += written(
-            {
-                "data.name": "npz",
-                "data.path": tmp_path / "images.npz",
-                "data.num_held_out": 10,
-            }
-        )
+    if path.stem in POINTS:  # of their sizes, without a network
+        name, *shape = POINTS[path.stem]
+        points = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        points = points if name == "npz" else points.astype(np.float32)
+        np.savez(tmp_path / "points.npz", train_images=points)
+        fields = {"data.name": name, "data.path": tmp_path / "points.npz"}
+        arguments += written(fields | {"data.num_held_out": 10})
     workdir = tmp_path / "run"
     result = harness.run(*arguments, workdir=workdir)
     assert result.code == 0 and result.stderr == "", result.output

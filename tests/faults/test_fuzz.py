@@ -107,7 +107,8 @@ def few(read):
         if name not in kept:
             if "size" in inspect.signature(read).parameters:
                 arguments["size"] = 400
-            kept[name] = [None if x is None else x[:400] for x in read(**arguments)]
+            whole = read(**arguments)[:4]
+            kept[name] = [None if x is None else x[:400] for x in whole]
         return sources.Source(*kept[name])
 
     cut.__signature__ = inspect.signature(read)

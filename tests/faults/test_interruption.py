@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from faults import harness
-from memsep_jax import checkpoint, data, experiments, sources
+from memsep_jax import checkpoint, experiments, sources
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import mitigate, networks, record, setup
 from memsep_jax.experiments import train as job
@@ -162,7 +162,7 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
         "setup.build = asleep",
         # The tracing, which is python: the compiler itself ends before it is seen.
         "compile": asleep + "from memsep_jax.experiments import setup\n"
-        "setup.make_step = lambda *args: asleep",
+        "setup.make_steps = lambda *args: asleep",
         "sampling": ASLEEP.format(what="sampling"),
         "neighbours": ASLEEP.format(what="neighbours"),
         "report": asleep + "from memsep_jax.experiments import report\n"
@@ -356,11 +356,26 @@ def test_a7_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert stopped == whole
 
     # The control: batches counted from the resumption, not from the start.
-    draw = data.draw
-    monkeypatch.setattr(
-        data, "draw", lambda x, key, step, *args: draw(x, key, step - 2, *args)
-    )
+    order = setup.order
+
+    def counted_anew(*args):
+        rows_of = order(*args)
+        return lambda step: rows_of(max(0, step - 2))
+
+    monkeypatch.setattr(setup, "order", counted_anew)
     assert learn(config, tmp_path / "restarted") != whole
+
+
+def test_a7_points_on_disk_give_the_same_bits_wherever_it_was_stopped(tmp_path):
+    path, read = tmp_path / "digits.npz", sources.digits()
+    np.savez(path, train_images=read.images, train_labels=read.labels)
+    whole = learn(harness.config(*DIGITS, *MODELS["mlp"], *OPTIONS), tmp_path / "whole")
+    flags = "--config.data.name=npz", f"--config.data.path={path}"
+    flags += ("--config.data.stream=True",)
+    config = harness.config(*DIGITS, *MODELS["mlp"], *OPTIONS, *flags)
+    for stop in (2, 6, None):
+        stopped = learn(config, tmp_path / "stopped", stop_after=stop)
+    assert stopped == whole
 
 
 def test_a8_a_longer_run_goes_on_and_warns_of_a_schedule_that_ends(tmp_path, capsys):

@@ -373,7 +373,7 @@ def test_e60_the_step_is_compiled_once_a_run_whatever_divides(tmp_path):
         "--config.run.save_every=2",
     )
     for epochs, steps in ((2.5, 4), (5.0, 8)):  # the second goes on with the first
-        with Compiled("train_step") as compiled:
+        with Compiled("steps") as compiled:
             config = tiny(*arguments, f"--config.train.epochs={epochs}")
             state = learn(config, tmp_path)
         assert int(state.step) == steps and compiled.count == 1

@@ -209,6 +209,50 @@ def test_f62_each_example_is_seen_once_in_an_epoch_whoever_sees_it():
         assert sorted(epoch) == list(range(15))
 
 
+STREAM = """
+import json
+from memsep_jax import data, parallel, sources
+parallel.join(sys.argv[-1])
+import jax, numpy as np
+class Watched(np.ndarray):
+    def __getitem__(self, rows):
+        seen.extend(np.atleast_1d(rows).tolist())
+        return np.asarray(self).__getitem__(rows)
+seen = []
+points = sources.Rows(np.arange(45, dtype=np.uint8).reshape(15, 3, 1, 1).view(Watched))
+rows_of = data.order(15, jax.random.key(0), 6)
+split = parallel.by_batch(parallel.make_mesh())
+batch = data.stream(data.Dataset(points), rows_of, split)(4)
+(own,) = batch.x.addressable_shards
+half = rows_of(4).reshape(2, 3)[jax.process_index()]
+assert (np.asarray(own.data) == np.asarray(points[half])).all()
+print(json.dumps([seen[:3], half.tolist()]))
+"""
+
+
+def test_f62_of_points_on_disk_each_process_reads_its_own():
+    first, second = (values[0] for values in by_two(STREAM))
+    for seen, half in (first, second):
+        assert seen == half
+    assert not set(first[1]) & set(second[1])
+
+
+def test_f62_points_on_disk_give_two_processes_the_same_network(tmp_path):
+    path = tmp_path / "points.npz"
+    x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    np.savez(path, train_images=x)
+    read = "--config.data.name=npz", f"--config.data.path={path}"
+    found = []
+    for stream in ("False", "True"):
+        workdir = tmp_path / stream
+        flag = f"--config.data.stream={stream}"
+        with together(*read, flag, workdirs=[workdir] * 2) as children:
+            results = ends(children)
+        assert [r.code for r in results] == [0, 0], results
+        found.append((harness.digest(workdir), harness.rows(workdir)))
+    assert found[0] == found[1]
+
+
 # A step fails before the look at the other that says why, and with either error.
 FAILS_FIRST = """
 from memsep_jax.experiments import session
