@@ -1,18 +1,26 @@
 """The empirical score against its dense forms: speed, memory, rounding.
 
-python benchmarks/empirical_score.py [--data=FILE.npz] [--json=FILE.json]
+python benchmarks/empirical_score.py [--parts speed memory rounding] [--n=5000]
+    [--batch=256] [--rounds=15] [--data=FILE.npz] [--json=FILE.json]
 
 Needs the extra `dev` (torch). Everything is float32 on images of 32 x 32 x 3: those of
 an npz (`train_images`), or uniform noise where none is given. All forms of a table
-take turns in one run, and the ratios are of their fastest times.
+take turns in one run, and the ratios are of their fastest times. On a GPU the sizes are
+others by default, PyTorch goes through torch.compile, and no product is TF32. Memory is
+resident memory, so it is measured on a CPU only.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import platform
 import threading
 import time
+
+# The device's memory is for two.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +33,10 @@ from memsep_jax import data, empirical, process
 OU = process.ornstein_uhlenbeck()
 D = 32 * 32 * 3
 TIMES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+SIZES = {
+    "cpu": {"n": 5_000, "batch": 256, "rounds": 15},
+    "gpu": {"n": 50_000, "batch": 1_024, "rounds": 15},
+}
 
 
 def images(path, n):
@@ -61,17 +73,20 @@ def dense_jax(points, x, t):
 
 @torch.no_grad()
 def dense_torch(points, x, t):
-    alpha, v = np.exp(-t / 2), -np.expm1(-t)
+    alpha, v = math.exp(-t / 2), -math.expm1(-t)
     weights = torch.softmax(-(torch.cdist(x, alpha * points) ** 2) / (2 * v), 1)
     return (alpha * weights @ points - x) / v
 
 
-def speed(path, n=5_000, batch=256, rounds=15):
+def speed(path, n, batch, rounds):
     """Milliseconds of one batch of scores, and ratios."""
     points, t = images(path, n), 0.1
     x = noised(points, batch, t)
     on_device = jnp.asarray(points), jnp.asarray(x), jnp.float32(t)
-    in_torch = torch.from_numpy(points), torch.from_numpy(x), t
+    gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    there = "cuda" if gpu else "cpu"
+    in_torch = torch.from_numpy(points).to(there), torch.from_numpy(x).to(there), t
+    in_one = torch.compile(dense_torch) if gpu else dense_torch
     first = jax.jit(lambda x, points: x @ points.T)
     second = jax.jit(lambda w, points: w @ points)
     w = first(on_device[1], on_device[0])
@@ -79,11 +94,15 @@ def speed(path, n=5_000, batch=256, rounds=15):
     def products():
         return first(on_device[1], on_device[0]), second(w, on_device[0])
 
+    def in_pytorch():
+        answer = in_one(*in_torch)
+        return (torch.cuda.synchronize(), answer)[1] if gpu else answer
+
     our_form, their_form = jax.jit(ours), jax.jit(dense_jax)
     forms = {
         "memsep_jax": (lambda: our_form(*on_device)),
         "dense JAX": (lambda: their_form(*on_device)),
-        "dense PyTorch": (lambda: dense_torch(*in_torch)),
+        "dense PyTorch": in_pytorch,
         "the two matrix products alone": products,
     }
     seconds = {name: [] for name in forms}
@@ -104,6 +123,25 @@ def speed(path, n=5_000, batch=256, rounds=15):
             f"  {name:32}{1e3 * value:8.1f} ms {rate:7.0f} GFLOP/s {value / own:6.2f}x"
         )
     return rows
+
+
+def cases(found, n, batch):
+    """What run.py makes its table of: the least FLOPs and bytes are known."""
+    own, *peers = found
+    return [
+        {
+            "case": f"n = {n:,}, d = {D:,}, batch {batch:,}",
+            "ours_s": found[own]["ms"] / 1e3,
+            "items": batch,
+            "unit": "scores",
+            "peer": peer,
+            "peer_s": found[peer]["ms"] / 1e3,
+            "flops": 4 * n * batch * D,
+            "bytes": 4 * (n + 2 * batch) * D,
+            "product": "float32",
+        }
+        for peer in peers
+    ]
 
 
 def memory(path, n=50_000, batch=1_024):
@@ -205,22 +243,34 @@ def _float64(points, x, alpha, v):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="npz with train_images; uniform noise without")
+    cpu = jax.default_backend() == "cpu"
+    parts = ("speed", "memory", "rounding")
+    chosen = parts if cpu else ("speed", "rounding")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=chosen)
+    sizes = SIZES["cpu" if cpu else "gpu"]
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", help="write the numbers here too")
     args = parser.parse_args()
+    # What PyTorch does: products of less than float32 are not the same function.
+    jax.config.update("jax_default_matmul_precision", "highest")
     device = jax.devices()[0]
     about = {
         "device": f"{device.device_kind}, {multiprocessing.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__,
                      "torch": torch.__version__},
         "data": "uniform noise" if args.data is None else "images of an npz",
+        "sizes": {name: getattr(args, name) for name in sizes},
     }  # fmt: skip
     print(about)
-    found = {
-        "about": about,
-        "speed": speed(args.data),
-        "memory": memory(args.data),
-        "rounding": rounding(args.data),
-    }
+    found = {"about": about}
+    if "speed" in args.parts:
+        found["speed"] = speed(args.data, args.n, args.batch, args.rounds)
+        found["cases"] = cases(found["speed"], args.n, args.batch)
+    if "memory" in args.parts:
+        found["memory"] = memory(args.data)
+    if "rounding" in args.parts:
+        found["rounding"] = rounding(args.data)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(found, file, indent=2, default=float)

@@ -8,7 +8,8 @@ A DiT on images of size x size x 3; random units of a random network, since spee
 not depend on values. The parameters of a masked network are 0 beforehand, and its train
 step ends on the mask. All networks take turns in one run, and the ratios are of their
 fastest times. The last column is the largest difference of the outputs over the largest
-output: of masked from dense, and of compact from masked.
+output: of masked from dense, and of compact from masked. On a GPU the network is
+DiT-S/2 by default, on 64 images.
 """
 
 import argparse
@@ -31,6 +32,12 @@ CASES = {  # what is pruned together
     "blocks": ("blocks",),
     "heads + neurons": ("heads", "neurons"),
 }
+SIZES = {
+    "cpu": {"width": 256, "depth": 5, "num_heads": 8, "patch": 4, "size": 32,
+            "batch": 16, "rounds": 3},
+    "gpu": {"width": 384, "depth": 12, "num_heads": 6, "patch": 2, "size": 32,
+            "batch": 64, "rounds": 3},
+}  # fmt: skip
 COLUMNS = {  # number: (title, unit, digits); temporary bytes of the compiled programs
     "parameters": ("params/M", 1e6, 2),
     "bytes": ("MB", 2**20, 1),
@@ -97,12 +104,14 @@ def measure(model, size, batch, ratios, rounds):
     for name, (params, mask) in networks(random_params(model, size), ratios).items():
         state = train.init(params, tx, mask)
         passing = forward.lower(params, x, t).compile()
-        stepping = step.lower(state, examples, key).compile()
+        lowered = step.lower(state, examples, key)
+        stepping = lowered.compile()
         row = dict(zip(("case", "ratio", "form"), name, strict=True))
         row |= {
             "parameters": setup.count(params),
             "bytes": sum(p.nbytes for p in jax.tree.leaves(params)),
             "flops": setup.flops(apply.lower(params, x[0], t)),
+            "step_flops": setup.flops(lowered),
             "forward_temporary": passing.memory_analysis().temp_size_in_bytes,
             "step_temporary": stepping.memory_analysis().temp_size_in_bytes,
             "forward_ms": float("inf"),
@@ -131,6 +140,36 @@ def measure(model, size, batch, ratios, rounds):
     return rows
 
 
+def cases(rows, batch, dtype):
+    """What run.py makes its table of: the dense network alone, compact to masked."""
+    found = []
+    for i, row in enumerate(rows):
+        if row["form"] == "masked":
+            continue
+        other = rows[i - 1] if row["form"] == "compact" else None
+        removed = f"without {row['ratio']:.0%} of {row['case']}" if other else "whole"
+        # Once: the weights for a pass; for a step, with those of Adam and the EMA, each
+        # read and written.
+        for what, name, flops, moved, items, unit in (
+            ("pass", "forward_ms", batch * row["flops"], 1, batch, "images"),
+            ("step", "step_ms", row["step_flops"], 8, 1, "steps"),
+        ):
+            found.append(
+                {
+                    "case": f"DiT {removed}, {what} of {batch}, {dtype}",
+                    "ours_s": row[name] / 1e3,
+                    "items": items,
+                    "unit": unit,
+                    "peer": other and "masked",
+                    "peer_s": other and other[name] / 1e3,
+                    "flops": flops,
+                    "bytes": moved * row["bytes"],
+                    "product": {"float32": "default"}.get(dtype, dtype),
+                }
+            )
+    return found
+
+
 def show(rows):
     titles = [title for title, _, _ in COLUMNS.values()] + ["differs"]
     print(f"{'':28}" + "".join(f"{title:>10}" for title in titles))
@@ -146,8 +185,7 @@ def show(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = {"width": 256, "depth": 5, "num_heads": 8, "patch": 4, "size": 32,
-             "batch": 16, "rounds": 3}  # fmt: skip
+    sizes = SIZES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -159,14 +197,15 @@ def main():
     about = {
         "device": f"{device.device_kind}, {multiprocessing.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "network": vars(args),
+        "network": {k: v for k, v in vars(args).items() if k != "json"},
     }
     print(about)
     rows = measure(model, args.size, args.batch, args.ratios, args.rounds)
     show(rows)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=2)
+            made = cases(rows, args.batch, args.dtype)
+            json.dump({"about": about, "rows": rows, "cases": made}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """A training step and a sampler of U-Net and DiT: ours against PyTorch.
 
 python benchmarks/train_step.py [--nets unet dit] [--size=16] [--batch=32]
-    [--unet_width=32] [--unet_depth=2] [--dit_width=128] [--dit_depth=4] [--patch=2]
-    [--samples=16] [--rounds=5] [--json=FILE.json]
+    [--unet_width=32] [--unet_depth=2] [--dit_width=128] [--dit_depth=4]
+    [--dit_heads=4] [--patch=2] [--samples=16] [--rounds=5] [--dtype=float32]
+    [--json=FILE.json]
 
-Both have the same weights and see the same images, times and noise, float32. A step is
-EDM's loss with its gradient, Adam and the EMA; the sampler is Heun's with 18 steps (35
-calls), one compiled program here and a loop in Python there. On a CPU, PyTorch is eager
-with as many threads as cores, and jax splits the batch over as many devices; on a GPU,
-PyTorch goes through torch.compile, the sampler's network too. They take turns; the
-ratio is theirs / ours, of the fastest times and of the medians, so above 1 ours is
-faster. The last column is the largest difference over the largest value: of the losses
-of all steps, and of the samples.
+Both have the same weights and see the same images, times and noise. A step is EDM's
+loss with its gradient, Adam and the EMA; the sampler is Heun's with 18 steps (35
+calls), one compiled program here and a loop in Python there. In bfloat16 are the blocks
+of ours, and what autocast takes of PyTorch's. On a CPU, PyTorch is eager with as many
+threads as cores, and jax splits the batch over as many devices; on a GPU, PyTorch goes
+through torch.compile, the sampler's network too, and by default the DiT is DiT-S/2 on
+256 images of 32 x 32 x 3. They take turns; the ratio is theirs / ours, of the fastest
+times and of the medians, so above 1 ours is faster. GFLOP/s are of the FLOPs that XLA
+counts before it optimizes. The last column is the largest difference over the largest
+value: of the losses of all steps, and of the samples.
 """
 
 import argparse
@@ -34,6 +37,7 @@ import numpy as np
 import torch
 
 from memsep_jax import parallel, process, sampling, score, train
+from memsep_jax.experiments import setup
 from memsep_jax.models import DiT, UNet
 
 ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -53,6 +57,17 @@ VE = process.variance_exploding()
 EDM = score.edm(VE)
 SIGMA_DATA, LR, EMA_DECAY = 0.5, 2e-4, 0.999
 TIMES = sampling.edm_times(0.002, 80.0, 17)  # and a last step to 0
+CALLS = 2 * len(TIMES) - 1  # of the network, for one sample
+SIZES = {
+    "cpu": {"size": 16, "batch": 32, "unet_width": 32, "unet_depth": 2,
+            "dit_width": 128, "dit_depth": 4, "dit_heads": 4, "patch": 2,
+            "samples": 16, "rounds": 5},
+    "gpu": {"size": 32, "batch": 256, "unet_width": 64, "unet_depth": 2,
+            "dit_width": 384, "dit_depth": 12, "dit_heads": 6, "patch": 2,
+            "samples": 256, "rounds": 5},
+}  # fmt: skip
+NAMES = {"unet": "U-Net", "dit": "DiT"}
+PRODUCTS = {"float32": "default", "bfloat16": "bfloat16"}  # as limits.py names them
 
 
 def networks(args):
@@ -60,13 +75,13 @@ def networks(args):
     unet = dict(width=args.unet_width, depth=args.unet_depth)
     unet["attention"] = (args.size // 2,)
     dit = dict(patch=args.patch, width=args.dit_width, depth=args.dit_depth)
-    dit["num_heads"] = max(1, args.dit_width // 32)
+    dit["num_heads"] = args.dit_heads
     made = {
         "unet": (UNet, torch_nets.UNet, unet),
         "dit": (DiT, torch_nets.DiT, dit),
     }
     return {
-        name: (ours(**fields), theirs(args.size, 3, **fields))
+        name: (ours(**fields, dtype=args.dtype), theirs(args.size, 3, **fields))
         for name, (ours, theirs, fields) in made.items()
         if name in args.nets
     }
@@ -81,8 +96,8 @@ def random_params(model, x):
     )
 
 
-def our_step(model, params):
-    """(batch) -> loss."""
+def our_step(model, params, batch):
+    """(batch) -> loss, and the FLOPs of a call."""
 
     def loss(params, example, key):
         network = partial(model.apply, {"params": params})
@@ -98,10 +113,10 @@ def our_step(model, params):
         state, metrics = step(state, batch, key)
         return float(metrics["loss"])
 
-    return call
+    return call, setup.flops(step.lower(state, batch, key))
 
 
-def their_step(net):
+def their_step(net, dtype):
     """(batch) -> loss."""
     averaged = [p.detach().clone() for p in net.parameters()]
     optimizer = torch.optim.Adam(net.parameters(), lr=LR)
@@ -111,7 +126,8 @@ def their_step(net):
         x0, sigma, eps = batch
         s = sigma[:, None, None, None]
         x = x0 + s * eps
-        loss = torch.mean((denoise(run, x, sigma) - x0) ** 2 / out(s) ** 2)
+        denoised = denoise(run, x, sigma, dtype)
+        loss = torch.mean((denoised - x0) ** 2 / out(s) ** 2)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -126,23 +142,37 @@ def out(s):
     return s * SIGMA_DATA / torch.sqrt(s**2 + SIGMA_DATA**2)
 
 
-def denoise(net, x, sigma):
+def denoise(net, x, sigma, dtype="float32"):
     """D(x, sigma) of a batch (Karras 2022, eq. 7)."""
     s = sigma[:, None, None, None]
     variance = s**2 + SIGMA_DATA**2
-    answer = net(x / torch.sqrt(variance), torch.log(sigma) / 4)
-    return SIGMA_DATA**2 / variance * x + out(s) * answer
+    low = dtype == "bfloat16"
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        answer = net(x / torch.sqrt(variance), torch.log(sigma) / 4)
+    return SIGMA_DATA**2 / variance * x + out(s) * answer.float()
 
 
-def our_sampler(model, params):
-    """x [b, h, w, c] at the largest time -> samples."""
-    network = partial(model.apply, {"params": params})
-    flow = sampling.ode(score.from_network(network, EDM, VE), VE, TIMES)
-    compiled = jax.jit(jax.vmap(flow))
-    return lambda x: jax.block_until_ready(compiled(x))
+def our_sampler(model, params, x):
+    """x [b, h, w, c] at the largest time -> samples, and the FLOPs of a call."""
+
+    @jax.jit
+    def draw(params, x):
+        network = partial(model.apply, {"params": params})
+        flow = sampling.ode(score.from_network(network, EDM, VE), VE, TIMES)
+        return jax.vmap(flow)(x)
+
+    params = jax.device_put(params, parallel.replicated(MESH))
+    flops = CALLS * len(x) * forward_flops(model, params, x[0])
+    return lambda x: jax.block_until_ready(draw(params, x)), flops
 
 
-def their_sampler(net):
+def forward_flops(model, params, x):
+    """Of one call; of a loop, XLA would count what is in it once."""
+    apply = jax.jit(lambda params, x, t: model.apply({"params": params}, x, t))
+    return setup.flops(apply.lower(params, x, jnp.zeros(())))
+
+
+def their_sampler(net, dtype):
     """x [b, c, h, w] -> samples, by Heun's method (Karras 2022, algorithm 1)."""
     times = [*map(float, TIMES), 0.0]
     run = torch.compile(net) if on_gpu(net) else net
@@ -150,11 +180,11 @@ def their_sampler(net):
     @torch.no_grad()
     def call(x):
         for t, t_next in zip(times[:-1], times[1:], strict=True):
-            slope = (x - denoise(run, x, x.new_full((len(x),), t))) / t
+            slope = (x - denoise(run, x, x.new_full((len(x),), t), dtype)) / t
             moved = x + (t_next - t) * slope
             if t_next > 0:
                 sigma = x.new_full((len(x),), t_next)
-                other = (moved - denoise(run, moved, sigma)) / t_next
+                other = (moved - denoise(run, moved, sigma, dtype)) / t_next
                 moved = x + (t_next - t) * (slope + other) / 2
             x = moved
         return x if x.device.type == "cpu" else (torch.cuda.synchronize(), x)[1]
@@ -213,25 +243,55 @@ def measure(args, device):
         params = random_params(model, np.asarray(x0[0]))
         net = torch_nets.load(net, jax.tree.map(np.asarray, params)).to(device)
         still = copy.deepcopy(net).eval()  # training moves the other
+        count = setup.count(params)
+        step, flops = our_step(model, params, batch)
         row, ours, theirs = race(
-            our_step(model, params), their_step(net), batch, their_batch, args.rounds
+            step, their_step(net, args.dtype), batch, their_batch, args.rounds
         )
-        count = sum(p.size for p in jax.tree.leaves(params))
         row = {"network": name, "parameters": count, "what": "step", **row}
-        row |= {"per_second": args.batch / row["ours_ms"] * 1e3}
+        row |= {"per_second": args.batch / row["ours_ms"] * 1e3, "flops": flops}
+        # The weights, both averages of Adam and the EMA, each read and written.
+        row["bytes"] = 2 * 4 * 4 * count + 2 * x0.nbytes
         rows.append(row | {"difference": difference(ours, theirs)})
+        sampler, flops = our_sampler(model, params, noise)
         row, ours, theirs = race(
-            our_sampler(model, params),
-            their_sampler(still),
+            sampler,
+            their_sampler(still, args.dtype),
             noise,
             torch_nets.images(noise).to(device),
             max(1, args.rounds // 2),
         )
         row = {"network": name, "parameters": count, "what": "sampler", **row}
-        row |= {"per_second": args.samples / row["ours_ms"] * 1e3}
+        row |= {"per_second": args.samples / row["ours_ms"] * 1e3, "flops": flops}
+        row["bytes"] = 4 * count + 2 * noise.nbytes
         theirs = theirs[-1].permute(0, 2, 3, 1).cpu()
         rows.append(row | {"difference": difference(ours[-1], theirs)})
+    for row in rows:
+        row["gflops"] = row["flops"] / row["ours_ms"] / 1e6
     return rows
+
+
+def cases(rows, args, peer):
+    """What run.py makes its table of."""
+    found = []
+    for row in rows:
+        step = row["what"] == "step"
+        batch = args.batch if step else args.samples
+        found.append(
+            {
+                "case": f"{NAMES[row['network']]} {row['parameters'] / 1e6:.1f}M, "
+                f"{row['what']} of {batch}, {args.size} x {args.size}, {args.dtype}",
+                "ours_s": row["ours_ms"] / 1e3,
+                "items": 1 if step else batch,
+                "unit": "steps" if step else "images",
+                "peer": peer,
+                "peer_s": row["torch_ms"] / 1e3,
+                "flops": row["flops"],
+                "bytes": row["bytes"],
+                "product": PRODUCTS[args.dtype],
+            }
+        )
+    return found
 
 
 COLUMNS = {  # number: (title, digits)
@@ -240,6 +300,7 @@ COLUMNS = {  # number: (title, digits)
     "ratio": ("ratio", 2),
     "median_ratio": ("medians", 2),
     "per_second": ("ours/s", 1),
+    "gflops": ("GFLOP/s", 0),
 }
 
 
@@ -255,11 +316,10 @@ def show(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=("unet", "dit"))
-    sizes = {"size": 16, "batch": 32, "unet_width": 32, "unet_depth": 2,
-             "dit_width": 128, "dit_depth": 4, "patch": 2, "samples": 16,
-             "rounds": 5}  # fmt: skip
+    sizes = SIZES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", default="float32", choices=tuple(PRODUCTS))
     parser.add_argument("--json", help="write the numbers here too")
     args = parser.parse_args()
     torch.set_num_threads(CORES)
@@ -273,15 +333,17 @@ def main():
             "jax": jax.__version__,
             "torch": torch.__version__,
         },
-        "torch": "torch.compile" if gpu else "eager",
-        "sizes": vars(args),
+        "torch": "torch.compile" if gpu else "eager, CPU",
+        "sizes": {k: v for k, v in vars(args).items() if k != "json"},
     }
     print(about)
     rows = measure(args, "cuda" if gpu else "cpu")
     show(rows)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=2)
+            peer = f"PyTorch ({about['torch']})"
+            found = {"about": about, "rows": rows, "cases": cases(rows, args, peer)}
+            json.dump(found, file, indent=2)
 
 
 if __name__ == "__main__":

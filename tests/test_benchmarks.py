@@ -4,11 +4,17 @@ import argparse
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from memsep_jax import lipschitz, parallel
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +45,28 @@ def test_the_forms_of_the_empirical_score_agree():
         np.testing.assert_allclose(form, truth, rtol=1e-3, atol=1e-3)
 
 
+def quick(name, path):
+    """The command line of a benchmark that run.py --quick starts."""
+    return [f"{name}.py", *" ".join(load("run").RUNS[name]).split(), f"--json={path}"]
+
+
+LIMITS = {"float32": 1e12, "default": 4e12, "bfloat16": 8e12, "memory": 1e10}
+
+
+def check(rows, limits=LIMITS):
+    """Rows of run.py, made of `limits`, are of numbers that fit together."""
+    assert rows
+    for row in rows:
+        least = row["flops"] / limits[row["product"]], row["bytes"] / limits["memory"]
+        assert row["share"] == pytest.approx(max(least) / row["ours_s"])
+        assert row["limit"] == (row["product"] if least[0] > least[1] else "memory")
+        numbers = [row["ours_s"], row["items"], row["flops"], row["bytes"]]
+        if row["peer"]:
+            numbers.append(row["ratio"])
+            assert row["ratio"] == pytest.approx(row["peer_s"] / row["ours_s"])
+        assert all(0 < n < math.inf for n in numbers), row
+
+
 HEADS = 4 * (4 * 16 * 4 + 3 * 4)  # 4 of 8, of size 4, of width 16
 NEURONS = 64 * (2 * 16 + 1)  # 64 of 128
 BLOCKS = 18 * 16**2 + 15 * 16  # 1 of 2
@@ -61,11 +89,13 @@ def test_compact_is_masked_with_fewer_parameters_and_flops(
     benchmark, path = load("pruned"), tmp_path / "pruned.json"
     cases = {case: benchmark.CASES[case] for case in removed}
     monkeypatch.setattr(benchmark, "CASES", cases)
-    flags = "--width=16 --depth=2 --num_heads=4 --size=8 --batch=2 --rounds=1"
-    argv = ["pruned.py", *flags.split(), "--ratios", "0.5", f"--json={path}"]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "argv", quick("pruned", path))
     benchmark.main()
-    dense, *rows = json.loads(path.read_text())["rows"]
+    found = json.loads(path.read_text())
+    made = load("run").rows({"pruned": found}, LIMITS)
+    check(made)
+    assert [row["peer"] for row in made] == [None] * 2 + ["masked"] * 2 * len(removed)
+    dense, *rows = found["rows"]
     assert len(rows) == 2 * len(removed)
     for masked, compact in zip(rows[::2], rows[1::2], strict=True):
         assert masked["case"] == compact["case"]
@@ -84,11 +114,11 @@ def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
     """From the same weights and noise: the losses of two steps, and the samples."""
     pytest.importorskip("torch", reason="of the extra dev")
     benchmark, path = load("train_step"), tmp_path / "step.json"
-    flags = "--size=8 --batch=4 --unet_width=8 --unet_depth=1 --dit_width=32"
-    flags += f" --dit_depth=1 --samples=4 --rounds=1 --json={path}"
-    monkeypatch.setattr(sys, "argv", ["train_step.py", *flags.split()])
+    monkeypatch.setattr(sys, "argv", quick("train_step", path))
     benchmark.main()
-    rows = json.loads(path.read_text())["rows"]
+    found = json.loads(path.read_text())
+    check(load("run").rows({"train_step": found}, LIMITS))
+    rows = found["rows"]
     assert [(row["network"], row["what"]) for row in rows] == [
         (network, what) for network in ("unet", "dit") for what in ("step", "sampler")
     ]
@@ -108,3 +138,296 @@ def test_all_searches_find_the_copies_and_ours_at_distance_zero():
     for row in rows[:2]:
         assert row["copy_error"] == row["near_wrong"] == 0
         assert row["near_error"] < 1e-6
+
+
+# Of benchmarks/scaling.py.
+
+
+def test_an_exponent_is_the_slope_of_a_power_law_with_its_error():
+    fit = load("scaling").fit_exponent
+    np.testing.assert_allclose(fit([2, 4, 8, 16], [3 * x**1.5 for x in (2, 4, 8, 16)]),
+                               (1.5, 0), atol=1e-12)  # fmt: skip
+    # Log seconds 0, 1, 1 at log sizes -1, 0, 1: rests -1/6, 1/3, -1/6 of slope 1/2.
+    slope, error = fit(np.exp([-1, 0, 1]), np.exp([0, 1, 1]))
+    np.testing.assert_allclose((slope, error), (1 / 2, math.sqrt(1 / 6 / 2)))
+    assert np.isnan(fit([4], [1.0])).all()
+
+
+def test_what_devices_are_given_is_counted_from_the_program():
+    scaling, text = (
+        load("scaling"),
+        """
+      %r = (f32[2,3]{1,0}, /*index=1*/bf16[5]{0}) all-reduce(%a, %b), to_apply=%sum
+      %s = (f32[4]{0}, f32[16]{0}) all-gather-start(%c), dimensions={0}
+      %d = f32[16]{0} all-gather-done(%s)
+      ROOT %x = pred[3]{0} collective-permute(%all-reduce.1), metadata={op="a"}
+      %y = f32[7]{0} add(%d, %all-gather.2)
+    """,
+    )
+    found = scaling.communicated(text)
+    assert found == {"all-reduce": 34, "all-gather": 64, "collective-permute": 3}
+    mesh = parallel.make_mesh()
+    x = jax.device_put(jnp.ones((8, 3)), parallel.by_batch(mesh))
+    whole = jax.jit(lambda x: x * 2, out_shardings=parallel.replicated(mesh))
+    assert scaling.communicated(whole.lower(x).compile().as_text()) == {
+        "all-gather": 4 * 8 * 3
+    }
+    total = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=parallel.replicated(mesh))
+    assert scaling.communicated(total.lower(x).compile().as_text()) == {
+        "all-reduce": 4 * 3
+    }
+
+
+def test_the_score_of_split_points_is_that_of_one_device_and_sends_what_it_must():
+    scaling, d, b = load("scaling"), 6, 5
+    one, four = (scaling.shared_score(jax.devices()[:k], 32, d, b) for k in (1, 4))
+    assert scaling.difference(four.call(), one.call()) < 1e-5
+    found = scaling.communicated(four.compiled.as_text())
+    assert found == {"collective-permute": four.sent}
+    assert four.sent == 2 * 4 * b * (2 * d + 2)
+
+
+def test_the_flops_of_a_transformer_are_those_of_its_products():
+    """XLA counts what lies between them too: some percent."""
+    scaling, tokens = load("scaling"), 64
+    model, x0 = scaling.dit(128, 2), jax.ShapeDtypeStruct((16, 16, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x0, scaling.T)["params"]
+    forward = jax.jit(scaling.applied(model)).lower(params, x0, scaling.T)
+    counted = scaling.flops_of(forward)
+    assert 1 < counted / (scaling.dit_flops(tokens, 128, 2) / 3) < 1.15
+    # And of three blocks, all is known from one and two.
+    net = scaling.dit_network(patch=2, side=16, width=128, depth=3, num_heads=4)
+    deep = jax.eval_shape(scaling.dit(128, 3).init, jax.random.key(0), x0, scaling.T)[
+        "params"
+    ]
+    assert net.parameters == scaling.count(deep)
+    assert net.flops == scaling.dit_flops(tokens, 128, 3)
+    assert net.activations > 0
+
+
+def test_a_plan_is_what_one_counts_by_hand():
+    scaling = load("scaling")
+    machine = scaling.Machine(
+        devices=4, memory=100, bfloat16=10, float32=5, bandwidth=2, link=3,
+        host_memory=1_000,
+    )  # fmt: skip
+    net = scaling.Network(parameters=10, flops=100, activations=3)
+    rows = scaling.plan(16, 2, 8, 3, machine, net)
+    found = {row["what"].split(",")[0].split(" (")[0]: row for row in rows}
+    assert [row["memory"] for row in rows[:5]] == [8, 32, 128, 3 * 2 * 2, 6]
+    assert [row["fits"] for row in rows[:5]] == [True, True, False, True, True]
+    whole, split = rows[5], rows[6]
+    assert (whole["memory"], split["memory"]) == (200, 50 + 40)
+    assert (whole["s"], split["s"]) == (2 * 100 / 10 + 800 / 2, 2 * 100 / 10 + 200 / 2)
+    assert (whole["sent"], split["sent"]) == (60, 60)
+    assert whole["link_s"] == 60 / 3
+    sums = 4 * 3 * (2 * 2 + 2)
+    score = found["empirical score of 3"]
+    assert (score["memory"], score["sent"]) == (2 * sums, 2 * sums)
+    # 4 points a device: two products, data 4 times, logits 10, contenders 4 x 16.
+    numbers = 4 * 4 * 2 + 10 * 4 * 3 + 4 * 16 * 3 * 2
+    assert score["s"] == 4 * 4 * 2 * 3 / 5 + 4 * numbers / 2
+    assert found["2 neighbours of 3"]["sent"] == 3 * 3 * 5 * 4
+
+    host = scaling.Host(1, 2, 3, 4, 5, 6, digest_rate=8)
+    parts = scaling.host_plan(16, 2, host, net)
+    assert [row["s"] for row in parts] == [0, 32, 32, 48, 64, 20]
+    broken = scaling.breaks(2, 8, machine, net, host, patience=110)
+    assert broken == sorted(broken, key=lambda row: row["n"])
+    largest = {row["what"].split(":")[0]: row["n"] for row in broken}
+    assert largest["`data.indices`"] == 2**27 - 1
+    assert largest["an hour of start"] == 110 // (2 + 2 + 4)
+    assert largest["host memory"] == 1_000 // (12 + 5 + 6)
+    assert largest["host memory beside points that stream"] == 1_000 // (5 + 6)
+
+
+def test_tables_take_their_places_and_a_text_without_them_is_refused(tmp_path):
+    scaling, path = load("scaling"), tmp_path / "a.md"
+    path.write_text(
+        "# A\n<!-- one -->\nold\n<!-- end -->\nB\n<!-- two -->\n<!-- end -->\n"
+    )
+    scaling.write_markdown(path, {"one": r"\1", "two": "| 2 |"})
+    assert path.read_text() == (
+        "# A\n<!-- one -->\n\\1\n<!-- end -->\nB\n<!-- two -->\n| 2 |\n<!-- end -->\n"
+    )
+    with pytest.raises(SystemExit, match="no place for three"):
+        scaling.write_markdown(path, {"three": ""})
+
+
+@pytest.mark.slow
+def test_costs_devices_and_plan_are_measured_and_written(tmp_path, monkeypatch):
+    scaling, numbers = load("scaling"), tmp_path / "scaling.json"
+    text = tmp_path / "scaling.md"
+    text.write_text((ROOT / "docs" / "scaling.md").read_text())
+    flags = ["--quick", f"--json={numbers}", f"--markdown={text}"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
+    scaling.main()
+    found = json.loads(numbers.read_text())
+    for row in found["costs"]["exponents"]:
+        assert math.isfinite(row["exponent"]) and min(row["ratios"]) > 0, row
+    rows = found["devices"]
+    assert [(row["work"], row["way"]) for row in rows] == [
+        (work, way) for work in scaling.SHARED for way in ("strong", "weak")
+    ]
+    for row in rows:
+        assert row["difference"] < 1e-5, row
+        one, two = row["flops"]
+        assert two == pytest.approx(one / 2 if row["way"] == "strong" else one, rel=0.1)
+    sent = {row["work"]: (row["sent"], row["formula"]) for row in rows}
+    given, formula = sent["empirical score"]
+    assert given == {"collective-permute": formula}
+    assert sent["neighbours"] == ({}, 0)
+    given, formula = sent["training step"]
+    assert given == {"all-reduce": formula + 4}  # and the loss
+    given, formula = sent["training step, split state"]
+    assert sum(given.values()) == pytest.approx(formula, rel=0.1)
+    assert all(table in text.read_text() for table in scaling.tables(found).values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # their jvp
+def test_power_iteration_of_pytorch_finds_our_norms(tmp_path, monkeypatch):
+    """And between two of the points it is what two points have."""
+    pytest.importorskip("torch", reason="of the extra dev")
+    benchmark, path = load("lipschitz"), tmp_path / "lipschitz.json"
+    monkeypatch.setattr(sys, "argv", quick("lipschitz", path))
+    benchmark.main()
+    of_points, _ = rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        assert row["difference"] < 1e-4, row
+        assert all(0 < row[name] < math.inf for name in benchmark.COLUMNS), row
+    # Points of uniform noise are about sqrt(2 d / 3) apart.
+    norm = lipschitz.two_point(math.sqrt(2 * 192 / 3), benchmark.OU, benchmark.T)
+    assert 0.5 * norm < of_points["largest"] < 2 * norm
+    assert of_points["flops"] == (1 + 2 * 5) * 4 * 4 * 500 * 192
+
+
+def test_flops_of_a_transformer_are_those_of_its_products():
+    """24 width^2 + 4 tokens width a token and a block, and the doors."""
+    pytest.importorskip("torch", reason="of the extra dev")
+    benchmark, (width, depth, tokens) = load("train_step"), (64, 2, 64)
+    model = benchmark.DiT(patch=2, width=width, depth=depth, num_heads=2)
+    x = np.zeros((4, 16, 16, 3), np.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x[0], np.zeros(()))["params"]
+    a_block = tokens * (24 * width**2 + 4 * tokens * width) + 12 * width**2
+    doors = 4 * tokens * 12 * width
+    found = benchmark.forward_flops(model, params, x[0])
+    assert 1 < found / (depth * a_block + doors) < 1.15  # what is no product
+
+
+CASE = {"case": "n = 5", "ours_s": 0.5, "items": 10, "unit": "scores", "peer": "dense",
+        "peer_s": 1.5, "flops": 1e11, "bytes": 1e8, "product": "float32"}  # fmt: skip
+
+
+def test_a_row_has_the_ratio_to_the_peer_and_the_share_of_the_limit_that_binds():
+    row = load("run").row
+    found = row(CASE, LIMITS)
+    assert (found["ratio"], found["limit"]) == (3, "float32")
+    assert found["share"] == pytest.approx(0.1 / 0.5)
+    found = row(CASE | {"product": "default"}, LIMITS)
+    assert found["limit"] == "default" and found["share"] == pytest.approx(0.025 / 0.5)
+    found = row(CASE | {"bytes": 4e9}, LIMITS)
+    assert found["limit"] == "memory" and found["share"] == pytest.approx(0.4 / 0.5)
+    alone = row(CASE | {"peer": None, "peer_s": None}, LIMITS)
+    assert alone["ratio"] is None and alone["share"] == pytest.approx(0.1 / 0.5)
+    assert row(CASE, {})["share"] is None  # limits.py failed
+
+
+def test_the_page_has_a_line_for_every_case_and_every_failure():
+    run = load("run")
+    slow = CASE | {"case": "a | b", "peer_s": 0.25}
+    written = {
+        "limits": {"cases": []},
+        "score": {"cases": [CASE, slow, CASE | {"peer": None, "peer_s": None}]},
+        "step": {"failed": "ModuleNotFoundError: No module named 'torch'"},
+    }
+    rows = run.rows(written, LIMITS)
+    assert [row["benchmark"] for row in rows] == ["score"] * 3 + ["step"]
+    found = {"command": "run.py", "date": "2026-01-01", "device": "a device",
+             "versions": run.versions(), "limits": LIMITS, "rows": rows}  # fmt: skip
+    page = run.markdown(found, "speed.json")
+    lines = [line for line in page.splitlines() if line.startswith("| s")]
+    assert lines[0] == (
+        "| score | n = 5 | 500 | 20 scores | dense | 1,500 | 3.00 | 20 % float32 |"
+    )
+    assert "a \\| b" in lines[1] and "| **0.50** |" in lines[1]
+    assert lines[2].endswith("| 20 scores |  |  |  | 20 % float32 |")
+    assert "failed: ModuleNotFoundError: No module named 'torch'" in lines[3]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    for text in ("1,000 GFLOP/s", "10 GB/s", "a device", "jax", "(speed.json)"):
+        assert text in page
+    assert len(list(run.show(found))) == 2
+
+
+def run_all(tmp_path, *flags, **env):
+    """run.py as a person starts it: the exit code, its JSON and its page."""
+    path, page = tmp_path / "speed.json", tmp_path / "speed.md"
+    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--quick", *flags]
+    done = subprocess.run(
+        [*command, f"--json={path}", f"--markdown={page}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+    )
+    assert path.exists(), done.stderr
+    return done.returncode, json.loads(path.read_text()), page.read_text()
+
+
+@pytest.mark.slow
+def test_one_table_of_several_benchmarks(tmp_path):
+    for package in ("faiss", "torch"):
+        pytest.importorskip(package, reason="of the extra dev")
+    names = ["neighbours", "empirical_score", "lipschitz"]
+    code, found, page = run_all(tmp_path, "--only", *names)
+    rows = found["rows"]
+    assert code == 0 and list(found["limits"]) == list(LIMITS)
+    check(rows, found["limits"])
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == names
+    assert list(found["about"]) == ["limits", *names]
+    assert {"python", "jax", "jaxlib", "torch", "faiss-cpu"} <= set(found["versions"])
+    for row in rows:
+        assert f"| {row['benchmark']} | {row['case']} |" in page
+        assert row["peer"] is not None
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_not_there_is_a_row_that_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    before = [p for p in sys.path if p]
+    code, found, page = run_all(
+        tmp_path,
+        *("--only", "train_step"),
+        PYTHONPATH=":".join([str(tmp_path), *before]),
+    )
+    assert code == 1
+    assert found["rows"] == [
+        {"benchmark": "train_step", "failed": "ImportError: no torch here"}
+    ]
+    assert "| train_step | failed: ImportError: no torch here |" in page
+
+
+def test_the_shares_of_a_step_are_those_of_its_kernels():
+    profile = load("step_profile")
+    kernels = [
+        ("dot.1", "jit(step)/jvp(vmap(DiT))/block_0/mlp_in/dot_general", 30),
+        ("copy.2", "jit(step)/transpose(jvp(vmap(DiT)))/block_0/transpose", 40),
+        ("fusion.3", "jit(step)/jvp(vmap(jit(_normal)))/erf_inv", 10),
+        ("fusion.4", "jit(step)/select_n", 15),
+        ("copy.5", "", 5),
+    ]
+    assert profile.shares(kernels) == {
+        "forward": 0.3, "backward": 0.4, "times and noise": 0.1, "update": 0.15,
+        "not named": 0.05, "products": 0.3, "copies": 0.45, "selects": 0.15,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_step_is_traced(monkeypatch, tmp_path):
+    profile, path = load("step_profile"), tmp_path / "profile.json"
+    flags = [f"--config={ROOT}/configs/digits.py:smoke", f"--json={path}", "--steps=3"]
+    monkeypatch.setattr(sys, "argv", ["step_profile.py", *flags])
+    profile.main()
+    found = json.loads(path.read_text())
+    assert sum(found["shares"][part] for part in profile.PARTS) == pytest.approx(1)
+    assert all(found["shares"][part] > 0 for part in profile.PARTS[:4])
+    assert found["kernels"] > 100 and found["kernel_ms"] > 0

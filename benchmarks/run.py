@@ -1,0 +1,243 @@
+"""All benchmarks in one table: against the peers, and against the machine's limits.
+
+python benchmarks/run.py [--only NAME ...] [--quick] [--json=FILE.json]
+    [--markdown=FILE.md]
+
+Needs the extra `dev` (torch, faiss-cpu). First limits.py measures what the machine can
+do; then each benchmark is a process of its own, one after the other, on sizes of its
+own for a CPU or a GPU (`--quick`: of sizes that take little and say little). One that
+fails is a row that says why, and the exit code is 1. Of several GPUs, show it one.
+
+A ratio is the peer's time over ours, of the fastest times: above 1 ours is faster. The
+share is of a limit: the least time in which the machine could do it, over ours. That is
+the time of its FLOPs at the rate of a large matrix product, or of the bytes that it
+must read and write at the rate of memory, whichever is longer.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+RUNS = {  # script: (flags, more of them of a quick run)
+    "empirical_score": ("--parts speed", "--n=500 --batch=32 --rounds=3"),
+    "neighbours": ("--rounds=3", "--n=1000 --m=256 --size=8 --rounds=1"),
+    "lipschitz": ("", "--n=500 --d=192 --probes=4 --iters=5 --size=8 --dit_width=32 "
+                  "--dit_depth=1 --dit_heads=2 --rounds=1"),
+    "train_step": ("", "--size=8 --batch=4 --unet_width=8 --unet_depth=1 "
+                   "--dit_width=32 --dit_depth=1 --dit_heads=2 --samples=4 --rounds=1"),
+    "pruned": ("--ratios 0.5", "--width=16 --depth=2 --num_heads=4 --size=8 --batch=2 "
+               "--rounds=1"),
+}  # fmt: skip
+QUICK_LIMITS = "--side=256 --megabytes=16 --seconds=0.1"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "faiss-cpu")
+LIMITS = {
+    "float32": "products of float32, at highest precision",
+    "default": "the same at default precision, TF32 on a GPU",
+    "bfloat16": "products of bfloat16",
+    "memory": "memory, read and written",
+}
+
+
+def start(script, flags):
+    """What a benchmark writes as JSON, or {"failed": why}."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, str(HERE / f"{script}.py"), *flags, f"--json={path}"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return json.loads(path.read_text())
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        sys.stderr.write(done.stderr)
+        return {"failed": said[-1]}
+
+
+def row(case, limits):
+    """A case of a benchmark, with its ratio and its share of the limit that binds.
+
+    Args: case with "ours_s", "peer_s" or None, "flops", "bytes" and "product"; limits,
+      {"float32" and other products: FLOP/s, "memory": bytes/s}, or none of them.
+    """
+    made = case | {"ratio": None, "limit": None, "share": None}
+    if case["peer_s"] is not None:
+        made["ratio"] = case["peer_s"] / case["ours_s"]
+    if limits:
+        seconds = {
+            case["product"]: case["flops"] / limits[case["product"]],
+            "memory": case["bytes"] / limits["memory"],
+        }
+        made["limit"] = max(seconds, key=seconds.get)
+        made["share"] = seconds[made["limit"]] / case["ours_s"]
+    return made
+
+
+def rows(found, limits):
+    """The rows of all benchmarks.   Args: {benchmark: what it wrote, or failed}."""
+    return [
+        {"benchmark": name, **made}
+        for name, written in found.items()
+        for made in (
+            [{"failed": written["failed"]}]
+            if "failed" in written
+            else [row(case, limits) for case in written["cases"]]
+        )
+    ]
+
+
+TITLES = ("benchmark", "case", "ours, ms", "a second", "peer", "peer, ms", "ratio",
+          "limit reached")  # fmt: skip
+
+
+def cells(row):
+    """A row of the table as texts."""
+    if "failed" in row:
+        return row["benchmark"], f"failed: {row['failed']}", *[""] * 6
+    rate = row["items"] / row["ours_s"]
+    return (
+        row["benchmark"],
+        row["case"],
+        _digits(1e3 * row["ours_s"]),
+        f"{_digits(rate)} {row['unit']}",
+        row["peer"] or "",
+        _digits(1e3 * row["peer_s"]) if row["peer"] else "",
+        f"{row['ratio']:.2f}" if row["peer"] else "",
+        f"{_digits(100 * row['share'])} % {row['limit']}" if row["limit"] else "",
+    )
+
+
+def _digits(value):
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rates(limits):
+    """[(name, rate, what it is)] of the limits as texts."""
+    units = {"memory": "GB/s"}
+    return [
+        (name, f"{rate / 1e9:,.0f} {units.get(name, 'GFLOP/s')}", LIMITS[name])
+        for name, rate in limits.items()
+    ]
+
+
+def show(found):
+    """The tables for a person."""
+    table = Table(title=f"{found['device']}; ratio: the peer's time / ours")
+    for title in TITLES:
+        table.add_column(title)
+    for row in found["rows"]:
+        table.add_row(*map(escape, cells(row)))
+    yield table
+    table = Table()
+    for title in ("limit", "rate", "of"):
+        table.add_column(title)
+    for texts in rates(found["limits"]):
+        table.add_row(*texts)
+    yield table
+
+
+PAGE = """# Speed: ours, the peers, and what the machine can do
+
+`{command}`: {date}, {device}, {versions}. Seeds are fixed in the scripts{more}.
+
+A ratio is the peer's time over ours, of the fastest times of calls that take turns:
+above 1 ours is faster; below, it is bold. The limit reached is the share of the one
+that binds: the least time for the FLOPs at the rate of a large product, or for the
+bytes that must move at the rate of memory, whichever is longer, over our time. The
+limits were measured in the same run (`benchmarks/limits.py`), and vary by some percent
+from minute to minute where a machine is shared: a share may be just above 100 %.
+
+{limits}
+
+{rows}
+"""
+
+
+def markdown(found, json_name=None):
+    """All that was measured as a page."""
+    rows = []
+    for row in found["rows"]:
+        texts = [text.replace("|", "\\|") for text in cells(row)]
+        if (row.get("ratio") or 1) < 1:
+            texts[TITLES.index("ratio")] = f"**{row['ratio']:.2f}**"
+        rows.append(texts)
+    return PAGE.format(
+        command=found["command"],
+        date=found["date"],
+        device=found["device"],
+        versions=", ".join(f"{k} {v}" for k, v in found["versions"].items()),
+        more=f". All numbers: [{json_name}]({json_name})" if json_name else "",
+        limits=_grid(("limit", "rate", "of"), rates(found["limits"])),
+        rows=_grid(TITLES, rows),
+    )
+
+
+def _grid(titles, rows):
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def versions():
+    """{package: version}, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--quick", action="store_true", help="small, to see it work")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    args = parser.parse_args()
+    machine = start("limits", QUICK_LIMITS.split() if args.quick else [])
+    about, limits = machine.get("about", {}), machine.get("limits", {})
+    written = {"limits": machine | {"cases": []}}
+    for name in args.only:
+        whole, small = RUNS[name]
+        flags = [*whole.split(), *(small.split() if args.quick else [])]
+        written[name] = start(name, flags)
+        # Nobody trains in bfloat16 on a CPU.
+        if name == "train_step" and about.get("backend", "cpu") != "cpu":
+            written[f"{name}, bfloat16"] = start(name, [*flags, "--dtype=bfloat16"])
+    found = {
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": about.get("device", "unknown"),
+        "versions": versions(),
+        "limits": limits,
+        "about": {
+            name: one["about"] for name, one in written.items() if "about" in one
+        },
+        "rows": rows(written, limits),
+    }
+    console = Console()
+    if not console.is_terminal:  # of a file, whose lines have no end
+        console.width = 160
+    console.print(*show(found), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.markdown:
+        page = markdown(found, args.json and args.json.name)
+        args.markdown.write_text(page)
+    failed = [row["benchmark"] for row in found["rows"] if "failed" in row]
+    raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

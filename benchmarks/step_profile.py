@@ -1,0 +1,114 @@
+"""Where the time of a training step goes: a trace of its kernels, by what they do.
+
+python benchmarks/step_profile.py [--config=configs/digits.py] [--steps=100]
+    [--json=FILE.json]
+
+A kernel belongs to the part of the step whose operations it computes, as the compiled
+program says: the network forward, its backward pass, times and noise, and the update
+(clipping, optimizer, mask, EMA, norms, and the guard that leaves the state as it is
+where something is not finite). Beside it the kinds: products, copies, selects. Kernels
+may run side by side, so shares are of the sum of their times, not of the clock.
+"""
+
+import argparse
+import collections
+import glob
+import json
+import platform
+import re
+import tempfile
+
+import jax
+import numpy as np
+
+from memsep_jax import command, parallel
+from memsep_jax.experiments import setup, train
+
+PARTS = ("forward", "backward", "times and noise", "update", "not named")
+KINDS = ("products", "copies", "selects")
+
+
+def part(scope: str) -> str:
+    """The part of a step of an operation, by its name in the program."""
+    if "transpose(jvp(" in scope:
+        return "backward"
+    if "jvp(" not in scope:
+        return "update" if scope else "not named"
+    # The network is a module, which has a name of its own.
+    return "forward" if re.search(r"\([A-Z]\w*\)", scope) else "times and noise"
+
+
+def kinds(kernel: str, scope: str) -> list[str]:
+    """What sort of work a kernel is; of most, none."""
+    found = {
+        # "ynn" is the library of a CPU: a product, with what follows it.
+        "products": kernel.startswith(("dot", "ynn"))
+        or any(f"{name}_general" in scope for name in ("dot", "conv")),
+        "copies": kernel.startswith(("copy", "transpose")),
+        "selects": "select_n" in scope,
+    }
+    return [kind for kind, is_so in found.items() if is_so]
+
+
+def shares(kernels) -> dict[str, float]:
+    """{part or kind: share of the time}.   Args: (name, scope, nanoseconds) of each."""
+    spent: collections.Counter = collections.Counter()
+    for name, scope, time in kernels:
+        for what in (part(scope), *kinds(name, scope)):
+            spent[what] += time
+    total = sum(spent[name] for name in PARTS)
+    return {name: spent[name] / total for name in (*PARTS, *KINDS)}
+
+
+def traced(config, steps):
+    """(name, scope, nanoseconds) of every kernel of some steps, and how many a step."""
+    parts, mesh = setup.build(config), parallel.make_mesh()
+    state = train.initial_state(config, parts)
+    size = config.train.batch_size
+    batch = jax.tree.map(lambda a: a[np.arange(size) % len(a)], parts.splits.train)
+    step = jax.jit(setup.make_step(config, parts, mesh), donate_argnums=0)
+    step = step.lower(state, batch, None).compile()
+    scopes = dict(re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', step.as_text()))
+    state, _ = jax.block_until_ready(step(state, batch, None))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                state, metrics = step(state, batch, None)
+                jax.block_until_ready(metrics)
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = jax.profiler.ProfileData.from_file(path).planes
+        events = (e for plane in planes for line in plane.lines for e in line.events)
+        kernels = [
+            (event.name, scopes.get(event.name, ""), event.duration_ns)
+            for event in events
+            if "hlo_op" in dict(event.stats)
+        ]
+    return kernels, len(kernels) / steps
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", help="write the numbers here too")
+    args = parser.parse_args()
+    kernels, each = traced(command.load(args.config), args.steps)
+    found = {
+        "config": args.config,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "kernels": each,
+        "kernel_ms": sum(time for *_, time in kernels) / args.steps / 1e6,
+        "shares": shares(kernels),
+    }
+    print(f"{each:,.0f} kernels a step, {found['kernel_ms']:.3g} ms of them")
+    for name in (*PARTS, *KINDS):
+        print(f"  {name:18}{found['shares'][name]:8.1%}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(found, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
