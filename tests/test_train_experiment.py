@@ -63,7 +63,9 @@ def test_latents_are_sampled_as_they_are(tmp_path):
     assert samples.dtype == np.float32 and samples.shape[1:] == (4, 4, 4)
     found = record.read_json(tmp_path / "run" / "metrics.json")
     assert found["memorization"]["exact_copies"] == 0
-    assert (tmp_path / "run" / "report.html").read_text().count("image/png") > 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("image/png") > 2
+    assert "in the units of the latents" in page and "pixels run" not in page
 
 
 @pytest.mark.parametrize(
