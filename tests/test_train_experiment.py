@@ -27,7 +27,9 @@ def digits(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("labels", ["none", "true"])
+@pytest.mark.parametrize(
+    "labels", ["none", pytest.param("true", marks=pytest.mark.slow)]
+)
 def test_a_run_on_points_on_disk_is_the_run_in_memory(labels, digits, tmp_path):
     """To the last bit: weights, losses, samples. Distances of pixels are integers'."""
     known, tables = [], []

@@ -424,9 +424,9 @@ POINTS = {  # of configs whose data are elsewhere
 
 @pytest.mark.parametrize(
     "path",
-    # An audit trains nothing.
+    # An audit trains nothing. Large networks take long to trace.
     [
-        p
+        pytest.param(p, marks=[pytest.mark.slow] * (p.stem in ("imagenet", "latents")))
         for p in CONFIGS
         if p.stem == "gmm_size" or not (is_a_sweep(p) or p.stem == "audit")
     ],
