@@ -1,7 +1,16 @@
 """Strict settings for every test; 4 CPU devices, so sharding is tested everywhere."""
 
+import os
+
 import jax
 import pytest
+
+# A test compiles for longer than it computes, and each worker has one core. jax below
+# 0.11 still has emitters that compile in half the time; later ones refuse the flag.
+_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)

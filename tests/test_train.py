@@ -355,12 +355,12 @@ def test_a_step_far_above_the_usual_is_as_if_it_had_not_been(name):
     params, state = fed(skipping, spiked)
     assert int(state.skipped) == 1
     truth, inner = fed(plain, USUAL)
-    chex.assert_trees_all_equal(params, truth)
-    chex.assert_trees_all_equal(state.inner, inner)
+    # Equal but for rounding: these are two programs, each fused in its own way.
+    close((params, state.inner), (truth, inner))
     np.testing.assert_allclose(state.norms, USUAL[-train.WINDOW :], rtol=1e-6)
     params, state = fed(make(skip_spikes=11.0), spiked)
     assert int(state.skipped) == 0
-    chex.assert_trees_all_equal((params, state.inner), fed(plain, spiked))
+    close((params, state.inner), fed(plain, spiked))
 
 
 def test_no_step_is_skipped_before_the_window_is_full():
