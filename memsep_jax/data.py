@@ -16,14 +16,12 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from memsep_jax.readers import BLOCK, DataError, Preparation, check_preparation
 from memsep_jax.sources import (
-    BLOCK,
     BRANCH,
     MAX_HELD_OUT,
-    DataError,
     Rows,
     Source,
-    check_resolution,
     check_source,
     second,
     source,
@@ -51,6 +49,9 @@ class Splits(NamedTuple):
     fingerprint: str  # SHA-256 of both
     num_distinct: int  # different points in train
     pixels: bool = True  # whether points [h, w, c] are images
+    files: np.ndarray | None = None  # [n] where each training image was read
+    classes: tuple[str, ...] | None = None  # the folder of each true label
+    notes: tuple[str, ...] = ()  # what a person should know of the files
 
 
 # From pools to what a run trains on.
@@ -76,7 +77,10 @@ def load(
     name: str, num_examples: int | None = None, seed: int = 0, **arguments
 ) -> Dataset:
     """The training set of `splits`, with the same keywords."""
-    return splits(name, num_examples, seed, **arguments).train
+    found = splits(name, num_examples, seed, **arguments)
+    for note in found.notes:
+        logging.warning("%s", note)
+    return found.train
 
 
 def select(
@@ -206,12 +210,21 @@ def select(
     x, label = _take(x, label, rows)
     if deduplicate:
         x, label = _take(x, label, _first_rows(x))
+    known, files, names = digests(x), None, source.classes
+    if source.files is not None:  # by content: rows were chosen, mixed and repeated
+        where = dict(zip(digests(source.images), source.files, strict=True))
+        files = np.array([where.get(one, "") for one in known])
+    if names is not None and classes is not None:
+        names = tuple(names[i] for i in np.unique(np.asarray(classes, np.int64)))
     return Splits(
         _dataset(x, label),
         _dataset(np.asarray(held), held_label) if len(held) else None,
         fingerprint(x, label, held, held_label),
-        len(set(digests(x))),
+        len(set(known)),
         source.pixels,
+        files,
+        names if labels == "true" else None,
+        source.notes,
     )
 
 
@@ -411,7 +424,7 @@ def _check_choice(
     ):
         if value is not None and (value != int(value) or value < low):
             raise ValueError(f"{name}={value} must be an integer, at least {low}")
-    check_resolution(resolution)
+    check_preparation(Preparation(resolution))
     if labels not in LABELS:
         raise ValueError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
     if (labels == "random") != (num_labels is not None):
@@ -457,7 +470,7 @@ def _cut(
 
     Args: what, its name in messages; like, images whose size and channels it takes.
     """
-    check_source(source, what, warn=False)
+    check_source(source, what)
     tested = source.test_images is not None
     labelled = source.labels is not None
     if tested and (classes is not None or labels == "true"):

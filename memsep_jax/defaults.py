@@ -33,6 +33,9 @@ def train() -> ConfigDict:
             path=placeholder(str),  # npz, latents, folder
             stream=placeholder(bool),  # npz, latents, tfds: the images stay on disk
             skip_bad=placeholder(bool),  # folder: without what cannot be read
+            crop=placeholder(str),  # folder: squeeze, center: readers.Preparation
+            exif=placeholder(bool),
+            alpha=placeholder(str),  # white, drop
             dataset=placeholder(str),  # tfds
             data_dir=placeholder(str),  # cifar10, tfds
             k=placeholder(int),  # mixture
@@ -198,11 +201,17 @@ def train() -> ConfigDict:
     )
 
 
+# readers.Preparation: crop=center cuts out the middle, exif=False turns no image,
+# alpha=drop takes the colours below what is transparent.
+_PREPARATION = dict(crop="squeeze", exif=True, alpha="white")
+
+
 def audit() -> ConfigDict:
     """The config of experiments/audit.py: samples of any generator, nothing is trained.
 
-    samples, train, held_out and pool are each a folder of images, an .npz or .npy file,
-    the workdir of a run, or the name of a data set: see `sources.images`.
+    samples, train, held_out and pool are each a folder of images or a zip of one, an
+    .npz or .npy file, the workdir of a run, or the name of a data set: see
+    `sources.images`.
     """
     return create(
         experiment="audit",
@@ -213,6 +222,11 @@ def audit() -> ConfigDict:
         pool=placeholder(str),  # all that `train` was chosen from
         resolution=placeholder(int),  # that all folders are resized to; None: as it is
         skip_bad=placeholder(bool),  # of folders, what cannot be read is left out
+        # How files become images, as the generator's training prepared them.
+        samples_as=dict(_PREPARATION),
+        train_as=dict(_PREPARATION),
+        held_out_as=dict(_PREPARATION),
+        pool_as=dict(_PREPARATION),
         features=dict(  # features.FEATURES
             name="random_conv",
             path=placeholder(str),  # of the weights: inception, alexnet

@@ -12,7 +12,6 @@ import re
 import struct
 import tarfile
 import tempfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,23 +21,24 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image
 
+from memsep_jax import readers
 from memsep_jax.mixture import LAWS, Law, sample
+from memsep_jax.readers import DataError, Preparation, listed
 
 BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 MAX_HELD_OUT = 10_000
 MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
-BLOCK = 1_024  # rows that are looked at together
-KINDS = "bmp gif jpeg jpg pgm png ppm tif tiff webp"
-SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 ROLES = {  # names of arrays, of ours and of other programs, by what they are taken for
-    "samples": ("samples", "images", "arr_0"),
-    "train": ("train_images", "images", "arr_0"),
-    "held_out": ("test_images", "images", "arr_0"),
+    "samples": ("samples", "images"),
+    "train": ("train_images", "images"),
+    "held_out": ("test_images", "images"),
 }
 LABELS = {"samples": "labels", "train": "train_labels", "held_out": "test_labels"}
+PART = re.compile(r"(?<=.)\[(\d*):(\d*)\]$")  # [a:b] behind an origin of images
+NUMBERED = re.compile(r"arr_\d+")  # what np.savez calls arrays without a name
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_BYTES = 170_052_171
@@ -49,12 +49,6 @@ CIFAR_TRAIN = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1,
 CIFAR_TEST = ("cifar-10-batches-bin/test_batch.bin",)
 CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR_NAMES += ["dog", "frog", "horse", "ship", "truck"]
-
-
-class DataError(ValueError):
-    """Data that are missing, damaged or unreadable; wrong arguments: ValueError."""
-
-    exit_code = 3
 
 
 class Rows:
@@ -89,6 +83,11 @@ class Source(NamedTuple):
     test_images: np.ndarray | Rows | None = None
     test_labels: np.ndarray | None = None
     pixels: bool = True  # [n, h, w, c] are images; else latents, of any values
+    files: np.ndarray | None = None  # [n] paths, of a folder or an archive
+    classes: tuple[str, ...] | None = None  # the folder of each label
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
+    # By field of readers.Preparation: files that another choice would change.
+    altered: dict[str, np.ndarray] | None = None
 
 
 def digits() -> Source:
@@ -181,13 +180,16 @@ def latents(path, stream: bool = False) -> Source:
 
 
 def _pools(path, stream, pixels):
-    found, names = _arrays(path, KEYS[1::2] if stream else KEYS, only=stream)
+    def chosen(names):
+        return [key for key in KEYS[stream :: 2 if stream else 1] if key in names]
+
+    found, names = _arrays(path, chosen)
     if stream:
         found |= {key: Rows(_mapped(path, key)) for key in KEYS[::2] if key in names}
     if "train_images" not in found:
         raise DataError(
-            f"{path}: not a readable .npz (no 'train_images' among {names}); write it "
-            "again by np.savez(path, train_images=...)"
+            f"{path}: not a readable .npz (no 'train_images' among {listed(names)}); "
+            "write it again by np.savez(path, train_images=...)"
         )
     pools = Source(*(found.get(key) for key in KEYS), pixels)
     if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
@@ -195,8 +197,7 @@ def _pools(path, stream, pixels):
             f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
             "latents: float32 [n, h, w, c]; data.name=npz reads images and vectors"
         )
-    check_source(pools, str(path))
-    return pools
+    return pools._replace(notes=check_source(pools, str(path)))
 
 
 def _mapped(path, name):
@@ -216,8 +217,11 @@ def _mapped(path, name):
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("it is of no plain numbers")
             shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-            if by_columns or dtype.hasobject:
-                raise ValueError("it is of objects, or stored by columns")
+            if by_columns or dtype.hasobject or not dtype.isnative:
+                raise ValueError(
+                    "it is of objects, stored by columns, or in the byte order of "
+                    "another machine"
+                )
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return np.ndarray(shape, dtype, whole, file.tell())
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as error:
@@ -227,10 +231,10 @@ def _mapped(path, name):
         ) from error
 
 
-def _arrays(path, keys, only=False):
-    """(those of an .npz that are among keys, all its names); an .npy is one "array".
+def _arrays(path, choose):
+    """(arrays of an .npz by name, all its names); an .npy is one called "array".
 
-    Args: only: what is alone in its file is not taken under another name.
+    Args: choose, names -> those to read.
     """
     try:
         # Opened here: np.load leaves the file of a damaged .npz open.
@@ -238,10 +242,7 @@ def _arrays(path, keys, only=False):
             read = np.load(file, allow_pickle=False)
             read = {"array": read} if isinstance(read, np.ndarray) else read
             names = sorted(read)
-            chosen = [key for key in keys if key in names]
-            if not chosen and len(names) == 1 and not only:
-                chosen = names
-            return {key: read[key] for key in chosen}, names
+            return {name: readers.native(read[name]) for name in choose(names)}, names
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of an .npz") from None
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
@@ -251,67 +252,38 @@ def _arrays(path, keys, only=False):
         raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
 
 
-def folder(path, resolution: int | None = None, skip_bad: bool = False) -> Source:
-    """All images below a folder, sorted by relative path: uint8 [n, h, w, 3].
+def folder(
+    path,
+    resolution: int | None = None,
+    skip_bad: bool = False,
+    crop: str = "squeeze",
+    exif: bool = True,
+    alpha: str = "white",
+) -> Source:
+    """All images below a folder, or in a zip of one: uint8 [n, h, w, 3].
 
-    Everything becomes RGB: rotated as EXIF says, alpha laid over white, 16-bit grey
-    divided by 257, the first frame of an animation. With `resolution` each image is
-    resized (Lanczos) to a square, its aspect ratio not kept. Links to folders are not
-    followed; hidden and other files are skipped. If every image is in a subfolder,
-    its label is the index of the first-level subfolder in sorted order.
+    As `readers.read` reads them: everything that Pillow knows, as RGB, in the order of
+    torchvision's ImageFolder, with the labels of its folders or of dataset.json.
 
-    Args: skip_bad: leave out what cannot be read, and warn of it with the count.
+    Args:
+      resolution: of a square that each image is resized to (Lanczos).
+      skip_bad: leave out what cannot be read, with a note.
+      crop: "squeeze", or "center": the largest square in the middle first.
+      exif: turn images as the camera was held.   alpha: "white", what is below
+        transparent pixels, or "drop".
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
-    check_resolution(resolution)
-    root = Path(path)
-    if not os.path.isdir(root):  # which takes any text
-        raise DataError(f"{root}: no such folder; give the path of a folder of images")
-    names = sorted(
-        (Path(place) / name).relative_to(root).as_posix()
-        for place, _, files in os.walk(root)
-        for name in files
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    how = Preparation(resolution, crop, exif, alpha)
+    found = readers.read(path, how, skip_bad)
+    read = Source(
+        found.images,
+        found.labels,
+        files=found.files,
+        classes=found.classes,
+        altered=found.altered,
     )
-    if not names:
-        raise DataError(f"{root}: no image below it ({' '.join(SUFFIXES)})")
-    images: list[np.ndarray] = []
-    kept: list[str] = []
-    damaged = []
-    for name in names:
-        try:
-            image = _read_rgb(root / name, resolution)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{root / name}: {error}; make it smaller or take it out"
-            ) from error
-        except Exception:  # every decoder of pillow fails in its own way
-            damaged.append(name)
-            continue
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"{root}: sizes differ ({kept[0]} {images[0].shape}, {name} "
-                f"{image.shape}); set resolution to resize all"
-            )
-        images.append(image)
-        kept.append(name)
-    if damaged:
-        found = (
-            f"{root}: {len(damaged)} of {len(names)} images cannot be read: "
-            f"{', '.join(damaged[:10])}"
-        )
-        if not (skip_bad and images):
-            more = "; skip_bad=True goes on without them" if images else ""
-            raise DataError(f"{found}; repair them or take them out{more}")
-        logging.warning("%s; left out", found)
-    labels = None
-    if all("/" in name for name in kept):
-        firsts = [name.split("/")[0] for name in kept]
-        labels = np.unique(firsts, return_inverse=True)[1].astype(np.int32)
-    read = Source(np.stack(images), labels)
-    check_source(read, str(root))
-    return read
+    return read._replace(notes=found.notes + check_source(read, str(path)))
 
 
 def cifar10(data_dir=None) -> Source:
@@ -427,90 +399,100 @@ def images(
     role: str = "train",
     resolution: int | None = None,
     skip_bad: bool = False,
-):
+    **preparation,
+) -> Source:
     """Images of any origin, as a person sees them, and their labels where they have.
 
     Args:
-      where: a folder of images; an .npz or .npy of uint8, or of floats in [-1, 1], [n,
-        h, w, c] or [n, h, w]; the name of a source, or of a set of TensorFlow Datasets.
-        With [a:b] at its end: those of them.
-      role: "samples", "train" or "held_out": which array of an .npz (ROLES, or its only
-        one), and which split of a set, is meant.
-      resolution: that images of a folder are resized to.   skip_bad: as in `folder`.
+      where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
+        in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
+        of a set of TensorFlow Datasets. With [a:b] at its end: those of them.
+      role: "samples", "train" or "held_out": which array of an .npz (ROLES, its only
+        one, or all that np.savez numbered), and which split of a set, is meant.
+      resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
     Returns:
-      uint8 [n, h, w, c]; integers [n] or None.
+      Source with uint8 [n, h, w, c] images, labels or None, and no test split.
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
-    part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", where)
-    whole = part[1] if part else where
-    x, label = _whole(whole, role, resolution, skip_bad, part is not None)
+    part = PART.search(where)
+    whole = PART.sub("", where)
+    found = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
     if part is None:
-        return x, label
-    rows = slice(*(int(end) if end else None for end in part.groups()[1:]))
-    if not len(x[rows]):
-        raise ValueError(f"{where} is none of the {len(x)} images")
-    return x[rows], None if label is None else label[rows]
+        return found
+    rows = slice(*(int(end) if end else None for end in part.groups()))
+    if not len(found.images[rows]):
+        raise ValueError(f"{where} is none of the {len(found.images)} images")
+    labels, files = (
+        None if each is None else each[rows] for each in (found.labels, found.files)
+    )
+    return found._replace(images=found.images[rows], labels=labels, files=files)
 
 
-def _whole(where, role, resolution, skip_bad, cut):
+def again(where: str, files, **preparation) -> np.ndarray:
+    """Some files of `images(where)`, prepared in another way: uint8 [k, h, w, 3].
+
+    Args: files, [k] paths, as its `files` has them.
+    Raises: as `folder`.
+    """
+    path = os.path.expanduser(PART.sub("", where))
+    return readers.read(path, Preparation(**preparation), only=files).images
+
+
+def _whole(where, role, cut, resolution, skip_bad, **preparation):
     """`images` without [a:b]; cut: whether that follows."""
-    path = Path(os.path.expanduser(where))
-    if os.path.isdir(path):  # which takes any text
-        return folder(path, resolution, skip_bad)[:2]
-    if path.suffix in (".npz", ".npy"):
-        names, label_name = ROLES[role], LABELS[role]
-        found, known = _arrays(path, (*names, label_name))
-        label = found.pop(label_name, None)
-        if not found:
-            raise DataError(
-                f"{where}: none of {', '.join(names)} among its arrays "
-                f"{', '.join(known)}; write it again with one of those names"
-            )
-        name, array = next(iter(found.items()))
-        x = _as_pixels(array, f"{where}: {name}")
-        _check_labels(label, len(x), f"{where}: {label_name}")
-        return x, label
+    path = os.path.expanduser(where)
+    suffix = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path) or suffix == ".zip":  # which takes any text
+        return folder(path, resolution, skip_bad, **preparation)
+    if suffix in (".npz", ".npy"):
+        return _of_role(path, role)
     try:
         pools = SOURCES[where]() if where in _bare() else tfds(where)
     except DataError:
         raise
     except ValueError as error:
         raise DataError(
-            f"{where}: no such folder of images, no .npz or .npy file, and no data set "
-            f"of that name ({error})"
+            f"{where}: no such folder of images, no .zip, .npz or .npy file, and no "
+            f"data set of that name ({error})"
         ) from error
     x, label = pools[2:4] if role == "held_out" else pools[:2]
     if x is None and cut:  # a part that was cut off by hand
         x, label = pools[:2]
     if x is None:
         raise DataError(f"{where} has no test split: give images that were held out")
-    return _as_pixels(x, where), label
+    x, notes = readers.pixels(x, where)
+    return Source(x, label, notes=notes)
 
 
-def _as_pixels(x, where):
-    """uint8 [n, h, w, c] of what an array file may hold.   Raises: DataError."""
-    if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
-        raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
-    x = x[..., None] if x.ndim == 3 else x
-    if x.ndim != 4 or not x.size:
-        raise DataError(f"{where} is {x.dtype}{x.shape}, not images [n, h, w, c]")
-    if x.shape[3] > 4 and x.shape[1] <= 4:
+def _of_role(path, role):
+    """The images of an array file that are meant, and their labels."""
+    named, label_name = ROLES[role], LABELS[role]
+
+    def chosen(names):
+        known = [name for name in named if name in names][:1]
+        numbered = [name for name in names if NUMBERED.fullmatch(name)]
+        if known:
+            return known + [name for name in (label_name,) if name in names]
+        if numbered and len(numbered) == len(names):
+            return numbered
+        return names if len(names) == 1 else []
+
+    found, names = _arrays(path, chosen)
+    if not found:
         raise DataError(
-            f"{where} is {x.shape}, channels first; save x.transpose(0, 2, 3, 1)"
+            f"{path}: none of {', '.join(named)} among its {len(names):,} arrays "
+            f"{listed(names)}; write it again with one of those names"
         )
-    if x.dtype == np.uint8:
-        return x
-    rows = x.reshape(len(x), -1)
-    _refuse(~np.isfinite(rows).all(axis=1), where, "NaN or Inf")
-    low, high = float(x.min()), float(x.max())
-    # Images in [-1, 1] that never go below 0 are images in [0, 1].
-    if low < -1 or high > 1 or low >= 0:
-        raise DataError(
-            f"{where} has values in [{low:.3g}, {high:.3g}]; floats must be in [-1, 1] "
-            "(some below 0), so save uint8 pixels 0 .. 255 instead"
-        )
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    label = found.pop(label_name, None)
+    if all(map(NUMBERED.fullmatch, found)):
+        x, label = readers.joined(found, path)
+        name = listed(found, 3)
+    else:
+        name, x = next(iter(found.items()))
+    x, notes = readers.pixels(x, f"{path}: {name}")
+    _check_labels(label, len(x), f"{path}: {label_name}")
+    return Source(x, label, notes=notes)
 
 
 def _bare():
@@ -526,31 +508,29 @@ def _parameters(read):
     return inspect.signature(read).parameters.values()
 
 
-def check_resolution(resolution):
-    """Refuses a side that is no image's.   Raises: ValueError."""
-    if resolution is not None and resolution not in range(1, 4097):
-        raise ValueError(f"resolution={resolution} must be in 1 .. 4096 pixels")
+def check_source(source, where) -> tuple[str, ...]:
+    """Refuses what training would only fail on later; `where` names the file.
 
-
-def check_source(source, where, warn=True):
-    """Refuse what training would only fail on later; `where` names the file."""
-    _check_points(source.images, f"{where}: train_images", warn, source.pixels)
+    Returns: notes, of what is allowed and may not be meant.   Raises: DataError.
+    """
+    notes = _check_points(source.images, f"{where}: train_images", source.pixels)
     _check_labels(source.labels, len(source.images), f"{where}: train_labels")
     test = source.test_images
     if test is None:
         if source.test_labels is not None:
             raise DataError(f"{where}: test_labels without test_images")
-        return
-    _check_points(test, f"{where}: test_images", warn, source.pixels)
+        return notes
+    notes += _check_points(test, f"{where}: test_images", source.pixels)
     _check_labels(source.test_labels, len(test), f"{where}: test_labels")
     if (test.shape[1:], test.dtype) != (source.images.shape[1:], source.images.dtype):
         raise DataError(
             f"{where}: test_images {test.dtype}{test.shape} do not fit train_images "
             f"{source.images.dtype}{source.images.shape}"
         )
+    return notes
 
 
-def _check_points(x, where, warn, pixels=True):
+def _check_points(x, where, pixels):
     if (x.dtype.name, x.ndim) not in {("uint8", 4), ("float32", 4), ("float32", 2)}:
         raise DataError(
             f"{where} is {x.dtype}{x.shape}; it must be uint8 or float32 [n, h, w, c], "
@@ -558,29 +538,23 @@ def _check_points(x, where, warn, pixels=True):
         )
     if 0 in x.shape:
         raise DataError(f"{where} is empty: {x.shape}")
-    limits = np.empty((len(x), 2), x.dtype)
-    for start in range(0, len(x), BLOCK):  # what is on disk may be larger than memory
-        rows = np.asarray(x[start : start + BLOCK])
-        rows = rows.reshape(len(rows), -1)
-        limits[start : start + BLOCK, 0] = rows.min(axis=1)  # NaN, where there is one
-        limits[start : start + BLOCK, 1] = rows.max(axis=1)
-    low, high = limits.T
-    if x.dtype == np.float32:
-        _refuse(~np.isfinite(limits).all(axis=1), where, "NaN or Inf")
-        if x.ndim == 4 and pixels:
-            out = (low < -1) | (high > 1)
-            _refuse(out, where, "values outside [-1, 1]")
+    if x.ndim == 4:
+        readers.check_layout(x, where)
+    low, high, below = readers.limits(x)
+    readers.refuse(np.isnan(low), where, "NaN or Inf")
+    if x.ndim != 4:
+        return ()
+    notes = []
+    if pixels:
+        if x.dtype == np.float32:
+            readers.refuse((low < -1) | (high > 1), where, "values outside [-1, 1]")
+        notes.append(readers.check_range(x, where, low.min(), high.max(), below))
     constant = np.flatnonzero(low == high)
-    if warn and x.ndim == 4 and len(constant):
-        logging.warning(
-            "%s: %d constant images, the first at %d", where, len(constant), constant[0]
+    if len(constant):
+        notes.append(
+            f"{where}: {len(constant)} constant images, the first at {constant[0]}"
         )
-
-
-def _refuse(bad, where, what):
-    if bad.any():
-        first = np.flatnonzero(bad)[0]
-        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); repair it")
+    return tuple(filter(None, notes))
 
 
 def _check_labels(labels, n, where):
@@ -590,26 +564,9 @@ def _check_labels(labels, n, where):
         raise DataError(
             f"{where} is {labels.dtype}{labels.shape}; it must be integers [{n}]"
         )
-    _refuse((labels < 0) | (labels >= 2**31), where, "a label outside 0 .. 2**31 - 1")
-
-
-def _read_rgb(path, resolution):
-    if not path.is_file():  # to open a pipe is to wait for its other end
-        raise OSError("a link to nothing, or no file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if resolution is not None and image.size != (resolution, resolution):
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    readers.refuse(
+        (labels < 0) | (labels >= 2**31), where, "a label outside 0 .. 2**31 - 1"
+    )
 
 
 def _data_dir(data_dir):
@@ -743,5 +700,5 @@ def _cifar_batches(path):
         if name not in found or not found[name].size or found[name].size % CIFAR_RECORD:
             raise DataError(f"{path}: {name} is missing or damaged; fetch it again")
         batches.append(found[name].reshape(-1, CIFAR_RECORD))
-        _refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
+        readers.refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
     return batches

@@ -143,13 +143,15 @@ def test_all_origins_of_images_are_one(tmp_path):
         ("floats.npy", "train"), ("adm.npz", "samples"), ("one.npz", "train"),
         ("ours.npz", "held_out"),
     ]:  # fmt: skip
-        read, _ = sources.images(str(tmp_path / name), role)
-        np.testing.assert_array_equal(read, x)
-    read, _ = sources.images(str(tmp_path / "folder"))
-    np.testing.assert_array_equal(read, x.repeat(3, axis=3))
-    read, label = sources.images("digits[2:5]", "samples")
-    np.testing.assert_array_equal(read, DIGITS[2:5])
-    assert len(label) == 3
+        read = sources.images(str(tmp_path / name), role)
+        np.testing.assert_array_equal(read.images, x)
+    assert sources.images(str(tmp_path / "adm.npz")).labels.tolist() == [*range(6)]
+    read = sources.images(str(tmp_path / "folder[:5]"))
+    np.testing.assert_array_equal(read.images, x[:5].repeat(3, axis=3))
+    assert read.files.tolist() == [f"{i}.png" for i in range(5)]
+    read = sources.images("digits[2:5]", "samples")
+    np.testing.assert_array_equal(read.images, DIGITS[2:5])
+    assert len(read.labels) == 3
 
 
 def test_a_run_is_audited_by_its_workdir(tmp_path):
@@ -265,9 +267,9 @@ def bad(tmp_path):
         "unit": (read, {"train": path("unit.npy")}, r"save uint8 pixels 0 \.\. 255"),
         "nan": (read, {"train": path("nan.npy")}, r"\[3\] has NaN"),
         "object": (read, {"train": path("object.npy")}, "allow_pickle is never used"),
-        "names": (read, {"train": path("names.npz")}, "its arrays a, b"),
+        "names": (read, {"train": path("names.npz")}, "its 2 arrays a, b"),
         "absent": (read, {"train": path("no/such")}, "no such folder of images"),
-        "damaged": (read, {"train": path("damaged")}, "12 of 12 .* 00.png.* 09.png;"),
+        "damaged": (read, {"train": path("damaged")}, "12 of 12 .* 00.png.* 09.png and 2 more;"),
     }  # fmt: skip
 
 

@@ -198,11 +198,14 @@ def test_latents_have_any_values_and_images_have_not(tmp_path):
         sources.latents(path)
 
 
-def test_constant_images_are_allowed_with_a_warning(tmp_path, caplog):
-    np.savez(tmp_path / "flat.npz", train_images=IMAGES)
-    with caplog.at_level("WARNING", logger="absl"):
-        assert len(sources.npz(tmp_path / "flat.npz").images) == 3
-    assert "3 constant images, the first at 0" in caplog.text
+def test_constant_images_are_allowed_with_a_note(tmp_path, caplog):
+    path = tmp_path / "flat.npz"
+    np.savez(path, train_images=IMAGES)
+    (note,) = sources.npz(path).notes
+    assert "train_images: 3 constant images, the first at 0" in note
+    with caplog.at_level("WARNING", logger="absl"):  # at the prompt nobody sees notes
+        data.load("npz", path=path, num_held_out=0)
+    assert note in caplog.text
 
 
 def save(path, mode="RGB", size=(6, 6), colour=None, **keywords):
@@ -212,7 +215,7 @@ def save(path, mode="RGB", size=(6, 6), colour=None, **keywords):
 
 def test_a_folder_is_sorted_labelled_and_converted(tmp_path):
     save(tmp_path / "b" / "grey.png", "L", colour=100)
-    save(tmp_path / "b" / "deep" / "wide.png", "I;16", colour=257 * 9)
+    save(tmp_path / "b" / "deep" / "wide.png", "I;16", colour=257 * 200)
     save(tmp_path / "a" / "ünï.PNG", "RGBA", colour=(255, 0, 0, 0))
     save(tmp_path / "a" / "palette.gif", "P")
     save(tmp_path / "a" / "zz.bmp", colour=(1, 2, 3))
@@ -221,7 +224,7 @@ def test_a_folder_is_sorted_labelled_and_converted(tmp_path):
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     got = sources.folder(tmp_path)
     assert got.images.shape == (5, 6, 6, 3) and got.labels.tolist() == [0, 0, 0, 1, 1]
-    assert got.images[1:, 0, 0].tolist() == [[1, 2, 3], [255] * 3, [9] * 3, [100] * 3]
+    assert got.images[1:, 0, 0].tolist() == [[1, 2, 3], [255] * 3, [100] * 3, [200] * 3]
     assert sources.folder(tmp_path / "b" / "deep").labels is None
 
 
@@ -243,7 +246,7 @@ def test_a_folder_lists_damaged_images(tmp_path):
     whole = (tmp_path / "good.jpg").read_bytes()
     for i in range(12):
         (tmp_path / f"bad{i:02}.jpg").write_bytes(whole[: 300 if i % 2 else 10])
-    with pytest.raises(data.DataError, match="12 of 13 .*bad00.jpg.*bad09.jpg; "):
+    with pytest.raises(data.DataError, match="12 of 13 .*bad00.jpg.*bad09.jpg and 2 more; "):
         sources.folder(tmp_path)
 
 

@@ -6,15 +6,25 @@ is drawn from those.
 """
 
 import inspect
+import itertools
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import data, defaults, features, weights
+from memsep_jax import (
+    data,
+    defaults,
+    features,
+    memorization,
+    neighbours,
+    readers,
+    weights,
+)
 from memsep_jax.experiments import record, report, setup
-from memsep_jax.experiments.compare import FEW, Sets, measure
-from memsep_jax.sources import DataError, images
+from memsep_jax.experiments.compare import FEW, Sets, measure, share
+from memsep_jax.readers import DataError
+from memsep_jax.sources import Source, again, images
 
 WORKING = 2e8  # bytes of temporaries, of a search and of a network
 GIB = 2**30
@@ -24,18 +34,22 @@ ROLES = {
     "held_out": "held_out",
     "pool": "train",
 }
+APART = 0.3  # of two distribution functions of pixels: sets of one kind are nearer
+FALSE = 0.01  # of honest samples that a set without held-out images may flag
+TRIED = 1_000  # files that are prepared in other ways, and samples looked at with them
 
 
 def run(config, session, resume_step=None):
     """Audits config.samples against config.train."""
     with session.phase("data"):
         check(config)
-        sets, label, kept = read(config)
-        compared, note = _compared(config, sets, label, kept)
+        sets, origins, kept = read(config)
+        compared, note = _compared(config, sets, origins["train"].labels, kept)
         _check_memory(config, sets, compared)
     fingerprint = data.fingerprint(*sets)
-    session.begin(fingerprint)
-    notes = [note] if note else []
+    session.begin(fingerprint, origins["train"]._replace(notes=()))
+    notes = [note for origin in origins.values() for note in origin.notes]
+    notes += unlike(sets) + ([note] if note else [])
     if sets.held_out is None:
         notes.append(
             "no --config.held_out, so nobody knows what honest samples would score: "
@@ -51,10 +65,15 @@ def run(config, session, resume_step=None):
     found = measure(config, sets, compared, session, fingerprint)
     metrics = found.metrics | {"experiment": "audit", "notes": notes}
     metrics["data"]["excluded"] = excluded
+    pixels = metrics["memorization"]
+    if pixels["null"] is None or not pixels["excess_interval"][0] > 0:
+        with session.phase("neighbours"):
+            metrics["other_ways"] = other_ways(config, sets, origins, session)
     metrics["verdict"] = verdict(metrics)
     metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
-    record.write_csv(session.workdir / "per_sample.csv", found.columns)
+    columns = found.columns | _named(origins, found.columns["nearest"])
+    record.write_csv(session.workdir / "per_sample.csv", columns)
     record.write_csv(session.workdir / "duplicates.csv", found.repeats)
     record.write_npz(session.workdir / "pairs.npz", **found.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)
@@ -73,11 +92,16 @@ def check(config):
     """Refuses what no image would make right.   Raises: setup.ConfigError."""
     setup.check_kinds(config, defaults.audit())
     wrong = [
-        f"--config.{name}=... is required: a folder of images, an .npz or .npy, the "
-        "workdir of a run, or the name of a data set"
+        f"--config.{name}=... is required: a folder of images or a zip of one, an .npz "
+        "or .npy, the workdir of a run, or the name of a data set"
         for name in ("samples", "train")
         if not config[name]
     ]
+    for name in ROLES:
+        try:
+            readers.check_preparation(_preparation(config, name))
+        except ValueError as error:
+            wrong.append(f"{name}_as.{error}")
     group = config.memorization
     rules = {
         "memorization.threshold": (0 < group.threshold < 1, "in (0, 1); usually 1/3"),
@@ -99,16 +123,12 @@ def check(config):
 def read(config):
     """All images, of one size.
 
-    Returns: `compare.Sets`; the labels of the training images, or None; which of the
-      held-out images were kept: those that no training one equals.
+    Returns: `compare.Sets`; the `Source` of each; which of the held-out images were
+      kept: those that no training one equals.
     Raises: setup.ConfigError where they do not fit each other; DataError.
     """
-    found = {
-        name: images_of(config[name], name, config.resolution, config.skip_bad)
-        for name in ROLES
-        if config[name]
-    }
-    sets = Sets(**{name: x for name, (x, _) in found.items()})
+    found = {name: origin_of(config, name) for name in ROLES if config[name]}
+    sets = Sets(**{name: origin.images for name, origin in found.items()})
     check_sizes(sets)
     drawn, known = data.digests(sets.samples), data.digests(sets.train)
     if len(set(known)) < 2:
@@ -122,7 +142,7 @@ def read(config):
             f"the same {len(known):,} images: give what was generated as samples"
         )
     if sets.held_out is None:
-        return sets, found["train"][1], None
+        return sets, found, None
     seen = set(known)
     kept = np.array([one not in seen for one in data.digests(sets.held_out)])
     if not kept.any():
@@ -131,7 +151,7 @@ def read(config):
             "the training set: give images that were not trained on, or none"
         )
     sets = sets._replace(held_out=sets.held_out[kept])
-    return sets, found["train"][1], kept
+    return sets, found, kept
 
 
 def check_sizes(sets):
@@ -150,31 +170,138 @@ def _size(x):
     return " x ".join(map(str, x.shape[1:]))
 
 
-def images_of(where, role, resolution, skip_bad=False):
+def origin_of(config, name) -> Source:
+    """The images of a field of the config: "samples", "train", "held_out" or "pool"."""
+    how = _preparation(config, name)._asdict()
+    return images_of(config[name], name, skip_bad=bool(config.skip_bad), **how)
+
+
+def _preparation(config, name):
+    return readers.Preparation(config.resolution, **config[f"{name}_as"].to_dict())
+
+
+def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> Source:
     """As `sources.images`, for a field of the config; a run's workdir too."""
-    known = record.read_json(Path(where) / "config.json")
-    if known is None or "model" not in known:
+    workdir = Path(where).expanduser()
+    if not readers.is_workdir(workdir):
         try:
-            return images(where, ROLES[role], resolution, bool(skip_bad))
+            return images(where, ROLES[role], resolution, skip_bad, **preparation)
         except DataError as error:
             raise DataError(f"--config.{role}: {error}") from error
         except ValueError as error:  # sizes that differ in a folder
             raise setup.ConfigError(f"--config.{role}: {error}") from error
-    label = None
+    known, found = record.read_json(workdir / "config.json"), None
     if role == "samples":
-        x = (record.read_npz(Path(where) / "samples.npz") or {}).get("samples")
-    else:
+        x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
+        found = None if x is None else Source(x)
+    elif "model" in known:
         splits = setup.build(defaults.restored(known)).splits
         part = splits.held_out if role == "held_out" else splits.train
-        x = None
         if part is not None and splits.pixels:
-            x, label = data.to_uint8(np.asarray(data.read(part).x)), part.label
-    if x is None or x.ndim != 4 or x.dtype != np.uint8:
+            x = data.to_uint8(np.asarray(data.read(part).x))
+            files = None if part is splits.held_out else splits.files
+            label = None if part.label is None else np.asarray(part.label)
+            found = Source(x, label, files=files, classes=splits.classes)
+    if found is None or found.images.ndim != 4 or found.images.dtype != np.uint8:
         raise DataError(
             f"--config.{role}={where} is a run without images for it: give one that "
             "has finished on images, or a folder"
         )
-    return x, label
+    return found
+
+
+def unlike(sets) -> list[str]:
+    """What tells samples or held-out images grossly from training ones, a note each."""
+    known, notes = readers.histogram(sets.train), []
+    for name in ("samples", "held_out"):
+        x = getattr(sets, name)
+        if x is None:
+            continue
+        gap = readers.apart(readers.histogram(x), known)
+        if gap > APART:
+            low, high = int(x.min()), int(x.max())
+            notes.append(
+                f"the pixels of --config.{name} are unlike those of --config.train: "
+                f"{low} .. {high} beside {sets.train.min()} .. {sets.train.max()}, and "
+                f"their distribution functions differ by {gap:.2f}; if the two were "
+                "scaled or coloured in different ways, copies do not show"
+            )
+    return notes
+
+
+def other_ways(config, sets, origins, session) -> list[dict]:
+    """Whether copies would show if files were prepared in another way.
+
+    Each way is tried on a few of the files that it changes: cropped and not, turned by
+    EXIF and not, over white and not. The null level is that of held-out images as they
+    are.
+
+    Returns: what was found in each way: {"way", "count", "samples", "files", "ratio",
+      "interval", "finds"}.
+    """
+    found = []
+    for name in ("train", "samples"):
+        origin, own = origins[name], _preparation(config, name)
+        others = {
+            "crop": "squeeze" if own.crop == "center" else "center",
+            "exif": not own.exif,
+            "alpha": "white" if own.alpha == "drop" else "drop",
+        }
+        fields = [f for f, files in (origin.altered or {}).items() if len(files)]
+        for size in range(1, len(fields) + 1):
+            for changed in itertools.combinations(fields, size):
+                way = {field: others[field] for field in changed}
+                how = own._replace(**way)._asdict()
+                files = np.unique(np.concatenate([origin.altered[f] for f in changed]))
+                files = _few(files[np.isin(files, origin.files)])
+                if not len(files):
+                    continue
+                with session.progress("other ways", 1) as update:
+                    text = " ".join(
+                        f"--config.{name}_as.{field}={value}"
+                        for field, value in way.items()
+                    )
+                    try:
+                        x = again(config[name], files, **how)
+                    except ValueError:  # of several sizes when prepared so
+                        continue
+                    if row := _tried(name, x, sets, config.memorization.threshold):
+                        found.append({"way": text, "files": len(files)} | row)
+                    update(1, text)
+    return found
+
+
+def _few(x):
+    return x[:: max(1, -(-len(x) // TRIED))]
+
+
+def _tried(name, x, sets, threshold):
+    """The share of copies with these images for the set `name`; None if they lack."""
+    few = _few(sets.samples) if name == "train" else x
+    train = x if name == "train" else sets.train
+    held_out = None if sets.held_out is None else _few(sets.held_out)
+    if x.shape[1:] != sets.train.shape[1:] or len(neighbours.distinct(train)) < 2:
+        return None
+    found = memorization.ratio(few, train, held_out, threshold)
+    row = share(found.memorized, None)
+    least = 0.0 if found.null_interval is None else found.null_interval[1]
+    return {
+        "count": row["count"],
+        "samples": len(few),
+        "ratio": row["ratio"],
+        "interval": row["interval"],
+        "finds": row["interval"][0] > max(least, FALSE),
+    }
+
+
+def _named(origins, nearest) -> dict:
+    """Columns of file names, where there are files."""
+    columns = {}
+    if (files := origins["samples"].files) is not None:
+        columns["file"] = files
+    if (files := origins["train"].files) is not None:
+        columns["nearest_file"] = files[nearest]
+    return columns
 
 
 def space(config, name, sets, label):

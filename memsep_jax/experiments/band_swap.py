@@ -46,7 +46,7 @@ def run(config, session, resume_step=None):
                 f"measure.bands={config.measure.bands} must be at most "
                 f"sampler.steps={config.sampler.steps}: a band is one step or more"
             )
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     rows = sweep.run(
         config,
         session,

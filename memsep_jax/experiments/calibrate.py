@@ -72,10 +72,7 @@ def read(config):
             "images, and images of the same kind, half of which are held out and half "
             "are the fresh ones among the samples"
         )
-    train, pool = (
-        audit.images_of(config[name], name, config.resolution, config.skip_bad)[0]
-        for name in ("train", "pool")
-    )
+    train, pool = (audit.origin_of(config, name).images for name in ("train", "pool"))
     seen = set(data.digests(train))
     fresh = pool[[digest not in seen for digest in data.digests(pool)]]
     if len(fresh) < 4:

@@ -48,7 +48,7 @@ def run(config, session, resume_step=None):
         parts = sweep.check(config)
         _check_times(config, parts.process)
         _true_params(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     rows = sweep.run(
         config,
         session,

@@ -25,7 +25,7 @@ def dry_run(config, say) -> Table:
         config = points[-1].config
     parts = setup.build(config)
     mesh = parallel.make_mesh()
-    for note in parts.notes:
+    for note in (*parts.notes, *parts.splits.notes):
         say(f"note: {note}")
     state = jax.eval_shape(lambda: train.initial_state(config, parts))
     # Points that stay on disk come as batches.

@@ -31,7 +31,7 @@ def run(config, session, resume_step=None):
         if config.measure.likelihood:
             setup.truth(config)
         parts = sweep.check(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     rows = sweep.run(
         config,
         session,

@@ -26,7 +26,7 @@ def run(config, session, resume_step=None):
     """Trains and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
         parts = sweep.check(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(networks.measure, session=session)
     rows = sweep.run(config, session, work, what="networks")
     table = sweep.over_seeds(rows, sweep.points(config))

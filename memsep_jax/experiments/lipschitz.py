@@ -25,7 +25,7 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         parts = sweep.check(config)
         setup.truth(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     rows = sweep.run(
         config,
         session,

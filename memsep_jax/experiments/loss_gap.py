@@ -27,7 +27,7 @@ def run(config, session, resume_step=None):
                 f"data.law={config.data.law}: the saturated loss gap and the collapse "
                 "time are known for components of unit variance: data.law=separated"
             )
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     look = jax.jit(
         functools.partial(curves, process=parts.process, m=config.measure.draws)
     )

@@ -60,7 +60,7 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         parts = sweep.check(config)
         source = _source(config, parts, session.say)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     shared: dict[str, Tools] = {}  # compiled once, not for every way of training
 
     def work(points):

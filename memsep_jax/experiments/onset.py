@@ -40,7 +40,7 @@ def run(config, session, resume_step=None):
     """Trains the networks and looks at their snapshots; draws the curves."""
     with session.phase("data"):
         parts = check(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(measure, session=session)
     rows = sweep.run(config, session, work, what="networks")
     sweep.finish(config, session, rows, draw, columns=COLUMNS, onset=onsets(rows))

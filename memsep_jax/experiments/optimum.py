@@ -18,7 +18,7 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         parts = setup.build(config)
         score_of, weights, about = maker(config, parts)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     mesh = parallel.make_mesh()
     generate = make_generate(config, parts, mesh, score_of, session.say)
     evaluate(config, parts, session, generate, weights, about)

@@ -180,9 +180,19 @@ class Session:
                 f"{old[:12]} and is {fingerprint[:12]}. {WAY_OUT}"
             )
 
-    def begin(self, fingerprint: str):
-        """From here on, the run is on disk.   Raises: ConflictError, as `expect`."""
+    def begin(self, fingerprint: str, read=None):
+        """From here on, the run is on disk.
+
+        Args: read, the data.Splits or sources.Source of its data: its notes are said,
+          and the folder of each class is kept in run.json.
+        Raises: ConflictError, as `expect`.
+        """
         self.expect(fingerprint)
+        if read is not None:
+            for note in read.notes:
+                self.say(f"note: {note}")
+            if read.classes is not None:
+                self.status["classes"] = dict(enumerate(read.classes))
         self.status |= _circumstances()
         self.status |= {
             "seed": self.config.seed,

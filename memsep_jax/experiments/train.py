@@ -117,7 +117,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             found = unpack(packed, state, parts)
     # A checkpoint that does not fit must leave config.json as it was.
     if own:
-        session.begin(parts.splits.fingerprint)
+        session.begin(parts.splits.fingerprint, parts.splits)
     start = 0
     if resume_step is not None and first:
         _roll_back(workdir, resume_step, session)

@@ -27,7 +27,7 @@ def run(config, session, resume_step=None):
     """Trains and compares the twins of every point; draws the curves."""
     with session.phase("data"):
         parts = check(config)
-    session.begin(parts.splits.fingerprint)
+    session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(measure, session=session)
     rows = sweep.run(config, session, work, what="pairs of twins")
     sweep.finish(config, session, rows, draw, columns=COLUMNS)

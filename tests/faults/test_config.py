@@ -597,7 +597,7 @@ def pictures(folder):
     """A folder as they are: {name: colour of an image of one colour}."""
     known = {
         "b/grey.png": ("L", 100, (100, 100, 100)),
-        "b/deep/sixteen bits.png": ("I;16", 257 * 9, (9, 9, 9)),
+        "b/deep/sixteen bits.png": ("I;16", 257 * 200, (200, 200, 200)),
         "a/ünï ✓.PNG": ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
         "a/half.png": ("RGBA", (0, 0, 0, 128), (127, 127, 127)),
         "a/palette.gif": ("P", 0, (0, 0, 0)),
@@ -612,7 +612,8 @@ def pictures(folder):
     (folder / "a" / "notes.txt").write_text("not an image")
     (folder / "a" / "._half.png").write_text("left by another system")
     (folder / "b" / "loop").symlink_to(folder)
-    return {name: known[name][2] for name in sorted(known)}
+    order = sorted(known, key=lambda name: (name[0], *name.rpartition("/")[::2]))
+    return {name: known[name][2] for name in order}
 
 
 def of_folder(folder, *arguments):
@@ -689,23 +690,24 @@ def test_d55_what_cannot_be_read_is_named_ten_at_most(tmp_path):
         setup.build(of_folder(tmp_path))
     names = ", ".join(f"b/bad{i}.{'jpg' if i < 8 else 'png'}" for i in range(10))
     assert caught.value.exit_code == 3
-    assert f"12 of 20 images cannot be read: {names}; repair" in str(caught.value)
+    assert f"12 of 20 images cannot be read: {names} and 2 more; repair" in str(
+        caught.value
+    )
     assert "skip_bad=True goes on without them" in str(caught.value)
 
 
-def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path, caplog):
+def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
     clean, dirty = tmp_path / "clean", tmp_path / "dirty"
     pictures(clean)
     damaged(dirty)
-    with caplog.at_level("WARNING", logger="absl"):
-        found = setup.build(of_folder(dirty, "--config.data.skip_bad=True")).splits
-    assert "12 of 20 images cannot be read: b/bad0.jpg" in caplog.text
+    found = setup.build(of_folder(dirty, "--config.data.skip_bad=True")).splits
+    told = "\n".join(found.notes)
+    assert "12 of 20 images cannot be read: b/bad0.jpg" in told
+    assert "left out" in told
     assert found.fingerprint == setup.build(of_folder(clean)).splits.fingerprint
 
 
-def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(
-    tmp_path, caplog
-):
+def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(tmp_path):
     damaged(tmp_path / "train")
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "bad.png").write_bytes(b"")
@@ -717,10 +719,10 @@ def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(
     assert str(caught.value).startswith("--config.samples: ")
     assert "goes on without" not in str(caught.value)
     Image.new("RGB", (6, 6)).save(tmp_path / "samples" / "good.png")
-    caplog.clear()
-    sets, *_ = audit.read(config)
+    sets, origins, _ = audit.read(config)
     assert (len(sets.samples), len(sets.train)) == (1, 8)
-    assert "1 of 2 images" in caplog.text and "12 of 20 images" in caplog.text
+    assert any("1 of 2 images" in note for note in origins["samples"].notes)
+    assert any("12 of 20 images" in note for note in origins["train"].notes)
     config.skip_bad = None
     with pytest.raises(sources.DataError, match="--config.samples: .*1 of 2 images"):
         audit.read(config)
