@@ -136,8 +136,12 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
         wanted = set(only)
         names = [name for name in names if name in wanted]
     found = _Reader(path, how, tree.open, len(names))
-    for name in names:
-        found.add(name)
+    with warnings.catch_warnings():
+        # Of damage, pillow warns of some; `_Reader` refuses what it then misreads.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for name in names:
+            found.add(name)
     images, files, notes = found.finish(tree.unreadable, skip_bad)
     if tree.skipped:
         notes.insert(0, f"skipped {listed(sorted(tree.skipped))}")
@@ -326,6 +330,9 @@ class _Reader:
 
     def __init__(self, path, how, open_file, total):
         self.path, self.how, self.open, self.total = path, how, open_file, total
+        self.suffixes = Image.registered_extensions()
+        # A build of pillow may lack some. A camera's MPO is opened as JPEG.
+        self.formats = [name for name in FORMATS if name in Image.OPEN]
         self.images: np.ndarray | None = None
         self.files: list[str] = []
         self.damaged: list[str] = []
@@ -338,8 +345,6 @@ class _Reader:
 
     def add(self, name):
         suffix = os.path.splitext(name)[1].lower()
-        kinds = (*FORMATS, "MPO", "TGA")  # a camera's MPO is opened as JPEG
-        known = Image.registered_extensions().get(suffix) in kinds
         try:
             with self.open(name) as file:
                 pixels = self._pixels(file, name, suffix)
@@ -350,7 +355,7 @@ class _Reader:
         except DataError:
             raise
         except Exception:  # every decoder of pillow fails in its own way
-            if known:
+            if self.suffixes.get(suffix) in (*FORMATS, "MPO", "TGA"):
                 self.damaged.append(name)
             else:
                 self.others[suffix or "no suffix"] += 1
@@ -367,22 +372,16 @@ class _Reader:
         self.files.append(name)
 
     def _pixels(self, file, name, suffix):
-        with warnings.catch_warnings():
-            # Of damage, pillow warns of some; what it then reads is looked at below.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            formats = ["TGA"] if suffix in TARGA else FORMATS
-            # A build of pillow may lack some.
-            formats = [name for name in formats if name in Image.OPEN]
-            with Image.open(file, formats=formats) as image:
-                kind = image.format
-                if kind == "PNG":
-                    image.verify()  # the checksums, which its decoder passes over
+        formats = ["TGA"] if suffix in TARGA else self.formats
+        image = Image.open(file, formats=formats)
+        kind = image.format
+        if kind == "PNG":  # its decoder passes over the checksums
+            image.verify()
             file.seek(0)
-            with Image.open(file, formats=formats) as image:
-                image.load()
-                self._look_at_end(file, name, kind, image)
-                image = self._turned(image, name)
+            image = Image.open(file, formats=formats)
+        image.load()
+        self._look_at_end(file, name, kind, image)
+        image = self._turned(image, name)
         if image.mode.startswith(("I", "F")):
             image = self._levels(image, name)
         elif image.has_transparency_data:
@@ -397,11 +396,11 @@ class _Reader:
     def _turned(self, image, name):
         try:
             held = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if held not in range(2, 9):  # upright, or nothing that EXIF knows
+                return image
             turned = ImageOps.exif_transpose(image)
         except Exception:  # its EXIF is broken, and the image is as it is
             self.broken_exif.append(name)
-            return image
-        if held not in range(2, 9):  # upright, or nothing that EXIF knows
             return image
         self.altered["exif"].append(name)
         return turned if self.how.exif else image
