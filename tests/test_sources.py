@@ -246,7 +246,7 @@ def test_a_folder_lists_damaged_images(tmp_path):
     whole = (tmp_path / "good.jpg").read_bytes()
     for i in range(12):
         (tmp_path / f"bad{i:02}.jpg").write_bytes(whole[: 300 if i % 2 else 10])
-    with pytest.raises(data.DataError, match="12 of 13 .*bad00.jpg.*bad09.jpg and 2 more; "):
+    with pytest.raises(data.DataError, match="12 of 13 .*bad00.jpg.* and 2 more; "):
         sources.folder(tmp_path)
 
 

@@ -88,8 +88,9 @@ def test_h69_images_are_known_by_content_and_the_rest_is_counted(tmp_path):
     image = photos(1)[0]
     kinds = {
         "a.png": "PNG", "b.jpg": "JPEG", "c.jfif": "JPEG", "d.jpe": "JPEG",
-        "e.avif": "AVIF", "f.jp2": "JPEG2000", "g.tga": "TGA", "h": "PNG", "i.bin": "BMP",
-        "j.PNG": "PNG", "k.webp": "WEBP", "l.gif": "GIF", "m.qoi": "QOI",
+        "e.avif": "AVIF", "f.jp2": "JPEG2000", "g.tga": "TGA", "h": "PNG",
+        "i.bin": "BMP", "j.PNG": "PNG",
+        "k.webp": "WEBP", "l.gif": "GIF", "m.qoi": "QOI",
     }  # fmt: skip
     for name, kind in kinds.items():
         save(tmp_path / name, image, format=kind)
