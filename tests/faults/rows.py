@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PATTERN = re.compile(r"test_([a-g]\d+|security|fuzz)_")
+PATTERN = re.compile(r"test_([a-h]\d+|security|fuzz)_")
 TITLES = {
     "a": "Interruption and resume",
     "b": "Storage and what checkpoints hold",
@@ -30,6 +30,7 @@ TITLES = {
     "e": "Memory and speed",
     "f": "Several processes",
     "g": "Sweeps and output",
+    "h": "What people's files and habits do",
     "s": "Security",
 }
 REFUSALS = {"c34", "c39", "d", "security", "fuzz"}  # bad input; all else are faults
@@ -111,6 +112,21 @@ ROWS = {
     "g66": Row("a point of a sweep that fails; a killed sweep", "the others finish; only what is missing is done again; gaps are shown as gaps"),
     "g67": Row("trackers, displays or networks that are not there", "metrics.jsonl always; one warning; no prompt, no hang"),
     "g68": Row("closed pipes, narrow terminals, hostile names", "no traceback, no control codes in files, HTML escaped"),
+    "h69": Row("folders and files of other programs between the images; endings that are not read; linked classes ([pytorch/vision#2831](https://github.com/pytorch/vision/issues/2831), [open-mmlab/mmpretrain#507](https://github.com/open-mmlab/mmpretrain/issues/507))", "skipped by name and told; images are known by their content, other files are counted by their endings; links are followed, circles named"),
+    "h70": Row("labels: dataset.json of StyleGAN and EDM, zips, folders named by numbers, empty classes, `train/` beside `val/`, the order of files ([NVlabs/stylegan2-ada-pytorch#18](https://github.com/NVlabs/stylegan2-ada-pytorch/issues/18), [pytorch/vision#714](https://github.com/pytorch/vision/issues/714), [pytorch/vision#4925](https://github.com/pytorch/vision/issues/4925), [modestyachts/ImageNetV2#10](https://github.com/modestyachts/ImageNetV2/issues/10))", "its labels are read, in place; numbers sort as numbers, an empty class keeps its own; splits are refused; the mapping is said and kept; files are in ImageFolder's order; a list stops at ten names"),
+    "h71": Row("arrays: channels first, `np.savez(f, *batches)`, `np.savez(f, *images)`, images with labels, one image alone ([openai/guided-diffusion#117](https://github.com/openai/guided-diffusion/issues/117), [openai/improved-diffusion#150](https://github.com/openai/improved-diffusion/issues/150))", "channels first are refused everywhere by one check; numbered arrays are joined where they fit, else refused; one image is one"),
+    "h72": Row("ranges: floats in [0, 1], masks of 0 and 1, float and 32-bit files, 12 bits in 16, other byte orders, sets that were scaled apart ([Lightning-AI/torchmetrics#1244](https://github.com/Lightning-AI/torchmetrics/issues/1244), [python-pillow/Pillow#2574](https://github.com/python-pillow/Pillow/issues/2574), [python-pillow/Pillow#5991](https://github.com/python-pillow/Pillow/issues/5991))", "what does not fill the range of its dtype is refused with the line that mends it, dark sets and unlike sets are told, byte orders converted"),
+    "h73": Row("prepared unlike the trainer did it: crops, EXIF, transparency ([kohya-ss/sd-scripts#1316](https://github.com/kohya-ss/sd-scripts/issues/1316), [kohya-ss/sd-scripts#1269](https://github.com/kohya-ss/sd-scripts/issues/1269), [python-pillow/Pillow#4703](https://github.com/python-pillow/Pillow/issues/4703))", "how many images it concerns is told, with the switch for the other way; where nothing is found, an audit tries the other ways itself"),
+    "h74": Row("files whose end was never written; broken EXIF ([pytorch/vision#138](https://github.com/pytorch/vision/issues/138))", "found by checksums, or by zeros at the end; a broken EXIF leaves the image as it is; black images are no damage"),
+    "h75": Row("audits of a blank page, of one sample, of one held-out image, of features that are all 0", "what cannot be computed is left out with its reason; the copies are counted and the report is written"),
+    "h76": Row("features of large images, a budget of memory", "all chunks follow `run.memory`, which is what the machine has by default"),
+    "h77": Row("a `config.json` of another program, `~`, a run without samples", "a folder of images; a home; one message, and never the run's own figures"),
+    "h78": Row("half precision, negative numbers in two words, JAX's debugging switches, another random generator on resuming", "read, named rightly, they work, and the run is not gone on with under other random numbers"),
+    "h79": Row("two commands whose default workdirs would be cut to one name", "never one directory: such a name ends in a hash of the config"),
+    "h80": Row("signals while one compiled call takes minutes", "saved before it looks, pieces of seconds, and a second signal ends the process whatever XLA does"),
+    "h81": Row("`--dry_run` without data or network", "writes and fetches nothing, says what is missing, and how many hours a run takes"),
+    "h82": Row("a network that has learned nothing yet, or was stopped early", "called undertrained, with the distances that say so; a run that was stopped has its report"),
+    "h83": Row("the same samples beside held-out images and without", "the same distance, with the number of images that it is of"),
     "security": Row("pickles, archives, secrets, links, hostile files", "refused by construction: tests read the source, and bait it"),
     "fuzz": Row("random values for random fields of every config", "it builds, or one clean message names the field"),
 }  # fmt: skip
