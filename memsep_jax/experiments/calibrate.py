@@ -31,12 +31,14 @@ FALSE = 0.01  # of honest samples that are taken for copies, for metrics without
 def run(config, session, resume_step=None):
     """A row for every kind of copy, and one where all samples are fresh."""
     with session.phase("data"):
-        sets, fresh = read(config)
+        sets, fresh, notes = read(config)
         spaces = {
             name: audit.space(config, name, sets, None)
             for name in config.calibration.features
         }
     session.begin(data.fingerprint(*sets, fresh))
+    for note in notes:
+        session.say(f"note: {note}")
     with session.phase("features"):
         spaces = {name: known_of(space, sets) for name, space in spaces.items()}
     paths, points = [], []
@@ -65,14 +67,15 @@ def run(config, session, resume_step=None):
 
 
 def read(config):
-    """Sets without samples, and the fresh images.   Raises: setup.ConfigError."""
+    """Sets without samples, the fresh images, and notes.   Raises: setup.ConfigError."""
     if not config.train or not config.pool:
         raise setup.ConfigError(
             "--config.train=IMAGES and --config.pool=OTHERS are required: training "
             "images, and images of the same kind, half of which are held out and half "
             "are the fresh ones among the samples"
         )
-    train, pool = (audit.origin_of(config, name).images for name in ("train", "pool"))
+    origin, other = (audit.origin_of(config, name) for name in ("train", "pool"))
+    train, pool = origin.images, other.images
     seen = set(data.digests(train))
     fresh = pool[[digest not in seen for digest in data.digests(pool)]]
     if len(fresh) < 4:
@@ -82,7 +85,7 @@ def read(config):
         )
     sets = Sets(fresh[:0], train, fresh[::2])
     audit.check_sizes(sets)
-    return sets, fresh[1::2]
+    return sets, fresh[1::2], origin.notes + other.notes
 
 
 # Kinds of copies: uint8 [h, w, c] -> [h, w, c].

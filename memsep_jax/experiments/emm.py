@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from memsep_jax import memorization
+from memsep_jax import data, memorization
 from memsep_jax.experiments import figures, networks, setup, sweep
 
 # Which ratio of a network counts: that of the weights that are sampled, and others.
@@ -32,8 +32,8 @@ COLUMNS = (
 def run(config, session, resume_step=None):
     """Searches the EMM of every setting; returns when the figures are drawn."""
     with session.phase("data"):
-        limits, fingerprint = check(config)
-    session.begin(fingerprint)
+        limits, splits = check(config)
+    session.begin(splits.fingerprint, splits)
     rows, points, results = [], [], []
     for choice in choices(config):
         found, done = search(choice, limits, session)
@@ -68,11 +68,11 @@ def at(choice, n: int):
     return one
 
 
-def check(config) -> tuple[tuple[int, int, int], str]:
+def check(config) -> tuple[tuple[int, int, int], data.Splits]:
     """Everything that can be wrong, before a network is trained.
 
     Returns: the smallest and largest sizes that all settings have data for, and of what
-      they must be multiples; the fingerprint of the data at emm.high.
+      they must be multiples; the data at emm.high.
     Raises: setup.ConfigError.
     """
     low, high = config.emm.low, config.emm.high
@@ -108,7 +108,7 @@ def check(config) -> tuple[tuple[int, int, int], str]:
         built = [
             setup.build(sweep.points(at(choice, n))[0].config) for n in (low, high)
         ]
-    return (smallest, largest, multiple), built[-1].splits.fingerprint
+    return (smallest, largest, multiple), built[-1].splits
 
 
 def _pool(choice) -> int:
