@@ -16,7 +16,13 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from memsep_jax.readers import BLOCK, DataError, Preparation, check_preparation
+from memsep_jax.readers import (
+    BLOCK,
+    DataError,
+    Preparation,
+    check_preparation,
+    listed,
+)
 from memsep_jax.sources import (
     BRANCH,
     MAX_HELD_OUT,
@@ -165,8 +171,9 @@ def select(
         kinds = [np.unique(cut.labels).tolist() for cut in cuts]
         if kinds != kinds[:1] * len(kinds):
             raise ValueError(
-                f"balanced needs the same classes in both sources: {kinds[0]} in the "
-                f"first, {kinds[1]} in mix_from; give classes that both have"
+                "balanced needs the same classes in both sources: "
+                f"{listed(kinds[0])} in the first, {listed(kinds[1])} in mix_from; give "
+                "classes that both have"
             )
     pool, pool_labels, order = _mixed([c[:2] for c in cuts], orders, mix, block)
     n = len(order) - skip if num_examples is None else num_examples
@@ -485,8 +492,10 @@ def _cut(
     if classes is not None and source.labels is not None:
         absent = np.setdiff1d(classes, source.labels).tolist()
         if absent:
-            known = np.unique(source.labels)[:20].tolist()
-            raise ValueError(f"classes={classes}: {absent} not among labels {known}")
+            raise ValueError(
+                f"classes: {listed(absent)} not among the labels "
+                f"{listed(np.unique(source.labels))}"
+            )
 
     pool, pool_labels = _keep_classes(*source[:2], classes)
     if tested:

@@ -53,8 +53,8 @@ def labelled(labels, label):
     same = jnp.asarray(labels) == label
     if is_known(same) and not np.any(same):
         raise ValueError(
-            f"label={label} is that of no training point: choose one of "
-            f"{np.unique(labels).tolist()}"
+            f"label={label} is that of no training point: choose another, such as "
+            f"{np.unique(labels)[:10].tolist()}"
         )
     return jnp.where(same, 0.0, -jnp.inf)
 

@@ -223,7 +223,7 @@ def test_the_label_conditional_form_sees_its_class_only(x64):
         truth = oracle(DATA[labels == label], OU, X, 0.3)[2]
         np.testing.assert_allclose(conditional(X, 0.3, label), truth, rtol=1e-9)
     assert np.isnan(conditional(X, 0.3, 7)).all()  # traced: not a wrong number
-    with pytest.raises(ValueError, match=r"label=7 .* choose one of \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"label=7 .* such as \[0, 1, 2\]"):
         empirical.labelled(labels, 7)
 
 

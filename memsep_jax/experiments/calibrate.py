@@ -67,7 +67,7 @@ def run(config, session, resume_step=None):
 
 
 def read(config):
-    """Sets without samples, the fresh images, and notes.   Raises: setup.ConfigError."""
+    """Sets without samples, fresh images, and notes.   Raises: setup.ConfigError."""
     if not config.train or not config.pool:
         raise setup.ConfigError(
             "--config.train=IMAGES and --config.pool=OTHERS are required: training "
