@@ -22,6 +22,8 @@ Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
                 inception and alexnet, which only look
 Learning:
+  readers       images as people keep them: folders, zips, arrays; what is refused,
+                converted, counted and told
   sources       where data come from: digits, mixture, npz, latents, folder, cifar10,
                 tfds; in memory, or rows of a file
   data          a data set is an array: load, subset, label, duplicate, draw, stream

@@ -172,8 +172,8 @@ def select(
         if kinds != kinds[:1] * len(kinds):
             raise ValueError(
                 "balanced needs the same classes in both sources: "
-                f"{listed(kinds[0])} in the first, {listed(kinds[1])} in mix_from; give "
-                "classes that both have"
+                f"{listed(kinds[0])} in the first, {listed(kinds[1])} in mix_from; "
+                "give classes that both have"
             )
     pool, pool_labels, order = _mixed([c[:2] for c in cuts], orders, mix, block)
     n = len(order) - skip if num_examples is None else num_examples
