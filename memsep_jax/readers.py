@@ -501,13 +501,13 @@ class _Reader:
         if not self.others:
             return ""
         kinds = (f"{kind} {n:,}" for kind, n in self.others.most_common())
-        return f" ({sum(self.others.values()):,} other files: {listed(kinds)})"
+        return f" and {sum(self.others.values()):,} other files: {listed(kinds)}"
 
     def _counted(self, n):
         """What was done to how many images, and what gives the other way."""
         how, notes = self.how, []
         if self.others:
-            notes.append(f"read {n:,} images{self._without()}")
+            notes.append(f"found {n:,} images{self._without()}")
         counts = {field: len(names) for field, names in self.altered.items()}
         told = {
             "exif": ("turned as EXIF says", "exif=False leaves them as they are")
@@ -522,10 +522,7 @@ class _Reader:
         }
         for field, (done, other) in told.items():
             if counts[field]:
-                notes.append(
-                    f"{counts[field]:,} of {n:,} images were {done} ({other}): prepare "
-                    "them as the training of the generator did"
-                )
+                notes.append(f"{counts[field]:,} of {n:,} images were {done} ({other})")
         if self.broken_exif:
             notes.append(
                 f"{len(self.broken_exif):,} images have a broken EXIF and were taken "

@@ -17,12 +17,11 @@ from memsep_jax import (
     defaults,
     features,
     memorization,
-    neighbours,
     readers,
     weights,
 )
 from memsep_jax.experiments import record, report, setup
-from memsep_jax.experiments.compare import FEW, Sets, measure, share
+from memsep_jax.experiments.compare import FEW, Sets, measure
 from memsep_jax.readers import DataError
 from memsep_jax.sources import Source, again, images
 
@@ -51,6 +50,12 @@ def run(config, session, resume_step=None):
     fingerprint = data.fingerprint(*sets)
     session.begin(fingerprint, origins["train"]._replace(notes=()))
     notes = [note for origin in origins.values() for note in origin.notes]
+    if any(_altered(origin) for origin in origins.values()):
+        notes.append(
+            "copies show only where images are prepared as the generator's training "
+            "prepared them: --config.train_as.crop, .exif and .alpha give the other "
+            "ways, and so do samples_as and held_out_as"
+        )
     notes += unlike(sets) + ([note] if note else [])
     if sets.held_out is None:
         notes.append(
@@ -241,58 +246,64 @@ def other_ways(config, sets, origins, session) -> list[dict]:
     Returns: what was found in each way: {"way", "count", "samples", "files", "ratio",
       "interval", "finds"}.
     """
-    found = []
-    for name in ("train", "samples"):
-        origin, own = origins[name], _preparation(config, name)
-        others = {
-            "crop": "squeeze" if own.crop == "center" else "center",
-            "exif": not own.exif,
-            "alpha": "white" if own.alpha == "drop" else "drop",
-        }
-        fields = [f for f, files in (origin.altered or {}).items() if len(files)]
-        for size in range(1, len(fields) + 1):
-            for changed in itertools.combinations(fields, size):
-                way = {field: others[field] for field in changed}
-                how = own._replace(**way)._asdict()
-                files = np.unique(np.concatenate([origin.altered[f] for f in changed]))
-                files = _few(files[np.isin(files, origin.files)])
-                if not len(files):
-                    continue
-                with session.progress("other ways", 1) as update:
-                    text = " ".join(
-                        f"--config.{name}_as.{field}={value}"
-                        for field, value in way.items()
-                    )
-                    try:
-                        x = again(config[name], files, **how)
-                    except ValueError:  # of several sizes when prepared so
-                        continue
-                    if row := _tried(name, x, sets, config.memorization.threshold):
-                        found.append({"way": text, "files": len(files)} | row)
-                    update(1, text)
+    ways = [
+        (name, changed)
+        for name in ("train", "samples")
+        for size in range(1, 4)
+        for changed in itertools.combinations(_altered(origins[name]), size)
+    ]
+    found: list[dict] = []
+    if not ways:
+        return found
+    with session.progress("other ways to prepare images", len(ways)) as update:
+        for i, (name, changed) in enumerate(ways):
+            own, altered = _preparation(config, name), origins[name].altered
+            others = {
+                "crop": "squeeze" if own.crop == "center" else "center",
+                "exif": not own.exif,
+                "alpha": "white" if own.alpha == "drop" else "drop",
+            }
+            way = {field: others[field] for field in changed}
+            files = np.unique(np.concatenate([altered[field] for field in changed]))
+            files = _few(files[np.isin(files, origins[name].files)])
+            try:
+                x = again(config[name], files, **own._replace(**way)._asdict())
+                row = _tried(name, x, sets, config.memorization.threshold)
+            except ValueError:  # images of several sizes, or only one, when prepared so
+                continue
+            texts = (f"--config.{name}_as.{f}={value}" for f, value in way.items())
+            found.append({"way": " ".join(texts), "files": len(files)} | row)
+            update(i + 1)
     return found
+
+
+def _altered(origin):
+    """The fields that would change some of the images that are there."""
+    altered = origin.altered or {}
+    return [f for f, files in altered.items() if np.isin(files, origin.files).any()]
 
 
 def _few(x):
     return x[:: max(1, -(-len(x) // TRIED))]
 
 
-def _tried(name, x, sets, threshold):
-    """The share of copies with these images for the set `name`; None if they lack."""
-    few = _few(sets.samples) if name == "train" else x
-    train = x if name == "train" else sets.train
+def _tried(name, x, sets, threshold) -> dict:
+    """The share of copies with the images x [k, ...] for the set `name`.
+
+    Raises: ValueError where they are of another size, or all the same.
+    """
+    if x.shape[1:] != sets.train.shape[1:]:
+        raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
+    few, train = (_few(sets.samples), x) if name == "train" else (x, sets.train)
     held_out = None if sets.held_out is None else _few(sets.held_out)
-    if x.shape[1:] != sets.train.shape[1:] or len(neighbours.distinct(train)) < 2:
-        return None
     found = memorization.ratio(few, train, held_out, threshold)
-    row = share(found.memorized, None)
-    least = 0.0 if found.null_interval is None else found.null_interval[1]
+    least = FALSE if found.null_interval is None else max(FALSE, found.null_interval[1])
     return {
-        "count": row["count"],
         "samples": len(few),
-        "ratio": row["ratio"],
-        "interval": row["interval"],
-        "finds": row["interval"][0] > max(least, FALSE),
+        "count": int(found.memorized.sum()),
+        "ratio": found.value,
+        "interval": found.interval,
+        "finds": found.interval[0] > least,
     }
 
 

@@ -101,7 +101,9 @@ def test_h69_images_are_known_by_content_and_the_rest_is_counted(tmp_path):
     read = sources.folder(tmp_path)
     assert read.files.tolist() == sorted(kinds)
     (note,) = [note for note in read.notes if "other files" in note]
-    assert "read 13 images (4 other files: .txt 2, " in note and "no suffix 1" in note
+    assert (
+        "found 13 images and 4 other files: .txt 2, " in note and "no suffix 1" in note
+    )
     for name, got in zip(read.files, read.images, strict=True):
         if kinds[name] in ("PNG", "TGA", "BMP", "QOI"):
             np.testing.assert_array_equal(got, image)
@@ -113,7 +115,7 @@ def test_h69_no_other_program_is_started_by_an_image(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "b.eps")
     read = sources.folder(tmp_path)
     assert read.files.tolist() == ["a.png"]
-    assert any("1 other files: .eps 1" in note for note in read.notes)
+    assert any("and 1 other files: .eps 1" in note for note in read.notes)
 
 
 def test_h69_linked_classes_are_followed_and_circles_are_named(tmp_path):
