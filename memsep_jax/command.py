@@ -4,12 +4,16 @@ ml_collections checks the types of the fields; what is here makes every mistake 
 message, and reads numbers as people write them.
 """
 
+import contextlib
 import difflib
+import functools
+import hashlib
 import json
 import re
 import runpy
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +22,8 @@ from ml_collections import ConfigDict
 from memsep_jax import defaults
 
 SHARED = ("run.", "sweep.")  # groups whose fields leave a run where it is
+LONG = 120  # characters of a workdir's name: a file system takes 255 bytes
+UNSAFE = r"[^\w.=,+-]"  # what a shell or a file system may take for more than a letter
 
 
 class UsageError(Exception):
@@ -31,9 +37,13 @@ class ConfigFile(flags.ArgumentParser):
     missing until its first field is read.
     """
 
+    argument: str
+    given: ConfigDict  # what the file gives, before any field of the command is set
+
     def parse(self, argument):
         """Reads the file; refuses fields on the command line that it lacks."""
         config = load(argument)
+        self.argument, self.given = argument, config.copy_and_resolve_references()
         # Where ml_collections itself looks for the fields that a person gives.
         _check_fields(config, sys.argv[1:])
         return config.lock()
@@ -43,11 +53,81 @@ class ConfigFile(flags.ArgumentParser):
         return "config file"
 
 
-def default_workdir(argv: list[str]) -> str:
-    """runs/<config>[-variant][-field=value ...]: other numbers, another directory."""
+def default_workdir(argv: list[str], argument: str, given, config) -> str:
+    """runs/<config>[-variant][-field=value ...]: other values, another directory.
+
+    By what the config holds and not by how the command spells it: 1e3 and 1000 are one
+    run. A name that is cut, or cannot show a value as it is, ends in a hash of the
+    whole config. The config.json of a run, where nothing is changed, means its workdir.
+
+    Args: argv and argument, the words of the command and of its --config; given, the
+      config as the file gives it, and config, as the command does.
+    """
+    file, _, variant = argument.partition(":")
+    path, before, now = Path(file), _values(given), _values(config)
+    changed = {name: now[name] for name in now if now[name] != before.get(name)}
+    saved = path.name == "config.json"
+    if saved and not changed:
+        return str(path.parent)
+    stem = path.resolve().parent.name if saved else path.stem
+    texts = {_short(name): _written(value) for name, value in changed.items()}
+    words = [stem, *([variant] if variant else [])]
+    whole = "-".join([*words, *(f"{name}={text}" for name, text in texts.items())])
+    name = re.sub(UNSAFE, "_", whole)
+    # With "=" in a value, one field could read as two.
+    if name != whole or len(name) > LONG or "=" in "".join([variant, *texts.values()]):
+        name = f"{name[: LONG - 9]}-{_digest(before | now)}"
+    # Names were once made of the words: a run that has such a name goes on in it.
+    former = Path("runs", _former_name(argv))
+    with contextlib.suppress(UsageError):
+        if _values(load(f"{former}/config.json")) == before | now:
+            return str(former)
+    return str(Path("runs", name))
+
+
+def _values(config) -> dict:
+    """What tells a run from others, by field; a report belongs to what it draws."""
+    return {
+        name: value
+        for name, value in _fields(config)
+        if not name.startswith(SHARED) and (name, value) != ("experiment", "report")
+    }
+
+
+def _short(name):
+    """The last part of a field's name, where no other field has it."""
+    last = name.rpartition(".")[2]
+    # train.steps and sampler.steps must not share a directory.
+    return last if _lasts()[last] == 1 else name
+
+
+@functools.cache
+def _lasts():
+    return Counter(name.rpartition(".")[2] for name in _values(defaults.train()))
+
+
+def _written(value) -> str:
+    """A value as people write it: 0.5, 2, 1e-5, True, and 3,4 for a tuple."""
+    if isinstance(value, tuple):
+        parts = [_written(part) for part in value]
+        if all(re.fullmatch(r"[\w.+-]+", part) for part in parts):
+            return ",".join(parts)
+    if isinstance(value, float):
+        return re.sub(r"\.0$|(?<=e[+-])0", "", repr(value))
+    return str(value)
+
+
+def _digest(values):
+    """Of what is not as by default: a field that comes later leaves it as it is."""
+    known = defaults.train() if "model.name" in values else defaults.audit()
+    by_default = dict(_fields(known))
+    own = {k: v for k, v in values.items() if v != by_default.get(k)}
+    text = json.dumps(own, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _former_name(argv):
     words: list[str] = []
-    fields = [name for name, _ in _fields(defaults.train())]
-    names = [f.rpartition(".")[2] for f in fields if not f.startswith(SHARED)]
     for argument in joined(argv):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -60,10 +140,8 @@ def default_workdir(argv: list[str]) -> str:
             name = name.removeprefix("config.")
             if name.startswith(SHARED) or argument.endswith("experiment=report"):
                 continue
-            last = name.rpartition(".")[2]
-            # train.steps and sampler.steps must not share a directory.
-            words.append(f"{last if names.count(last) == 1 else name}={value}")
-    return str(Path("runs") / re.sub(r"[^\w.=,+-]", "_", "-".join(words))[:120])
+            words.append(f"{_short(name)}={value}")
+    return re.sub(UNSAFE, "_", "-".join(words))[:LONG]
 
 
 def joined(argv):
@@ -73,11 +151,11 @@ def joined(argv):
         if (
             joined
             and re.fullmatch(r"--?config(\.[\w.]+)?", joined[-1])
-            and not argument.startswith("-")
+            and re.match(r"[^-]|-\.?\d|$", argument)  # no flag begins with a digit
         ):
             joined[-1] += f"={argument}"
         else:
-            joined.append(re.sub(r"^-(?=config[.=]|config$)", "--", argument))
+            joined.append(re.sub(r"^-(?=(no)?config\.|config(=|$))", "--", argument))
     return joined
 
 

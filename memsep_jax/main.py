@@ -20,9 +20,12 @@ from memsep_jax import command
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the run, FILE.py[:variant] or a run's config.json."
 )
-flags.FLAGS["config"].parser = command.ConfigFile()
+flags.FLAGS["config"].parser = _FILE = command.ConfigFile()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where all is written; by default runs/<name of the config>."
+    "workdir",
+    None,
+    "Where all is written; by default runs/<config and what was changed>, and of a "
+    "run's config.json, with nothing changed, that run's own directory.",
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print parameters, memory and FLOPs; compile and write nothing."
@@ -49,10 +52,7 @@ def main(argv) -> int:
         return _fail(f"unexpected argument {argv[1]!r}: flags start with --", 2)
     if _CONFIG.value is None:
         return _fail("--config=FILE is required, for example configs/digits.py", 2)
-    config, workdir = (
-        _CONFIG.value,
-        _WORKDIR.value or command.default_workdir(sys.argv[1:]),
-    )
+    config, workdir = _CONFIG.value, _workdir()
     try:
         if not _DRY_RUN.value:
             _check_writable(Path(workdir))
@@ -68,6 +68,12 @@ def main(argv) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _workdir() -> str:
+    return _WORKDIR.value or command.default_workdir(
+        sys.argv[1:], _FILE.argument, _FILE.given, _CONFIG.value
+    )
 
 
 def _run(config, workdir) -> int:

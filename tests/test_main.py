@@ -10,7 +10,6 @@ import pytest
 from faults import harness
 from faults.conftest import compilation_cache  # noqa: F401
 
-from memsep_jax import command
 from memsep_jax.experiments import record
 
 COMMAND = (sys.executable, "-m", "memsep_jax.main")
@@ -178,29 +177,21 @@ setup.build = build
     assert result.stderr.rstrip().endswith("ZeroDivisionError: a bug")
 
 
-@pytest.mark.parametrize(
-    ("argv", "name"),
-    [
-        (["--config=configs/digits.py"], "digits"),
-        (["--config=configs/digits.py:smoke"], "digits-smoke"),
-        (["--config", "configs/digits.py:smoke"], "digits-smoke"),
-        (["-config=configs/digits.py", "-config.seed=3"], "digits-seed=3"),
-        (
-            ["--config=digits.py", "--config.data.num_examples=1400"],
-            "digits-num_examples=1400",
+def test_other_numbers_go_to_another_directory():
+    digits = "--config=configs/digits.py"
+    names = {
+        (digits,): "digits",
+        ("--config=configs/digits.py:smoke",): "digits-smoke",
+        ("--config", "configs/digits.py:smoke"): "digits-smoke",
+        ("-config=configs/digits.py", "-config.seed=3"): "digits-seed=3",
+        (digits, "--config.data.num_examples=1400"): "digits-num_examples=1400",
+        (digits, "--config.data.num_examples", "9"): "digits-num_examples=9",
+        (digits, "--config.train.steps=5"): "digits-train.steps=5",
+        (digits, "--config.sampler.steps=5"): "digits-sampler.steps=5",
+        (digits, "--config.run.chunk=5", "--dry_run"): "digits",
+        (digits, "--config.experiment=report"): "digits",
+        ("--config=configs/gmm_size.py:small", "--config.sweep.seeds=9"): (
+            "gmm_size-small"
         ),
-        (
-            ["--config=digits.py", "--config.data.num_examples", "9"],
-            "digits-num_examples=9",
-        ),
-        (["--config=digits.py", "--config.train.steps=5"], "digits-train.steps=5"),
-        (["--config=digits.py", "--config.sampler.steps=5"], "digits-sampler.steps=5"),
-        (["--config=digits.py", "--config.run.chunk=5", "--dry_run"], "digits"),
-        (["--config=digits.py", "--config.experiment=report"], "digits"),
-        (["--config=gmm_size.py:small", "--config.sweep.seeds=9"], "gmm_size-small"),
-        (["--config=runs/mine/config.json"], "mine"),
-        (["--config=d.py", "--config.data.path=../a b/c;d"], "d-path=.._a_b_c_d"),
-    ],
-)
-def test_other_numbers_go_to_another_directory(argv, name):
-    assert command.default_workdir(argv) == f"runs/{name}"
+    }
+    assert harness.workdirs(*names) == [f"runs/{name}" for name in names.values()]

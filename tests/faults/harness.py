@@ -184,6 +184,32 @@ def config(*args):
     return made.lock()
 
 
+def workdirs(*commands, cwd=ROOT) -> list[str]:
+    """Where each of some commands, lists of arguments, would write."""
+    code = """
+import json, os, sys
+from memsep_jax import main
+for command in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()  # flags are parsed once in a process
+    if not child:
+        sys.argv[1:] = command
+        main.parse_flags(sys.argv)
+        print(main._workdir(), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, command
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=_environment(1) | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def finish(child: Child, timeout: float = TIMEOUT) -> Result:
     """Waits for the end."""
     started = time.monotonic()

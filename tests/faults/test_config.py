@@ -18,11 +18,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
 from faults import harness
-from memsep_jax import checkpoint, experiments, features, sources, weights
+from memsep_jax import (
+    checkpoint,
+    command,
+    defaults,
+    experiments,
+    features,
+    sources,
+    weights,
+)
 from memsep_jax.experiments import audit, figures, record, setup
 from memsep_jax.models import inception
 
@@ -834,3 +844,168 @@ def test_an_error_of_the_data_waits_for_those_of_the_config(tmp_path):
 def test_a_config_that_is_right_builds():
     parts = setup.build(smoke())
     assert parts.splits.train.x.shape == (16, 8, 8, 1) and jax.device_count() == 4
+
+
+# H79: names of workdirs.
+
+DIGITS = "--config=configs/digits.py"
+LONG_PATH = "--config.data.path=" + "x" * 200
+GIVEN = command.load("configs/digits.py")
+
+
+def named(fields: dict) -> tuple[str, dict]:
+    """The default workdir of digits.py with some fields, and what its config holds."""
+    config = command.load("configs/digits.py")
+    config.update_from_flattened_dict(fields)
+    name = command.default_workdir([], "configs/digits.py", GIVEN, config)
+    return name, command._values(config)
+
+
+@pytest.mark.parametrize("defaults_of", [defaults.train, defaults.audit])
+def test_h79_two_fields_have_two_names(defaults_of):
+    names = command._values(defaults_of())
+    assert len({command._short(name) for name in names}) == len(names)
+
+
+WORDS = st.text("ab/_-=,. (é", max_size=4) | st.text(max_size=130)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 20),
+        "data.path": WORDS,
+        "data.classes": st.lists(st.integers(0, 3), max_size=2).map(tuple),
+        "optimizer.lr": st.sampled_from([1e-5, 1e-3, 0.5, 2.0, 1e300])
+        | st.floats(0, 1),
+        "times.mean": st.floats(-2, 2),
+        "train.flip": st.booleans(),
+        "prune.source": WORDS,
+        "run.pack": WORDS,
+        "sweep.seeds": st.integers(1, 3),
+    },
+)
+
+
+@given(st.lists(FIELDS, min_size=2, max_size=2))
+@example([{"data.path": "a/b"}, {"data.path": "a_b"}])
+@example([{"data.path": "a-source=b"}, {"data.path": "a", "prune.source": "b"}])
+@example([{"data.path": "a" * 130}, {"data.path": "a" * 131}])
+@example([{"seed": 1, "data.path": "a"}, {"data.path": "a", "seed": 1}])
+@example([{"seed": 0}, {"run.pack": "a", "sweep.seeds": 2}])
+@settings(max_examples=100, deadline=None)
+def test_h79_two_commands_never_share_a_workdir(fields):
+    """And one config, however it comes about, has one name."""
+    (one, first), (other, second) = map(named, fields)
+    assert (one == other) == (first == second)
+    for name in (one, other):
+        assert len(name) <= len("runs/") + command.LONG and name.count("/") == 1
+
+
+def test_h79_a_name_that_is_cut_or_replaced_ends_in_a_hash():
+    plain, path, cut = harness.workdirs(
+        [DIGITS, "--config.data.path=a_b"],
+        [DIGITS, "--config.data.path=../a b/c;d"],
+        [DIGITS, LONG_PATH, "--config.seed=3"],
+    )
+    assert plain == "runs/digits-path=a_b"
+    assert re.fullmatch(r"runs/digits-path=\.\._a_b_c_d-[0-9a-f]{8}", path)
+    assert re.fullmatch(r"runs/digits-path=x+-[0-9a-f]{8}", cut)
+    assert len(cut) == len("runs/") + 120
+
+
+def test_h79_a_field_that_comes_later_changes_no_hash(monkeypatch):
+    """Or a run would begin anew where the package is a newer one."""
+    name, _ = named({"data.path": "a/b"})
+    newer, config = defaults.train(), command.load("configs/digits.py")
+    for one in (newer, config):
+        with one.unlocked():
+            one.train.later = 3
+    config.data.path = "a/b"
+    monkeypatch.setattr(defaults, "train", lambda: newer)
+    args = [], "configs/digits.py", config.copy_and_resolve_references(), config
+    args[2].data.path = None
+    assert command.default_workdir(*args) == name
+
+
+def test_h78_a_workdir_is_named_by_what_the_config_holds():
+    spelled = {
+        "digits-times.mean=-1.25": (
+            ["--config.times.mean=-1.25"],
+            ["--config.times.mean", "-1.25"],
+            ["-config.times.mean", "-125e-2"],
+        ),
+        "digits-flip=True": (
+            ["--config.train.flip"],
+            ["--config.train.flip=true"],
+            ["-config.train.flip", "--noconfig.data.balanced"],
+        ),
+        "digits": (
+            ["--noconfig.train.flip"],
+            ["-noconfig.train.flip", "--config.seed=0"],
+            ["--config.train.flip", "--noconfig.train.flip"],
+        ),
+        "digits-train.steps=1000": (
+            ["--config.train.steps=1e3"],
+            ["--config.train.steps", "1000"],
+            ["--config.train.steps=9", "--config.train.steps=1000"],
+        ),
+        "digits-classes=3,4": (
+            ["--config.data.classes=3,4"],
+            ["--config.data.classes=(3, 4)"],
+        ),
+        "digits-num_examples=9-optimizer.lr=1e-5": (
+            ["--config.optimizer.lr=1e-5", "--config.data.num_examples=9"],
+            ["--config.data.num_examples=9", "--config.optimizer.lr=0.00001"],
+        ),
+    }
+    commands = [[DIGITS, *words] for ways in spelled.values() for words in ways]
+    expected = [f"runs/{name}" for name, ways in spelled.items() for _ in ways]
+    assert harness.workdirs(*commands) == expected
+
+
+def test_h79_a_run_that_has_a_former_name_goes_on_in_it(tmp_path):
+    argument = f"--config={harness.ROOT}/configs/digits.py"
+    words = {
+        "digits-path=a_b": ["--config.data.path=a/b"],
+        "digits-classes=_3,_4_": ["--config.data.classes=(3, 4)"],
+        "digits-prune.lr=1e-3": ["--config.prune.lr=1e-3"],
+        "digits-seed=3-num_examples=9": [
+            "--config.seed=3",
+            "--config.data.num_examples=9",
+        ],
+        ("digits-path=" + "x" * 200)[:120]: [LONG_PATH],
+    }
+    commands = [[argument, *ways] for ways in words.values()]
+    now = harness.workdirs(*commands, cwd=tmp_path)
+    for name, ways in words.items():
+        config = parsed(argument, *ways)
+        # Fields of groups that leave a run where it is may have been others.
+        config["run"]["chunk"] = 7
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
+    found = harness.workdirs(*commands, cwd=tmp_path)
+    assert found == [f"runs/{name}" for name in words]
+    # That of another config, which had the same name, does not.
+    others = [
+        [argument, "--config.data.path=a_b", "--config.seed=1"],
+        [argument, "--config.data.path=a b"],
+        [argument, LONG_PATH + "x"],
+    ]
+    assert not set(harness.workdirs(*others, cwd=tmp_path)) & set(found)
+    assert len(set(now)) == len(now)
+
+
+def test_h79_a_config_json_means_the_workdir_of_its_run(tmp_path):
+    run = tmp_path / "elsewhere" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(parsed(SMOKE)))
+    (tmp_path / "copy.json").write_text(json.dumps(parsed(SMOKE)))
+    argument = f"--config={run}/config.json"
+    commands = {
+        (argument,): str(run),
+        (argument, "--config.run.chunk=9", "--config.experiment=report"): str(run),
+        ("--config=elsewhere/mine/config.json", "--config.seed=0"): "elsewhere/mine",
+        (argument, "--config.seed=3"): "runs/mine-seed=3",
+        ("--config=copy.json",): "runs/copy",  # no run's
+    }
+    found = harness.workdirs(*commands, cwd=tmp_path)
+    assert found == list(commands.values())
