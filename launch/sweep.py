@@ -25,7 +25,6 @@ signal, with everything saved.
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import itertools
 import json
@@ -58,7 +57,7 @@ OPEN = ("stopped", "waiting")
 MEASURE = "memorization.ratio"  # what the picture shows, where runs have it
 LOOK_EVERY = 1.0  # seconds between looks at the points, where a sweep is waited for
 GRACE = 120.0  # seconds that a worker has for its last save
-LONG = 150  # characters of a name: file systems take 255
+LONG = 150  # characters of why a point failed, in a table
 
 
 # What a sweep is.
@@ -86,7 +85,7 @@ def read(file) -> list[Point]:
     points: list[Point] = []
     known: dict[str, str] = {}
     for values in found:
-        name = ",".join(f"{field}={value}" for field, value in values.items())
+        name = sweep.listed(values)
         try:
             config = sweep.seeded(base, values.get("seed", 0))
             sweep.override(config, {k: v for k, v in values.items() if k != "seed"})
@@ -100,7 +99,10 @@ def read(file) -> list[Point]:
                 "same config. Leave one out"
             )
         known[text] = name
-        points.append(Point(_file_name(name), values, config))
+        # With "=" in a value, one field could read as two.
+        unsure = "=" in "".join(map(str, values.values()))
+        known_by = sweep.file_name(name or "all", repr(values) if unsure else None)
+        points.append(Point(known_by, values, config))
     if not points:
         raise UsageError(f"{file}: points() yields nothing: give at least one dict")
     return points
@@ -144,19 +146,21 @@ def check(file, points: list[Point]) -> None:
             raise UsageError(f"{file}: point {point.name}: {error}") from error
 
 
-def _file_name(name):
-    name = name.replace("/", "_").replace("\0", "_") or "all"
-    if len(name) > LONG:
-        name = f"{name[:LONG]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
-
-
 # What is known of a point: its run, a claim while a worker has it, why it failed.
 
 
 def place(workdir: Path, point: Point) -> Path:
     """The workdir of a point's run."""
-    return workdir / "points" / point.name
+    folder = workdir / "points" / point.name
+    # As it was named before the names of two points could not be one.
+    plain = re.sub(r"[/\0]", "_", sweep.listed(point.values)) or "all"
+    former = folder.with_name(sweep.file_name(plain))
+    if former != folder and not folder.exists():
+        with contextlib.suppress(UsageError):
+            known = load(f"{former}/config.json")
+            if setup.to_json(known) == setup.to_json(point.config):
+                return former
+    return folder
 
 
 def _claim(workdir, point):

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import itertools
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
 # that is full.
 ENDS_ALL = (2, 5)
 LISTED, LONG = 10, 400  # failed points in a message, characters of each
+LONG_NAME = 150  # characters of a point's name: file systems take 255
 
 
 class FailedError(RuntimeError):
@@ -83,15 +85,32 @@ def points(config) -> list[Point]:
     found = []
     for choice in itertools.product(*axes.values(), range(config.sweep.seeds)):
         values = dict(zip([*axes, "seed"], choice, strict=True))
-        name = ",".join(f"{axis}={value}" for axis, value in values.items())
         one = seeded(config, values["seed"])
         for axis in axes:
             if place := AXES[axis]:
                 one[place[0]][place[1]] = values[axis]
             else:
                 _apply(one, values[axis])
-        found.append(Point(name.replace("/", "_"), values, one))
+        found.append(Point(file_name(listed(values)), values, one))
     return found
+
+
+def listed(values: dict) -> str:
+    """ "num_examples=100,width=64,seed=0"."""
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def file_name(name: str, whole: str | None = None) -> str:
+    """The name of a point as that of a file, which no other point has.
+
+    Where it is cut, or a character is replaced, it ends in a hash of itself. Args:
+    whole, to be hashed in any case, where another point could have the same name.
+    """
+    safe = re.sub(r"[/\0]", "_", name)
+    if whole is None and safe == name and len(name) <= LONG_NAME:
+        return name
+    digest = hashlib.sha256((whole or name).encode()).hexdigest()[:8]
+    return f"{safe[:LONG_NAME]}-{digest}"
 
 
 def seeded(config, seed: int):
@@ -184,7 +203,7 @@ def run(
     every = points(config)
     with session.progress(what, len(every)) as update:
         for point in every:
-            known = record.read_npz(_path(session, config, point))
+            known = record.read_npz(_path(session.workdir, config, point))
             if known is None:
                 todo.setdefault(alike(point), []).append(point)
             else:
@@ -195,7 +214,7 @@ def run(
             for start in range(0, len(group), config.sweep.together):
                 some = group[start : start + config.sweep.together]
                 for point, result in _results(work, some, session):
-                    path = _path(session, config, point)
+                    path = _path(session.workdir, config, point)
                     if isinstance(result, Exception):
                         _note(path, result, session)
                     else:
@@ -205,7 +224,9 @@ def run(
                     count += 1
                     update(count, point.name)
     if not found:
-        raise _failure([_path(session, config, point) for point in every], len(every))
+        raise _failure(
+            [_path(session.workdir, config, point) for point in every], len(every)
+        )
     return [found[point.name] for point in every if point.name in found]
 
 
@@ -316,7 +337,7 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
     done: list[Path] = []
     failed: list[Path] = []
     for point in every:
-        path = _path(session, config, point)
+        path = _path(session.workdir, config, point)
         (done if _values(point.values) in known else failed).append(path)
     if not rows:
         raise _failure(failed, len(every))
@@ -387,22 +408,21 @@ def status(workdir) -> Table | None:
     if "sweep" not in values or not (Path(workdir) / "points").is_dir():
         return None
     config = defaults.restored(values)
-    folder = _folder(workdir, config)
-    names = [point.name for point in points(config)]
+    paths = [_path(workdir, config, point) for point in points(config)]
     if config.experiment == "emm":  # that chooses its sizes as it goes
+        folder = _folder(workdir, config)
         files = [path.name for path in folder.glob("[!.]*")]
         names = [f.removesuffix(".npz").removesuffix(".failed.json") for f in files]
-        names = sorted(set(names))
+        paths = [folder / f"{name}.npz" for name in sorted(set(names))]
     rows = []
-    for name in names:
-        path = folder / f"{name}.npz"
+    for path in paths:
         why = record.read_json(_why(path))
         if path.is_file():
-            rows.append((name, "done", ""))
+            rows.append((path.stem, "done", ""))
         elif why is not None:
-            rows.append((name, "failed", why["error"].splitlines()[0][:100]))
+            rows.append((path.stem, "failed", why["error"].splitlines()[0][:100]))
         else:
-            rows.append((name, "missing", ""))
+            rows.append((path.stem, "missing", ""))
     states = [state for _, state, _ in rows]
     counts = [f"{states.count(s)} {s}" for s in ("done", "failed", "missing")]
     shown = Table(title=f"{config.experiment}: {', '.join(counts)}")
@@ -459,9 +479,16 @@ def _values(row, axes=(*AXES, "seed")) -> tuple:
     return tuple((k, str(row[k]) if a.ndim else a.item()) for k, a in known.items())
 
 
-def _path(session, config, point) -> Path:
+def _path(workdir, config, point) -> Path:
     """Where a point is kept."""
-    return _folder(session.workdir, config) / f"{point.name}.npz"
+    path = _folder(workdir, config) / f"{point.name}.npz"
+    # As it was named before the names of two points could not be one.
+    former = path.with_name(f"{listed(point.values).replace('/', '_')}.npz")
+    if former != path and not path.exists():
+        known = record.read_npz(former)
+        if known is not None and _values(known) == _values(point.values):
+            return former
+    return path
 
 
 def _folder(workdir, config) -> Path:

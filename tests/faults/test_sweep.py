@@ -11,6 +11,7 @@ import pytest
 
 from configs import gmm_width_decay
 from faults import harness
+from launch import sweep as launch
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
 from memsep_jax.experiments import (
@@ -401,3 +402,80 @@ def test_g66_a_killed_sweep_goes_on_and_one_rate_that_diverges_is_all_that_fails
         assert result.stdout.count("compiling the train step") <= left
         assert len(done()) == 3 and reasons(workdir) == [f"{NAME}.failed.json"]
         assert kept.items() <= {p: p.stat().st_mtime_ns for p in done()}.items()
+
+
+# H79: two points never share a file.
+
+ALIKE = ("data.path=a/b", "data.path=a_b", "data.path=" + "a" * 200, "model.width=8")
+
+
+def widths(points):
+    return [{"y": np.float64(len(point.values["setting"]))} for point in points]
+
+
+def swept(config, workdir, work=widths):
+    with Session(workdir, config) as session:
+        session.begin("0" * 64)
+        return sweep.run(config, session, work)
+
+
+def test_h79_two_points_whose_names_were_one_are_kept_apart(tmp_path):
+    config = grid(
+        **{"sweep.setting": (*ALIKE, ALIKE[2] + "b"), "experiment": "factors"}
+    )
+    names = [point.name for point in sweep.points(config)]
+    assert len(set(names)) == 5 and max(map(len, names)) <= sweep.LONG_NAME + 9
+    assert names[1] == "setting=data.path=a_b,seed=0"  # as it was
+    assert names[3] == "setting=model.width=8,seed=0"
+    assert names[0].startswith("setting=data.path=a_b,seed=0-")
+    found = swept(config, tmp_path)
+    assert [float(row["y"]) for row in found] == [len(s) for s in (*ALIKE, "a" * 211)]
+    again = swept(config, tmp_path, work=None)  # all of them are read
+    assert [float(row["y"]) for row in again] == [float(row["y"]) for row in found]
+
+
+def test_h79_a_point_that_has_a_former_name_is_not_done_again(tmp_path):
+    slash, plain, long, _ = ALIKE
+    former = grid(**{"sweep.setting": (plain,)})
+    swept(former, tmp_path)
+    (kept,) = tmp_path.rglob("points/*/*.npz")
+    values = {name: a for name, a in record.read_npz(kept).items()}
+    name = f"setting={long},seed=0.npz"
+    record.write_npz(kept.with_name(name), **values | {"setting": long, "y": 7.0})
+    # The file of another point, under the name that both had once, is not taken.
+    found = swept(grid(**{"sweep.setting": (slash, plain, long)}), tmp_path)
+    assert [float(row["y"]) for row in found] == [13.0, 13.0, 7.0]
+    record.write_npz(kept, **values | {"setting": slash, "y": 8.0})
+    done = {path.name for path in kept.parent.glob("*.npz")}
+    (hashed,) = done - {kept.name, name}
+    (kept.parent / hashed).unlink()
+    (row,) = swept(grid(**{"sweep.setting": (slash,)}), tmp_path, work=None)
+    assert row["y"] == 8.0
+    assert "3 done" not in str(sweep.status(tmp_path).title)
+    assert sweep.status(tmp_path).title == "factors: 1 done, 0 failed, 0 missing"
+
+
+def test_h79_points_of_a_launched_sweep_never_share_a_workdir(tmp_path):
+    file, workdir = tmp_path / "sweep.py", tmp_path / "out"
+    given = [
+        {"data.path": "a/b"},
+        {"data.path": "a_b"},
+        {"data.path": "a,seed=1"},
+        {"data.path": "a", "seed": 1},
+        {"data.path": "a" * 200},
+        {"data.path": "a" * 201},
+    ]
+    file.write_text(
+        f'CONFIG = "{harness.ROOT}/configs/mlp_mixture.py:smoke"\n'
+        f"def points():\n    yield from {given!r}\n"
+    )
+    points = launch.read(file)
+    places = [launch.place(workdir, point) for point in points]
+    assert len(set(places)) == len(given)
+    assert [places[i].name for i in (1, 3)] == ["data.path=a_b", "data.path=a,seed=1"]
+    # A run that has the former name goes on there, and no other point does.
+    former = workdir / "points" / "data.path=a_b"
+    record.write_json(former / "config.json", setup.to_json(points[0].config))
+    assert launch.place(workdir, points[0]) == former
+    record.write_json(former / "config.json", setup.to_json(points[1].config))
+    assert launch.place(workdir, points[0]) == places[0]
