@@ -39,6 +39,13 @@ AFTER_TRAINING = (
 LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Of jax.config, which a person sets in the environment by the same names in capitals.
+# With another one of STREAMS every batch, noise and initial weight is another.
+STREAMS = (
+    "jax_default_prng_impl", "jax_enable_x64", "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)  # fmt: skip
+ROUNDING = ("jax_default_matmul_precision", "jax_disable_most_optimizations")
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
 WATCH_EVERY = 0.5  # seconds between looks at the other processes of a run
 LINGER = 5.0  # seconds that a failed process leaves the others to fail in their own way
@@ -194,6 +201,7 @@ class Session:
             if read.classes is not None:
                 self.status["classes"] = dict(enumerate(read.classes))
         self.status |= _circumstances()
+        self._warn_of_circumstances()
         self.status |= {
             "seed": self.config.seed,
             "started": self.before.get("started", _now()),
@@ -256,6 +264,37 @@ class Session:
                 + "\n".join(conflicts)
                 + f"\n{WAY_OUT}"
             )
+        self._check_streams()
+
+    def _check_streams(self):
+        """Other random numbers are as another seed: what is kept would not fit them."""
+        before = self.before.get("streams", {})  # a run that is older recorded none
+        changed = [
+            f"  {name.upper()}: {before[name]} -> {value}"
+            for name, value in _read(STREAMS).items()
+            if name in before and before[name] != value
+        ]
+        if changed and not self.allow_config_change:
+            raise ConflictError(
+                f"{self.workdir} holds a run with other random numbers:\n"
+                + "\n".join(changed)
+                + "\nSet them in the environment as they were. "
+                + WAY_OUT
+            )
+        for line in changed:
+            self.say(f"warning:{line[1:]}: other random numbers from here on")
+
+    def _warn_of_circumstances(self):
+        """Where what is computed on differs from what the run went on with before."""
+        for what in ("device", "versions", "rounding"):
+            before, now = self.before.get(what), self.status[what]
+            if isinstance(before, dict):  # of an older release, without some of them
+                now = {name: value for name, value in now.items() if name in before}
+            if before not in (None, now):
+                self.say(
+                    f"warning: {what} was {before} and is {now}: the bitwise guarantee "
+                    "does not hold, results agree to rounding"
+                )
 
     def write_status(self):
         """Writes run.json as it stands."""
@@ -371,8 +410,12 @@ class Session:
             raise error or ConflictError(
                 f"process {wrong} could not begin: see what it says"
             )
-        config = json.dumps(to_json(self.config), sort_keys=True)
-        self._agree(_words(config), "was given another config than process 0")
+        config = json.dumps([to_json(self.config), _read(STREAMS)], sort_keys=True)
+        self._agree(
+            _words(config),
+            "was given another config than process 0, or another "
+            + " or ".join(map(str.upper, STREAMS)),
+        )
         limit = time.monotonic() + SHARED_IN
         # A file system may show a file of another host late.
         while token != rows[0, 1:].tolist() and time.monotonic() < limit:
@@ -490,9 +533,21 @@ def _words(text) -> list[int]:
     return np.frombuffer(found, np.uint32).tolist()
 
 
+def _read(names):
+    # What no context manager sets is no attribute of it.
+    every = jax.config.values
+    return {name: getattr(jax.config, name, every.get(name)) for name in names}
+
+
 def _circumstances():
     device = jax.devices()[0]
+    # The devices are told below, and a dump of programs changes none.
+    told = ("--xla_force_host_platform_device_count", "--xla_dump")
+    flags = os.environ.get("XLA_FLAGS", "").split()
     return {
+        "streams": _read(STREAMS),
+        "rounding": _read(ROUNDING)
+        | {"XLA_FLAGS": sorted(flag for flag in flags if not flag.startswith(told))},
         # Arguments only: the environment may hold keys of other services.
         "command": shlex.join(["python", "-m", "memsep_jax.main", *sys.argv[1:]]),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",

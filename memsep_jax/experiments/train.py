@@ -124,7 +124,6 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     if found:
         state, start = found
         session.say(f"resumed from step {start}")
-        _warn_of_circumstances(session)
     metrics = record.Metrics(workdir / "metrics.jsonl", start) if first else None
     looked = session.share(first and start in metrics.steps)
 
@@ -594,16 +593,6 @@ def _roll_back(workdir, step, session):
         for newer in [s for s in checkpoint.steps(directory) if s > step]:
             moved = checkpoint.set_aside(directory, newer, aside)
             session.say(f"step {newer} is newer than {step}: moved to {moved}")
-
-
-def _warn_of_circumstances(session):
-    before = session.before
-    for what in ("device", "versions"):
-        if before.get(what) not in (None, session.status[what]):
-            session.say(
-                f"warning: {what} was {before[what]} and is {session.status[what]}: "
-                "the bitwise guarantee does not hold, results agree to rounding"
-            )
 
 
 def _status(row):

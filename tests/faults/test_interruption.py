@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -444,6 +445,92 @@ def test_a10_a_harmless_change_is_accepted_and_noted(whole, tmp_path, capsys):
     with Session(tmp_path / "run", config):
         pass
     assert "run.log_every: 1 -> 5" in capsys.readouterr().out
+
+
+def begun(workdir, config, **kwargs):
+    """A run that ends as soon as it has begun."""
+    with Session(workdir, config, **kwargs) as session:
+        session.begin("fingerprint")
+    return workdir
+
+
+STREAMS = {
+    "JAX_DEFAULT_PRNG_IMPL": (lambda: jax.default_prng_impl("rbg"), "threefry2x32"),
+    "JAX_ENABLE_X64": (lambda: jax.enable_x64(True), "False"),
+    "JAX_THREEFRY_PARTITIONABLE": (lambda: jax.threefry_partitionable(False), "True"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_h78_other_random_numbers_are_refused_as_another_config_is(
+    name, tmp_path, capsys
+):
+    other, was = STREAMS[name]
+    config = harness.config("--config=configs/optimum.py:smoke")
+    workdir = begun(tmp_path / "run", config)
+    before = harness.files(workdir)
+    with other():
+        with pytest.raises(ConflictError) as error:
+            begun(workdir, config)
+        assert error.value.exit_code == 2
+        for part in (f"{name}: {was} -> ", "--workdir", "--allow_config_change"):
+            assert part in str(error.value)
+        assert harness.files(workdir) == before and not capsys.readouterr().out
+        begun(workdir, config, allow_config_change=True)
+        assert f"warning: {name}: {was} -> " in capsys.readouterr().out
+        begun(workdir, config)  # it goes on as it is now
+    with pytest.raises(ConflictError, match=f"{name}: .* -> {was}"):
+        begun(workdir, config)
+
+
+def test_h78_the_command_refuses_other_random_numbers(tmp_path):
+    argument = "--config=configs/optimum.py:smoke"
+    workdir = begun(tmp_path / "run", harness.config(argument))
+    before = harness.files(workdir)
+    env = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_RANDOM_SEED_OFFSET": "5"}
+    # With more samples: what is complete is left as it is.
+    more = argument, "--config.sampler.num_samples=9"
+    result = harness.run(*more, workdir=workdir, env=env)
+    assert result.code == 2 and "Traceback" not in result.stderr, result.output
+    assert "JAX_DEFAULT_PRNG_IMPL: threefry2x32 -> rbg" in result.stderr
+    assert "JAX_RANDOM_SEED_OFFSET: 0 -> 5" in result.stderr
+    assert harness.files(workdir) == before
+
+
+def test_h78_what_changes_the_rounding_is_said(tmp_path, monkeypatch, capsys):
+    config = harness.config("--config=configs/optimum.py:smoke")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=a")
+    workdir = begun(tmp_path / "run", config)
+    monkeypatch.delenv("XLA_FLAGS")
+    begun(workdir, config)
+    assert not capsys.readouterr().out
+    with jax.default_matmul_precision("highest"):
+        begun(workdir, config)
+    said = capsys.readouterr().out
+    assert "warning: rounding was {'XLA_FLAGS': []" in said and "'highest'" in said
+    assert "the bitwise guarantee does not hold" in said
+    begun(workdir, config)
+    capsys.readouterr()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    begun(workdir, config)
+    assert "XLA_FLAGS': ['--xla_cpu_enable_fast_math=true']" in capsys.readouterr().out
+
+
+def test_h78_a_run_that_recorded_no_circumstances_goes_on(tmp_path, capsys):
+    config = harness.config("--config=configs/optimum.py:smoke")
+    workdir = begun(tmp_path / "run", config)
+    known = record.read_json(workdir / "run.json")
+    del known["streams"], known["rounding"]
+    record.write_json(workdir / "run.json", known)
+    with jax.default_prng_impl("rbg"):
+        begun(workdir, config)
+    assert not capsys.readouterr().out
+    assert record.read_json(workdir / "run.json")["streams"] == {
+        "jax_default_prng_impl": "rbg",
+        "jax_enable_x64": False,
+        "jax_random_seed_offset": 0,
+        "jax_threefry_partitionable": True,
+    }
 
 
 def test_a11_a_finished_run_is_left_as_it_is(whole):
