@@ -45,7 +45,8 @@ def convert(source, target) -> bool:
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        tensors = {name: tensor.numpy() for name, tensor in state.items()}
+        # As float32, exactly: numpy has no bfloat16.
+        tensors = {name: tensor.float().numpy() for name, tensor in state.items()}
     except Exception as error:  # torch fails in many ways, some of them pages long
         why = str(error).split("\n", 1)[0]
         raise weights.WeightsError(

@@ -9,19 +9,24 @@ import subprocess
 import sys
 import tracemalloc
 import types
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memsep_jax import weights
 from memsep_jax.checkpoint import StorageError
+from memsep_jax.models import DiT
+from memsep_jax.models.dit import position_features
 from memsep_jax.weights import WeightsError
 
 pytestmark = pytest.mark.dev  # most of it needs torch
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+INCEPTION = TOOL.with_name("convert_inception.py")
 MKDIR = f"{os.mkdir.__module__}.mkdir"  # as a pickle names it
 
 
@@ -389,3 +394,84 @@ def test_d54_a_file_is_written_whole_or_stays_as_it_was(error, tmp_path, monkeyp
         weights.write(path, {"a": np.zeros(2)})
     assert os.listdir(tmp_path) == [path.name]
     np.testing.assert_array_equal(weights.read(path)[0]["a"], np.ones(2))
+
+
+# H78: weights in half precision.
+
+
+@pytest.fixture(scope="module")
+def half():
+    """(dtype) -> a DiT, its params rounded to it, and its tensors as the release's."""
+    model, draw = DiT(2, 16, 1, 2, num_classes=3), np.random.default_rng(0)
+    x, t = jnp.zeros((32, 32, 1)), jnp.float32(1)
+    like = jax.eval_shape(partial(model.init, x=x, t=t), jax.random.key(0))["params"]
+    params = jax.tree.map(lambda p: draw.normal(size=p.shape).astype(p.dtype), like)
+    whole = weights.to_dit(model, params, side=32)
+
+    def of(dtype):
+        rounded = jax.tree.map(lambda p: p.astype(dtype).astype(np.float32), params)
+        return model, rounded, {name: a.astype(dtype) for name, a in whole.items()}
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_h78_a_dit_in_half_precision_is_loaded_as_float32(dtype, half, tmp_path):
+    model, params, stored = half(dtype)
+    weights.write(tmp_path / "w.safetensors", stored)
+    read, _ = weights.read(tmp_path / "w.safetensors")
+    wide = {name: a.astype(np.float32) for name, a in stored.items()}
+    for tensors in (read, stored, wide):
+        again, found = weights.dit(tensors, num_heads=2)
+        assert again == model
+        for one, other in zip(*map(jax.tree.leaves, (found, params)), strict=True):
+            assert one.dtype == np.float32
+            np.testing.assert_array_equal(one, other)
+
+
+def other_positions():
+    truth = np.asarray(position_features(16, 16, 16))[None]
+    learned = np.random.default_rng(0).normal(0, 0.02, truth.shape)
+    yield "learned", learned.astype(np.float32)
+    yield "rows for columns", np.roll(truth, 8, axis=2)
+    yield "near", truth + np.float32(0.03)
+    yield "zero", np.zeros_like(truth)
+    yield "none", np.full_like(truth, np.nan)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32, np.float64])
+def test_h78_other_positions_are_refused_in_every_type(dtype, half):
+    _, _, tensors = half(dtype)
+    for name, table in other_positions():
+        tensors["pos_embed"] = table.astype(dtype)
+        with pytest.raises(WeightsError, match="not the fixed sin-cos positions"):
+            weights.dit(tensors, num_heads=2)
+            raise AssertionError(name)
+
+
+def test_h78_a_table_is_held_to_the_precision_that_it_was_stored_in(half):
+    """Half precision allows its own rounding, and float32 none of it."""
+    _, _, tensors = half(np.float32)
+    truth = tensors["pos_embed"]
+    for step, known in ((2e-3, False), (2e-5, True)):
+        tensors["pos_embed"] = truth + np.float32(step)
+        if known:
+            weights.dit(tensors, num_heads=2)
+            continue
+        with pytest.raises(WeightsError, match="not the fixed sin-cos positions"):
+            weights.dit(tensors, num_heads=2)
+    for dtype, step in ((np.float16, 4e-3), (jnp.bfloat16, 2e-2)):
+        tensors["pos_embed"] = (truth + np.float32(step)).astype(dtype)
+        with pytest.raises(WeightsError, match="not the fixed sin-cos positions"):
+            weights.dit(tensors, num_heads=2)
+
+
+def test_h78_the_weights_of_inception_may_be_bfloat16(torch, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("convert_inception", INCEPTION)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool.inception, "params_of", lambda tensors: tensors)
+    torch.save({"fc.bias": torch.tensor([1 / 3]).bfloat16()}, tmp_path / "a.pth")
+    assert not tool.convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    (bias,) = weights.read(tmp_path / "b.safetensors")[0].values()
+    assert bias.dtype == np.float32 and bias == np.float32(0.333984375)
