@@ -321,7 +321,8 @@ def _padded(params, keys):
     log_weights = params.get("log_weights", jnp.zeros(len(points)))
     return {
         "points": jnp.pad(points, [(0, short), (0, 0)]),
-        "log_weights": jnp.pad(log_weights, (0, short), constant_values=-jnp.inf),
+        # Of which exp is 0 too, and JAX_DEBUG_INFS=1 is for what nobody meant.
+        "log_weights": jnp.pad(log_weights, (0, short), constant_values=-1e30),
         "variance": params.get("variance", jnp.zeros(())),
     }
 

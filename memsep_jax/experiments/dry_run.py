@@ -37,7 +37,8 @@ def dry_run(config, say) -> Table:
         parts.splits.train,
     )
     step = jax.jit(setup.make_step(config, parts, mesh))
-    flops = setup.flops(step.lower(state, batch, dataset))
+    with jax.disable_jit(False):  # or the program is another one, and so its FLOPs
+        flops = setup.flops(step.lower(state, batch, dataset))
     activations = _activations(config, parts, state, batch)
     model_bytes = _bytes(state)
     data_bytes = _bytes(batch if streamed else dataset)

@@ -148,7 +148,8 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             donate_argnums=0,
             out_shardings=(places, everywhere),
         )
-        step_fn = step_fn.lower(state, *feed(start, 1), start, 1).compile()
+        if not jax.config.jax_disable_jit:  # set to look into each step, as it is
+            step_fn = step_fn.lower(state, *feed(start, 1), start, 1).compile()
         if first:
             generate = generate or network_samples(config, parts, session.say)
             watch = _Watcher(config, parts, session, generate)

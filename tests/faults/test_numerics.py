@@ -28,8 +28,16 @@ from memsep_jax import (
     score,
     train,
 )
-from memsep_jax.experiments import evaluate, record, session, setup
-from memsep_jax.models import DiT
+from memsep_jax.experiments import (
+    capacity,
+    dry_run,
+    evaluate,
+    record,
+    session,
+    setup,
+)
+from memsep_jax.experiments import train as job
+from memsep_jax.models import DiT, exact
 
 PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
 FEW = settings(deadline=None, max_examples=8)
@@ -712,6 +720,81 @@ def test_c43_one_core_or_all_give_the_same_bits(tmp_path):
     pin = f"os.sched_setaffinity(0, {{{min(cores)}}})"
     assert harness.run(*TINY, workdir=tmp_path / "one", patch=pin).code == 0
     assert harness.digest(tmp_path / "one") == harness.digest(tmp_path / "all")
+
+
+# H78: the debugging switches of jax.
+
+
+@pytest.mark.parametrize("n", [3, 40, 2_000])
+def test_h78_a_search_has_no_infinity_that_nobody_meant(n):
+    """Of few points, the bound for all others is infinite: no error of a debugger."""
+    draw = np.random.default_rng(0)
+    points, samples = draw.normal(size=(n, 5)), draw.normal(size=(7, 5))
+    points, samples = points.astype(np.float32), samples.astype(np.float32)
+    search = neighbours.searcher(points, k=2)
+    truth = search(samples)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        found = neighbours.searcher(points, k=2)(samples)
+    for one, other in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(one, other)
+    gaps = np.linalg.norm(samples[:, None] - points[None], axis=2)
+    np.testing.assert_allclose(found[0], np.sort(gaps, axis=1)[:, :2], rtol=1e-5)
+
+
+def test_h78_a_key_without_weight_is_no_infinity():
+    params = {"points": jnp.ones((2, 3))}
+    with jax.debug_infs(True):
+        padded = capacity._padded(params, 4)
+    network = exact.Attention(PROCESSES["ornstein_uhlenbeck"], 4)
+    short = exact.Attention(PROCESSES["ornstein_uhlenbeck"], 2)
+    x, t = jnp.arange(3.0), jnp.float32(0.1)
+    np.testing.assert_array_equal(
+        network.apply({"params": padded}, x, t), short.apply({"params": params}, x, t)
+    )
+
+
+def test_h78_a_dry_run_counts_the_same_without_jit():
+    config = harness.config(*harness.TINY_DIT)
+
+    def cells():
+        table = dry_run.dry_run(config, lambda text: None)
+        return [list(column.cells) for column in table.columns]
+
+    with jax.disable_jit():
+        eager = cells()
+    assert eager == cells()
+
+
+@pytest.mark.slow
+def test_h78_a_run_without_jit_takes_the_same_steps(tmp_path):
+    """JAX_DISABLE_JIT=1, to look into a step as python takes it."""
+    config = tiny("--config.train.steps=2")
+    parts = setup.build(config)
+
+    def trained(name):
+        with session.Session(tmp_path / name, config) as held:
+            return job.learn(config, parts, held)
+
+    with jax.disable_jit():
+        eager = trained("eager")
+    compiled = trained("compiled")
+    assert int(eager.step) == 2
+    for one, other in zip(*map(jax.tree.leaves, (eager, compiled)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_h78_a_run_under_debugging_switches_has_the_same_bits(tmp_path):
+    switches = {"JAX_DEBUG_INFS": "1", "JAX_DEBUG_NANS": "1"}
+    args = *TINY, "--config.run.snapshots=2"
+    for name, env in (("plain", {}), ("debug", switches)):
+        result = harness.run(*args, workdir=tmp_path / name, env=env)
+        assert result.code == 0, result.output
+    assert harness.digest(tmp_path / "debug") == harness.digest(tmp_path / "plain")
+    assert harness.rows(tmp_path / "debug") == harness.rows(tmp_path / "plain")
+    for file in ("samples.npz", "per_sample.csv"):
+        debug, plain = (tmp_path / name / file for name in ("debug", "plain"))
+        assert debug.read_bytes() == plain.read_bytes()
 
 
 # 44: EMA in short runs.
