@@ -332,6 +332,21 @@ def test_f65_processes_of_different_configs_do_not_begin(tmp_path):
     assert not workdir.exists()
 
 
+def test_h78_processes_of_other_random_numbers_do_not_begin(tmp_path):
+    workdir = tmp_path / "run"
+    other = """
+if sys.argv[-2].endswith("2,1"):
+    os.environ["JAX_DEFAULT_PRNG_IMPL"] = "rbg"
+"""
+    with together(workdirs=[workdir] * 2, patch=other) as children:
+        results = ends(children)
+    assert [r.code for r in results] == [2, 2], results
+    for result in results:
+        assert "process 1 was given another config" in result.stderr, result.output
+        assert "or another JAX_DEFAULT_PRNG_IMPL" in result.stderr
+    assert not workdir.exists()
+
+
 def test_f65_other_data_on_one_host_are_refused(tmp_path):
     workdir = tmp_path / "run"
     other = """
