@@ -13,7 +13,6 @@ import re
 import runpy
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 
 from absl import flags
@@ -95,15 +94,19 @@ def _values(config) -> dict:
 
 
 def _short(name):
-    """The last part of a field's name, where no other field has it."""
+    """The last part of a field's name, where no other field of a training has it."""
     last = name.rpartition(".")[2]
-    # train.steps and sampler.steps must not share a directory.
-    return last if _lasts()[last] == 1 else name
+    # train.steps and sampler.steps must not share a directory, nor train_as.crop and
+    # samples_as.crop of an audit.
+    return last if _lasts().get(last) == [name] else name
 
 
 @functools.cache
 def _lasts():
-    return Counter(name.rpartition(".")[2] for name in _values(defaults.train()))
+    found: dict[str, list[str]] = {}
+    for name in _values(defaults.train()):
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    return found
 
 
 def _written(value) -> str:
