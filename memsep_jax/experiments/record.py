@@ -113,11 +113,15 @@ class Metrics:
     def write_unfinished(self, **row):
         """Appends what is known of a row that `write` is to finish."""
         self.write(**row, **{UNFINISHED: True})
+        self.unfinished = _plain(row)
 
     def write(self, **row):
         """Appends a row, on disk before this returns."""
         if row["step"] == self.unfinished.get("step"):
-            self._keep(read_metrics(self.path))
+            # At once, so that a kill leaves one of the two.
+            self._keep([*read_metrics(self.path), _plain(row)])
+            self.unfinished = {}
+            return
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(_plain(row)) + "\n")

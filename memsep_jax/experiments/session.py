@@ -46,6 +46,7 @@ STREAMS = (
     "jax_threefry_partitionable",
 )  # fmt: skip
 ROUNDING = ("jax_default_matmul_precision", "jax_disable_most_optimizations")
+ENDING = (signal.SIGTERM, signal.SIGINT)  # what a run ends for, saving first
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
 WATCH_EVERY = 0.5  # seconds between looks at the other processes of a run
 LINGER = 5.0  # seconds that a failed process leaves the others to fail in their own way
@@ -73,8 +74,9 @@ class Session:
     """Holds a workdir while a run is in it.
 
     Nothing is written before `begin`. The first SIGTERM or Ctrl-C raises Interrupted
-    at once; inside `deferred`, where a step must be finished and saved, it sets `stop`
-    instead. The second one ends the process on the spot.
+    as soon as a call into XLA lets python run; inside `deferred`, where a step must be
+    finished and saved, it sets `stop` instead. The second one ends the process on the
+    spot, wherever it is.
 
     Of several processes that train together, the first one alone writes and speaks.
     They meet in `__enter__` and `part` when training is over; in between, `poll` sets
@@ -94,6 +96,7 @@ class Session:
         self._made: list[Path] = []  # directories that were not there
         self._deferred = 0
         self._handlers: dict = {}
+        self._counter: _SignalCounter | None = None
         self._heard: int | None = None  # a signal that the others may not know of yet
         self._votes = None
         self._together = jax.process_count() > 1
@@ -130,7 +133,8 @@ class Session:
         self.status["seconds"] = dict(self.before.get("seconds", {}))
         # Only the main thread receives signals; at a prompt in another one, none do.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            self._counter = _SignalCounter()
+            for number in ENDING:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         try:
             self._check_config()
@@ -170,6 +174,8 @@ class Session:
                     place.rmdir()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._counter:
+            self._counter.close()
         os.close(self._held)
 
     def expect(self, fingerprint: str):
@@ -369,10 +375,20 @@ class Session:
 
         yield update
 
-    def poll(self):
-        """Agrees on `stop` with the other processes: all call it, once in a step."""
-        if self._together:  # what was said one step ago: no device waits for a vote
+    @property
+    def heard(self) -> int | None:
+        """The signal that came to this process; `poll` makes it the `stop` of all."""
+        return self.stop or self._heard
+
+    def poll(self, now=False):
+        """Agrees on `stop` with the other processes: all call it, once in a step.
+
+        Args: now, to wait for what they say; else it is what they said one step ago, so
+          that no device waits for a vote.
+        """
+        if self._together:
             votes, self._votes = self._votes, parallel.gather([self._heard or 0])
+            votes = self._votes if now else votes
             if votes is not None:
                 self.stop = int(np.asarray(votes).max()) or None
 
@@ -466,8 +482,9 @@ class Session:
                 os._exit(parallel.MISSING)
 
     def _on_signal(self, number, frame):
-        # The second signal, whichever it is, gets the system's own way: at once.
-        for other in (signal.SIGTERM, signal.SIGINT):
+        # The second signal, whichever it is, gets the system's own way: at once. Where
+        # it comes before this is run, `_SignalCounter` has it.
+        for other in ENDING:
             signal.signal(other, signal.SIG_DFL)
         if self._together and self._deferred:
             self._heard = number
@@ -475,6 +492,37 @@ class Session:
         self.stop = number
         if not self._deferred:
             raise Interrupted(number)
+
+
+class _SignalCounter:
+    """Ends the process at the second signal that python has not come to handle.
+
+    Python runs its handlers in the main thread and between two instructions, and a call
+    into XLA is one: it may compile or compute for minutes. The interpreter itself, in C,
+    writes the number of each signal that has a handler into a pipe, which is read here
+    by a thread of its own.
+    """
+
+    def __init__(self):
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)  # as python asks for
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._count, daemon=True)
+        self._thread.start()
+
+    def _count(self):
+        heard = 0
+        while number := os.read(self._read, 1):
+            heard += number[0] in ENDING
+            if heard > 1:
+                os._exit(128 + number[0])
+
+    def close(self):
+        """Hands the signals back, and ends the thread."""
+        signal.set_wakeup_fd(self._before)
+        os.close(self._write)  # the thread reads the end of the pipe
+        self._thread.join()
+        os.close(self._read)
 
 
 def _lock_path(workdir, index):

@@ -196,7 +196,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         return step == steps or step % config.run.evaluate_every == 0
 
     def look(step, row):
-        """Adds to the row what is measured at this step."""
+        """Adds to the row what is measured at this step, as far as no signal comes."""
         nonlocal best
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if not first:
@@ -207,10 +207,25 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             if held_out is not None and np.mean(held_out) < best:
                 best = np.mean(held_out)
                 checkpoint.save(workdir / "best", step, weights, keep=1)
-        if step in snapshots:
+        if step in snapshots and session.heard is None:
             checkpoint.save(workdir / "snapshots", step, weights)
             row = {"step": step} | row | watch.snapshot(step, weights)
         return row
+
+    def save(step, known):
+        """Saves the step; what is known of its row too, where a look is to end it."""
+        if known and first:
+            metrics.write_unfinished(**known)
+        whole = parallel.local(state)
+        if first:
+            checkpoint.save(checkpoints, step, whole, config.run.keep)
+        if first and packed:
+            pack(packed, step, whole, parts)
+
+    def preempted(step):
+        session.say(f"preempted at step {step}: saved")
+        session.part()
+        raise Interrupted(session.stop)
 
     track = first and trackers.tracker(config.run.tracker, workdir, config, session.say)
 
@@ -225,7 +240,11 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         session.progress("training", steps, start) as update,
     ):
         if start and not looked:  # stopped before it could look
-            log(look(start, metrics.unfinished if first else {}))
+            row = look(start, metrics.unfinished if first else {})
+            session.poll(now=True)
+            if session.stop is not None:  # once more
+                preempted(start)
+            log(row)
             if stops(start):
                 return state
         step = start
@@ -244,26 +263,27 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             if not (due or saving or session.stop is not None):
                 continue
 
-            known, previous = settle(*previous), None
-            row = look(step, known) if due and session.stop is None else known
-            stopping = session.stop is not None
-            if not (due and stopping):
+            row, previous = settle(*previous), None
+            status = _status(row) if row else ""
+            if not due:
                 log(row)
-                update(step, _status(row) if "loss" in row else "")
-            elif known and first:  # the look comes on resuming
-                metrics.write_unfinished(**known)
-            ends = due and not stopping and stops(step)
-            if saving or stopping or ends:
-                whole = parallel.local(state)
-                if first:
-                    checkpoint.save(checkpoints, step, whole, config.run.keep)
-                if first and packed:
-                    pack(packed, step, whole, parts)
+            # Before the look: it takes long, and a kill there must lose no step.
+            if saved := saving or session.stop is not None:
+                save(step, row if due else {})
+            ends = False
+            if due and session.stop is None:
+                found = look(step, row)
+                session.poll(now=True)
+                if session.stop is None:  # else it comes on resuming
+                    log(found)
+                    row, ends = {}, stops(step)
+            stopping = session.stop is not None
+            if (stopping or ends) and not saved:
+                save(step, row if due else {})
+            update(step, status)
             since = (time.monotonic(), step)  # steps/s counts steps, not evaluations
             if stopping:
-                session.say(f"preempted at step {step}: saved")
-                session.part()
-                raise Interrupted(session.stop)
+                preempted(step)
             if ends:
                 break
     if (spikes := train.skipped(state)) is not None:
@@ -533,7 +553,7 @@ class _Watcher:
         count, chunk = self.config.run.snapshot_samples, self.config.run.chunk
         parts = []
         for start in range(0, count, chunk):
-            if self.session.stop is not None:
+            if self.session.heard is not None:
                 return None
             stop = min(start + chunk, count)
             parts.append(self.generate(weights, start, stop))
