@@ -397,36 +397,85 @@ def spectrum(
             f"spectrum: held-out points of shape {held_out.shape[1:]} against data of "
             f"shape {data.shape[1:]}: resize one of them"
         )
-    pairs = min(m, len(data), len(held_out))
+    draws = spectrum_draws(len(data), len(held_out), times, key, m)
+
+    def at(a):
+        t, row, new, keys = a
+
+        def one(i, j, key):
+            return spectrum_losses(
+                score_fn, process, data[i], held_out[j], t, key, truth_score
+            )
+
+        return _each(one, row, new, keys)
+
+    losses = jax.lax.map(at, (jnp.asarray(times), *draws[:3]))
+    return spectrum_of(times, losses, draws.pairs)
+
+
+class SpectrumDraws(NamedTuple):
+    """Which points `spectrum` looks at, at each of k times, and with which noise."""
+
+    row: jax.Array  # [k, m] of the data
+    new: jax.Array  # [k, m] of the held-out points
+    key: jax.Array  # [k, m] of the noise of both
+    pairs: int  # of points: the m draws of a time are pairs, m // pairs of each
+
+
+def spectrum_draws(n: int, n2: int, times, key, m: int) -> SpectrumDraws:
+    """The draws of `spectrum` from n training and n2 held-out points.
+
+    Raises: ValueError, as `spectrum`.
+    """
+    _check_times(times)
+    pairs = min(m, n, n2)
     if pairs < 2:
         raise ValueError(
-            f"spectrum: m={m} draws of n={len(data)} training and {len(held_out)} "
+            f"spectrum: m={m} draws of n={n} training and {n2} "
             "held-out points: each at least 2, to have a standard error"
         )
+    index = jnp.repeat(jnp.arange(pairs), m // pairs)
 
-    def at(t, key):
+    def at(key):
         train_key, held_out_key, eps_key = jax.random.split(key, 3)
-        seen = data[jax.random.permutation(train_key, len(data))[:pairs]]
-        new = held_out[jax.random.permutation(held_out_key, len(held_out))[:pairs]]
-        index = jnp.repeat(jnp.arange(pairs), m // pairs)
+        seen = jax.random.permutation(train_key, n)[index]
+        new = jax.random.permutation(held_out_key, n2)[index]
+        return seen, new, jax.random.split(eps_key, len(index))
 
-        def one(i, key):
-            eps = jax.random.normal(key, data.shape[1:], data.dtype)
-            both = jnp.stack([seen[i], new[i]])
-            losses = jax.vmap(lambda x: eps_loss(score_fn, process, x, t, eps))(both)
-            if truth_score is None:
-                return losses
-            least = eps_loss(truth_score, process, seen[i], t, eps)
-            return jnp.append(losses, least)
+    fold = jax.vmap(lambda i: jax.random.fold_in(key, i))
+    return SpectrumDraws(*jax.vmap(at)(fold(jnp.arange(len(times)))), pairs)
 
-        losses = _each(one, index, jax.random.split(eps_key, len(index)))
-        losses = jnp.mean(losses.reshape(pairs, m // pairs, -1), axis=1).T
-        gap = estimate(losses[-1] - losses[0])
-        least = None if truth_score is None else estimate(losses[2])
+
+def spectrum_losses(score_fn, process, x0, new, t, key, truth_score=None):
+    """Eps-losses of a training and a held-out point with the same noise.
+
+    Args: x0 and new [*e], t [], key of the noise.
+    Returns: [2]; with a truth_score [3], its loss at x0 is the last.
+    """
+    eps = jax.random.normal(key, x0.shape, x0.dtype)
+    both = jnp.stack([x0, new])
+    losses = jax.vmap(lambda x: eps_loss(score_fn, process, x, t, eps))(both)
+    if truth_score is None:
+        return losses
+    return jnp.append(losses, eps_loss(truth_score, process, x0, t, eps))
+
+
+def spectrum_of(times, losses, pairs: int) -> Spectrum:
+    """What the losses of the draws say.
+
+    Args: times [k]; losses [k, m, 2 or 3] of `spectrum_losses`; pairs, of the draws.
+    """
+    times, losses = jnp.asarray(times), jnp.asarray(losses)
+    mean = jnp.mean(losses.reshape(len(times), pairs, -1, losses.shape[-1]), axis=2)
+
+    def at(t, losses):  # [pairs, 2 or 3]
+        seen, new, *least = losses.T
+        gap = estimate((least[0] if least else new) - seen)
+        floor = estimate(least[0]) if least else None
         above = gap.value > DEVIATIONS * gap.error
-        return Spectrum(t, estimate(losses[0]), estimate(losses[1]), least, gap, above)
+        return Spectrum(t, estimate(seen), estimate(new), floor, gap, above)
 
-    return curve(at, times, key)
+    return jax.vmap(at)(times, mean)
 
 
 def _each(function, *draws):

@@ -71,7 +71,7 @@ def importance(sizes, examples, chunk: int = CHUNK):
       the result does not depend on it.
     """
     each = jax.lax.map(sizes, examples, batch_size=chunk)
-    return _normalised(jnp.mean(each, axis=0))
+    return normalised(jnp.mean(each, axis=0))
 
 
 def head_importance(loss, x0, t, eps, shape: tuple[int, int], chunk: int = CHUNK):
@@ -104,7 +104,7 @@ def magnitude(params: Params, group: str = "heads"):
         else:
             others = tuple(i for i in range(p.ndim) if i != axis)
             squares = squares.at[layer].add(jnp.sum(p**2, axis=others))
-    return _normalised(jnp.sqrt(squares))
+    return normalised(jnp.sqrt(squares))
 
 
 def activations(intermediates: Params, group: str = "heads"):
@@ -308,6 +308,7 @@ def _block(name):
     return int(match[1]) if match else None
 
 
-def _normalised(values):
+def normalised(values):
+    """values [layers, units] of unit norm in every layer."""
     norm = jnp.linalg.norm(values, axis=1, keepdims=True)
     return values / jnp.where(norm > 0, norm, 1)  # a layer that does nothing: all zero

@@ -1,7 +1,11 @@
 """Time grids, probability-flow ODE, reverse SDE, EDM, log-likelihood, noise search.
 
 A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a batch.
+`stages` are the same trajectory cut into its steps.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,28 @@ def prior(key, process: Process, t, shape):
     return process.sigma(t) * jax.random.normal(key, shape)
 
 
+class Stages(NamedTuple):
+    """A trajectory of a sampler: begin, step for each i of range(steps), end."""
+
+    begin: Callable  # (x [*e] at times[0]) -> [*e]
+    step: Callable  # (x [*e], key, i []) -> [*e]
+    end: Callable  # (x [*e], key) -> [*e], the sample
+    steps: int
+
+
+def _whole(stages):
+    """The flow of some stages: (x [*e] at times[0], key) -> [*e]."""
+
+    def flow(x, key):
+        def body(x, i):
+            return stages.step(x, key, i), None
+
+        x, _ = jax.lax.scan(body, stages.begin(x), jnp.arange(stages.steps))
+        return stages.end(x, key)
+
+    return flow
+
+
 def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True):
     """The probability-flow ODE dx/dt = f x - g^2 score / 2 along `times`.
 
@@ -51,16 +77,20 @@ def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True)
     Returns:
       flow: x [*e] at times[0] -> [*e].
     """
+    flow = _whole(_ode(score_fn, process, times, method, denoise))
+    return lambda x: flow(x, None)
+
+
+def _ode(score_fn, process, times, method="heun", denoise=True):
     step = _step(score_fn, process, method)
 
-    def flow(x):
-        def body(x, pair):
-            return step(x, *pair).astype(x.dtype), None
+    def stage(x, key, i):
+        return step(x, times[i], times[i + 1]).astype(x.dtype)
 
-        x, _ = jax.lax.scan(body, x, (times[:-1], times[1:]))
+    def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return flow
+    return Stages(lambda x: x, stage, end, len(times) - 1)
 
 
 def path(score_fn: ScoreFn, process: Process, times, method="heun"):
@@ -115,21 +145,22 @@ def sde(score_fn: ScoreFn, process: Process, times, denoise=True):
     Args: times [steps + 1], decreasing; denoise as in `ode`.
     Returns: flow: (x [*e] at times[0], key) -> [*e].
     """
+    return _whole(_sde(score_fn, process, times, denoise))
 
-    def flow(x, key):
-        def body(x, inputs):
-            i, t, t_next = inputs
-            g2 = diffusion2(process, t)
-            slope = drift(process, t) * x - g2 * score_fn(x, t)
-            z = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-            x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
-            return x_next.astype(x.dtype), None
 
-        inputs = (jnp.arange(len(times) - 1), times[:-1], times[1:])
-        x, _ = jax.lax.scan(body, x, inputs)
+def _sde(score_fn, process, times, denoise=True):
+    def stage(x, key, i):
+        t, t_next = times[i], times[i + 1]
+        g2 = diffusion2(process, t)
+        slope = drift(process, t) * x - g2 * score_fn(x, t)
+        z = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
+        return x_next.astype(x.dtype)
+
+    def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return flow
+    return Stages(lambda x: x, stage, end, len(times) - 1)
 
 
 def edm(
@@ -156,6 +187,20 @@ def edm(
       flow: (x [*e] at times[0], key) -> [*e].
     Raises: ValueError: a number that breaks its rule.
     """
+    return _whole(
+        _edm(score_fn, process, times, churn, churn_min, churn_max, churn_noise)
+    )
+
+
+def _edm(
+    score_fn,
+    process,
+    times,
+    churn=0.0,
+    churn_min=0.0,
+    churn_max=float("inf"),
+    churn_noise=1.0,
+):
     if not churn >= 0:
         raise ValueError(f"sampler: churn={churn} must be at least 0")
     if not 0 <= churn_min <= churn_max:
@@ -183,19 +228,20 @@ def edm(
     def slope(z, t):  # dz/ds = (z - D)/s = eps = -sigma score
         return -process.sigma(t) * score_fn(process.alpha(t) * z, t)
 
-    def flow(x, key):
-        def body(z, i):
-            z, step = stir(z, i, key), levels[i + 1] - raised[i]
-            first = slope(z, starts[i])
-            second = slope(z + step * first, times[i + 1])
-            return (z + step * (first + second) / 2).astype(x.dtype), None
+    def begin(x):
+        return (x / process.alpha(times[0])).astype(x.dtype)
 
-        z = (x / process.alpha(times[0])).astype(x.dtype)
-        z, _ = jax.lax.scan(body, z, jnp.arange(len(times) - 1))
+    def stage(z, key, i):
+        x, step = stir(z, i, key), levels[i + 1] - raised[i]
+        first = slope(x, starts[i])
+        second = slope(x + step * first, times[i + 1])
+        return (x + step * (first + second) / 2).astype(z.dtype)
+
+    def end(z, key):
         z, t = stir(z, len(times) - 1, key), starts[-1]
         return to_denoiser(score_fn, process)(process.alpha(t) * z, t)
 
-    return flow
+    return Stages(begin, stage, end, len(times) - 1)
 
 
 def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
@@ -258,21 +304,35 @@ def sampler(
     Returns: (key) -> [*shape]. Give sample i the key fold_in(key, i): it then depends
     on (seed, i) only, whatever the batch it is drawn in.
     """
-    if method == "sde":
-        flow = sde(score_fn, process, times, **options)
-    elif method == "edm":
-        flow = edm(score_fn, process, times, **options)
-    else:
-        deterministic = ode(score_fn, process, times, method, **options)
+    flow = _whole(stages(score_fn, process, times, shape, method, **options))
+    return lambda key: flow(key, key)  # it begins with the key
 
-        def flow(x, key):
-            return deterministic(x)
 
-    def draw(key):
-        prior_key, noise_key = jax.random.split(key)
-        return flow(prior(prior_key, process, times[0], shape), noise_key)
+def stages(
+    score_fn: ScoreFn, process: Process, times, shape, method="heun", **options
+) -> Stages:
+    """The steps of `sampler`, for those who have something to do in between.
 
-    return draw
+    Args: as `sampler`.   Returns: Stages with begin (key) -> [*shape]; its other
+    functions take the same key.
+    """
+    cut = CUT.get(method, _ode)
+    options |= {"method": method} if cut is _ode else {}
+    made = cut(score_fn, process, times, **options)
+
+    def begin(key):
+        return made.begin(prior(jax.random.split(key)[0], process, times[0], shape))
+
+    def step(x, key, i):
+        return made.step(x, jax.random.split(key)[1], i)
+
+    def end(x, key):
+        return made.end(x, jax.random.split(key)[1])
+
+    return Stages(begin, step, end, made.steps)
+
+
+CUT = {"sde": _sde, "edm": _edm}  # the others are methods of `ode`
 
 
 def search_noise(flow, x, radius: float, steps: int = 100, lr: float = 0.1):

@@ -19,49 +19,87 @@ from memsep_jax.experiments import record, report, setup
 PAIRS = 12  # samples in each group of the report's pairs
 
 
-def make_generate(config, parts, mesh, score_of, say=lambda text: None):
+def make_generate(config, parts, mesh, score_of, session=None):
     """(weights, start, stop) -> samples start .. stop, run.chunk of them at once.
 
-    Compiled for run.chunk samples; where fewer are asked, or memory ends, for a half of
-    it, a quarter, ...
+    Compiled for run.chunk samples; where fewer are asked, or a step of so many takes
+    too long (`record.at_once`), or memory ends, for a half of it, a quarter, ... Their
+    steps are `record.paced`.
 
-    Args: score_of, (weights, label or None) -> score_fn; say, as `record.halving`.
-    Raises: record.OutOfMemoryError.
+    Args: score_of, (weights, label or None) -> score_fn; session, which is told where
+      memory ends, and hears signals.
+    Raises: record.OutOfMemoryError; Interrupted.
     """
     key = setup.keys(config.seed).sample
     shape = parts.splits.train.x.shape[1:]
+    split = parallel.by_batch(mesh)
     # Of the labels of the training points, uniformly: of another nothing was learned.
     present = jnp.unique(parts.splits.train.label) if parts.num_classes else None
 
-    def sample(weights, i):
+    def stages(weights, i):
         # By its own key: sample i depends on the seed and on i, not on its chunk.
         sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
         label = None
         if parts.num_classes:
             label = present[jax.random.randint(label_key, (), 0, len(present))]
-        score_fn = score_of(weights, label)
-        draw = setup.sampler(config, parts.process, parts.times, shape, score_fn)
-        return draw(sample_key)
+        return setup.stages(config, parts, score_of(weights, label)), sample_key
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def generate(weights, start, count):
+    @functools.partial(jax.jit, static_argnums=2, out_shardings=split)
+    def begin(weights, start, count):
+        def of(i):
+            cut, sample_key = stages(weights, i)
+            return cut.begin(sample_key)
+
         indices = start + jnp.arange(count)
-        indices = jax.lax.with_sharding_constraint(indices, parallel.by_batch(mesh))
-        return jax.vmap(functools.partial(sample, weights))(indices)
+        return jax.vmap(of)(jax.lax.with_sharding_constraint(indices, split))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=split)
+    def advance(x, weights, start, first, last):
+        def of(x, i, k):
+            cut, sample_key = stages(weights, i)
+            return jax.lax.cond(
+                k < cut.steps,
+                lambda x: cut.step(x, sample_key, k),
+                lambda x: cut.end(x, sample_key).astype(x.dtype),
+                x,
+            )
+
+        indices = start + jnp.arange(len(x))
+        indices = jax.lax.with_sharding_constraint(indices, split)
+        body = jax.vmap(of, (0, 0, None))
+        return jax.lax.fori_loop(first, last, lambda k, x: body(x, indices, k), x)
+
+    @functools.cache
+    def pace(count):  # of its own: the rate is one of so many samples
+        return record.paced(advance, session.pause if session else lambda: None)
 
     def samples(weights, start, stop):
         count = config.run.chunk
         while stop - start <= (half := -(-count // 2)) < count:
             count = half
         count = -(-count // mesh.size) * mesh.size
-        # Waited for: np.asarray of what found no memory would end the process.
-        drawn = jax.block_until_ready(generate(weights, start, count))
+        x = begin(weights, start, count)
+        drawn = pace(count)(x, len(parts.times), weights, start)
         drawn = np.asarray(drawn)[: stop - start]
         # Images as they would be saved: what is measured is what a person can see.
         seen = drawn.ndim == 4 and parts.splits.pixels
         return data.to_uint8(drawn) if seen else drawn
 
-    return record.halving(samples, say, config.run.chunk, least=mesh.size)
+    made: list = []
+
+    def generate(weights, start, stop):
+        if not made:
+            label = None if present is None else present[0]
+            call = jax.jit(lambda weights, x, t: score_of(weights, label)(x, t))
+            lowered = call.lower(weights, jnp.zeros(shape), parts.times[0])
+            # A step of most samplers calls the score twice.
+            each = 2 * setup.flops(lowered) / mesh.size
+            most = record.at_once(each, config.run.chunk)
+            say = session.say if session else lambda text: None
+            made.append(record.halving(samples, say, most, least=mesh.size))
+        return made[0](weights, start, stop)
+
+    return generate
 
 
 def _on_host(x):

@@ -66,7 +66,7 @@ def run(config, session, resume_step=None):
     def work(points):
         key = networks.tag(points[0].config, SAMPLING)
         if key not in shared:
-            shared[key] = _tools(config, points[0])
+            shared[key] = _tools(config, points[0], session)
         return measure(points, shared[key], session, source)
 
     rows = sweep.run(config, session, work, alike=_alike, what="networks")
@@ -116,14 +116,14 @@ def measure(points, tools, session, source=None):
         yield sweep.attempt(look, point)
 
 
-def _tools(config, point) -> Tools:
+def _tools(config, point, session) -> Tools:
     """Args: config, of the sweep: without the setting of the point."""
     one, plain = point.config, sweep.seeded(config, point.values["seed"])
     dropout = plain.model.dropout
     plain.model = one.model.copy_and_resolve_references()
     plain.model.dropout = dropout
     parts = setup.build(one)
-    generate = train.network_samples(one, parts)
+    generate = train.network_samples(one, parts, session)
     return Tools(
         generate,
         watcher(one, parts, generate),

@@ -80,7 +80,7 @@ def measured(config, session) -> dict:
     """
     with session.phase("data"):
         parts = setup.build(config)
-    generate = train.network_samples(config, parts)
+    generate = train.network_samples(config, parts, session)
     state = trained(config, parts, session, generate)
     with session.phase("sample"):
         watch = prune.watcher(config, parts, generate)

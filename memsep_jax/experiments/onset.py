@@ -202,7 +202,7 @@ def measure(points, session):
         started, config = time.monotonic(), point.config
         with session.phase("data"):
             parts = setup.build(config)
-        generate = train.network_samples(config, parts, session.say)
+        generate = train.network_samples(config, parts, session)
         state = networks.trained(config, parts, session, generate)
         steps = sorted(train.snapshot_steps(config, len(parts.splits.train.x)))
         folder = session.workdir / "models" / networks.name(config) / "snapshots"

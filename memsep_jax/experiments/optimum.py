@@ -20,7 +20,7 @@ def run(config, session, resume_step=None):
         score_of, weights, about = maker(config, parts)
     session.begin(parts.splits.fingerprint, parts.splits)
     mesh = parallel.make_mesh()
-    generate = make_generate(config, parts, mesh, score_of, session.say)
+    generate = make_generate(config, parts, mesh, score_of, session)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
 

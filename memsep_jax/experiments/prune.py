@@ -39,13 +39,13 @@ def importance(config, parts, params, criterion: str):
         found = np.asarray(prune.magnitude(params, group))
     else:
         sizes = _sizes(config, parts, criterion)
-        examples = jnp.arange(config.prune.draws)
-        measure = jax.jit(
-            lambda params, data: prune.importance(
-                lambda i: sizes(params, data, i), examples, config.run.chunk
-            )
-        )
-        found = np.asarray(measure(params, parts.splits.train))
+
+        def one(i, params, data):
+            return sizes(params, data, i)
+
+        each = record.mapped(one, config.run.chunk)
+        drawn = each(config.prune.draws, params, parts.splits.train)
+        found = np.asarray(prune.normalised(drawn.mean(axis=0, dtype=np.float64)))
     if not np.isfinite(found).all():
         layer, unit = np.argwhere(~np.isfinite(found))[0]
         weights = [

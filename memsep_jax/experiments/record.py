@@ -1,4 +1,4 @@
-"""Numbers on disk: json, metrics.jsonl, csv, npz, and work kept chunk by chunk.
+"""Numbers on disk: json, metrics.jsonl, csv, npz; long work, done and kept in pieces.
 
 Every file is written beside its name and renamed when whole, so a reader never sees
 half of one.
@@ -11,14 +11,24 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from memsep_jax import parallel
 from memsep_jax.checkpoint import StorageError
+from memsep_jax.experiments import setup
 
+# A signal waits for the end of a call into XLA: so many seconds, by the measured rate.
+CALL = 2.0
+# FLOPs of the least that is done in a call: 10 s where a second has so many tenths.
+LEAST = {"cpu": 1e11}  # 1e10 FLOP/s, a slow core
+LEAST_ELSEWHERE = 1e14  # 1e13, a slow accelerator
 # What XLA says of it, also through a computation that waited for the one that failed.
 FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
@@ -227,6 +237,95 @@ def halving(work, say, most: float = math.inf, least: int = 1):
         return _joined(parts)
 
     return halved
+
+
+def at_once(flops: float, most: int) -> int:
+    """How many things of so many FLOPs each are batched: most, its half, its quarter...
+
+    That many take 10 seconds at most, down to one, on a slow device of the kind. It is
+    not measured: a batch of another size may round otherwise, and a run that is stopped
+    and goes on, in a busier hour, comes to the same bits.
+    """
+    limit = LEAST.get(jax.default_backend(), LEAST_ELSEWHERE)
+    while most > 1 and most * flops > limit:
+        most = -(-most // 2)
+    return most
+
+
+def paced(advance, pause=lambda: None):
+    """(state, total, *args) -> the state after all of range(total).
+
+    A call does as many as take CALL seconds by the rate of the one before it.
+
+    Args:
+      advance: (state, *args, first, last) -> state, one program for every first and
+        last: then no bit depends on the rate.
+      pause: is called between the calls, and may raise.
+    """
+    most = 1
+
+    def run(state, total, *args):
+        nonlocal most
+        first = 0
+        while first < total:
+            pause()
+            last, began = min(first + most, total), time.monotonic()
+            state = jax.block_until_ready(advance(state, *args, first, last))
+            # The first call compiles, and so the second one takes one again.
+            seconds = max(time.monotonic() - began, 1e-6)
+            most = max(1, int((last - first) * CALL / seconds))
+            first = last
+        return state
+
+    return run
+
+
+def mapped(one, most: int, pause=lambda: None):
+    """(total, *args) -> one(i, *args) for each i of range(total), [total, ...].
+
+    Pieces of one size, `most` by vmap or what `at_once` makes of it, are `paced`.
+
+    Args: one, (i [], *args) -> a tree of arrays; pause, as in `paced`.
+    """
+    known: list = []
+
+    def advance(found, total, args, first, last):
+        size = jax.tree.leaves(found)[0].shape[1]
+
+        def body(k, found):
+            rows = jnp.minimum(k * size + jnp.arange(size), total - 1)
+            piece = jax.vmap(lambda i: one(i, *args))(rows)
+            return jax.tree.map(lambda a, b: a.at[k].set(b), found, piece)
+
+        return jax.lax.fori_loop(first, last, body, found)
+
+    def every(total, *args):
+        if not known:  # traced once, not at every look
+            each = setup.flops(jax.jit(one).lower(0, *args))
+            place = _everywhere(args)  # what comes back goes in: one program
+            program = jax.jit(advance, donate_argnums=0, out_shardings=place)
+            known.extend([each, place, paced(program, pause)])
+            known.append(jax.eval_shape(one, 0, *args))
+        each, place, run, like = known
+        size = at_once(each, min(most, total))
+        pieces = -(-total // size)
+        found = jax.tree.map(
+            lambda a: jnp.zeros((pieces, size, *a.shape), a.dtype, device=place), like
+        )
+        found = run(found, pieces, total, args)
+        return jax.tree.map(
+            lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:total], found
+        )
+
+    return every
+
+
+def _everywhere(args):
+    """The same array on all devices of a mesh that some args are on; None: on one."""
+    for leaf in jax.tree.leaves(args):
+        if isinstance(where := getattr(leaf, "sharding", None), NamedSharding):
+            return parallel.replicated(where.mesh)
+    return None
 
 
 def _joined(parts):

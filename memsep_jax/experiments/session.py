@@ -338,6 +338,11 @@ class Session:
             self._deferred -= 1
         self._check()
 
+    def pause(self):
+        """Between two calls of long work.   Raises: Interrupted, in `deferred` too."""
+        if self.heard is not None:
+            raise Interrupted(self.heard)
+
     def _check(self):
         if self.stop is not None and not self._deferred:
             raise Interrupted(self.stop)
@@ -498,7 +503,7 @@ class _SignalCounter:
     """Ends the process at the second signal that python has not come to handle.
 
     Python runs its handlers in the main thread and between two instructions, and a call
-    into XLA is one: it may compile or compute for minutes. The interpreter itself, in C,
+    into XLA is one: it may compile or compute for minutes. The interpreter itself
     writes the number of each signal that has a handler into a pipe, which is read here
     by a thread of its own.
     """

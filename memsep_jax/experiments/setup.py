@@ -469,6 +469,18 @@ def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
 
     Raises: ValueError: an option of another sampler, or one that breaks its rule.
     """
+    options = _sampling(config)
+    return sampling.sampler(score_fn, made_process, times, shape, **options)
+
+
+def stages(config, parts: Parts, score_fn: score.ScoreFn) -> sampling.Stages:
+    """The steps of `sampler`, for points of the data."""
+    shape, options = parts.splits.train.x.shape[1:], _sampling(config)
+    return sampling.stages(score_fn, parts.process, parts.times, shape, **options)
+
+
+def _sampling(config) -> dict:
+    """config.sampler as arguments of `sampling.sampler`."""
     group = config.sampler
     options = {field: group[field] for field in CHURN if group[field] is not None}
     if options and group.name != "edm":
@@ -477,7 +489,7 @@ def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
             f"sampler.{field}={value} is an option of sampler.name=edm, and the "
             f"sampler is {group.name}: leave it out, or take edm"
         )
-    return sampling.sampler(score_fn, made_process, times, shape, group.name, **options)
+    return {"method": group.name} | options
 
 
 def init_params(parts: Parts, key):

@@ -6,6 +6,7 @@ training), evaluation/ (chunks), samples.npz, per_sample.csv, pairs.npz, metrics
 figures/ and report.html. Given again, the same command goes on where it stopped.
 """
 
+import contextlib
 import functools
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(config, session, resume_step=None):
         session.say(f"note: {note}")
     session.say(_describe(parts, config))
     # Compiled once for all of the run.
-    generate = network_samples(config, parts, session.say)
+    generate = network_samples(config, parts, session)
     state = parallel.local(learn(config, parts, session, resume_step, generate))
     session.part()
     if not parallel.is_first():
@@ -81,11 +82,11 @@ def initial_state(config, parts):
     return jax.jit(train.init, static_argnums=1)(params, parts.tx)
 
 
-def network_samples(config, parts, say=lambda text: None):
+def network_samples(config, parts, session=None):
     """(params, start, stop) -> samples of the network, as `make_generate`."""
     score_of = functools.partial(setup.score_fn, parts)
     mesh = parallel.make_mesh(jax.local_devices())
-    return make_generate(config, parts, mesh, score_of, say)
+    return make_generate(config, parts, mesh, score_of, session)
 
 
 def learn(config, parts, session, resume_step=None, generate=None, workdir=None):
@@ -151,7 +152,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         if not jax.config.jax_disable_jit:  # set to look into each step, as it is
             step_fn = step_fn.lower(state, *feed(start, 1), start, 1).compile()
         if first:
-            generate = generate or network_samples(config, parts, session.say)
+            generate = generate or network_samples(config, parts, session)
             watch = _Watcher(config, parts, session, generate)
 
     rows = record.read_metrics(workdir / "metrics.jsonl")
@@ -196,21 +197,27 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         return step == steps or step % config.run.evaluate_every == 0
 
     def look(step, row):
-        """Adds to the row what is measured at this step, as far as no signal comes."""
-        nonlocal best
+        """Adds to the row what is measured at this step, until a signal comes."""
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if not first:
             return row
-        if evaluating(step):
-            row = {"step": step} | row | watch.losses(weights["ema"])
-            held_out = row.get("held_out_losses")
-            if held_out is not None and np.mean(held_out) < best:
-                best = np.mean(held_out)
-                checkpoint.save(workdir / "best", step, weights, keep=1)
-        if step in snapshots and session.heard is None:
-            checkpoint.save(workdir / "snapshots", step, weights)
-            row = {"step": step} | row | watch.snapshot(step, weights)
+        with contextlib.suppress(Interrupted):
+            if evaluating(step):
+                row = {"step": step} | row | evaluated(step, weights)
+            if step in snapshots:
+                session.pause()
+                checkpoint.save(workdir / "snapshots", step, weights)
+                row = {"step": step} | row | watch.snapshot(step, weights)
         return row
+
+    def evaluated(step, weights):
+        nonlocal best
+        found = watch.losses(weights["ema"])
+        held_out = found.get("held_out_losses")
+        if held_out is not None and np.mean(held_out) < best:
+            best = np.mean(held_out)
+            checkpoint.save(workdir / "best", step, weights, keep=1)
+        return found
 
     def save(step, known):
         """Saves the step; what is known of its row too, where a look is to end it."""
@@ -444,22 +451,27 @@ def detector(config, parts, weights) -> dict:
     if setup.has_truth(config):
         truth_score = mixture.score(setup.truth(config), parts.process)
     points = config.run.evaluate_points
+    seen = first_points(splits.train, points).x
+    held_out, times = splits.held_out.x[:points], levels(config)
+    key = setup.keys(config.seed).evaluate
+    draws = gap.spectrum_draws(len(seen), len(held_out), times, key, points)
 
-    @jax.jit
-    def spectrum(weights, seen, held_out):
-        return gap.spectrum(
+    def one(i, weights, seen, held_out, draws):
+        level, i = i // draws[0].shape[1], i % draws[0].shape[1]
+        row, new, eps_key = (a[level, i] for a in draws)
+        return gap.spectrum_losses(
             setup.score_fn(parts, weights),
             parts.process,
-            seen,
-            held_out,
-            levels(config),
-            setup.keys(config.seed).evaluate,
-            points,
+            seen[row],
+            held_out[new],
+            times[level],
+            eps_key,
             truth_score,
         )
 
-    seen = first_points(splits.train, points)
-    found = spectrum(weights, seen.x, splits.held_out.x[:points])
+    each = record.mapped(one, gap.BATCH)
+    losses = each(draws.key.size, weights, seen, held_out, draws[:3])
+    found = gap.spectrum_of(times, losses.reshape(*draws.key.shape, -1), draws.pairs)
     return {
         "gap": found.gap.value,
         "gap_error": found.gap.error,
@@ -473,26 +485,27 @@ def first_points(points, count: int):
     return data.read(jax.tree.map(lambda a: a[:count], points))
 
 
-def make_losses(config, parts):
+def make_losses(config, parts, pause=lambda: None):
     """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
 
     The same noise for every call, so that differences are differences of networks.
+
+    Args: pause, as in `record.paced`.
     """
     times, key = levels(config), setup.keys(config.seed).evaluate
 
+    def one(i, params, points, eps):
+        level, row = i // len(eps), i % len(eps)
+        x0, label = jax.tree.map(lambda a: a[row], points)
+        fn = setup.score_fn(parts, params, label)
+        return gap.eps_loss(fn, parts.process, x0, times[level], eps[row])
+
+    each = record.mapped(one, config.run.chunk, pause)
+
     def losses(params, points):
         eps = jax.random.normal(key, points.x.shape, points.x.dtype)
-
-        def one(x0, label, eps, t):
-            fn = setup.score_fn(parts, params, label)
-            return gap.eps_loss(fn, parts.process, x0, t, eps)
-
-        def at(t):
-            return jnp.mean(
-                jax.vmap(one, (0, 0, 0, None))(points.x, points.label, eps, t)
-            )
-
-        return jax.lax.map(at, times)
+        found = each(LEVELS * len(eps), params, points, eps)
+        return found.reshape(LEVELS, -1).mean(axis=1)
 
     return losses
 
@@ -503,7 +516,7 @@ class _Watcher:
     def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
         self.generate = generate
-        self._losses = jax.jit(make_losses(config, parts))
+        self._losses = make_losses(config, parts, session.pause)
         points = config.run.evaluate_points
         splits = parts.splits
         self.seen = first_points(splits.train, points)
@@ -522,9 +535,9 @@ class _Watcher:
 
     def losses(self, params):
         """The eps-loss per noise level, of training and of held-out points."""
-        found = {"train_losses": np.asarray(self._losses(params, self.seen))}
+        found = {"train_losses": self._losses(params, self.seen)}
         if self.held_out is not None:
-            found["held_out_losses"] = np.asarray(self._losses(params, self.held_out))
+            found["held_out_losses"] = self._losses(params, self.held_out)
         return found
 
     def snapshot(self, step, weights):
@@ -532,8 +545,6 @@ class _Watcher:
         found = {}
         for name, which in zip(RATIOS, ("ema", "params"), strict=True):
             samples = self._samples(weights[which])
-            if samples is None:
-                return {}
             if name == RATIOS[0]:
                 path = self.session.workdir / "samples" / f"step_{step:08d}.png"
                 save = figures.save_samples
@@ -549,12 +560,10 @@ class _Watcher:
         return found
 
     def _samples(self, weights):
-        """Some, the same noise for all weights; None where a signal came."""
+        """Some, the same noise for all weights."""
         count, chunk = self.config.run.snapshot_samples, self.config.run.chunk
         parts = []
         for start in range(0, count, chunk):
-            if self.session.heard is not None:
-                return None
             stop = min(start + chunk, count)
             parts.append(self.generate(weights, start, stop))
         return np.concatenate(parts)

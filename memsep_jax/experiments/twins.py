@@ -77,7 +77,7 @@ def measure(points, session):
         with session.phase("data"):
             built = [setup.build(config) for config in twins]
         # One program, which folds in the seed alone: equal noises for both.
-        generate = train.network_samples(twins[0], built[0], session.say)
+        generate = train.network_samples(twins[0], built[0], session)
         samples = []
         for config, parts in zip(twins, built, strict=True):
             state = networks.trained(config, parts, session, generate)
