@@ -64,19 +64,26 @@ class Splits(NamedTuple):
 
 
 def splits(
-    name: str, num_examples: int | None = None, seed: int = 0, **arguments
+    name: str,
+    num_examples: int | None = None,
+    seed: int = 0,
+    *,
+    read=source,
+    **arguments,
 ) -> Splits:
     """Read a source, then `select` from it: keywords of both, and the same errors.
 
-    Args: mix_from, the name of a source that needs no argument, or the path of an .npz.
+    Args:
+      mix_from: the name of a source that needs no argument, or the path of an .npz.
+      read: `sources.source`, or `sources.at_hand`.
     """
     choice = {key: arguments.pop(key) for key in set(CHOICE) & set(arguments)}
     _check_choice(num_examples, seed, **(CHOICE | choice))
     if choice.get("mix"):
-        choice["mix_from"] = second(choice["mix_from"])
+        choice["mix_from"] = second(choice["mix_from"], read)
     if name == "folder":  # its images stack only once they are of one size
         arguments["resolution"] = choice.get("resolution")
-    return select(source(name, **arguments), num_examples, seed, **choice)
+    return select(read(name, **arguments), num_examples, seed, **choice)
 
 
 def load(

@@ -442,8 +442,9 @@ def spectrum_draws(n: int, n2: int, times, key, m: int) -> SpectrumDraws:
         new = jax.random.permutation(held_out_key, n2)[index]
         return seen, new, jax.random.split(eps_key, len(index))
 
-    fold = jax.vmap(lambda i: jax.random.fold_in(key, i))
-    return SpectrumDraws(*jax.vmap(at)(fold(jnp.arange(len(times)))), pairs)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(times)))
+    seen, new, keys = jax.vmap(at)(keys)
+    return SpectrumDraws(seen, new, keys, pairs)
 
 
 def spectrum_losses(score_fn, process, x0, new, t, key, truth_score=None):

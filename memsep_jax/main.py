@@ -28,7 +28,9 @@ _WORKDIR = flags.DEFINE_string(
     "run's config.json, with nothing changed, that run's own directory.",
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print parameters, memory and FLOPs; compile and write nothing."
+    "dry_run",
+    False,
+    "Print parameters, memory, FLOPs and hours; fetch and write nothing.",
 )
 _RESUME_STEP = flags.DEFINE_integer(
     "resume_step", None, "Go back to this checkpoint; newer ones are moved aside."

@@ -40,6 +40,7 @@ LABELS = {"samples": "labels", "train": "train_labels", "held_out": "test_labels
 PART = re.compile(r"(?<=.)\[(\d*):(\d*)\]$")  # [a:b] behind an origin of images
 NUMBERED = re.compile(r"arr_\d+")  # what np.savez calls arrays without a name
 
+DECODED = "memsep_jax.npz"  # beside a prepared set: its images and labels
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_BYTES = 170_052_171
 CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -382,8 +383,48 @@ def source(name: str, **source_args) -> Source:
     return SOURCES[name](**source_args)
 
 
-def second(mix_from: str) -> Source:
-    """The pools of a source to mix in: an .npz file, or one that needs no argument."""
+KNOWN = {  # images to train on and to test, their shape and their classes
+    "cifar10": (50_000, 10_000, (32, 32, 3), 10),
+}
+
+
+def at_hand(name: str, **source_args) -> Source:
+    """As `source`, but nothing is fetched, prepared or written: what a dry run reads.
+
+    A set that is KNOWN, and not here, is noise of the same sizes.
+
+    Raises: DataError, also where a set of TensorFlow Datasets is not here yet.
+    """
+    if name not in ("cifar10", "tfds"):
+        return source(name, **source_args)
+    root, stream = _data_dir(source_args.get("data_dir")), source_args.get("stream")
+    dataset = source_args.get("dataset", name)
+    place, _, version = dataset.partition(":")
+    decoded = sorted((root / place).glob(f"**/{version or '*'}/{DECODED}"))
+    if decoded:
+        return npz(decoded[-1], bool(stream))
+    if dataset not in KNOWN:
+        raise DataError(
+            f"{dataset} is not below {root}, or was not decoded there by a run yet, "
+            "and a dry run fetches and writes nothing. Start the run, which prepares "
+            "it, or give data.data_dir, where it is, or points of the same size: "
+            "--config.data.name=npz --config.data.path=FILE.npz"
+        )
+    train, test, shape, classes = KNOWN[dataset]
+    rng = np.random.default_rng(0)
+
+    def noise(count):
+        images = rng.integers(0, 256, (count, *shape), np.uint8)
+        return Rows(images) if stream else images, np.arange(count) % classes
+
+    return Source(*noise(train), *noise(test))
+
+
+def second(mix_from: str, read=source) -> Source:
+    """The pools of a source to mix in: an .npz file, or one that needs no argument.
+
+    Args: read, `source` or `at_hand`.
+    """
     if mix_from.endswith(".npz"):
         return npz(mix_from)
     if mix_from not in _bare():
@@ -391,7 +432,7 @@ def second(mix_from: str) -> Source:
             f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
             f"{', '.join(_bare())}"
         )
-    return SOURCES[mix_from]()
+    return read(mix_from)
 
 
 def images(
@@ -579,7 +620,7 @@ def _prepared(builder, way_out, stream=False):
     import tensorflow_datasets
     from tensorflow_datasets.core.download import downloader
 
-    cache = Path(builder.data_path) / "memsep_jax.npz"
+    cache = Path(builder.data_path) / DECODED
     if cache.exists():
         try:
             return npz(cache, stream)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -219,3 +220,53 @@ def test_a_torn_chunk_is_done_again(tmp_path):
     found = record.in_chunks(tmp_path, squares(called), 10, 4, Session(), "squares")
     assert called == [(4, 8)]
     np.testing.assert_array_equal(found["square"], np.arange(10) ** 2)
+
+
+# Long work in pieces.
+
+
+@pytest.mark.parametrize("call", [0.0, 1e-3, 1e9])
+def test_what_is_mapped_is_the_same_bits_at_every_speed(call, monkeypatch):
+    monkeypatch.setattr(record, "CALL", call)
+    x = jnp.linspace(-3, 3, 11)
+    calls: list[int] = []
+
+    def one(i, x):
+        return {"x": x[i] ** 2, "i": i}
+
+    squares = record.mapped(one, 4, lambda: calls.append(0))
+    for _ in range(2):
+        found = squares(11, x)
+    np.testing.assert_array_equal(found["i"], np.arange(11))
+    np.testing.assert_allclose(found["x"], np.linspace(-3, 3, 11) ** 2, rtol=1e-6)
+    # Three pieces of 4, twice: one a call, or all the rest once the rate is known.
+    assert len(calls) == {0.0: 6, 1e9: 3}.get(call, len(calls))
+    one = jax.jit(jax.vmap(lambda x: x**2))(x)
+    np.testing.assert_array_equal(found["x"], one)
+
+
+def test_a_call_takes_as_long_as_the_rate_of_the_one_before_says(monkeypatch):
+    """A clock of 3 s for the first call, and then of half a second a thing."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+
+    def advance(total, first, last):
+        now[0] += 0.5 * (last - first) if calls else 3.0
+        calls.append((first, last))
+        return total + sum(range(first, last))
+
+    run = record.paced(advance)
+    assert run(0, 12) == sum(range(12))
+    assert calls == [(0, 1), (1, 2), (2, 6), (6, 10), (10, 12)]  # CALL is 2 s
+    calls.clear()
+    calls.append(None)
+    run(0, 5)  # it remembers
+    assert calls[1:] == [(0, 4), (4, 5)]
+
+
+def test_a_batch_is_a_half_until_a_slow_device_does_it_in_ten_seconds(monkeypatch):
+    monkeypatch.setitem(record.LEAST, "cpu", 1e11)
+    assert record.at_once(1e8, 250) == 250
+    assert record.at_once(1e9, 250) == 63  # 125 are 1.25e11
+    assert record.at_once(1e13, 250) == 1
+    assert record.at_once(float("nan"), 250) == 250

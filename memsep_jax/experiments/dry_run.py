@@ -1,18 +1,29 @@
-"""Parameters, memory and FLOPs of a run, before it is one."""
+"""Parameters, memory, FLOPs and hours of a run, before it is one."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
 
 from memsep_jax import data, parallel, sources
-from memsep_jax.experiments import setup, sweep, train
+from memsep_jax.experiments import emm, record, setup, sweep, train
+
+MEASURED = 2.0  # seconds of steps, from which hours are told
+TRAIN_NOTHING = ("loss_gap", "optimum")
 
 
 def dry_run(config, say) -> Table:
-    """Parameters, memory and FLOPs of a run; compiles and writes nothing.
+    """Parameters, memory, FLOPs and hours of a training; fetches and writes nothing.
 
     Of a sweep, those of the network of its last point, which is the largest where axes
-    are written in increasing order.
+    are written in increasing order; of a search for the EMM, those at emm.high. Hours
+    are told from steps that are compiled and taken here.
+
+    Raises: sources.DataError where points are missing whose sizes are not known.
     """
     if "model" not in config:
         raise setup.ConfigError(
@@ -20,10 +31,12 @@ def dry_run(config, say) -> Table:
             f"experiment={config.experiment} trains nothing: leave it out"
         )
     points = []
+    if config.experiment == "emm":
+        config = emm.at(config, config.emm.high)
     if any(config.sweep[axis] for axis in sweep.AXES):
         points = sweep.points(config)
         config = points[-1].config
-    parts = setup.build(config)
+    parts = setup.build(config, sources.at_hand)
     mesh = parallel.make_mesh()
     for note in (*parts.notes, *parts.splits.notes):
         say(f"note: {note}")
@@ -47,9 +60,10 @@ def dry_run(config, say) -> Table:
         model_bytes = _bytes(jax.tree.map(_share, state, places))
     gradients = _bytes(state.params)
     steps = parts.steps
-    table = Table(title="dry run: nothing is compiled or written", show_header=False)
+    table = Table(title="dry run: nothing is fetched or written", show_header=False)
     if points:
-        table.add_row("points of the sweep", f"{len(points):,}")
+        each = " at each size" if config.experiment == "emm" else ""
+        table.add_row(f"points of the sweep{each}", f"{len(points):,}")
         table.add_row("the last one", points[-1].name)
     n, *shape = parts.splits.train.x.shape
     table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
@@ -63,7 +77,61 @@ def dry_run(config, say) -> Table:
     table.add_row("memory, at most", _mib(total))
     table.add_row("FLOPs per step", f"{flops:.3g}")
     table.add_row("FLOPs of the training", f"{flops * steps:.3g} ({steps:,} steps)")
+    if config.experiment in TRAIN_NOTHING or jax.process_count() > 1:
+        return table  # several processes would have to take equally many steps
+    # A step makes a new state beside the old one.
+    if (needed := 2 * (model_bytes + gradients)) > _free():
+        text = f"not measured: a step takes {_mib(needed)} of memory, more than is free"
+    else:
+        seconds, size = _measured(config, parts, mesh, state, flops)
+        hours = seconds * config.train.batch_size / size * steps / 3_600
+        text = f"{hours:.3g}, at {seconds:.3g} s for a step"
+        if size < config.train.batch_size:
+            text += f" of {size:,} instead of {config.train.batch_size:,} examples"
+        if points:
+            text += "; for each point of the sweep"
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    table.add_row(f"hours of the training on {device}", text)
     return table
+
+
+def _measured(config, parts, mesh, state, flops):
+    """Seconds of a step that is taken here, and of how many examples its batch was.
+
+    Fewer than config.train.batch_size where a step of so many would take minutes on a
+    slow device: the time of a large network grows with the examples.
+
+    Args: state, its shapes: how long a step takes does not depend on the numbers.
+    """
+    parted = mesh.size * config.train.accumulate
+    shares = config.train.batch_size // parted
+    size = parted * record.at_once(flops / shares / mesh.size, shares)
+    config = config.copy_and_resolve_references()
+    config.train.batch_size = size
+    state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
+    state, take, most = train.compiled(config, parts, mesh, state)
+    taken, passed, count, first = 0, 0.0, 1, True
+    while passed < MEASURED:
+        began = time.monotonic()
+        # By its own count: a step that is refused takes as long as any other.
+        state, _ = jax.block_until_ready(take(state, int(state.step), count))
+        seconds = time.monotonic() - began
+        # The first step is slower, and counts only where it is long.
+        if not first or seconds > MEASURED:
+            taken, passed = taken + count, passed + seconds
+            count = max(1, min(int(train.CALL * taken / passed), most))
+        first = False
+    return passed / taken, size
+
+
+def _free():
+    """Bytes of memory that are free, where the CPU itself computes and says so."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known = dict(line.split(":") for line in lines)
+        if jax.default_backend() == "cpu":
+            return 1024 * int(known["MemAvailable"].split()[0])
+    return math.inf
 
 
 def _activations(config, parts, state, batch):

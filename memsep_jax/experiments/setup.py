@@ -268,9 +268,10 @@ def check(config):
         raise ConfigError("\n".join(wrong))
 
 
-def build(config) -> Parts:
+def build(config, read=sources.source) -> Parts:
     """All objects of a config.
 
+    Args: read, the reader of the data, or `sources.at_hand`.
     Raises:
       ConfigError: with every violation, a line each.
       sources.DataError: data that cannot be read, where the config itself is right.
@@ -321,10 +322,10 @@ def build(config) -> Parts:
 
     splits = None
     # Nothing is fetched for a bad config.
-    read = {config.data.name, config.data.get("mix_from")}
-    if not (wrong and read & set(REMOTE)):
+    named = {config.data.name, config.data.get("mix_from")}
+    if not (wrong and named & set(REMOTE)):
         try:
-            splits = attempt(_splits, config.data)
+            splits = attempt(_splits, config.data, read)
         except sources.DataError:
             if not wrong:
                 raise
@@ -645,7 +646,7 @@ def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _splits(group):
+def _splits(group, read=sources.source):
     copies = group.get("copies")
     if copies is not None and copies > MOST_COPIES:
         raise ValueError(f"data.copies={copies} must be in 1 .. {MOST_COPIES:,}")
@@ -654,7 +655,7 @@ def _splits(group):
     select = _arguments(data.select) - {"source"}  # those of every source
     fields = arguments(sources.SOURCES, group, "data", own | select)
     _check_given(source, {*fields, *(select & own)}, "data", group["name"])
-    return data.splits(group["name"], **fields)
+    return data.splits(group["name"], read=read, **fields)
 
 
 def _check_given(constructor, given, what, name):

@@ -137,20 +137,9 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
 
     if (start >= steps and looked) or stops(start):
         return state
-    everywhere = parallel.replicated(mesh)
-    places = parallel.sharded(state, mesh) if config.run.shard else everywhere
-    state = parallel.place(state, places)
-    most, feed = _feeder(config, parts, mesh)
-
     with session.phase("compile"):
         session.say("compiling the train step")
-        step_fn = jax.jit(
-            setup.make_steps(config, parts, mesh),
-            donate_argnums=0,
-            out_shardings=(places, everywhere),
-        )
-        if not jax.config.jax_disable_jit:  # set to look into each step, as it is
-            step_fn = step_fn.lower(state, *feed(start, 1), start, 1).compile()
+        state, take, most = compiled(config, parts, mesh, state, start)
         if first:
             generate = generate or network_samples(config, parts, session)
             watch = _Watcher(config, parts, session, generate)
@@ -174,7 +163,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         events = [steps, *(step - step % k + k for k in every)]
         events += [s for s in snapshots if s > step]
         count = max(1, min(int(rate * CALL), most, min(events) - step))
-        state, fetched = step_fn(state, *feed(step, count), step, count)
+        state, fetched = take(state, step, count)
         return state, fetched, step + count
 
     def settle(step, fetched):
@@ -299,6 +288,30 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             f"optimizer.skip_spikes={config.optimizer.skip_spikes:g}"
         )
     return state
+
+
+def compiled(config, parts, mesh, state, start=0):
+    """The train step, compiled, and the state of step `start` where it is taken.
+
+    Returns: the state; take, (state, step, count) -> (state, metrics of the last step);
+      how many steps one call may take.
+    """
+    everywhere = parallel.replicated(mesh)
+    places = parallel.sharded(state, mesh) if config.run.shard else everywhere
+    state = parallel.place(state, places)
+    most, feed = _feeder(config, parts, mesh)
+    steps = jax.jit(
+        setup.make_steps(config, parts, mesh),
+        donate_argnums=0,
+        out_shardings=(places, everywhere),
+    )
+    if not jax.config.jax_disable_jit:  # set to look into each step, as it is
+        steps = steps.lower(state, *feed(start, 1), start, 1).compile()
+
+    def take(state, step, count):
+        return steps(state, *feed(step, count), step, count)
+
+    return state, take, most
 
 
 def _feeder(config, parts, mesh):

@@ -745,3 +745,129 @@ def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
         assert checkpoint.steps(tmp_path / "stopped" / kind) == checkpoint.steps(
             tmp_path / "whole" / kind
         )
+
+
+# 80: a signal is heard in the middle of long work.
+
+# An endless program, where a run builds its parts; python sees nothing of a signal.
+IN_XLA = """
+import jax
+from memsep_jax.experiments import setup
+def stuck(*args):
+    endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x, x))
+    print("in XLA", flush=True)
+    jax.block_until_ready(endless(1.0))
+setup.build = stuck
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_h80_a_second_signal_ends_a_process_inside_of_xla(second, tmp_path):
+    workdir = tmp_path / "run"
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=IN_XLA) as child:
+        harness.wait_for_line(child, "^in XLA")
+        time.sleep(1)  # the line comes before the call
+        harness.kill(child, signal.SIGTERM)
+        time.sleep(1)
+        assert not child.ended, "the first signal waits for the call"
+        harness.kill(child, second)
+        result = harness.finish(child, timeout=20)
+    assert result.code == 128 + second, result.output
+
+
+def test_h80_a_session_leaves_signals_and_threads_as_they_were(tmp_path):
+    config = harness.config(*harness.TINY)
+
+    def found():
+        pipe = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(pipe)
+        handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+        return pipe, handlers, threading.active_count()
+
+    before = found()
+    for _ in range(3):
+        with Session(tmp_path / "run", config):
+            inside = found()
+        assert inside[0] != before[0] and inside[2] == before[2] + 1
+        assert found() == before
+
+    def at_a_prompt():  # in another thread, where no handler can be set
+        with Session(tmp_path / "run", config):
+            counts.append(threading.active_count())
+
+    counts: list[int] = []
+    thread = threading.Thread(target=at_a_prompt)
+    thread.start()
+    thread.join()
+    assert counts == [before[2] + 1] and found() == before
+
+
+# Looked at and saved at steps 3, 6 and 9.
+LOOKED = (
+    *DIGITS,
+    *MODELS["mlp"],
+    "--config.run.save_every=3",
+    "--config.run.evaluate_every=3",
+    "--config.run.snapshots=2",
+    "--config.run.log_every=2",
+)
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("looked")
+    learn(harness.config(*LOOKED), workdir)
+    return workdir
+
+
+def assert_looked_alike(workdir, looked):
+    """And every step once, with all its numbers."""
+    assert learn(harness.config(*LOOKED), workdir) == harness.digest(looked)
+    assert harness.rows(workdir) == harness.rows(looked)
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == len(
+        harness.rows(looked)
+    )
+    for kind in ("checkpoints", "best", "snapshots"):
+        kept = checkpoint.steps(looked / kind)
+        assert checkpoint.steps(workdir / kind) == kept
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_h80_a_kill_in_a_look_loses_no_step(at, looked, tmp_path, monkeypatch):
+    """At step 3, 6 or the last one, where nothing is left to train."""
+    looks, losses = [], job._Watcher.losses
+
+    def killed(self, params):
+        looks.append(params)
+        if len(looks) == at:
+            raise RuntimeError("killed")
+        return losses(self, params)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(job._Watcher, "losses", killed)
+        learn(harness.config(*LOOKED), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 3 * at
+    assert harness.rows(tmp_path)[-1]["step"] < 3 * at  # a reader sees whole rows only
+    assert_looked_alike(tmp_path, looked)
+
+
+@pytest.mark.parametrize("at", [1, 5, 13])
+def test_h80_a_signal_between_the_pieces_of_a_look_changes_no_number(
+    at, looked, tmp_path, monkeypatch
+):
+    """In calls of one piece each, of losses and of samples, heard before the at-th."""
+    pauses, pause = [], Session.pause
+
+    def heard(self):
+        pauses.append(self)
+        if len(pauses) == at:
+            self.stop = signal.SIGTERM
+        pause(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "CALL", 0.0)
+        patch.setattr(Session, "pause", heard)
+        learn(harness.config(*LOOKED), tmp_path)
+    assert len(pauses) == at, "nothing more was computed"
+    assert checkpoint.steps(tmp_path / "checkpoints")
+    assert_looked_alike(tmp_path, looked)

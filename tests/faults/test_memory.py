@@ -348,7 +348,7 @@ def test_e59_fewer_samples_are_less_work_and_a_full_chunk_is_one_program(drawn):
         return setup.score_fn(parts, params, label)
 
     generate = evaluate.make_generate(config, parts, mesh, score_of)
-    with Compiled("generate") as compiled:
+    with Compiled("advance") as compiled:
         whole = generate(weights, 0, 30)  # 12, 12, 6
         assert compiled.count == 2
         for start, stop, count in [(24, 29, 2), (3, 10, 2), (5, 8, 3), (29, 30, 4)]:
