@@ -39,13 +39,6 @@ AFTER_TRAINING = (
 LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Of jax.config, which a person sets in the environment by the same names in capitals.
-# With another one of STREAMS every batch, noise and initial weight is another.
-STREAMS = (
-    "jax_default_prng_impl", "jax_enable_x64", "jax_random_seed_offset",
-    "jax_threefry_partitionable",
-)  # fmt: skip
-ROUNDING = ("jax_default_matmul_precision", "jax_disable_most_optimizations")
 ENDING = (signal.SIGTERM, signal.SIGINT)  # what a run ends for, saving first
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
 WATCH_EVERY = 0.5  # seconds between looks at the other processes of a run
@@ -277,7 +270,7 @@ class Session:
         before = self.before.get("streams", {})  # a run that is older recorded none
         changed = [
             f"  {name.upper()}: {before[name]} -> {value}"
-            for name, value in _read(STREAMS).items()
+            for name, value in _streams().items()
             if name in before and before[name] != value
         ]
         if changed and not self.allow_config_change:
@@ -431,11 +424,11 @@ class Session:
             raise error or ConflictError(
                 f"process {wrong} could not begin: see what it says"
             )
-        config = json.dumps([to_json(self.config), _read(STREAMS)], sort_keys=True)
+        config = json.dumps([to_json(self.config), _streams()], sort_keys=True)
         self._agree(
             _words(config),
             "was given another config than process 0, or another "
-            + " or ".join(map(str.upper, STREAMS)),
+            + " or ".join(map(str.upper, _streams())),
         )
         limit = time.monotonic() + SHARED_IN
         # A file system may show a file of another host late.
@@ -586,21 +579,38 @@ def _words(text) -> list[int]:
     return np.frombuffer(found, np.uint32).tolist()
 
 
-def _read(names):
-    # What no context manager sets is no attribute of it.
-    every = jax.config.values
-    return {name: getattr(jax.config, name, every.get(name)) for name in names}
+def _streams():
+    """What random numbers are drawn by, besides the seed.
+
+    With another one every batch, noise and initial weight is another. In the
+    environment the names are in capitals.
+    """
+    return {
+        "jax_default_prng_impl": jax.config.jax_default_prng_impl,
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "jax_random_seed_offset": jax.config.jax_random_seed_offset,
+        "jax_threefry_partitionable": jax.config.jax_threefry_partitionable,
+    }
+
+
+def _rounding():
+    """What a person may set that changes the last bits of a program."""
+    # The devices are told beside it, and a dump of programs changes none.
+    told = ("--xla_force_host_platform_device_count", "--xla_dump")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    less = "jax_disable_most_optimizations"  # which is no attribute
+    return {
+        "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,
+        less: jax.config.values.get(less),
+        "XLA_FLAGS": sorted(flag for flag in flags if not flag.startswith(told)),
+    }
 
 
 def _circumstances():
     device = jax.devices()[0]
-    # The devices are told below, and a dump of programs changes none.
-    told = ("--xla_force_host_platform_device_count", "--xla_dump")
-    flags = os.environ.get("XLA_FLAGS", "").split()
     return {
-        "streams": _read(STREAMS),
-        "rounding": _read(ROUNDING)
-        | {"XLA_FLAGS": sorted(flag for flag in flags if not flag.startswith(told))},
+        "streams": _streams(),
+        "rounding": _rounding(),
         # Arguments only: the environment may hold keys of other services.
         "command": shlex.join(["python", "-m", "memsep_jax.main", *sys.argv[1:]]),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",

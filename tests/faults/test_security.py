@@ -174,7 +174,7 @@ def by_name(tree):
             yield node
 
 
-VARIABLES = ("TFDS_DATA_DIR", "WANDB_MODE")
+VARIABLES = ("TFDS_DATA_DIR", "WANDB_MODE", "XLA_FLAGS")
 
 
 def environment(tree):
