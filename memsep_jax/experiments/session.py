@@ -595,14 +595,16 @@ def _streams():
 
 def _rounding():
     """What a person may set that changes the last bits of a program."""
-    # The devices are told beside it, and a dump of programs changes none.
+    # The devices are told beside it; a dump of programs, or where files lie, changes no
+    # bit, and a path may name a person.
     told = ("--xla_force_host_platform_device_count", "--xla_dump")
     flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith(told) and "/" not in flag]
     less = "jax_disable_most_optimizations"  # which is no attribute
     return {
         "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,
         less: jax.config.values.get(less),
-        "XLA_FLAGS": sorted(flag for flag in flags if not flag.startswith(told)),
+        "XLA_FLAGS": sorted(flags),
     }
 
 

@@ -499,7 +499,8 @@ def test_h78_the_command_refuses_other_random_numbers(tmp_path):
 
 def test_h78_what_changes_the_rounding_is_said(tmp_path, monkeypatch, capsys):
     config = harness.config("--config=configs/optimum.py:smoke")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=a")
+    silent = "--xla_dump_to=a --xla_gpu_cuda_data_dir=/home/me/cuda"
+    monkeypatch.setenv("XLA_FLAGS", silent)
     workdir = begun(tmp_path / "run", config)
     monkeypatch.delenv("XLA_FLAGS")
     begun(workdir, config)

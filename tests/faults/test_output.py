@@ -105,8 +105,8 @@ def test_security_a_run_tells_of_the_machine_what_it_must_and_no_more(finished):
     _, workdir, _ = finished
     known = record.read_json(workdir / "run.json")
     assert set(known) <= {
-        "command", "device", "fingerprint", "python", "seconds", "seed", "started",
-        "status", "updated", "versions",
+        "command", "device", "fingerprint", "python", "rounding", "seconds", "seed",
+        "started", "status", "streams", "updated", "versions",
     }  # fmt: skip
     assert known["command"].startswith("python -m memsep_jax.main --config=configs/")
 
