@@ -1,11 +1,11 @@
-"""The estimate before a run against counts by hand."""
+"""The estimate before a run against counts by hand, and a clock."""
 
 import jax
 import pytest
 
-from configs import digits, gmm_size
+from configs import digits, emm_digits, gmm_size
 from memsep_jax import defaults
-from memsep_jax.experiments import dry_run, setup, sweep, train
+from memsep_jax.experiments import dry_run, record, setup, sweep, train
 
 
 @pytest.fixture
@@ -36,13 +36,69 @@ def test_flops_grow_with_the_batch_and_are_those_of_the_products(config):
     assert 3 < large / small < 5
 
 
-def test_it_compiles_nothing(config, monkeypatch):
-    def refuse(*args):
-        raise AssertionError("compiled")
+class Clock:
+    """A second has passed whenever it is asked."""
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr(train, "learn", refuse)
-    dry_run.dry_run(config, lambda line: None)
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, seconds
+
+    def monotonic(self):
+        self.now += self.seconds
+        return self.now
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 600.0])
+def test_hours_are_those_of_the_steps_that_are_taken_here(seconds, config, monkeypatch):
+    """Every step takes so long by this clock; 600 s: one is enough."""
+    taken, compiled = [], train.compiled
+
+    def counted(*args):
+        state, take, most = compiled(*args)
+
+        def counting(state, step, count):
+            taken.append(count)
+            return take(state, step, count)
+
+        return state, counting, most
+
+    monkeypatch.setattr(train, "compiled", counted)
+    monkeypatch.setattr(dry_run, "time", Clock(seconds))
+    found = cells(dry_run.dry_run(config, lambda line: None))
+    (told,) = (text for name, text in found.items() if name.startswith("hours"))
+    hours, step = float(told.split(",")[0]), float(told.split()[2])
+    assert step == seconds
+    assert hours == pytest.approx(seconds * config.train.steps / 3_600, rel=1e-2)
+    # Two seconds of steps, besides the first one where that is short.
+    assert taken == [1] * (1 if seconds > 2 else 1 + round(2 / seconds))
+
+
+def test_a_step_that_would_take_minutes_is_measured_on_fewer_examples(
+    config, monkeypatch
+):
+    flops = float(cells(dry_run.dry_run(config, print))["FLOPs per step"])
+    size = config.train.batch_size  # of 8, on 4 devices: by 4 at a time
+    monkeypatch.setitem(record.LEAST, "cpu", 0.7 * flops / jax.device_count())
+    monkeypatch.setattr(dry_run, "time", Clock(1.0))
+    found = cells(dry_run.dry_run(config, lambda line: None))
+    (told,) = (text for name, text in found.items() if name.startswith("hours"))
+    assert f"at 1 s for a step of {size // 2} instead of {size} examples" in told
+    hours = 2 * config.train.steps / 3_600  # twice the examples take twice as long
+    assert float(told.split(",")[0]) == pytest.approx(hours, rel=1e-2)
+
+
+def test_what_does_not_fit_is_not_tried(config, monkeypatch):
+    monkeypatch.setattr(dry_run, "_free", lambda: 1_000)
+    monkeypatch.setattr(train, "compiled", None)
+    found = cells(dry_run.dry_run(config, lambda line: None))
+    (told,) = (text for name, text in found.items() if name.startswith("hours"))
+    assert told.startswith("not measured: a step takes ")
+
+
+def test_of_a_search_it_counts_the_largest_network():
+    searching = emm_digits.get_config("smoke")
+    found = cells(dry_run.dry_run(searching, lambda line: None))
+    assert f"num_examples={searching.emm.high}" in found["the last one"]
+    assert "points of the sweep at each size" in found
 
 
 def test_of_a_sweep_it_counts_the_points_and_the_last_network():

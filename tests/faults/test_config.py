@@ -45,6 +45,14 @@ def send(*args, **kwargs):
 requests.Session.send = send
 """
 
+# Of any kind, also of what does not go through requests.
+NO_NETWORK = """
+import socket
+def connect(*args, **kwargs):
+    raise AssertionError("a network was asked for")
+socket.socket.connect = socket.getaddrinfo = connect
+"""
+
 
 def refused(*arguments, tmp_path, code=2, **kwargs) -> str:
     """The one message of a command that is refused, and leaves nothing behind."""
@@ -425,11 +433,39 @@ def test_d49_every_variant_of_every_config_parses(path):
     assert f"--config=configs/{path.name}" in module["__doc__"]
 
 
-POINTS = {  # of configs whose data are elsewhere
-    "dit_cifar": ("npz", 5_010, 32, 32, 3),
+POINTS = {  # of configs whose data are elsewhere, and of no known sizes
     "imagenet": ("npz", 300, 64, 64, 3),
     "latents": ("latents", 300, 32, 32, 4),
 }
+NOT_MEASURED = """
+from memsep_jax.experiments import dry_run
+dry_run._measured = lambda config, *args: (3.6, config.train.batch_size)
+"""
+
+
+def dry(path, tmp_path, variant="full", patch=""):
+    """A dry run without a network, in a home of its own; and what it wrote there."""
+    arguments = [f"--config={path}:{variant}", "--dry_run"]
+    if path.stem in POINTS and variant != "smoke":
+        name, *shape = POINTS[path.stem]
+        points = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        points = points if name == "npz" else points.astype(np.float32)
+        np.savez(tmp_path / "points.npz", train_images=points)
+        fields = {"data.name": name, "data.path": tmp_path / "points.npz"}
+        fields |= {"data.classes": None, "data.num_held_out": 10}
+        arguments += written(fields)
+    home = tmp_path / "home"
+    home.mkdir()
+    # The cache of matplotlib's fonts is made wherever it is imported.
+    env = {"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    result = harness.run(
+        *arguments,
+        workdir=home / "run",
+        patch=NO_NETWORK + patch,
+        env=env,
+        timeout=600,
+    )
+    return result, list(home.rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -438,30 +474,86 @@ POINTS = {  # of configs whose data are elsewhere
     [
         pytest.param(p, marks=[pytest.mark.slow] * (p.stem in ("imagenet", "latents")))
         for p in CONFIGS
-        if p.stem == "gmm_size" or not (is_a_sweep(p) or p.stem == "audit")
+        if p.stem in ("gmm_size", "emm_cifar")
+        or not (is_a_sweep(p) or p.stem == "audit")
     ],
     ids=lambda p: p.stem,
 )
 def test_d49_a_dry_run_of_every_config_prints_and_writes_nothing(path, tmp_path):
-    arguments = [f"--config={path}", "--dry_run"]
-    if path.stem in POINTS:  # of their sizes, without a network
-        name, *shape = POINTS[path.stem]
-        points = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        points = points if name == "npz" else points.astype(np.float32)
-        np.savez(tmp_path / "points.npz", train_images=points)
-        fields = {"data.name": name, "data.path": tmp_path / "points.npz"}
-        arguments += written(fields | {"data.num_held_out": 10})
-    workdir = tmp_path / "run"
-    result = harness.run(*arguments, workdir=workdir)
-    assert result.code == 0 and result.stderr == "", result.output
+    result, found = dry(path, tmp_path, patch=NOT_MEASURED)
+    assert result.code == 0 and result.stderr == "" and not found, result.output
     assert result.seconds < 60  # 20 s on a machine that has nothing else to do
-    assert not workdir.exists()
     for pattern in (
         r"│ parameters +│ [\d,]{5,} +│",
         r"│ memory, at most +│ [\d,.]+ MiB",
         r"│ FLOPs per step +│ \d\.?\d*e\+\d+",
     ):
         assert re.search(pattern, result.stdout), (pattern, result.stdout)
+
+
+# 81: what a dry run needs.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_h81_a_dry_run_of_every_variant_needs_no_network(path, tmp_path):
+    for variant in variants(path):
+        place = tmp_path / variant
+        place.mkdir()
+        result, found = dry(path, place, variant, patch=NOT_MEASURED)
+        assert not found, found
+        if path.stem in ("audit", "calibrate_cifar"):
+            assert result.code == 2 and "trains nothing" in result.stderr
+        else:
+            assert result.code == 0 and result.stderr == "", (variant, result.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit_cifar", "emm_cifar", "mlp_mixture"])
+def test_h81_the_hours_of_a_dry_run_are_measured(name, tmp_path):
+    """Of the networks of two papers too, whose batch is cut to fewer examples."""
+    (path,) = (p for p in CONFIGS if p.stem == name)
+    result, found = dry(path, tmp_path)
+    assert result.code == 0 and result.stderr == "" and not found, result.output
+    told = re.sub(r"[│\s]+", " ", result.stdout)
+    hours = re.search(
+        r"on 1 x cpu (\S+), at (\S+) s for a step( of \d+ instead)?", told
+    )
+    assert float(hours[1]) > 0 and float(hours[2]) > 0, told
+    assert bool(hours[3]) == (name != "mlp_mixture")
+
+
+def test_h81_a_set_that_is_not_here_has_the_sizes_that_are_known(tmp_path):
+    for name, more in {"cifar10": {}, "tfds": {"dataset": "cifar10"}}.items():
+        found = sources.at_hand(name, data_dir=str(tmp_path), **more)
+        assert found.images.shape == (50_000, 32, 32, 3)
+        assert found.test_images.shape == (10_000, 32, 32, 3)
+        assert np.unique(found.labels).tolist() == list(range(10))
+    assert not list(tmp_path.iterdir())
+
+
+def test_h81_a_set_that_is_here_is_read(tmp_path):
+    place = tmp_path / "some_set" / "8x8" / "1.0.0"
+    place.mkdir(parents=True)
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    np.savez(place / sources.DECODED, train_images=images)
+    fields = {"dataset": "some_set/8x8", "data_dir": str(tmp_path)}
+    np.testing.assert_array_equal(sources.at_hand("tfds", **fields).images, images)
+    fields["dataset"] = "some_set/8x8:1.0.0"
+    np.testing.assert_array_equal(sources.at_hand("tfds", **fields).images, images)
+    fields["dataset"] = "some_set/8x8:2.0.0"
+    with pytest.raises(sources.DataError, match="some_set/8x8:2.0.0 is not below"):
+        sources.at_hand("tfds", **fields)
+
+
+def test_h81_what_a_dry_run_misses_is_one_message(tmp_path):
+    (path,) = (p for p in CONFIGS if p.stem == "imagenet")
+    arguments = [f"--config={path}", "--dry_run", f"--config.data.data_dir={tmp_path}"]
+    result = harness.run(*arguments, workdir=tmp_path / "run", patch=NO_NETWORK)
+    assert result.code == 3 and len(result.stderr.splitlines()) == 1, result.output
+    for part in (f"imagenet_resized/64x64 is not below {tmp_path}", "data.name=npz"):
+        assert part in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # 50, 51: archives.

@@ -750,14 +750,16 @@ def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
 
 # 80: a signal is heard in the middle of long work.
 
-# An endless program, where a run builds its parts; python sees nothing of a signal.
+# A program of hours, where a run builds its parts; python sees nothing of a signal.
 IN_XLA = """
 import jax
 from memsep_jax.experiments import setup
 def stuck(*args):
-    endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x, x))
+    sine = lambda i, x: jax.numpy.sin(x)
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, sine, x))
+    long = long.lower(jax.numpy.ones(1_000)).compile()
     print("in XLA", flush=True)
-    jax.block_until_ready(endless(1.0))
+    jax.block_until_ready(long(jax.numpy.ones(1_000)))
 setup.build = stuck
 """
 
