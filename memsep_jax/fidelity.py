@@ -1,6 +1,8 @@
 """Quality of samples, from feature arrays.
 
 Everywhere a [n, d] are features of what is judged, b [m, d] those of the reference.
+Each metric says what it takes at least, and what it gives for the oddest points; where
+it has no value it raises UndefinedError.
 """
 
 from itertools import product
@@ -11,6 +13,14 @@ from absl import logging
 
 SMALL = 10_000  # below so many samples a Frechet distance is biased visibly
 TILE = 1_024  # points a side of what is looked at together: 8 MB of distances
+
+
+class UndefinedError(ValueError):
+    """A metric has no value for these points: they are fewer, or odder, than it takes.
+
+    Arguments that are wrong for all points, or points that are no numbers, are a plain
+    ValueError.
+    """
 
 
 class Kid(NamedTuple):
@@ -27,7 +37,12 @@ def frechet(a, b, warn: bool = True) -> float:
     sample sizes.
 
     Args: a [n, d], b [m, d] features.   warn: where there are few of them.
-    Raises: ValueError: fewer than two samples, other shapes, values not finite.
+    Least: n = m = 2, d = 1.
+    Odd: all equal points, the squared gap of the means and the trace of the other
+      covariance; a constant feature, its squared gap alone; n <= d, repeats and rows of
+      zeros are as any points.
+    Raises: UndefinedError: fewer than two samples. ValueError: other shapes, values not
+      finite.
     Source: Heusel 2017.
     """
     a, b = _features("frechet", a, b, 2, "a covariance needs two")
@@ -55,7 +70,13 @@ def precision_recall(a, b, k: int = 3) -> tuple[float, float]:
 
     Args: a [n, d] generated, b [m, d] reference features.
     Returns: precision, recall, both in [0, 1].
-    Raises: ValueError: k < 1, at most k samples, other shapes, values not finite.
+    Least: n = m = k + 1, d = 1.
+    Odd: a point that occurs more than k times has a ball of radius 0, which holds its
+      copies; so all equal points of one set look like the other set where that, or one
+      of its balls, holds their place. n <= d, constant features and rows of zeros are
+      as any points.
+    Raises: UndefinedError: at most k samples. ValueError: k < 1, other shapes, values
+      not finite.
     Source: Kynkaanniemi 2019, section 2.
     """
     a, b = _features("precision_recall", a, b, k + 1, _others(k))
@@ -78,7 +99,8 @@ def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
 
     Args: a [n, d] generated, b [m, d] reference features.
     Returns: density, about 1 (not at most 1) where the laws agree; coverage in [0, 1].
-    Raises: as `precision_recall`.
+    Least, Odd, Raises: as `precision_recall`. All equal points of both sets in one
+      place have a density of m / k: each of the m balls holds them.
     Source: Naeem 2020, section 3.
     """
     a, b = _features("density_coverage", a, b, k + 1, _others(k))
@@ -97,8 +119,12 @@ def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     Draws overlap: their spread is no standard error.
 
     Args: a [n, d], b [m, d] features.
-    Raises: ValueError: subsets < 1, size < 2, fewer than two samples, other shapes,
-      values not finite.
+    Least: n = m = 2, d = 1.
+    Odd: all equal points x against all equal y, k(x, x) + k(y, y) - 2 k(x, y); a set
+      against itself, at most 0, as no point is compared with itself; n <= d, constant
+      features, repeats and rows of zeros are as any points.
+    Raises: UndefinedError: fewer than two samples. ValueError: subsets < 1, size < 2,
+      other shapes, values not finite.
     Source: Binkowski 2018, section 4.
     """
     a, b = _features("kid", a, b, 2, "an unbiased estimate needs two")
@@ -126,7 +152,11 @@ def vendi(a) -> float:
     cosines of all pairs. It sees no reference: noise is diverse.
 
     Args: a [n, d] features.
-    Raises: ValueError: no sample, values not finite, or a sample with no direction.
+    Least: n = 1, d = 1.
+    Odd: one point, or all equal ones, 1; d = 1, 1 where all have one sign; at most
+      min(n, d); repeats count by their share; a constant feature brings all nearer.
+    Raises: UndefinedError: no sample, or a row of zeros, which has no direction.
+      ValueError: values not finite.
     Source: Friedman and Dieng 2023, definition 3.1.
     """
     a, _ = _features("vendi", a, a, 1, "it needs one")
@@ -157,7 +187,7 @@ def _features(name, a, b, least, why):
             f"{name} takes features [n, k] and [m, k], not {a.shape} and {b.shape}"
         )
     if min(len(a), len(b)) < least:
-        raise ValueError(f"{name} of {len(a)} against {len(b)} samples: {why}")
+        raise UndefinedError(f"{name} of {len(a)} against {len(b)} samples: {why}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"{name}: features hold NaN or infinite values")
     return a, b
@@ -196,7 +226,7 @@ def _unit(a):
     """Rows of length 1."""
     norms = np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True)
     if not norms.all():
-        raise ValueError(
+        raise UndefinedError(
             "vendi: the features of a sample are all 0, so it has no direction: leave "
             "it out, or centre the features"
         )

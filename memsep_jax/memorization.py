@@ -6,7 +6,8 @@ level: what honest samples would score.
 
 In this order: the ratio and its excess over the null level, mirror images; calibrated
 and tiled distances; AuthPct, C_T and FLD, three tests of copying; what was emitted; how
-many points a model can memorize; two models, one noise.
+many points a model can memorize; two models, one noise. Each says what it takes at
+least, and what it gives for the oddest points.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.fidelity import squared_distances
+from memsep_jax.fidelity import UndefinedError, squared_distances
 from memsep_jax.neighbours import Neighbours, distinct, searcher
 
 RATIO = 1 / 3
@@ -41,6 +42,9 @@ def nearest_two(x, data):
     """Distances to the nearest and to the second nearest *distinct* training point.
 
     Args: x [*e], data [n, *e].   Returns: [2].
+    Least: n = 1, d = 1.
+    Odd: one point, or all equal ones: the second distance is infinite. Repeats are one
+      point. Of points equally near the first is the nearest.
     """
     data = jnp.asarray(data)
     axes = tuple(range(1, data.ndim))
@@ -54,7 +58,12 @@ def nearest_two(x, data):
 
 
 def memorized(x, data, ratio: float = RATIO):
-    """Whether d1 < ratio d2.   Args: x [*e], data [n, *e].   Returns: bool []."""
+    """Whether d1 < ratio d2.
+
+    Args: x [*e], data [n, *e].   Returns: bool [].
+    Least, Odd: as `nearest_two`; of one distinct point all are copies, and where
+      d1 = d2 none is: `ratio` refuses the former.
+    """
     nearest, second = nearest_two(x, data)
     return nearest < ratio * second
 
@@ -67,18 +76,22 @@ def ratio(
     Args:
       samples: [m, *e] generated points.   data: [n, *e] the training set.
       held_out: [l, *e] points that were not trained on, or None.
+    Least: m = 1, two distinct of n, l = 0, d = 1.
+    Odd: repeats in the data are one point; constant features and zeros change nothing;
+      samples that are all equal count once each; no held-out point is as None.
     Raises:
-      ValueError: no samples, a threshold outside (0, 1), or fewer than two distinct
-        training points, for which a second neighbour does not exist.
+      UndefinedError: no samples, or fewer than two distinct training points, for which
+        a second neighbour does not exist.
+      ValueError: a threshold outside (0, 1).
     Source: Gu 2023, section 2; Ye 2025, section 6.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} must be in (0, 1); the papers use 1/3")
     if len(samples) < 1:
-        raise ValueError("no samples: the memorization ratio needs at least one")
+        raise UndefinedError("no samples: the memorization ratio needs at least one")
     count = len(distinct(data))
     if count < 2:
-        raise ValueError(
+        raise UndefinedError(
             f"the memorization ratio needs two distinct training points and got {count}"
             ": use more data, or the distance to the nearest one (neighbours.nearest, "
             "k=1)"
@@ -107,7 +120,12 @@ def ratio_of(
 
 
 def wilson(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default (Wilson 1927)."""
+    """The Wilson score interval of a share, 95 % by default (Wilson 1927).
+
+    Least: total = 1.
+    Odd: 0 of total begins at 0 and ends at z^2 / (total + z^2); all of it, the mirror.
+    Raises: ValueError: no total, or a count outside 0 .. total.
+    """
     if not 0 <= count <= total or total < 1:
         raise ValueError(f"count={count} of total={total} is not a share")
     share, z2 = count / total, z * z
@@ -123,6 +141,9 @@ def excess(count: int, total: int, null_count: int, null_total: int):
 
     Args: copies among the samples, and among held-out points.
     Returns: the difference, (low, high).
+    Least: total = null_total = 1.
+    Odd: two equal shares differ by 0, in an interval that holds it.
+    Raises: ValueError: as `wilson`.
     Source: Newcombe 1998 (Statistics in Medicine 17, 873), method 10: the hybrid of
       two Wilson intervals.
     """
@@ -136,12 +157,19 @@ def excess(count: int, total: int, null_count: int, null_total: int):
 
 
 def copied(found: Neighbours, threshold: float = RATIO):
-    """Which samples are memorized: d1 < threshold d2.   Returns: bool [..., m]."""
+    """Which samples are memorized: d1 < threshold d2.   Returns: bool [..., m].
+
+    Least: m = 0, k = 2 neighbours.
+    Odd: d1 = d2 = 0 is no copy of one point; an infinite d2 makes any finite d1 one.
+    """
     return found.distances[..., 0] < threshold * found.distances[..., 1]
 
 
 def quotient(d1, d2):
-    """d1 / d2 [m]: small where a sample is a copy, 1 where both are 0."""
+    """d1 / d2 [m]: small where a sample is a copy, 1 where both are 0.
+
+    Least: m = 0.   Odd: 0 / 0 is 1; over an infinite d2, 0.
+    """
     d1, d2 = np.asarray(d1), np.asarray(d2)
     return np.divide(d1, d2, out=np.ones_like(d1), where=d2 > 0)
 
@@ -191,7 +219,10 @@ def calibrated_l2(distances, alpha: float = 0.5):
     """d_1 / (alpha mean_{y in S} ||g - y||): small where a sample is a copy.
 
     Args: distances [m, k] to the k nearest training points, sorted (the paper's S has
-      k = 50).   Returns: [m].   Source: Carlini 2023, section 5.1.
+      k = 50).   Returns: [m].
+    Least: m = 0, k = 1.
+    Odd: equal distances are 1 / alpha, and with k = 1 all are; all of them 0, 0.
+    Source: Carlini 2023, section 5.1.
     """
     distances = np.asarray(distances)
     mean = alpha * distances.mean(axis=1)
@@ -207,6 +238,9 @@ def tiled_l2(a, b, tiles: int = 4):
 
     Args: a, b [m, h, w, c], pair by pair: numbers, or uint8 pixels both.
     Returns: [m].
+    Least: m = 0, h = w = tiles, c = 1.
+    Odd: equal images 0; one tile, the plain distance; tiles of one pixel, the largest
+      gap of a pixel; images that differ in one tile alone, their plain distance.
     Raises: ValueError: shapes or units that differ, or sides that `tiles` does not
       divide.
     Source: Carlini 2023, section 4.2.
@@ -244,6 +278,8 @@ def nearest_tiled(samples, data, indices, tiles: int = 4, chunk: int = 256) -> T
 
     Args: samples [m, h, w, c], data [n, h, w, c], indices [m, k] of the candidates,
       the first of which wins a tie.
+    Least: m = 0, n = 1, k = 1; images as `tiled_l2`.
+    Odd: candidates that are equal, or repeated, are a tie.
     Raises: as `tiled_l2`.
     """
     samples, data, indices = (np.asarray(a) for a in (samples, data, indices))
@@ -271,6 +307,8 @@ def authentic(found: Neighbours, own):
       own: [n] from each training point to its nearest distinct other: with k = 2, the
         second distance of the training set searched in itself.
     Returns: bool [m].
+    Least: m = 0, k = 1, two distinct training points.
+    Odd: an exact copy is never authentic; all equal samples are of one answer.
     Source: Alaa 2022 (arXiv 2102.08921).
     """
     return found.distances[:, 0] > np.asarray(own)[found.indices[:, 0]]
@@ -300,7 +338,11 @@ def copying_test(
       generated_cells [m], held_out_cells [l]: whole numbers, the region of space that
         each is in; the paper's are of k-means on the training set.
       least: samples that a cell must have to count.
-    Raises: ValueError: no cell counts, or lengths that differ.
+    Least: in some cell, `least` samples (one at the very least) and a held-out point.
+    Odd: all equal distances of both are a tie, 0; all samples at 0 and no held-out
+      point there, the lowest U that there is; where samples have all collapsed to a
+      cell without held-out points, no value.
+    Raises: UndefinedError: no cell counts. ValueError: lengths that differ.
     Source: Meehan 2020 (arXiv 2004.05675).
     """
     generated, held_out = np.asarray(generated, float), np.asarray(held_out, float)
@@ -323,7 +365,7 @@ def copying_test(
         scores.append(_mann_whitney(x, y))
         weights.append(len(y))
     if not cells:
-        raise ValueError(
+        raise UndefinedError(
             f"none of {len(left_out)} cells holds {least} of {len(generated)} samples "
             f"and one of {len(held_out)} held-out points: use fewer cells, or more "
             "samples"
@@ -379,14 +421,19 @@ def feature_likelihood(train, held_out, generated, seed: int = 0) -> FeatureLike
     Args:
       train [n, d], held_out [l, d], generated [m, d]: features.
       seed: of the halves of the training set.
-    Raises: ValueError: shapes that differ, values not finite, fewer than two points.
+    Least: n = l = m = 2, d = 1.
+    Odd: a constant feature is not divided by its spread of 0; all equal points of all
+      sets, 0; generated points that are all equal are one Gaussian; d >= n, repeats and
+      rows of zeros are as any points.
+    Raises: UndefinedError: fewer than two points. ValueError: shapes that differ,
+      values not finite.
     Source: Jiralerspong 2023 (arXiv 2302.04440).
     """
     sets = [np.asarray(a) for a in (train, held_out, generated)]
     if {a.shape[1:] for a in sets} != {(sets[0].shape[-1],)} or not sets[0].shape[-1]:
         raise ValueError(f"features [n, d], not of shapes {[a.shape for a in sets]}")
     if min(len(a) for a in sets) < 2:
-        raise ValueError(
+        raise UndefinedError(
             f"FLD of {' and '.join(str(len(a)) for a in sets)} features: it takes two "
             "training, held-out and generated points, and means little below hundreds"
         )
@@ -486,6 +533,8 @@ def emitted(nearest, memorized, n: int) -> Emission:
     Args:
       nearest: [m] index of the nearest training point.   memorized: bool [m].
       n: distinct training points.
+    Least: m = 0, n = 1.
+    Odd: no copy emits nothing; one point that comes out m times is one.
     Raises: ValueError: more points emitted than there are.
     """
     points, counts = np.unique(
@@ -510,6 +559,9 @@ def rarefaction(counts, total: int, sizes, n: int):
       counts: [e] copies of each point emitted.   total: samples, copies or not.
       sizes: [s] numbers of samples.   n: distinct training points.
     Returns: [s].
+    Least: e = 0, s = 0, total = n = 1.
+    Odd: nothing emitted stays 0; of no sample 0 come out; one point alone is 1 at the
+      size of the total, and beyond it; with all points out, n.
     Raises: ValueError: counts beyond the total or n, or negative sizes.
     Source: Hurlbert 1971; Chao 1984; Chao and Jost 2012.
     """
@@ -550,9 +602,13 @@ def effective_memorization(sizes, ratios, level: float = 0.9, weights=None) -> f
     Args:
       sizes: [s], in any order.   ratios: [s], memorization ratios of networks trained
         on so many points.   level: 1 - eps.   weights: [s], samples; equal by default.
+    Least: s = 2, the smaller size at the level and the larger below it.
+    Odd: equal ratios do not bracket any level; a step ends between its sizes; a ratio
+      that rises with n is averaged with those it rises over.
     Raises:
-      ValueError: the sizes do not bracket the level, fewer than two of them, or one
-        that is repeated or not positive; a level outside (0, 1).
+      UndefinedError: the sizes do not bracket the level.
+      ValueError: fewer than two sizes, or one that is repeated or not positive; ratios
+        that are not finite; a level outside (0, 1).
     Source: Gu 2023, definition 1.
     """
     order, sizes = _check_sizes(sizes, ratios, level)
@@ -560,12 +616,12 @@ def effective_memorization(sizes, ratios, level: float = 0.9, weights=None) -> f
     fit = decreasing(np.asarray(ratios, float)[order], weights[order])
     found = ", ".join(f"{n:g}: {r:.3g}" for n, r in zip(sizes, fit, strict=True))
     if fit[-1] >= level - ROUNDING:
-        raise ValueError(
+        raise UndefinedError(
             f"R(n) is at least level={level} at all sizes ({found}): the largest n "
             "that has it is not below them; add larger sizes"
         )
     if fit[0] < level - ROUNDING:
-        raise ValueError(
+        raise UndefinedError(
             f"R(n) is below level={level} at all sizes ({found}): the largest n that "
             "has it is not above them; add smaller sizes, or train longer"
         )
@@ -592,6 +648,9 @@ def effective_interval(
     Args:
       sizes: [s].   memorized: [s, seeds], how many of `samples` samples of each network
         are copies.
+    Least: s = 2, one seed, samples = 1.
+    Odd: equal counts of all sizes that have the level, or of all that lack it, are the
+      largest, or smallest, size at both ends.
     Raises: ValueError, as `effective_memorization`, and for counts outside 0..samples.
     """
     counts = np.asarray(memorized, float)
@@ -628,6 +687,7 @@ def decreasing(values, weights):
     """The nearest non-increasing values, by weighted squares: isotonic regression.
 
     Args: values [..., s], weights [s].   Returns: [..., s].
+    Least: s = 1.   Odd: what falls stays; what only rises is its mean everywhere.
     Source: the min-max formula, Robertson 1988, theorem 1.4.4.
     """
 
@@ -699,6 +759,8 @@ def next_size(
       smallest, largest: no n outside is asked for.   multiple: of what n must be a
         multiple, such as the number of classes; the limits are rounded inwards.
       tolerance: it ends when the bracket's quotient is at most 1 + tolerance.
+    Least: no ratio: then `low`.
+    Odd: all below the level, half of the smallest; all at it, twice the largest.
     Returns:
       n, or None: it is bracketed so closely, or `smallest` lacks the level, or
       `largest` has it: EMM is then censored.
@@ -745,6 +807,8 @@ def plateaued(ratios, intervals, patience: int) -> bool:
     be equally many epochs apart.
 
     Args: ratios [k], intervals [k, 2] (`wilson`), in the order of the snapshots.
+    Least: k = 0; below patience + 1 it has not.
+    Odd: all 0 has not begun; all equal, and above 5 %, has plateaued.
     Raises: ValueError: patience below 1, or shapes that differ.
     """
     ratios, intervals = np.asarray(ratios, float), np.asarray(intervals, float)
@@ -782,12 +846,16 @@ def reproducibility(a, b, threshold: float = RATIO) -> Reproducibility:
     mean of both sets. The null level is that of mismatched pairs: b moved on by one.
 
     Args: a, b [m, *e], where a_i and b_i are of the same noise.
-    Raises: ValueError: shapes that differ, or fewer than two distinct b.
+    Least: two distinct b, d = 1.
+    Odd: a = b is close everywhere, with a cosine of 1, or of 0 for a point at the mean;
+      repeats of b count for each other's mismatched pairs; all equal a are far.
+    Raises: UndefinedError: fewer than two distinct b. ValueError: shapes that differ.
     Source: Kadkhodaie 2024 (arXiv 2310.02557), section 2, for the cosine.
     """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if a.shape != b.shape or len(distinct(b)) < 2:
-        raise ValueError(
+        kind = ValueError if a.shape != b.shape else UndefinedError
+        raise kind(
             f"twin samples of shapes {a.shape} and {b.shape}, {len(distinct(b))} of "
             "the latter distinct: give equally many pairs, at least two different"
         )
@@ -811,9 +879,11 @@ def cosine(a, b, centre):
     """The cosine of the angle between a_i and b_i about a centre; 0 for the centre.
 
     Args: a, b [m, *e], centre [*e].   Returns: [m].
+    Least: m = 0, d = 1.   Odd: of the centre itself, 0; in one dimension, 1 or -1.
     """
     a, b = (
-        (np.asarray(c, np.float64) - centre[None]).reshape(len(c), -1) for c in (a, b)
+        (np.asarray(c, np.float64) - centre[None]).reshape(len(c), np.size(centre))
+        for c in (a, b)
     )
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     products = np.sum(a * b, axis=1)
