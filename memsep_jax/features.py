@@ -1,5 +1,6 @@
 """Images as points: the features in which samples and training images are compared."""
 
+import functools
 import hashlib
 import io
 import math
@@ -30,17 +31,32 @@ class Extractor(NamedTuple):
 
     name: str  # "inception", and what is to be known of its weights
     title: str  # of a Frechet distance on them: "FID" where it is one
-    apply: Callable  # [m, h, w, c] uint8, or floats in [-1, 1] -> [m, dim] float32
+    # ([m, h, w, c] uint8, or floats in [-1, 1]; memory=inf) -> [m, dim] float32.
+    # Looked at together are as many images as that many bytes suffice for, beside
+    # images and features, and never more than its `chunk`.
+    apply: Callable
+    dim: int
+    least: Callable[[], int]  # bytes that one image takes while it is looked at
     note: str = ""  # how it was trained, where that was here
 
 
 def pixels(shape) -> Extractor:
     """The image itself.   Args: shape, (h, w, c)."""
 
-    def apply(images):
-        return _floats(images, shape, np.inf).reshape(len(images), -1)
+    size = math.prod(shape)
 
-    return Extractor("pixels", "FD (pixels)", apply)
+    def least():  # as floats twice, while they are made of bytes
+        return 8 * size
+
+    def apply(images, memory=math.inf):
+        step = _together(memory, least, max(1, len(images)))
+        found = np.empty((len(images), size), np.float32)
+        for i in range(0, len(images), step):
+            x = _floats(images[i : i + step], shape, np.inf)
+            found[i : i + step] = x.reshape(len(x), size)
+        return found
+
+    return Extractor("pixels", "FD (pixels)", apply, size, least)
 
 
 def inception(
@@ -53,7 +69,8 @@ def inception(
     Args:
       shape: (h, w, c), c being 1 or 3.
       path: a .safetensors file made by tools/convert_inception.py.
-      chunk: images looked at together.   like: see `models.inception.prepared`.
+      chunk: images looked at together, at most.
+      like: see `models.inception.prepared`.
     Raises:
       WeightsError: none there, damaged, or of another network. Weights that are not
         known to be the standard ones are taken, and their distance is no FID.
@@ -124,11 +141,15 @@ def random_conv(shape, seed: int = 0, chunk: int = 256) -> Extractor:
     return _extractor("random_conv", one, layers, shape, chunk)
 
 
-def classifier(shape, images, labels, seed: int = 0, chunk: int = 256) -> Extractor:
+def classifier(
+    shape, images, labels, seed: int = 0, chunk: int = 256, memory: float = math.inf
+) -> Extractor:
     """What a small network, trained here to tell the labels, sees: 128 features.
 
     Args:
       shape: (h, w, c).   images [n, h, w, c], labels [n]: what it is trained on.
+      memory: bytes that its training may take. Of few, batches are split: the gradient
+        is that of the whole batch.
     Returns: its note tells on how many of its training images it is right.
     Raises: ValueError: fewer than two labels, or not one for each image.
     """
@@ -164,14 +185,18 @@ def classifier(shape, images, labels, seed: int = 0, chunk: int = 256) -> Extrac
         return -jax.nn.log_softmax(seen(params, x) @ params["out"])[label]
 
     tx = train.adam(1e-3, schedule="cosine", steps=CLASSIFIER_STEPS)
-    step = jax.jit(train.make_train_step(loss, tx, ema_decay=0.0), donate_argnums=0)
+    found = _extractor("classifier", seen, params, shape, chunk)
+    # Backwards, the maps of all layers and their gradients are there at once.
+    together = _together(memory, lambda: 3 * found.least(), CLASSIFIER_BATCH)
+    parts = CLASSIFIER_BATCH // together
+    step = jax.jit(train.make_train_step(loss, tx, 0.0, parts), donate_argnums=0)
     state, rng = train.init(params, tx), np.random.default_rng(seed)
     for _ in range(CLASSIFIER_STEPS):
         batch = rng.integers(len(images), size=CLASSIFIER_BATCH)
         state, _ = step(state, (_floats(images[batch], shape), labels[batch]), step_key)
     found = _extractor("classifier", seen, state.params, shape, chunk)
-    answers = np.argmax(found.apply(images) @ np.asarray(state.params["out"]), axis=1)
-    share = np.mean(answers == labels)
+    scores = found.apply(images, memory) @ np.asarray(state.params["out"])
+    share = np.mean(np.argmax(scores, axis=1) == labels)
     note = (
         f"trained on {len(images)} images of {len(kinds)} labels, right on {share:.1%}"
     )
@@ -246,26 +271,69 @@ def _convolved(layers, h):
 
 
 def _extractor(name, one, params, shape, chunk):
-    """Of one: (params, x [h, w, c] float32) -> [dim], compiled for a whole chunk."""
+    """Of one: (params, x [h, w, c] float32) -> [dim], compiled for powers of two.
+
+    So few images are not padded to a whole chunk, and any number of them makes no more
+    programs than a chunk has bits.
+    """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} images must be 1 or more")
     run, params = jax.jit(jax.vmap(one, (None, 0))), jax.device_put(params)
-    x = jax.ShapeDtypeStruct((chunk, *shape), jnp.float32)
-    none = np.zeros((0, jax.eval_shape(run, params, x).shape[1]), np.float32)
 
-    def apply(images):
-        pieces = [none]
-        for start in range(0, len(images), chunk):
-            x = _floats(images[start : start + chunk], shape)
-            # Padded to a whole chunk: one shape, one compilation.
-            whole = np.zeros((chunk, *shape), np.float32)
+    def traced(size):
+        return run.trace(params, jax.ShapeDtypeStruct((size, *shape), jnp.float32))
+
+    @functools.cache
+    def program(size):
+        return traced(size).lower().compile()
+
+    def least():
+        known = program(1).memory_analysis()
+        temporary = 0 if known is None else known.temp_size_in_bytes
+        # An image of bytes is there as floats three times while they are made.
+        return temporary + _patches(traced(1).jaxpr) + 12 * math.prod(shape) + 4 * dim
+
+    def apply(images, memory=math.inf):
+        most = _together(memory, least, chunk)
+        pieces = [np.zeros((0, dim), np.float32)]
+        for start in range(0, len(images), most):
+            x = _floats(images[start : start + most], shape)
+            size = min(most, 1 << (len(x) - 1).bit_length())
+            whole = np.zeros((size, *shape), np.float32)
             whole[: len(x)] = x
             # Waited for: np.asarray of what found no memory would end the process.
-            seen = jax.block_until_ready(run(params, whole))
+            seen = jax.block_until_ready(program(size)(params, whole))
             pieces.append(np.asarray(seen)[: len(x)])
         return np.concatenate(pieces)
 
-    return Extractor(name, f"FD ({name})", apply)
+    dim = traced(1).out_info.shape[1]
+    return Extractor(name, f"FD ({name})", apply, dim, least)
+
+
+def _together(memory, each, most) -> int:
+    """How many that take each() bytes fit into a memory: `most`, or a power of two."""
+    if memory == math.inf:  # nothing is compiled to be counted
+        return most
+    fit = int(memory // each())
+    return most if fit >= most else 1 << max(0, fit.bit_length() - 1)
+
+
+def _patches(jaxpr) -> int:
+    """Bytes of the largest map unrolled into its patches, as a CPU convolves it.
+
+    XLA does not count them: a convolution takes them as it runs.
+    """
+    found = [0]
+    for equation in jaxpr.eqns:
+        known = equation.params
+        if equation.primitive is jax.lax.conv_general_dilated_p:
+            out, kernel = equation.outvars[0].aval, equation.invars[1].aval
+            channels = out.shape[known["dimension_numbers"].out_spec[1]]
+            patch = kernel.size // channels * out.dtype.itemsize
+            found.append(out.size // channels * patch)
+        inner = [a for a in known.values() if hasattr(a, "eqns")]
+        found += [_patches(a) for a in inner]
+    return max(found)
 
 
 def _floats(images, shape, far=FAR):

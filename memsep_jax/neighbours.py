@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 CONTENDERS = 16  # beyond k, recomputed by differences
 PART = 2**28  # bytes of points on disk that are read at a time
 DOUBTED = 8  # samples compared with every point by differences, at a time
+TOGETHER = 16  # samples whose contenders are gathered at a time
 
 
 class Neighbours(NamedTuple):
@@ -37,7 +38,14 @@ def nearest(samples, data, k: int = 2, chunk: int = 1_024) -> Neighbours:
     return searcher(data, k, chunk)(samples)
 
 
-def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=None):
+def searcher(
+    data,
+    k: int = 2,
+    chunk: int = 1_024,
+    block: int = 2_048,
+    devices=None,
+    memory: float = math.inf,
+):
     """Searches the k nearest distinct training points, compiled once for its data.
 
     Contenders are found by a matrix product, block by block, and then recomputed by
@@ -52,7 +60,9 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
     Args:
       data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1; or what stays
         on disk (sources.Rows): then PART bytes at a time are read, for all samples.
-      chunk, block: samples and training points looked at together.
+      chunk, block: samples and training points looked at together, at most.
+      memory: bytes that a search may take beyond the data. Of few, chunks and blocks
+        are smaller, and the answer is the same.
       devices: over which the data are split; by default all of this process. Of several
         processes, jax.devices(): then all of them ask for the same samples together.
     Returns:
@@ -73,14 +83,18 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
             "use more data, or the distance to the nearest one only (k=1)"
         )
     event, dtype = data.shape[1:], data.dtype
+    d = math.prod(event)
     devices = np.array(jax.local_devices() if devices is None else devices)
-    part = max(k, PART // (dtype.itemsize * math.prod(event))) if on_disk else n
+    chunk, block, together = _sizes(memory, d, k, (chunk, block, TOGETHER))
+    part = max(k, PART // (dtype.itemsize * d)) if on_disk else n
 
     @functools.lru_cache(maxsize=1)  # what fits is read once
     def part_of(start):
         rows = first[start : start + part]
         points = data if len(rows) == len(data) else data[rows]
-        return _searcher(_flat(np.asarray(points)), min(k, len(rows)), block, devices)
+        return _searcher(
+            _flat(np.asarray(points)), min(k, len(rows)), block, devices, together
+        )
 
     def search(samples) -> Neighbours:
         samples = np.asarray(samples)
@@ -112,7 +126,20 @@ def searcher(data, k: int = 2, chunk: int = 1_024, block: int = 2_048, devices=N
     return search
 
 
-def _searcher(points, k, block, devices):
+def _sizes(memory, d, k, most):
+    """chunk, block and together, a third of a memory each; 1 at least, `most` at most.
+
+    A sample is there as it came, as floats and centred; a point of a block as it is and
+    as floats; and of a sample all contenders, as they are and as floats.
+    """
+    bytes_of_each = 12 * d, 8 * d, 5 * d * (k + CONTENDERS)
+    return (
+        max(1, int(min(size, memory / 3 / each)))
+        for size, each in zip(most, bytes_of_each, strict=True)
+    )
+
+
+def _searcher(points, k, block, devices, together):
     """points [n, d], all different -> (samples [m, d], chunk) -> squares and numbers.
 
     Returns: both [m, k], as the answer of `_search` for each of them.
@@ -127,7 +154,7 @@ def _searcher(points, k, block, devices):
         """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
         m, x = len(x), np.pad(x, [(0, size - len(x)), (0, 0)])
         with jax.debug_infs(False):  # of no other points the bound is infinite
-            parts = _search(shares, centre, x, n, k, block, mesh, every)
+            parts = _search(shares, centre, x, n, k, block, mesh, every, together)
         # Waited for: np.asarray of what found no memory would end the process.
         squares, numbers, others = (
             np.asarray(part)[:m] for part in jax.block_until_ready(parts)
@@ -190,8 +217,8 @@ def _shrink(d):
     return np.float32(1 - 1.1 * (d + 8) * np.finfo(np.float32).eps)
 
 
-@partial(jax.jit, static_argnames=("n", "k", "block", "mesh", "every"))
-def _search(shares, centre, samples, n, k, block, mesh, every):
+@partial(jax.jit, static_argnames=("n", "k", "block", "mesh", "every", "together"))
+def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER):
     """The k nearest of each share of n points, by differences to contenders or to all.
 
     Args: shares of `_shares`; samples [m, d].
@@ -247,7 +274,7 @@ def _search(shares, centre, samples, n, k, block, mesh, every):
             exact = jax.lax.map(
                 lambda pair: differences(pair[0], points[pair[1]]),
                 (samples, places),
-                batch_size=16,  # [16, count, d] at once, not [m, count, d]
+                batch_size=together,  # [16, count, d] at once, not [m, count, d]
             )
             exact = jnp.where(squares < jnp.inf, exact, jnp.inf)
             squares, places = jax.lax.sort((exact, places), num_keys=2)
