@@ -250,7 +250,8 @@ def audit() -> ConfigDict:
         quality=dict(points=10_000),  # of each set, at most, for distances of laws
         run=dict(
             chunk=1_000,
-            memory=1.0,  # GiB, of what an audit holds at once
+            # GiB, of what an audit holds at once; None: what the machine has free.
+            memory=placeholder(float),
             images=True,  # in the report, of training data
         ),
     )

@@ -5,8 +5,10 @@ compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The
 is drawn from those.
 """
 
+import contextlib
 import inspect
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,12 @@ from memsep_jax import (
 )
 from memsep_jax.experiments import record, report, setup
 from memsep_jax.experiments.compare import FEW, Sets, measure
+from memsep_jax.fidelity import SMALL
 from memsep_jax.readers import DataError
 from memsep_jax.sources import Source, again, images
 
-WORKING = 2e8  # bytes of temporaries, of a search and of a network
+WORKING = 2e8  # bytes of temporaries at least: of a compiler, a search, a network
+ROOM = 2**30  # bytes of them beyond which nothing is faster
 GIB = 2**30
 ROLES = {
     "samples": "samples",
@@ -46,8 +50,9 @@ def run(config, session, resume_step=None):
         check(config)
         sets, origins, kept = read(config)
         compared, note = _compared(config, sets, origins["train"].labels, kept)
-        _check_memory(config, sets, compared)
+        memory, room = check_memory(config, sets, compared)
     fingerprint = data.fingerprint(*sets)
+    session.status["memory"] = memory
     session.begin(fingerprint, origins["train"]._replace(notes=()))
     notes = [note for origin in origins.values() for note in origin.notes]
     if any(_altered(origin) for origin in origins.values()):
@@ -69,7 +74,7 @@ def run(config, session, resume_step=None):
         )
     for note in notes:
         session.say(f"note: {note}")
-    found = measure(config, sets, compared, session, fingerprint)
+    found = measure(config, sets, compared, session, fingerprint, room)
     metrics = found.metrics | {"experiment": "audit", "notes": notes}
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
@@ -79,6 +84,7 @@ def run(config, session, resume_step=None):
     metrics["verdict"] = verdict(metrics)
     metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
+    metrics["comparable"] = comparable(metrics["quality"])
     columns = found.columns | _named(origins, found.columns["nearest"])
     record.write_csv(session.workdir / "per_sample.csv", columns)
     record.write_csv(session.workdir / "duplicates.csv", found.repeats)
@@ -117,7 +123,10 @@ def check(config):
         "memorization.cells": (group.cells >= 1, "at least 1 cell"),
         "quality.points": (config.quality.points >= FEW, f"at least {FEW} images"),
         "run.chunk": (config.run.chunk >= 1, "at least 1 sample"),
-        "run.memory": (config.run.memory > 0, "positive: GiB"),
+        "run.memory": (
+            config.run.memory is None or config.run.memory > 0,
+            "positive: GiB, or None: what the machine has",
+        ),
     }
     for name, (holds, rule) in rules.items():
         if not holds:
@@ -324,7 +333,8 @@ def space(config, name, sets, label):
     """
     maker = setup.look_up(features.FEATURES, name, "features.name")
     given = {"path": config.features.path, "images": sets.train, "labels": label}
-    given["seed"] = config.seed
+    room = max(WORKING, min(allowed(config, sets)[0] - _held(sets), ROOM))
+    given |= {"seed": config.seed, "memory": room}
     taken = inspect.signature(maker).parameters
     chosen = {field: value for field, value in given.items() if field in taken}
     try:
@@ -364,21 +374,91 @@ def _given(group, name, n):
     return features.from_file(group[name], n)
 
 
-def _check_memory(config, sets, space):
-    """Refuses what would not fit.   Raises: setup.ConfigError."""
-    each = sets.samples[0].nbytes
-    if space is not None:
-        one = space.samples if isinstance(space, Sets) else space.apply(sets.train[:1])
-        each += 4 * one.shape[1]
+def check_memory(config, sets, *spaces) -> tuple[str, float]:
+    """What may be held, in words, and the bytes of it that are left for a moment.
+
+    Raises: setup.ConfigError: they are too few.
+    """
+    dims, least = [], WORKING
+    for space in spaces:
+        if isinstance(space, Sets):
+            dims.append(space.train.shape[1])
+        elif space is not None:
+            dims.append(space.dim)
+            least = max(least, WORKING / 2 + space.least())
+    each = sets.train[0].nbytes + 4 * sum(dims)
     count = sum(len(x) for x in sets if x is not None)
-    # The sets, the training set once more where it is searched, and what that takes.
-    needed = (each * (count + len(sets.train)) + WORKING) / GIB
-    if needed > config.run.memory:
+    # The sets, the training set once more where it is searched, and mirror images.
+    held = each * (count + len(sets.train))
+    held += config.memorization.flips * sets.samples.nbytes
+    memory, whose = allowed(config, sets)
+    if held + least > memory:
         raise setup.ConfigError(
-            f"--config.run.memory={config.run.memory:g} GiB, but {count:,} "
-            f"images with their features take {needed:.2g}: raise it, or take features "
-            "of fewer dimensions"
+            f"--config.run.memory={memory / GIB:.3g} GiB{whose}, but {count:,} images "
+            f"with their features take {(held + least) / GIB:.2g}: raise it, give "
+            "fewer images, or take features of fewer dimensions"
         )
+    # What compiles the programs takes its part.
+    room = min(memory - held - WORKING / 2, ROOM)
+    return f"{memory / GIB:.3g} GiB{whose}", room
+
+
+def allowed(config, sets) -> tuple[float, str]:
+    """Bytes that an audit may hold; and who says so, where it is not the config."""
+    if config.run.memory is not None:
+        return config.run.memory * GIB, ""
+    free, whose = available()
+    return free + _held(sets), whose  # the sets were read, and are free no more
+
+
+def _held(sets):
+    return sum(x.nbytes for x in sets if x is not None)
+
+
+GROUPS = (  # of control groups, version 2 and 1: the limit, what is taken, a cache
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def available(root=Path("/")) -> tuple[float, str]:
+    """Bytes that the machine, or the container, has free, and how that is known.
+
+    Args: root, of the file system, for tests.
+    """
+    free = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free.append(1024 * int(_words(root / "proc/meminfo")["MemAvailable:"]))
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for kind, *names in GROUPS:
+                if kind in kinds.split(","):
+                    free += _left(root / "sys/fs/cgroup" / kind, path, *names)
+    if free:
+        return max(0, min(free)), " (free on this machine)"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total / 2, " (half of what this machine has)"
+    return GIB, " (this machine does not say what it has)"
+
+
+def _left(top, path, limit, taken, cache):
+    """Bytes that a control group and each one above it, where limited, have left."""
+    folder = top / path.lstrip("/")
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no limit
+            most, used = (int((place / name).read_text()) for name in (limit, taken))
+            # What files left in memory is given back when it is asked for.
+            yield most - used + int(_words(place / "memory.stat")[cache])
+        if place == top:
+            break
+
+
+def _words(path):
+    """{first word: second word} of the lines of a file."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: words[1] for words in lines if len(words) > 1}
 
 
 # What is said.
@@ -510,6 +590,28 @@ def advice(metrics) -> list[dict]:
     return [{"text": text, "evidence": evidence} for text, evidence in lines]
 
 
+def comparable(rows) -> str:
+    """What is to be known of the numbers of images that quality was taken of."""
+    pairs = {row["reference"]: row for row in rows if "Vendi" not in row["metric"]}
+    if not pairs:
+        return ""
+    counts = {name.replace("_", "-"): row["images"] for name, row in pairs.items()}
+    few = min(counts.values())
+    text = "All depend on n, the images of each set that were taken"
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{n:,} against {name}" for name, n in counts.items())
+        text += (
+            f", and it differs ({each}): do not compare these columns with each other"
+        )
+    text += "."
+    if few < SMALL:
+        text += (
+            f" A Frechet distance of fewer than {SMALL:,} images is biased upwards: "
+            "compare it at equal n alone."
+        )
+    return text
+
+
 def summary(metrics) -> Table:
     """The end of an audit as a short table."""
     found, about = metrics["memorization"], metrics["data"]
@@ -530,5 +632,12 @@ def summary(metrics) -> Table:
     for row in metrics["quality"]:
         if row["reference"] in ("train", "held_out") and "Vendi" not in row["metric"]:
             where = row["reference"].replace("_", "-")
-            table.add_row(f"{row['metric']}, against {where}", f"{row['value']:.4g}")
+            value = f"{row['value']:.4g} (n = {row['images']:,})"
+            table.add_row(f"{row['metric']}, against {where}", value)
+    reasons: dict[str, dict] = {}
+    for row in metrics["left_out"]:
+        reasons.setdefault(row["why"], {})[row["metric"]] = None
+    for why, names in reasons.items():
+        table.add_row("left out", f"{', '.join(names)}: {why}")
+    table.caption = metrics["comparable"] or None
     return table

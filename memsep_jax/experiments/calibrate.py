@@ -15,7 +15,15 @@ from PIL import Image
 
 from memsep_jax import data, features, fidelity, memorization, neighbours
 from memsep_jax.experiments import audit, figures, record, report, setup, sweep
-from memsep_jax.experiments.compare import LAWS, Sets, copying
+from memsep_jax.experiments.compare import (
+    Sets,
+    attempt,
+    check_dim,
+    check_distinct,
+    copying,
+    tiled_together,
+    tiles_of,
+)
 
 ABOUT = (
     '"says" is the share of copies that a metric reports by its own rule, less that of '
@@ -36,23 +44,42 @@ def run(config, session, resume_step=None):
             name: audit.space(config, name, sets, None)
             for name in config.calibration.features
         }
+        held = sets._replace(samples=fresh, pool=fresh)  # and copies, about as many
+        session.status["memory"], room = audit.check_memory(
+            config, held, *spaces.values()
+        )
     session.begin(data.fingerprint(*sets, fresh))
     for note in notes:
         session.say(f"note: {note}")
     with session.phase("features"):
-        spaces = {name: known_of(space, sets) for name, space in spaces.items()}
+        left_out: list[dict] = []
+        known = {
+            name: attempt(
+                left_out,
+                [f"{name} features"],
+                "train",
+                lambda space=space: known_of(space, sets, room),
+            )
+            for name, space in spaces.items()
+        }
+        spaces = {name: of for name, of in known.items() if of is not None}
     paths, points = [], []
     with session.phase("kinds"), session.progress("kinds", len(KINDS)) as update:
         for i, (kind, change) in enumerate(KINDS.items()):
             paths.append(session.workdir / "points" / f"{i:02d}-{kind}.npz")
-            work = functools.partial(look, config, sets, fresh, change, spaces)
+            work = functools.partial(look, config, sets, fresh, change, spaces, room)
             points.append(record.kept(paths[-1], work))
             update(i + 1, kind)
     rows = [row(kind, at) for kind, at in zip(KINDS, points, strict=True)]
     columns = sorted(rows[-1], key=lambda name: not name.startswith(FIRST))
+    why = [f"{row['metric']}: {row['why']}" for row in left_out]
+    why += [text for at in points for text in at.get("left out", np.array([])).tolist()]
+    about = ABOUT
+    if why:
+        about += f" Left out: {'; '.join(dict.fromkeys(why))}."
     metrics = {
         "experiment": config.experiment,
-        "about": ABOUT,
+        "about": about,
         "columns": [name for name in columns if name != "seeds"],
         "points": [str(path.relative_to(session.workdir)) for path in paths],
         "table": rows,
@@ -83,9 +110,16 @@ def read(config):
             f"--config.pool={config.pool} has {len(fresh)} images that are not among "
             "the training images: half are held out, half are fresh; give more"
         )
-    sets = Sets(fresh[:0], train, fresh[::2])
+    sets, fresh = Sets(fresh[:0], train, fresh[::2]), fresh[1::2]
     audit.check_sizes(sets)
-    return sets, fresh[1::2], origin.notes + other.notes
+    least = max(2, _copies(config, fresh))
+    if (distinct := len(neighbours.distinct(train))) < least:
+        raise setup.ConfigError(
+            f"--config.train={config.train} has {distinct} different images, and "
+            f"calibration.share={config.calibration.share:g} beside {len(fresh)} fresh "
+            f"ones takes {least}: give more, or fewer of --config.pool"
+        )
+    return sets, fresh, origin.notes + other.notes
 
 
 # Kinds of copies: uint8 [h, w, c] -> [h, w, c].
@@ -167,31 +201,37 @@ class Known(NamedTuple):
     own: np.ndarray  # [n] distances to the nearest other training point
 
 
-def known_of(space, sets) -> Known:
-    """Features and neighbours of training and held-out images."""
-    felt = sets.map(lambda _, x: space.apply(x))
-    search = neighbours.searcher(felt.train, 2)
+def known_of(space, sets, memory) -> Known:
+    """Features and neighbours of training and held-out images.
+
+    Raises: UndefinedError: all training images are one point.
+    """
+    felt = sets.map(lambda _, x: space.apply(x, memory))
+    check_distinct(felt.train)
+    search = neighbours.searcher(felt.train, 2, memory=memory)
     held_out, own = search(felt.held_out), search(felt.train).distances[:, 1]
     return Known(space, felt, search, held_out, own)
 
 
-def look(config, sets, fresh, change, spaces) -> dict:
+def look(config, sets, fresh, change, spaces, memory) -> dict:
     """All scores of one mixture: arrays, per sample and of the whole set.
 
-    Args: spaces, {name: Known}.
+    Args: spaces, {name: Known}.   memory: as `compare.measure` has it.
+    Returns: what has no value is left out, and "left out" has the reasons.
     """
-    rng, share = np.random.default_rng(config.seed), config.calibration.share
-    count = 0 if change is None else round(len(fresh) * share / (1 - share))
+    rng = np.random.default_rng(config.seed)
+    count = 0 if change is None else _copies(config, fresh)
     chosen = sets.train[rng.choice(len(sets.train), count, replace=False)]
     changed = [np.clip(np.round(change(x, rng)), 0, 255) for x in chosen]
     copies = np.array(changed, np.uint8).reshape(-1, *fresh.shape[1:])
     sets = sets._replace(samples=np.concatenate([copies, fresh]))
     group = config.memorization
+    left_out: list[dict] = []
     found = {"is_copy": np.arange(len(sets.samples)) < count}
-    for name, (scores, null) in _pixel_scores(sets, group).items():
+    for name, (scores, null) in _pixel_scores(sets, group, memory).items():
         found[f"score/{name}"], found[f"null/{name}"] = scores, null
     for name, known in spaces.items():
-        felt = known.felt._replace(samples=known.space.apply(sets.samples))
+        felt = known.felt._replace(samples=known.space.apply(sets.samples, memory))
         near, held, own = known.search(felt.samples), known.held_out, known.own
         found[f"score/1/3 {name}"], found[f"null/1/3 {name}"] = (
             _thirds(near),
@@ -199,32 +239,63 @@ def look(config, sets, fresh, change, spaces) -> dict:
         )
         found[f"score/authentic {name}"] = _outside(near, own)
         found[f"null/authentic {name}"] = _outside(held, own)
-        if (test := copying(config, felt, near, held)) is not None:
-            found[f"set/C_T {name}"] = np.array(test["value"])
-        if felt.train.shape[1] > LAWS:
-            continue
-        likelihood = memorization.feature_likelihood(
-            felt.train, felt.held_out, felt.samples, config.seed
-        )
-        found[f"set/FLD gap {name}"] = np.array(likelihood.gap)
-        n = len(felt.held_out)
-        distances = [
-            fidelity.frechet(felt.samples, x[:n], warn=False)
-            for x in (felt.train, felt.held_out)
-        ]
-        found[f"set/FD train - held-out {name}"] = np.array(distances[0] - distances[1])
+        found |= _of_sets(config, felt, near, held, name, left_out)
+    why = [f"{row['metric']} {row['reference']}: {row['why']}" for row in left_out]
+    found["left out"] = np.array(why, np.str_)
     return found
 
 
-def _pixel_scores(sets, group):
+def _copies(config, fresh):
+    """How many copies are beside the fresh images."""
+    share = config.calibration.share
+    return round(len(fresh) * share / (1 - share))
+
+
+def _of_sets(config, felt, near, held, space, left_out):
+    """What is measured of the samples as a whole, in one space."""
+    works = {
+        "C_T": lambda: copying(config, felt, near, held)["value"],
+        "FLD gap": lambda: _likelihood(config, felt),
+        "FD train - held-out": lambda: _distances(felt),
+    }
+    found = {k: attempt(left_out, [k], space, work) for k, work in works.items()}
+    return {
+        f"set/{metric} {space}": np.array(value)
+        for metric, value in found.items()
+        if value is not None
+    }
+
+
+def _likelihood(config, felt):
+    check_dim(felt.train)
+    return memorization.feature_likelihood(
+        felt.train, felt.held_out, felt.samples, config.seed
+    ).gap
+
+
+def _distances(felt):
+    check_dim(felt.train)
+    n = min(len(felt.held_out), len(felt.train))
+    to_train, to_held_out = (
+        fidelity.frechet(felt.samples, x[:n], warn=False)
+        for x in (felt.train, felt.held_out)
+    )
+    return to_train - to_held_out
+
+
+def _pixel_scores(sets, group, memory):
     """{metric: (of samples, of held-out images)}; small where a copy."""
-    search = neighbours.searcher(sets.train, group.near)
+    k = min(group.near, len(neighbours.distinct(sets.train)))
+    search = neighbours.searcher(sets.train, k, memory=memory)
     flips = memorization.with_flips(search)
     near, held = search(sets.samples), search(sets.held_out)
     own = search(sets.train).distances[:, 1]
 
+    shape = sets.train.shape[1:]
+    tiles, most = tiles_of(shape, group.tiles), tiled_together(shape, memory)
+
     def tiled(x, found):
-        return memorization.nearest_tiled(x, sets.train, found.indices, group.tiles)
+        return memorization.nearest_tiled(x, sets.train, found.indices, tiles, most)
 
     return {
         "1/3": (_thirds(near), _thirds(held)),

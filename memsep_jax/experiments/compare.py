@@ -1,11 +1,13 @@
 """Samples beside the images of training, and beside held-out ones: every metric.
 
 Two spaces are looked at: pixels, and the features of some network. Each search is kept
-on disk chunk by chunk, so an interrupted one goes on.
+on disk chunk by chunk, so an interrupted one goes on. Copying is measured first; what
+has no value for these images is left out, with its reason.
 """
 
 import hashlib
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from memsep_jax import data, fidelity, memorization, neighbours
 from memsep_jax.experiments import record, setup
 from memsep_jax.experiments.evaluate import PAIRS, pairs
 from memsep_jax.experiments.sweep import mean_interval
+from memsep_jax.fidelity import UndefinedError
 
 THREE = 3  # neighbours of a training image: itself, and two others
 FEW = 50  # images, below which no laws are compared
@@ -21,6 +24,7 @@ PER_CELL = 60  # samples in a cell of k-means, on average
 MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
 FOLDS = 5  # of the samples, for an interval of a difference
 LAWS = 4_096  # dimensions, beyond which laws are not compared
+TILED = 256, 26  # images compared by tiles together; bytes that a number of one takes
 
 
 class Sets(NamedTuple):
@@ -59,13 +63,16 @@ class Measured(NamedTuple):
     pairs: dict  # pairs.npz
 
 
-def measure(config, sets, space, session, fingerprint) -> Measured:
+def measure(
+    config, sets, space, session, fingerprint, memory: float = math.inf
+) -> Measured:
     """Compares samples with training images by every metric.
 
     Args:
       sets: `Sets` of images.   space: a `features.Extractor`, Sets of features that
         were made elsewhere, or None: then only pixels are compared.
       fingerprint: of the sets, which names what is kept on disk.
+      memory: bytes that may be taken for a moment, beside the sets and their features.
     """
     group, known = config.memorization, setup.to_json(config)
     of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
@@ -86,10 +93,10 @@ def measure(config, sets, space, session, fingerprint) -> Measured:
         )
 
     with session.phase("neighbours"):
-        seen = _search(chunked, "pixels", sets, group.near, group.flips)
+        seen = _search(chunked, "pixels", sets, group.near, memory, group.flips)
         columns, found = _copies(seen, group.threshold)
         images = _mirrored(sets.samples, seen.flipped)
-        columns |= _of_pixels(chunked, sets, images, seen, group)
+        columns |= _of_pixels(chunked, sets, images, seen, group, memory)
     repeats = _repeats(seen, group.threshold)
     near = seen.samples.indices[:, 0]
     copied = columns["memorized"] == 1
@@ -123,21 +130,47 @@ def measure(config, sets, space, session, fingerprint) -> Measured:
         },
         "features": None,
         "quality": [],
+        "left_out": [],
     }
     shown = _worst("pixels", images, sets.train, seen.samples)
     if space is not None:
-        more, metrics["features"], metrics["quality"], felt = _in_features(
-            config, sets, space, session, chunked
-        )
-        columns |= {f"feature_{name}": column for name, column in more.items()}
-        shown |= _worst("features", sets.samples, sets.train, felt.samples)
+        more, felt = _in_features(config, sets, space, session, chunked, memory)
+        metrics |= more
+        if felt is not None:
+            columns |= {f"feature_{k}": column for k, column in felt.columns.items()}
+            shown |= _worst("features", sets.samples, sets.train, felt.near)
     return Measured(metrics, columns, repeats, shown)
 
 
-def _search(chunked, name, sets, near, flips=False) -> Searched:
-    distinct = len(neighbours.distinct(sets.train))
+def attempt(left_out, names, reference, work):
+    """work(), or None where it has no value: then left_out says why, for each name."""
+    try:
+        return work()
+    except UndefinedError as error:
+        left_out += [
+            {"metric": name, "reference": reference, "why": str(error)}
+            for name in names
+        ]
+        return None
+
+
+def check_distinct(train) -> int:
+    """How many training points differ.   Raises: UndefinedError: one alone."""
+    distinct = len(neighbours.distinct(train))
+    if distinct < 2:
+        raise UndefinedError(
+            f"all {len(train):,} training images are one point there: the nearest and "
+            "the second nearest are compared"
+        )
+    return distinct
+
+
+def _search(chunked, name, sets, near, memory, flips=False) -> Searched:
+    distinct = check_distinct(sets.train)
     # One for all, as it holds the training set.
-    search = neighbours.searcher(sets.train, min(max(near, THREE), distinct))
+    search = neighbours.searcher(
+        sets.train, min(max(near, THREE), distinct), memory=memory
+    )
     looked = memorization.with_flips(search) if flips else search
 
     def found(where, x, search, most):
@@ -206,7 +239,7 @@ def _mirrored(images, flipped):
     return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
-def _of_pixels(chunked, sets, images, seen, group):
+def _of_pixels(chunked, sets, images, seen, group, memory):
     """Columns that only images have."""
     near = seen.samples
     pairs = zip(images, near.indices[:, 0], strict=True)
@@ -216,19 +249,30 @@ def _of_pixels(chunked, sets, images, seen, group):
         "exact_copy": np.array([int((x == sets.train[i]).all()) for x, i in pairs]),
         "calibrated_l2": memorization.calibrated_l2(near.distances),
     }
-    h, w = images.shape[1:3]
-    tiles = next(t for t in range(group.tiles, 0, -1) if not (h % t or w % t))
+    tiles = tiles_of(images.shape[1:], group.tiles)
     if tiles > 1:
+        most = tiled_together(images.shape[1:], memory)
 
         def work(rows):
             return memorization.nearest_tiled(
-                images[rows], sets.train, near.indices[rows], tiles
+                images[rows], sets.train, near.indices[rows], tiles, most
             )._asdict()
 
         kept = chunked(f"tiles-{tiles}", work, np.arange(len(images)))
         columns["tiled_l2"] = kept["distances"]
         columns["tiled_nearest"] = kept["indices"]
     return columns
+
+
+def tiles_of(shape, most) -> int:
+    """Tiles a side that divide both sides of images [h, w, c]: the most that do."""
+    return next(t for t in range(most, 0, -1) if not (shape[0] % t or shape[1] % t))
+
+
+def tiled_together(shape, memory) -> int:
+    """How many images `nearest_tiled` may look at together."""
+    most, each = TILED
+    return max(1, int(min(most, memory / (each * math.prod(shape)))))
 
 
 def _repeats(seen, threshold):
@@ -254,9 +298,17 @@ def _worst(name, samples, train, near):
     return pairs(name, order[:PAIRS], samples, train, near)
 
 
-def _in_features(config, sets, space, session, chunked):
-    """(columns, shares and tests, rows of quality, what was searched)."""
+class Felt(NamedTuple):
+    """What is searched in features."""
+
+    columns: dict
+    near: neighbours.Neighbours  # of the samples
+
+
+def _in_features(config, sets, space, session, chunked, memory):
+    """(parts of metrics.json, Felt); None for the latter where there are no copies."""
     name, about = "given", {"name": "given", "title": "FD (given features)"}
+    left_out: list[dict] = []
     with session.phase("features"):
         if isinstance(space, Sets):
             felt = space
@@ -264,44 +316,64 @@ def _in_features(config, sets, space, session, chunked):
             name, about = space.name, {"name": space.name, "title": space.title}
             felt = sets.map(
                 lambda which, x: chunked(
-                    f"features-{name}-{which}", lambda x: {"x": space.apply(x)}, x
+                    f"features-{name}-{which}",
+                    lambda x: {"x": space.apply(x, memory)},
+                    x,
                 )["x"]
             )
-        seen = _search(chunked, f"in-{name}", felt, 2)
+        seen = attempt(
+            left_out,
+            [f"copies in {name} features"],
+            "train",
+            lambda: _search(chunked, f"in-{name}", felt, 2, memory),
+        )
+    found, searched = None, None
+    if seen is not None:
         columns, found = _copies(seen, config.memorization.threshold)
-    found |= about | {"dim": felt.samples.shape[1]}
+        found |= about | {"dim": felt.samples.shape[1]}
+        searched = Felt(columns, seen.samples)
     with session.phase("quality"):
-        found |= _tests(config, felt, seen) | {"nearer": _nearer(config, felt)}
-        rows = _quality(config, felt, about["title"])
-    return columns, found, rows, seen
+        if found is not None:
+            found |= _tests(config, felt, seen, left_out)
+            found["nearer"] = _nearer(config, felt, about["title"], left_out)
+        rows = _quality(config, felt, about["title"], left_out)
+    return {"features": found, "quality": rows, "left_out": left_out}, searched
 
 
-def _tests(config, felt, seen):
+def _tests(config, felt, seen, left_out):
     """Tests of overfitting, against held-out images."""
     if felt.held_out is None:
         return {"c_t": None, "likelihood": None}
-    likelihood = None
-    if felt.train.shape[1] <= LAWS:
+
+    def likelihood():
+        check_dim(felt.train)
         points = min(config.quality.points, MODELLED)
         some = felt.map(lambda name, x: _some(x, points, config.seed))
         found = memorization.feature_likelihood(
             some.train, some.held_out, some.samples, config.seed
         )
-        likelihood = {k: getattr(found, k) for k in ("fld", "fld_train", "gap")}
+        return {k: getattr(found, k) for k in ("fld", "fld_train", "gap")}
+
+    def c_t():
+        return copying(config, felt, seen.samples, seen.held_out)
+
     return {
-        "c_t": copying(config, felt, seen.samples, seen.held_out),
-        "likelihood": likelihood,
+        "c_t": attempt(left_out, ["C_T"], "held_out", c_t),
+        "likelihood": attempt(left_out, ["FLD"], "held_out", likelihood),
     }
 
 
 def copying(config, felt, near, held_out):
-    """C_T, where the samples are enough for cells of k-means; else None.
+    """C_T, in cells of k-means.
 
     Args: felt, Sets of features; near, held_out, what is near to two of them.
+    Raises: UndefinedError: too few samples, or none in a cell with a held-out point.
     """
     count = min(config.memorization.cells, len(felt.samples) // PER_CELL)
     if not count:
-        return None
+        raise UndefinedError(
+            f"{len(felt.samples)} samples: a cell of k-means takes {PER_CELL} of them"
+        )
     cell = _cells(felt.train, count, config.seed)
     test = memorization.copying_test(
         near.distances[:, 0],
@@ -317,7 +389,8 @@ def _cells(train, count, seed):
     from sklearn.cluster import KMeans
 
     x = _some(train, 10_000, seed)
-    return KMeans(min(count, len(x)), n_init=1, random_state=seed).fit(x).predict
+    count = min(count, len(neighbours.distinct(x)))
+    return KMeans(count, n_init=1, random_state=seed).fit(x).predict
 
 
 def _some(x, count, seed):
@@ -328,60 +401,92 @@ def _some(x, count, seed):
     return x[np.sort(rows)]
 
 
-def _equal(config, felt):
-    """Sets of equal numbers, as many as there are: laws' metrics depend on them.
+def check_dim(x):
+    """Refuses dimensions in which laws are not compared.   Raises: UndefinedError."""
+    if x.shape[1] > LAWS:
+        raise UndefinedError(
+            f"{x.shape[1]:,} dimensions: laws are compared in {LAWS:,} at most"
+        )
 
-    None where they are too few to be laws, or of too many dimensions.
+
+def _equal(config, *sets):
+    """Sets of equal numbers, as many as the smallest has: laws' metrics depend on them.
+
+    Of these sets alone: what else is given to an audit changes no number.
+
+    Raises: UndefinedError: too few to be laws, or too many dimensions.
     """
-    count = min(config.quality.points, *(len(x) for x in felt if x is not None))
-    if count < FEW or felt.train.shape[1] > LAWS:
-        return None
-    return felt.map(lambda name, x: _some(x, count, config.seed))
+    count = min(config.quality.points, *(len(x) for x in sets))
+    if count < FEW:
+        raise UndefinedError(f"{count} images: {FEW} of each set are the fewest")
+    check_dim(sets[0])
+    return [_some(x, count, config.seed) for x in sets]
 
 
-def _nearer(config, felt):
+def _nearer(config, felt, title, left_out):
     """The Frechet distance to training images less that to held-out ones.
 
-    Its mean over fifths of the samples, and a 95 % interval of Student's.
+    Its mean over fifths of the samples, and a 95 % interval of Student's. Both are of
+    equal numbers, and so may be of fewer training images than the distance to them.
     """
-    some = None if felt.held_out is None else _equal(config, felt)
-    if some is None:
+    if felt.held_out is None:
         return None
-    differences = [
-        fidelity.frechet(part, some.train, warn=False)
-        - fidelity.frechet(part, some.held_out, warn=False)
-        for part in (some.samples[i::FOLDS] for i in range(FOLDS))
-    ]
-    return mean_interval(differences)
+
+    def differences():
+        samples, *others = _equal(config, felt.samples, felt.train, felt.held_out)
+        to_train, to_held_out = (
+            [fidelity.frechet(samples[i::FOLDS], x, warn=False) for i in range(FOLDS)]
+            for x in others
+        )
+        found = np.subtract(to_train, to_held_out)
+        return mean_interval(found.tolist()) | {"images": len(samples)}
+
+    name = f"{title} to train less that to held-out"
+    return attempt(left_out, [name], "held_out", differences)
 
 
-def _quality(config, felt, title):
+def _quality(config, felt, title, left_out):
     """A row for every metric and reference set, with the sizes that it was taken of."""
-    some, seed, rows = _equal(config, felt), config.seed, []
-    if some is None:
-        return rows
-    count = len(some.samples)
-    for reference, x in zip(Sets._fields, some, strict=True):
+
+    def kid(a, b):
+        size = min(1_000, len(a) // 2)  # fewer than all, or no draw differs
+        return [fidelity.kid(a, b, size=size, seed=config.seed)]
+
+    def plain(values):
+        return [(value, None) for value in values]
+
+    alone = {("Vendi score",): lambda a: plain([fidelity.vendi(a)])}
+    of_two = {
+        (title,): lambda a, b: plain([fidelity.frechet(a, b, warn=False)]),
+        ("KID",): kid,
+        ("precision", "recall"): lambda a, b: plain(fidelity.precision_recall(a, b)),
+        ("density", "coverage"): lambda a, b: plain(fidelity.density_coverage(a, b)),
+    }
+    rows = []
+    for reference, x in zip(Sets._fields, felt, strict=True):
         if x is None:
             continue
-        found = {"Vendi score": fidelity.vendi(x)}
+        works = [(names, work, [x]) for names, work in alone.items()]
         if reference != "samples":
-            found[title] = fidelity.frechet(some.samples, x, warn=False)
-            size = min(1_000, count // 2)  # fewer than all, or no draw differs
-            found["KID"], std = fidelity.kid(some.samples, x, size=size, seed=seed)
-            pair = fidelity.precision_recall(some.samples, x)
-            found["precision"], found["recall"] = pair
-            pair = fidelity.density_coverage(some.samples, x)
-            found["density"], found["coverage"] = pair
-        rows += [
-            {
-                "metric": metric,
-                "value": value,
-                "std": std if metric == "KID" else None,
-                "reference": reference,
-                "features": title,
-                "images": count,
-            }
-            for metric, value in found.items()
-        ]
+            pair = [felt.samples, x]
+            works += [(names, work, pair) for names, work in of_two.items()]
+        for names, work, sets in works:
+            count = min(config.quality.points, *(len(x) for x in sets))
+            values = attempt(
+                left_out,
+                names,
+                reference,
+                lambda work=work, sets=sets: work(*_equal(config, *sets)),
+            )
+            rows += [
+                {
+                    "metric": name,
+                    "value": value,
+                    "std": std,
+                    "reference": reference,
+                    "features": title,
+                    "images": count,
+                }
+                for name, (value, std) in zip(names, values or (), strict=False)
+            ]
     return rows

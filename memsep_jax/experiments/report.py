@@ -179,6 +179,7 @@ def _quality(rows):
     for row in rows:
         text = f"{row['value']:.4g}"
         text += f" (std {row['std']:.2g})" if row["std"] is not None else ""
+        text += f", n = {row['images']:,}"
         cells.setdefault(row["metric"], {})[row["reference"]] = text
     return references, cells
 
