@@ -553,6 +553,7 @@ with open("/proc/self/clear_refs", "w") as file:
 before = status("VmRSS")
 config = audit.get_config()
 config.samples, config.train, config.run.memory = "samples.npy", "train.npy", 1.0
+config.memorization.near = 8  # of 50, tiles take minutes
 experiments.run(config, "run")
 print("grew", status("VmHWM") - before)
 """
