@@ -10,6 +10,7 @@ many points a model can memorize; two models, one noise. Each says what it takes
 least, and what it gives for the oddest points.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -154,6 +155,29 @@ def excess(count: int, total: int, null_count: int, null_total: int):
     down = np.hypot(share - low, null_high - null)
     up = np.hypot(high - share, null - null_low)
     return value, (float(value - down), float(value + up))
+
+
+def by_chance(count: int, total: int, null_count: int, null_total: int) -> float:
+    """How probable so many copies among the samples are, if they copy like held-out.
+
+    Exact where `excess` is not: of 1 copy of 1,000 its interval lies above 0 of 10,000,
+    which one set in eleven of the same law gives.
+
+    Args: as `excess`.   Returns: the one-sided p-value of Fisher's exact test.
+    Source: Fisher 1935, section 21.1: hypergeometric, given all copies together.
+    """
+    copies = count + null_count
+    terms = [
+        _log_choose(total, k) + _log_choose(null_total, copies - k)
+        for k in range(count, min(copies, total) + 1)
+        if copies - k <= null_total
+    ]
+    whole = _log_choose(total + null_total, copies)
+    return min(1.0, float(np.sum(np.exp(np.array(terms) - whole))))
+
+
+def _log_choose(n, k):
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def copied(found: Neighbours, threshold: float = RATIO):

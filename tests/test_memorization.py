@@ -187,6 +187,20 @@ def test_the_excess_is_the_published_table(counts, low, high):
     np.testing.assert_allclose([less, *mirrored], [-value, -high, -low], atol=5.1e-5)
 
 
+@pytest.mark.parametrize(
+    "counts, p",
+    [
+        ((4, 4, 0, 4), 1 / 70),  # the lady who tells all cups of tea (Fisher 1935)
+        ((3, 4, 1, 4), 17 / 70),
+        ((0, 9, 5, 7), 1.0),
+        ((1, 1_000, 0, 10_000), 1 / 11),
+        ((3, 50, 0, 100), 50 * 49 * 48 / (150 * 149 * 148)),
+    ],
+)
+def test_so_many_copies_by_chance_are_as_probable_as_fisher_says(counts, p):
+    np.testing.assert_allclose(memorization.by_chance(*counts), p, rtol=1e-9)
+
+
 # Mirror images.
 
 
