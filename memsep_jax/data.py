@@ -256,6 +256,13 @@ def to_uint8(x):
     return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def like(points, x):
+    """x in the units of these points: floats, or the pixels of an image."""
+    if x.dtype == points.dtype:
+        return x
+    return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
+
+
 def random_labels(key, n: int, classes: int):
     """Labels without meaning, uniform on 0..classes-1.   Returns: [n] int32."""
     if n < 1 or classes < 1:

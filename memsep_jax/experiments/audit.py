@@ -22,7 +22,7 @@ from memsep_jax import (
     readers,
     weights,
 )
-from memsep_jax.experiments import record, report, setup
+from memsep_jax.experiments import record, report, setup, verdict
 from memsep_jax.experiments.compare import FEW, Sets, measure
 from memsep_jax.fidelity import SMALL
 from memsep_jax.readers import DataError
@@ -76,12 +76,13 @@ def run(config, session, resume_step=None):
         session.say(f"note: {note}")
     found = measure(config, sets, compared, session, fingerprint, room)
     metrics = found.metrics | {"experiment": "audit", "notes": notes}
+    metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
     if pixels["null"] is None or not pixels["excess_interval"][0] > 0:
         with session.phase("neighbours"):
             metrics["other_ways"] = other_ways(config, sets, origins, session)
-    metrics["verdict"] = verdict(metrics)
+    metrics["verdict"] = verdict.verdict(metrics)
     metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
     metrics["comparable"] = comparable(metrics["quality"])
@@ -95,6 +96,8 @@ def run(config, session, resume_step=None):
         report.write_audit(session.workdir, session.say)
     session.write_status()
     session.say(summary(metrics))
+    for line in verdict.lines(metrics):
+        session.say(line)
     session.say(f"report: {session.workdir / 'report.html'}")
 
 
@@ -464,46 +467,6 @@ def _words(path):
 # What is said.
 
 
-def verdict(metrics) -> dict:
-    """What the numbers mean, in words: {"alarm", "text", "small"}.
-
-    The alarm is None where no held-out image says what honest samples would score.
-    """
-    pixels, felt = metrics["memorization"], metrics["features"]
-    text = (
-        f"{_percent(pixels)} of the {pixels['samples']:,} samples are copies of a "
-        "training image"
-    )
-    exact = pixels["exact_copies"]
-    exactly = f"{exact:,} equal one to the last bit. " if exact else ""
-    if pixels["null"] is None:
-        small = "What honest samples would score is not known: no images were held out."
-        return {"alarm": None, "text": f"{text}.", "small": exactly + small}
-    text += f"; honest samples would give {_percent(pixels, 'null_')}."
-    low, high = pixels["excess_interval"]
-    if low > 0:
-        more = report.between((low, high))
-        small = f"The generator copies: {more} % more than chance."
-    elif felt is not None and felt["excess_interval"][0] > 0:
-        small = (
-            f"In pixels there is no sign of copying, but in {felt['name']} features "
-            f"{_percent(felt)} of the samples are copies where honest ones give "
-            f"{_percent(felt, 'null_')}: look for images that were moved or recoloured."
-        )
-    else:
-        small = (
-            "No sign of copying: the share is not above that of held-out images. A "
-            f"share of copies above {report.percent(max(high, 0))} % would have shown."
-        )
-        return {"alarm": False, "text": text, "small": exactly + small}
-    return {"alarm": True, "text": text, "small": exactly + small}
-
-
-def _percent(found, which=""):
-    value = found["null" if which else "ratio"]
-    return f"{report.percent(value)} % {report.between(found[f'{which}interval'])}"
-
-
 def nearer(felt) -> str:
     """To which images the samples are nearer as a whole, in words."""
     if felt is None or felt["nearer"] is None:
@@ -560,10 +523,13 @@ EVIDENCE = (  # what took copies away where we measured it, most first; and wher
 def advice(metrics) -> list[dict]:
     """What follows from the numbers, most useful first: {"text", "evidence"}."""
     found, about = metrics["memorization"], metrics["data"]
-    alarm = metrics["verdict"]["alarm"]
+    meaning = metrics["verdict"]["name"]
     lines = []
-    if alarm is None:
+    if meaning == "unknown":
         text = "Give --config.held_out: images of the same kind, not trained on."
+        lines.append((text, ""))
+    if meaning == "undertrained":
+        text = "Look at the samples, train longer, and audit again."
         lines.append((text, ""))
     repeats, near = about["duplicates"], about["near_duplicates"]
     if repeats or near:
@@ -575,10 +541,11 @@ def advice(metrics) -> list[dict]:
             total = found["emitted"]["distinct"]
             text += f"; {emitted:,} of the {total:,} images that came out are of them"
         lines.append((f"{text}.", "duplicates.csv"))
-    if alarm or (alarm is None and found["interval"][0] > 0.05):
+    often = found["interval"][0] > memorization.BEGUN
+    if meaning == "copies" or (meaning == "unknown" and often):
         lines += EVIDENCE
-    if alarm is False:
-        high = report.percent(max(found["excess_interval"][1], 0))
+    if meaning == "no sign of copying":
+        high = verdict.percent(max(found["excess_interval"][1], 0))
         text = (
             "Nothing here asks for a change. More samples would show rarer copies: "
             f"with {found['samples']:,}, up to {high} % may go unseen."
@@ -623,12 +590,14 @@ def summary(metrics) -> Table:
     if metrics["features"]:
         spaces[f"{metrics['features']['name']} features"] = metrics["features"]
     for name, values in spaces.items():
-        table.add_row(f"copies, {name}", _percent(values))
+        table.add_row(f"copies, {name}", verdict.share(values))
         if values["null"] is not None:
-            table.add_row("  honest samples would give", _percent(values, "null_"))
+            table.add_row("  honest samples would give", verdict.share(values, "null_"))
     table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
     table.add_row("training images emitted", f"{found['emitted']['distinct']:,}")
     table.add_row("duplicates in the training set", f"{about['duplicates']:,}")
+    for name, text in verdict.quality_lines(metrics):
+        table.add_row(name, text)
     for row in metrics["quality"]:
         if row["reference"] in ("train", "held_out") and "Vendi" not in row["metric"]:
             where = row["reference"].replace("_", "-")

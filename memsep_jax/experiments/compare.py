@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization, neighbours
-from memsep_jax.experiments import record, setup
-from memsep_jax.experiments.evaluate import PAIRS, pairs
+from memsep_jax.experiments import record, setup, verdict
 from memsep_jax.experiments.sweep import mean_interval
 from memsep_jax.fidelity import UndefinedError
 
+PAIRS = 12  # samples in each group of a report's pairs
 THREE = 3  # neighbours of a training image: itself, and two others
 FEW = 50  # images, below which no laws are compared
 PER_CELL = 60  # samples in a cell of k-means, on average
@@ -25,6 +25,8 @@ MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
 FOLDS = 5  # of the samples, for an interval of a difference
 LAWS = 4_096  # dimensions, beyond which laws are not compared
 TILED = 256, 26  # images compared by tiles together; bytes that a number of one takes
+# Points of each set of a law beside a verdict, at most: seconds; and their bytes.
+BESIDE, ROOM = 1_000, 2**28
 
 
 class Sets(NamedTuple):
@@ -132,9 +134,12 @@ def measure(
         "quality": [],
         "left_out": [],
     }
+    with session.phase("quality"):
+        metrics["frechet"] = [law(equal(sets, config.seed), "FD (pixels)")]
     shown = _worst("pixels", images, sets.train, seen.samples)
     if space is not None:
         more, felt = _in_features(config, sets, space, session, chunked, memory)
+        metrics["frechet"].append(more.pop("law"))
         metrics |= more
         if felt is not None:
             columns |= {f"feature_{k}": column for k, column in felt.columns.items()}
@@ -212,8 +217,22 @@ def _copies(seen, threshold):
         "threshold": threshold,
         **share(copied, held[0]),
         "authentic": share(authentic, held[1]),
-    }
+    } | distances(near, seen.held_out)
     return columns, found
+
+
+def distances(near, held_out) -> dict:
+    """How far samples are from the training set, beside held-out points.
+
+    Args: near, held_out: their neighbours; those of held-out points, or None.
+    """
+    d1 = near.distances[:, 0]
+    other = None if held_out is None else held_out.distances[:, 0]
+    return {
+        "median_d1": float(np.median(d1)),
+        "held_out_median_d1": None if other is None else float(np.median(other)),
+        "far": None if other is None else verdict.far(d1, other),
+    }
 
 
 def share(flags, null=None) -> dict:
@@ -298,6 +317,21 @@ def _worst(name, samples, train, near):
     return pairs(name, order[:PAIRS], samples, train, near)
 
 
+def pairs(name, index, samples, train_x, near) -> dict:
+    """What `figures.pairs` shows of the samples index [k], under a name in pairs.npz.
+
+    Args: near, their neighbours among train_x, which are shown as samples are.
+    """
+    nearest = near.indices[index, :2]
+    return {
+        f"{name}_index": index,
+        f"{name}_sample": samples[index],
+        f"{name}_neighbours": data.like(samples, np.asarray(train_x[nearest])),
+        f"{name}_distances": near.distances[index, :2],
+        f"{name}_nearest": nearest,
+    }
+
+
 class Felt(NamedTuple):
     """What is searched in features."""
 
@@ -337,7 +371,9 @@ def _in_features(config, sets, space, session, chunked, memory):
             found |= _tests(config, felt, seen, left_out)
             found["nearer"] = _nearer(config, felt, about["title"], left_out)
         rows = _quality(config, felt, about["title"], left_out)
-    return {"features": found, "quality": rows, "left_out": left_out}, searched
+        own = law(equal(felt, config.seed), about["title"])
+    parts = {"features": found, "quality": rows, "left_out": left_out, "law": own}
+    return parts, searched
 
 
 def _tests(config, felt, seen, left_out):
@@ -407,6 +443,67 @@ def check_dim(x):
         raise UndefinedError(
             f"{x.shape[1]:,} dimensions: laws are compared in {LAWS:,} at most"
         )
+
+
+def equal(sets, seed) -> Sets:
+    """As many of each set, BESIDE at most, and nothing of the pool.
+
+    Of what stays on disk only these are read.
+    """
+    sets = sets._replace(pool=None)
+    largest = max(math.prod(x.shape[1:]) * x.dtype.itemsize for x in sets[:2])
+    most = min(BESIDE, max(FEW, ROOM // max(largest, 1)))
+    count = min(most, *(len(x) for x in sets if x is not None))
+    return sets.map(lambda _, x: np.asarray(_some(x, count, seed)))
+
+
+def law(sets, title, see=None) -> dict:
+    """How far the samples are as a whole from held-out points; training points beside.
+
+    By Frechet distances at equal numbers, on which they depend. "page" is that of one
+    and the same point, the mean of the held-out ones: the trace of their covariance.
+    "excess" is what samples have more than training points, as a share of it, and its
+    interval is Student's, 95 %, over fifths of both. "left_out" says why there is none.
+
+    Args: sets, of equal numbers.   see, (name, points) -> features [n, d]; by default
+      the points as they are.
+    """
+    about = {"title": title, "n": len(sets.samples)}
+    if sets.held_out is None:
+        return about | {"left_out": "nothing was held out"}
+    if about["n"] < FEW:
+        few = f"{about['n']} points of each set are fewer than {FEW}"
+        return about | {"left_out": few}
+    if see is None and (d := sets.samples[0].size) > LAWS:
+        return about | {"left_out": f"{d:,} dimensions are more than {LAWS:,}"}
+    if not np.isfinite(sets.samples).all():
+        return about | {"left_out": "some samples are not finite"}
+    samples, train, held_out, _ = sets.map(see or _as_they_are)
+
+    def to_held_out(x):
+        return fidelity.frechet(x, held_out, warn=False)
+
+    page = float(held_out.var(axis=0, ddof=1, dtype=np.float64).sum())
+    if not page:
+        return about | {"left_out": "all held-out points are the same"}
+    found = {"samples": to_held_out(samples), "train": to_held_out(train)}
+    fifths = [
+        to_held_out(samples[i::FOLDS]) - to_held_out(train[i::FOLDS])
+        for i in range(FOLDS)
+    ]
+    spread = mean_interval(np.array(fifths) / page)
+    return {
+        **about,
+        **found,
+        "page": page,
+        "excess": (found["samples"] - found["train"]) / page,
+        "interval": (float(spread["low"]), float(spread["high"])),
+    }
+
+
+def _as_they_are(_, x):
+    x = data.from_uint8(x) if x.dtype == np.uint8 else x
+    return x.reshape(len(x), -1)
 
 
 def _equal(config, *sets):

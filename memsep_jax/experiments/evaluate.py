@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import checkpoint, data, memorization, neighbours, parallel, sources
-from memsep_jax.experiments import record, report, setup
+from memsep_jax import (
+    checkpoint,
+    data,
+    features,
+    memorization,
+    neighbours,
+    parallel,
+    sources,
+)
+from memsep_jax.experiments import compare, record, report, setup, verdict
 
-PAIRS = 12  # samples in each group of the report's pairs
+LOOKED = 256  # images that a network of features looks at together, at most
 
 
 def make_generate(config, parts, mesh, score_of, session=None):
@@ -106,13 +114,6 @@ def _on_host(x):
     return x if isinstance(x, sources.Rows) else np.asarray(x)
 
 
-def like(points, x):
-    """Samples in the units of these training points: floats, or pixels on disk."""
-    if x.dtype == points.dtype:
-        return x
-    return data.from_uint8(x) if x.dtype == np.uint8 else data.to_uint8(x)
-
-
 def place(config, parts, session, weights, groups=("sampler",)):
     """The folder of what belongs to these weights, data and groups, and no others."""
     of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
@@ -121,25 +122,27 @@ def place(config, parts, session, weights, groups=("sampler",)):
     return session.workdir / "evaluation" / tag
 
 
-def evaluate(config, parts, session, generate, weights, about: dict):
+def evaluate(config, parts, session, generate, weights, about: dict, workdir=None):
     """Draws sampler.num_samples samples and measures how many are copies.
 
     Args:
       generate: as make_generate gives it.   weights: what it is called with.
       about: further sections of metrics.json; "model" says what the score is.
+      workdir: where the numbers go; by default that of the session.
     """
     folder = place(config, parts, session, weights)
     mesh = parallel.make_mesh(jax.local_devices())
     weights = jax.device_put(weights, parallel.replicated(mesh))
     chunk = config.run.chunk
 
+    def chunked(name, work, total, what):
+        return record.in_chunks(folder / name, work, total, chunk, session, what)
+
     with session.phase("sample"):
-        samples = record.in_chunks(
-            folder / "samples",
+        samples = chunked(
+            "samples",
             lambda start, stop: {"x": generate(weights, start, stop)},
             config.sampler.num_samples,
-            chunk,
-            session,
             "sampling",
         )["x"]
 
@@ -151,26 +154,54 @@ def evaluate(config, parts, session, generate, weights, about: dict):
 
         def found_in(name, x):
             def work(start, stop):
-                return search(like(train_x, x[start:stop]))._asdict()
+                return search(data.like(train_x, x[start:stop]))._asdict()
 
-            pieces = record.in_chunks(
-                folder / f"{name}-{near}", work, len(x), chunk, session, name
+            return neighbours.Neighbours(
+                **chunked(f"{name}-{near}", work, len(x), name)
             )
-            return neighbours.Neighbours(**pieces)
 
         held_out = parts.splits.held_out
+        held_out = None if held_out is None else _on_host(held_out.x)
+        null = None if held_out is None else found_in("held-out", np.asarray(held_out))
         result = memorization.ratio_of(
             found_in("neighbours", samples),
-            None if held_out is None else found_in("held-out", np.asarray(held_out.x)),
+            null,
             len(train_x) - distinct,
             config.memorization.threshold,
         )
-        _write(config, parts, session, samples, result, about)
+        beside = compare.distances(result.neighbours, null)
+
+    with session.phase("quality"):
+        sets = compare.Sets(samples, train_x, held_out)
+        about = about | {"frechet": _laws(sets, parts.splits.pixels, config, chunked)}
+    _write(config, parts, workdir or session.workdir, samples, result, beside, about)
 
 
-def _write(config, parts, session, samples, result, about):
-    workdir, splits = session.workdir, parts.splits
-    near = result.neighbours
+def _laws(sets, pixels, config, chunked):
+    """`compare.law` in pixels and random features; of no images, as they are."""
+    some = compare.equal(sets, config.seed)
+    if not (pixels and some.samples.ndim == 4):
+        return [compare.law(some, "Frechet distance")]
+
+    @functools.cache  # made where it is asked for: of few samples nothing is
+    def space():
+        shape, most = some.samples.shape[1:], min(LOOKED, config.run.chunk)
+        return features.random_conv(shape, config.seed, most)
+
+    def see(name, x):
+        def work(start, stop):
+            return {"x": space().apply(x[start:stop])}
+
+        return chunked(f"random_conv-{name}", work, len(x), f"features of {name}")["x"]
+
+    return [
+        compare.law(some, "FD (pixels)"),
+        compare.law(some, "FD (random_conv)", see),
+    ]
+
+
+def _write(config, parts, workdir, samples, result, beside, about):
+    splits, near = parts.splits, result.neighbours
     d1, d2 = near.distances[:, 0], near.distances[:, 1]
     calibrated = memorization.calibrated_l2(near.distances)
     record.write_npz(workdir / "samples.npz", samples=samples)
@@ -191,53 +222,39 @@ def _write(config, parts, session, samples, result, about):
     picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
     shown: dict = {}
     for name, index in picked.items():
-        shown |= pairs(name, index[:PAIRS], samples, train_x, near)
+        index = index[: compare.PAIRS]
+        shown |= compare.pairs(name, index, samples, train_x, near)
     record.write_npz(workdir / "pairs.npz", **shown)
     emitted = near.indices[result.memorized, 0]
-    nearest = like(samples, np.asarray(train_x[near.indices[:, 0]]))
+    nearest = data.like(samples, np.asarray(train_x[near.indices[:, 0]]))
     copies = np.all(nearest == samples, axis=_axes(samples))
-    record.write_json(
-        workdir / "metrics.json",
-        {
-            "memorization": {
-                "ratio": result.value,
-                "interval": result.interval,
-                "memorized": int(result.memorized.sum()),
-                "samples": len(samples),
-                "null": result.null,
-                "null_interval": result.null_interval,
-                "held_out": 0 if splits.held_out is None else len(splits.held_out.x),
-                "threshold": config.memorization.threshold,
-                "distinct_emitted": len(np.unique(emitted)),
-                "exact_copies": int(copies.sum()),
-                "median_d1": float(np.median(d1)),
-                "median_calibrated_l2": float(np.median(calibrated)),
-            },
-            "data": {
-                "name": config.data.name,
-                "n": len(train_x),
-                "shape": train_x.shape[1:],
-                "duplicates": result.duplicates,
-                "fingerprint": splits.fingerprint,
-            },
-            **about,
+    metrics = {
+        "memorization": {
+            "ratio": result.value,
+            "interval": result.interval,
+            "memorized": int(result.memorized.sum()),
+            "samples": len(samples),
+            "null": result.null,
+            "null_interval": result.null_interval,
+            "held_out": 0 if splits.held_out is None else len(splits.held_out.x),
+            "threshold": config.memorization.threshold,
+            "distinct_emitted": len(np.unique(emitted)),
+            "exact_copies": int(copies.sum()),
+            "median_calibrated_l2": float(np.median(calibrated)),
+            **beside,
         },
-    )
-
-
-def pairs(name, index, samples, train_x, near) -> dict:
-    """What `figures.pairs` shows of the samples index [k], under a name in pairs.npz.
-
-    Args: near, their neighbours among train_x, which are shown as samples are.
-    """
-    nearest = near.indices[index, :2]
-    return {
-        f"{name}_index": index,
-        f"{name}_sample": samples[index],
-        f"{name}_neighbours": like(samples, np.asarray(train_x[nearest])),
-        f"{name}_distances": near.distances[index, :2],
-        f"{name}_nearest": nearest,
+        "data": {
+            "name": config.data.name,
+            "n": len(train_x),
+            "shape": train_x.shape[1:],
+            "duplicates": result.duplicates,
+            "fingerprint": splits.fingerprint,
+        },
+        **about,
     }
+    metrics["notes"] = parts.notes + verdict.notes(metrics)
+    metrics["verdict"] = verdict.verdict(metrics)
+    record.write_json(workdir / "metrics.json", metrics)
 
 
 def finish(session):
@@ -246,39 +263,43 @@ def finish(session):
     with session.phase("report"):
         report.write(session.workdir, session.say)
     session.write_status()  # and the table those of the report
-    session.say(summary(session.workdir))
+    tell(session, session.workdir)
+
+
+def tell(session, numbers):
+    """Shows the person the numbers in a directory, and where the report is."""
+    metrics = record.read_json(numbers / "metrics.json")
+    session.say(summary(metrics, session.status["seconds"]))
+    for line in verdict.lines(metrics):
+        session.say(line)
     session.say(f"report: {session.workdir / 'report.html'}")
 
 
-def summary(workdir) -> Table:
-    """The end of a run as a short table, from the numbers on disk."""
-    numbers = record.read_json(workdir / "metrics.json")
-    status = record.read_json(workdir / "run.json") or {}
+def summary(numbers, seconds) -> Table:
+    """The end of a run as a short table, of metrics.json and the seconds by phase."""
     found, about = numbers["memorization"], numbers["data"]
     model = numbers["model"]
     table = Table(title=f"{about['name']}, n = {about['n']:,}", show_header=False)
 
-    def share(value, interval):
-        return f"{report.percent(value)} % {report.between(interval)}"
-
-    table.add_row("memorized samples", share(found["ratio"], found["interval"]))
+    table.add_row("memorized samples", verdict.share(found))
     table.add_row("  of", f"{found['memorized']:,} of {found['samples']:,}")
     if found["null"] is None:
         table.add_row("held-out null level", "no held-out data")
     else:
-        text = share(found["null"], found["null_interval"])
-        table.add_row("held-out null level", text)
+        table.add_row("held-out null level", verdict.share(found, "null_"))
     for text, cells in report.pruning(numbers)["rows"][1:]:
         table.add_row(text, cells[0])
     table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
     table.add_row("training points emitted", f"{found['distinct_emitted']:,}")
+    for name, text in verdict.quality_lines(numbers):
+        table.add_row(name, text)
     table.add_row("model", model["name"])
     table.add_row("parameters", f"{model['parameters']:,}")
     if "steps" in model:
-        table.add_row("steps", f"{model['steps']:,}")
+        table.add_row("steps", verdict.steps(numbers))
     table.add_section()
-    for name, seconds in status.get("seconds", {}).items():
-        table.add_row(f"time: {name}", f"{seconds:.1f} s")
+    for name, spent in seconds.items():
+        table.add_row(f"time: {name}", f"{spent:.1f} s")
     return table
 
 

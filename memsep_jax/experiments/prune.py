@@ -13,6 +13,7 @@ import numpy as np
 
 from memsep_jax import (
     checkpoint,
+    data,
     fidelity,
     memorization,
     neighbours,
@@ -23,7 +24,7 @@ from memsep_jax import (
     train,
 )
 from memsep_jax.experiments import record, setup
-from memsep_jax.experiments.evaluate import like, place
+from memsep_jax.experiments.evaluate import place
 
 # Which units fall.
 
@@ -176,7 +177,7 @@ def watcher(config, parts, generate):
 
     def watch(weights, first=0, count=config.sampler.num_samples):
         weights = jax.device_put(weights, parallel.replicated(mesh))
-        x = like(parts.splits.train.x, generate(weights, first, first + count))
+        x = data.like(parts.splits.train.x, generate(weights, first, first + count))
         found = memorization.ratio_of(search(x), null, 0, threshold)
         low, high = found.interval
         emitted = np.unique(found.neighbours.indices[found.memorized, 0])

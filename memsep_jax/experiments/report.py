@@ -12,26 +12,34 @@ import numpy as np
 
 from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import figures, record
+from memsep_jax.experiments import figures, record, verdict
 from memsep_jax.experiments.session import Terminal
+from memsep_jax.experiments.verdict import between, percent
 
-PHASES = ("data", "compile", "train", "prune", "sample", "neighbours")
+PHASES = (
+    "data", "compile", "train", "prune", "sample", "neighbours", "quality",
+)  # fmt: skip
 GROUPS = ("first", "most", "least")
 ALWAYS = ("metrics.json", "config.json", "run.json", "per_sample.csv", "pairs.npz")
+OF_RUN = ("config.json", "run.json")
 SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
+GRIDS = 3  # of samples along training, of a run that has not ended
 REPEATS = 20  # duplicates of a training set that are listed
 # The directories of an absolute path, and of one in the home of somebody.
 PATH = r"""(?<![\w.:/])(?:/\S|~\w*/)(?:[^'"\n:;,=]*/)?(?<=/)"""
 
 
-def write(workdir, say):
+def write(workdir, say, place=None, config=None):
     """Draws figures/ and report.html from the numbers in a workdir, and only these.
 
+    Args: place, where those of an evaluation lie; by default in the workdir. config,
+      of the drawing, as `run` has one.
     Raises: ConflictError where numbers are missing. A disk that takes no more is one
       warning: the numbers are what a run is for.
     """
-    _write(Path(workdir), lambda draw, *args: figures.quietly(say, draw, *args))
+    attempt = functools.partial(figures.quietly, say)
+    _write(Path(workdir), attempt, config, place)
 
 
 def run(config, workdir, drawings=None):
@@ -52,16 +60,16 @@ def run(config, workdir, drawings=None):
         console.print(f"report: {workdir / 'report.html'}", markup=False)
 
 
-def _write(workdir, attempt, config=None):
-    numbers = _read(workdir, SAMPLED)
+def _write(workdir, attempt, config=None, place=None):
+    numbers = _read(workdir, SAMPLED, place)
     numbers["rows"] = record.read_metrics(workdir / "metrics.jsonl")
-    images = {}
-    for name, figure in _figures(numbers, _may_show(numbers, config)):
+    images, shown = {}, _may_show(numbers, config)
+    for name, figure in _figures(numbers, shown):
         images[name] = figures.encode(figure, "png")
         folder = workdir / "figures"
         attempt(_save, folder / f"{name}.png", images[name])
         attempt(_save, folder / f"{name}.pdf", figures.encode(figure, "pdf"))
-    page = _page(workdir, numbers, images)
+    page = _page(workdir, numbers, images, shown)
     attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
 
 
@@ -132,6 +140,9 @@ def _write_audit(workdir, attempt, config=None):
         "audit.html",
         title=workdir.resolve().name,
         metrics=metrics,
+        verdict=metrics["verdict"],
+        notes=metrics["notes"],
+        beside=verdict.quality(metrics),
         quality=_quality(metrics["quality"]),
         duplicates=list(rows)[:REPEATS],
         run=run,
@@ -234,10 +245,14 @@ def _whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read(workdir, names):
-    """All numbers of a finished run.   Raises: ConflictError, naming what lacks."""
+def _read(workdir, names, place=None):
+    """All numbers of a finished run.   Raises: ConflictError, naming what lacks.
+
+    Args: place, where those of an evaluation lie, where it is not the workdir.
+    """
     read = {".json": record.read_json, ".npz": record.read_npz, ".csv": _read_csv}
-    numbers = {name: read[Path(name).suffix](workdir / name) for name in names}
+    places = dict.fromkeys(names, place or workdir) | dict.fromkeys(OF_RUN, workdir)
+    numbers = {name: read[Path(name).suffix](places[name] / name) for name in names}
     missing = [name for name, value in numbers.items() if value is None]
     if missing:
         command = (numbers["run.json"] or {}).get("command")
@@ -361,19 +376,31 @@ def _save(path, content):
         part.write_bytes(content)
 
 
-def _page(workdir, numbers, images):
+def _grids(workdir):
+    """(step, image) of the last grids of samples along training."""
+    paths = sorted((workdir / "samples").glob("step_*.png"))[-GRIDS:]
+    steps = (int(path.stem.removeprefix("step_")) for path in paths)
+    pictures = (base64.b64encode(path.read_bytes()).decode() for path in paths)
+    return list(zip(steps, pictures, strict=True))
+
+
+def _page(workdir, numbers, images, shown):
     metrics, run = numbers["metrics.json"], numbers["run.json"]
     found, seconds = metrics["memorization"], run.get("seconds", {})
     # The report itself is left out: its time is known only after it is written.
     phases = [(name, seconds[name]) for name in PHASES if name in seconds]
-    point = "training image" if _of_images(metrics) else "training point"
     return _render(
         "report.html",
         title=workdir.resolve().name,
-        point=point,
+        point=verdict.point(metrics),
         found=found,
-        above=found["null"] is not None
-        and found["interval"][0] > found["null_interval"][1],
+        # Numbers of an older version have no verdict of their own.
+        verdict=metrics.get("verdict") or verdict.verdict(metrics),
+        notes=metrics.get("notes", []),
+        beside=verdict.quality(metrics),
+        unfinished=metrics.get("unfinished"),
+        grids=_grids(workdir) if "unfinished" in metrics and shown else [],
+        steps=verdict.steps(metrics) if "steps" in metrics["model"] else "",
         data=metrics["data"],
         model=metrics["model"],
         levels=metrics.get("levels", {}),
@@ -426,14 +453,3 @@ def pathless(text: str) -> str:
 
 def _of_images(metrics):
     return len(metrics["data"]["shape"]) == 3
-
-
-def percent(value) -> str:
-    """0.989 -> "98.9"; what is neither 0 nor 100 % is not rounded to it."""
-    rounded = value in (0, 1) or 0.0005 <= value < 0.9995
-    return f"{100 * value:.{1 if rounded else 2}f}"
-
-
-def between(interval) -> str:
-    """(0.98, 0.994) -> "[98.0, 99.4]"."""
-    return f"[{percent(interval[0])}, {percent(interval[1])}]"

@@ -31,7 +31,6 @@ from memsep_jax.experiments import figures, prune, record, setup, trackers
 from memsep_jax.experiments.evaluate import (
     evaluate,
     finish,
-    like,
     make_generate,
 )
 from memsep_jax.experiments.session import Interrupted
@@ -57,22 +56,28 @@ def run(config, session, resume_step=None):
     session.part()
     if not parallel.is_first():
         return
+    weights = state.ema if config.sampler.weights == "ema" else state.params
     about = {
-        "model": {
-            "name": config.model.name,
-            "parameters": setup.count(state.params),
-            "steps": int(state.step),
-            "weights": config.sampler.weights,
-        },
+        "model": model(config, parts, weights, int(state.step)),
         "levels": last_losses(config, parts, session.workdir),
     }
-    weights = state.ema if config.sampler.weights == "ema" else state.params
     with session.phase("train"):
         about["levels"] |= detector(config, parts, weights)
     if config.prune.ratio:
         about["pruning"] = prune.of_run(config, parts, session, weights, generate)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
+
+
+def model(config, parts, weights, step) -> dict:
+    """What metrics.json says of a network after a step."""
+    return {
+        "name": config.model.name,
+        "parameters": setup.count(weights),
+        "steps": step,
+        "planned": parts.steps,
+        "weights": config.sampler.weights,
+    }
 
 
 def initial_state(config, parts):
@@ -564,7 +569,7 @@ class _Watcher:
                 figures.quietly(self.session.say, save, path, samples[:GRID])
             # The null level is measured once, at the end: the held-out points stay.
             ratio = memorization.ratio_of(
-                self.search(like(self.parts.splits.train.x, samples)),
+                self.search(data.like(self.parts.splits.train.x, samples)),
                 None,
                 0,
                 self.config.memorization.threshold,

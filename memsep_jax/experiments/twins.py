@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from memsep_jax import fidelity, memorization
-from memsep_jax.experiments import emm, evaluate, figures, networks, setup, sweep, train
+from memsep_jax import data, fidelity, memorization
+from memsep_jax.experiments import emm, figures, networks, setup, sweep, train
 
 COLUMNS = (
     "setting", "num_examples", "d", "width", "depth", "weight_decay", "share",
@@ -84,7 +84,7 @@ def measure(points, session):
             weights = state.ema if config.sampler.weights == "ema" else state.params
             with session.phase("sample"):
                 drawn = generate(weights, 0, config.sampler.num_samples)
-            samples.append(evaluate.like(parts.splits.train.x, drawn))
+            samples.append(data.like(parts.splits.train.x, drawn))
         with session.phase("neighbours"):
             row = compare(*samples, *built, point.config.memorization.threshold)
         yield row | {"seconds": time.monotonic() - started}
