@@ -43,9 +43,11 @@ Experiments (the only rooms that read a config):
                 band_swap, mitigate (prune: what helps, and whether it comes back),
                 emm (how many training points a network copies), factors (what drives
                 it), twins (two networks on disjoint halves), onset (when it begins).
-                report draws any of them again. What they share is setup, session,
-                sweep, networks (trained once for all points), evaluate, prune (one
-                network), record, trackers, figures, dry_run
+                report draws any of them again, and unfinished what a run that stopped
+                early has come to. verdict says what the numbers of a run or an audit
+                mean. What they share is setup, session, sweep, networks (trained once
+                for all points), evaluate, prune (one network), record, trackers,
+                figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

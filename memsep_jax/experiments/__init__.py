@@ -20,6 +20,7 @@ from memsep_jax.experiments import (
     sweep,
     train,
     twins,
+    unfinished,
 )
 from memsep_jax.experiments.session import Session
 
@@ -76,7 +77,11 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
         status = sweep.status(workdir)
         if status is not None:
             session.say(status)
-        if status is None or (session.workdir / "metrics.json").exists():
+        if (own := unfinished.config_of(session.workdir, config)) is not None:
+            _check_alone(config)
+            with Session(workdir, own) as session:
+                unfinished.run(own, session)
+        elif status is None or (session.workdir / "metrics.json").exists():
             experiment(config, workdir, DRAWINGS)
         else:
             session.say("figures are drawn at the end of the sweep: give its command")
@@ -85,11 +90,15 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
         session.part()
     else:
         with session:
-            if jax.process_count() > 1 and config.experiment != "train":
-                raise setup.ConfigError(
-                    f"experiment={config.experiment} runs in one process: leave out "
-                    "--distributed; several train one network (experiment=train)"
-                )
+            _check_alone(config)
             if config.experiment in DRAWINGS:  # whose points are made of these values
                 setup.check(config)
             experiment(config, session, resume_step)
+
+
+def _check_alone(config):
+    if jax.process_count() > 1 and config.experiment != "train":
+        raise setup.ConfigError(
+            f"experiment={config.experiment} runs in one process: leave out "
+            "--distributed; several train one network (experiment=train)"
+        )

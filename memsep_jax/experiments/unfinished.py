@@ -1,0 +1,83 @@
+"""The report of a run that has stopped before its end: what its newest weights draw.
+
+Nothing is trained, and nothing that the run goes on from is changed: the numbers lie
+under evaluation/, in the folder of these weights, and run.json stays as it is.
+"""
+
+from functools import partial
+from operator import attrgetter, itemgetter
+
+import jax
+
+from memsep_jax import checkpoint, defaults
+from memsep_jax.experiments import evaluate, record, report, setup, train
+
+# Where weights are kept along training, and how they are asked for by name.
+KEPT = {"checkpoints": attrgetter, "snapshots": itemgetter}
+
+
+def config_of(workdir, config):
+    """The config of a run that is not finished; None where there is none to report on.
+
+    Finished numbers may lie there, of an earlier step: then they are not the newest.
+    Args: config, of the command: whether the report may show training data.
+    """
+    names = ("config.json", "run.json", "metrics.json")
+    known, status, metrics = (record.read_json(workdir / name) for name in names)
+    if known is None or status is None or known.get("experiment") != "train":
+        return None
+    steps = [step for name in KEPT for step in checkpoint.steps(workdir / name)]
+    if status.get("status") == "complete" or not steps:
+        return None
+    if metrics is not None and metrics["model"].get("steps") == max(steps):
+        return None
+    own = defaults.restored(known)
+    own.run.images = own.run.images and config.get("run", {}).get("images", True)
+    return own
+
+
+def run(config, session):
+    """Evaluates the newest weights as the run itself would, and draws its report.
+
+    Raises: ConflictError, CorruptError, as a run that goes on does.
+    """
+    with session.phase("data"):
+        parts = setup.build(config)
+    session.expect(parts.splits.fingerprint)
+    weights, step = newest(config, parts, session.workdir)
+    session.say(
+        f"not finished: the weights of step {step:,} of {parts.steps:,} are looked at, "
+        "and nothing is trained"
+    )
+    about = {
+        "model": train.model(config, parts, weights, step),
+        "unfinished": {"step": step, "steps": parts.steps},
+    }
+    rows = record.read_metrics(session.workdir / "metrics.jsonl")
+    if any("train_losses" in row for row in rows):
+        about["levels"] = train.last_losses(config, parts, session.workdir)
+    numbers = evaluate.place(config, parts, session, weights)
+    generate = train.network_samples(config, parts, session.say)
+    evaluate.evaluate(config, parts, session, generate, weights, about, numbers)
+    report.write(session.workdir, session.say, numbers, setup.to_json(config))
+    evaluate.tell(session, numbers)
+
+
+def newest(config, parts, workdir):
+    """The newest valid weights of a run, EMA or raw as the sampler asks, and the step.
+
+    Raises: CorruptError, ConflictError.
+    """
+    which = "ema" if config.sampler.weights == "ema" else "params"
+    state = jax.eval_shape(partial(train.initial_state, config, parts))
+    likes = {
+        "checkpoints": state,
+        "snapshots": {"params": state.params, "ema": state.ema},
+    }
+    found = []
+    for name, by_name in KEPT.items():
+        one = checkpoint.restore_newest(workdir / name, likes[name])
+        if one is not None:
+            found.append((one[1], by_name(which)(one[0])))
+    step, weights = max(found, key=itemgetter(0))
+    return weights, step
