@@ -205,6 +205,9 @@ def _write(config, parts, workdir, samples, result, beside, about):
     d1, d2 = near.distances[:, 0], near.distances[:, 1]
     calibrated = memorization.calibrated_l2(near.distances)
     record.write_npz(workdir / "samples.npz", samples=samples)
+    files = {}
+    if splits.files is not None:
+        files["nearest_file"] = splits.files[near.indices[:, 0]]
     record.write_csv(
         workdir / "per_sample.csv",
         {
@@ -215,7 +218,8 @@ def _write(config, parts, workdir, samples, result, beside, about):
             "second": near.indices[:, 1].tolist(),
             "memorized": result.memorized.astype(int).tolist(),
             "calibrated_l2": calibrated.tolist(),
-        },
+        }
+        | files,
     )
     train_x = _on_host(splits.train.x)
     order = np.argsort(memorization.quotient(d1, d2), kind="stable")

@@ -91,7 +91,13 @@ def read_npz(path):
 
 def write_csv(path, columns: dict):
     """Writes equally long columns, one row each."""
-    with replacing(path) as part, open(part, "w", newline="") as file:
+    # A file may have a name that is no text: its bytes are shown then.
+    with (
+        replacing(path) as part,
+        open(
+            part, "w", newline="", encoding="utf-8", errors="backslashreplace"
+        ) as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))

@@ -49,6 +49,9 @@ def verdict(metrics) -> dict:
     )
     exact = found["exact_copies"]
     exactly = f"{exact:,} equal one to the last bit. " if exact else ""
+    hidden = _hidden(metrics)
+    if found["null"] is None and hidden:
+        return _said("copies", True, f"{text}.", exactly + hidden)
     if found["null"] is None:
         small = "What honest samples would score is not known: nothing was held out."
         return _said("unknown", None, f"{text}.", exactly + small)
@@ -57,6 +60,8 @@ def verdict(metrics) -> dict:
     if above:
         small = f"The generator copies: {between(above)} % more than chance."
         return _said("copies", True, text, exactly + small)
+    if hidden:
+        return _said("copies", True, text, exactly + hidden)
     if felt is not None and _excess(felt, found["samples"])[0]:
         small = (
             f"In pixels there is no sign of copying, but in {felt['name']} features "
@@ -168,6 +173,19 @@ def percent(value) -> str:
 def between(interval) -> str:
     """(0.98, 0.994) -> "[98.0, 99.4]"."""
     return f"[{percent(interval[0])}, {percent(interval[1])}]"
+
+
+def _hidden(metrics) -> str:
+    """The way to prepare images in which copies show that else do not; "" for none."""
+    ways = [way for way in metrics.get("other_ways", ()) if way["finds"]]
+    if not ways:
+        return ""
+    best = max(ways, key=lambda way: way["ratio"])
+    return (
+        f"As the images were prepared copies do not show, but with {best['way']} "
+        f"{share(best)} of {best['samples']:,} samples tried are copies: audit again "
+        "with that."
+    )
 
 
 def _said(name, alarm, text, small):
