@@ -43,7 +43,7 @@ def prior(key, process: Process, t, shape):
     return process.sigma(t) * jax.random.normal(key, shape)
 
 
-class Stages(NamedTuple):
+class _Stages(NamedTuple):
     """A trajectory of a sampler: begin, step for each i of range(steps), end."""
 
     begin: Callable  # (x [*e] at times[0]) -> [*e]
@@ -90,7 +90,7 @@ def _ode(score_fn, process, times, method="heun", denoise=True):
     def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return Stages(lambda x: x, stage, end, len(times) - 1)
+    return _Stages(lambda x: x, stage, end, len(times) - 1)
 
 
 def path(score_fn: ScoreFn, process: Process, times, method="heun"):
@@ -160,7 +160,7 @@ def _sde(score_fn, process, times, denoise=True):
     def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return Stages(lambda x: x, stage, end, len(times) - 1)
+    return _Stages(lambda x: x, stage, end, len(times) - 1)
 
 
 def edm(
@@ -241,7 +241,7 @@ def _edm(
         z, t = stir(z, len(times) - 1, key), starts[-1]
         return to_denoiser(score_fn, process)(process.alpha(t) * z, t)
 
-    return Stages(begin, stage, end, len(times) - 1)
+    return _Stages(begin, stage, end, len(times) - 1)
 
 
 def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
@@ -304,21 +304,36 @@ def sampler(
     Returns: (key) -> [*shape]. Give sample i the key fold_in(key, i): it then depends
     on (seed, i) only, whatever the batch it is drawn in.
     """
-    flow = _whole(stages(score_fn, process, times, shape, method, **options))
+    flow = _whole(_cut(score_fn, process, times, shape, method, **options))
     return lambda key: flow(key, key)  # it begins with the key
 
 
-def stages(
-    score_fn: ScoreFn, process: Process, times, shape, method="heun", **options
-) -> Stages:
-    """The steps of `sampler`, for those who have something to do in between.
+def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **options):
+    """`sampler` cut into its steps, for those who have something to do in between.
 
-    Args: as `sampler`.   Returns: Stages with begin (key) -> [*shape]; its other
-    functions take the same key.
+    Args: as `sampler`.
+    Returns:
+      begin (key) -> x [*shape]; step (x, key, i []) -> x, for each i of range(count) in
+      turn, which leaves the sample; count.
     """
-    cut = CUT.get(method, _ode)
-    options |= {"method": method} if cut is _ode else {}
-    made = cut(score_fn, process, times, **options)
+    cut = _cut(score_fn, process, times, shape, method, **options)
+
+    def step(x, key, i):
+        return jax.lax.cond(
+            i < cut.steps,
+            lambda x: cut.step(x, key, i),
+            lambda x: cut.end(x, key).astype(x.dtype),
+            x,
+        )
+
+    return cut.begin, step, cut.steps + 1
+
+
+def _cut(score_fn, process, times, shape, method, **options):
+    """The stages of a sampler, of the key of a sample."""
+    make = CUT.get(method, _ode)
+    options |= {"method": method} if make is _ode else {}
+    made = make(score_fn, process, times, **options)
 
     def begin(key):
         return made.begin(prior(jax.random.split(key)[0], process, times[0], shape))
@@ -329,7 +344,7 @@ def stages(
     def end(x, key):
         return made.end(x, jax.random.split(key)[1])
 
-    return Stages(begin, step, end, made.steps)
+    return _Stages(begin, step, end, made.steps)
 
 
 CUT = {"sde": _sde, "edm": _edm}  # the others are methods of `ode`

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import data, memorization, mixture, sampling, train
-from memsep_jax.experiments import figures, setup, sweep
+from memsep_jax.experiments import figures, record, setup, sweep
 
 
 class Members(NamedTuple):
@@ -231,8 +231,7 @@ def fit(config, parts, members, loss, tx, batch):
     Returns:
       train.TrainState with a leading axis [m], and the last losses [m].
     """
-    shape = parts.splits.train.x.shape[1:]
-    every, decay = min(config.run.log_every, parts.steps), setup.ema_decay(config)
+    shape, decay = parts.splits.train.x.shape[1:], setup.ema_decay(config)
 
     def init(member):
         x, level = jnp.zeros(shape), jnp.zeros(())
@@ -251,10 +250,11 @@ def fit(config, parts, members, loss, tx, batch):
 
     state = jax.jit(jax.vmap(init))(members)
     advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
-    losses = None
-    for first in range(0, parts.steps, every):
-        last = min(first + every, parts.steps)
-        state, losses = jax.block_until_ready(advance(state, members, first, last))
+
+    def steps(found, members, first, last):
+        return advance(found[0], members, first, last)
+
+    state, losses = record.paced(steps)((state, None), parts.steps, members)
     return state, np.asarray(losses)
 
 
@@ -294,15 +294,27 @@ def _members(configs, built):
 
 def _samples(config, parts, weights, configs):
     """[m, num_samples, *e], each network from its own seed."""
-    shape = parts.splits.train.x.shape[1:]
-
-    def draw(params, key):
-        score_fn = setup.score_fn(parts, params)
-        one = setup.sampler(config, parts.process, parts.times, shape, score_fn)
-        return jax.vmap(one)(jax.random.split(key, config.sampler.num_samples))
-
     keys = jnp.stack([setup.keys(c.seed).sample for c in configs])
-    return jax.jit(jax.vmap(draw))(weights, keys)
+    keys = jax.vmap(lambda key: jax.random.split(key, config.sampler.num_samples))(keys)
+
+    def stages(params):
+        return setup.stages(config, parts, setup.score_fn(parts, params))
+
+    @jax.jit
+    def begin(weights, keys):
+        each = jax.vmap(lambda params, key: stages(params)[0](key), (None, 0))
+        return jax.vmap(each)(weights, keys)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(x, weights, keys, first, last):
+        def of(x, params, key, k):
+            return stages(params)[1](x, key, k)
+
+        each = jax.vmap(jax.vmap(of, (0, None, 0, None)), (0, 0, 0, None))
+        return jax.lax.fori_loop(first, last, lambda k, x: each(x, weights, keys, k), x)
+
+    x = begin(weights, keys)
+    return record.paced(advance)(x, len(parts.times), weights, keys)
 
 
 def _likelihoods(config, parts, weights, built, configs):

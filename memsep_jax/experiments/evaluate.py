@@ -55,8 +55,8 @@ def make_generate(config, parts, mesh, score_of, session=None):
     @functools.partial(jax.jit, static_argnums=2, out_shardings=split)
     def begin(weights, start, count):
         def of(i):
-            cut, sample_key = stages(weights, i)
-            return cut.begin(sample_key)
+            (start, *_), sample_key = stages(weights, i)
+            return start(sample_key)
 
         indices = start + jnp.arange(count)
         return jax.vmap(of)(jax.lax.with_sharding_constraint(indices, split))
@@ -64,13 +64,8 @@ def make_generate(config, parts, mesh, score_of, session=None):
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=split)
     def advance(x, weights, start, first, last):
         def of(x, i, k):
-            cut, sample_key = stages(weights, i)
-            return jax.lax.cond(
-                k < cut.steps,
-                lambda x: cut.step(x, sample_key, k),
-                lambda x: cut.end(x, sample_key).astype(x.dtype),
-                x,
-            )
+            (_, step, _), sample_key = stages(weights, i)
+            return step(x, sample_key, k)
 
         indices = start + jnp.arange(len(x))
         indices = jax.lax.with_sharding_constraint(indices, split)
@@ -87,7 +82,8 @@ def make_generate(config, parts, mesh, score_of, session=None):
             count = half
         count = -(-count // mesh.size) * mesh.size
         x = begin(weights, start, count)
-        drawn = pace(count)(x, len(parts.times), weights, start)
+        steps = len(parts.times)  # and the last one to 0
+        drawn = pace(count)(x, steps, weights, start)
         drawn = np.asarray(drawn)[: stop - start]
         # Images as they would be saved: what is measured is what a person can see.
         seen = drawn.ndim == 4 and parts.splits.pixels

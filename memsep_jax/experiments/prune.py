@@ -221,7 +221,10 @@ def tuner(config, parts):
         dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
         state = train.init(params, tx, mask)
         state = jax.device_put(state, parallel.replicated(mesh))
+        fetched = None
         for step in range(1, config.prune.steps + 1):
+            # One late: the device has the next one waiting, and a signal no queue.
+            jax.block_until_ready(fetched)
             state, fetched = step_fn(
                 state, dataset, rows_of(step - 1)[None], step - 1, 1
             )

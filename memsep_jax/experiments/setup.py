@@ -474,8 +474,8 @@ def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
     return sampling.sampler(score_fn, made_process, times, shape, **options)
 
 
-def stages(config, parts: Parts, score_fn: score.ScoreFn) -> sampling.Stages:
-    """The steps of `sampler`, for points of the data."""
+def stages(config, parts: Parts, score_fn: score.ScoreFn):
+    """The steps of `sampler`, for points of the data, as `sampling.stages`."""
     shape, options = parts.splits.train.x.shape[1:], _sampling(config)
     return sampling.stages(score_fn, parts.process, parts.times, shape, **options)
 
