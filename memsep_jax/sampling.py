@@ -367,6 +367,24 @@ def search_noise(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
       search: (key) -> z [*e], the best seen from the random start of that key.
     Raises: ValueError: radius, steps or lr not positive.
     """
+    begin, step, count = search_stages(flow, x, radius, steps, lr)
+
+    def search(key):
+        found = jax.lax.fori_loop(0, count, lambda i, c: step(c, i), begin(key))
+        return best_noise(found)
+
+    return search
+
+
+def search_stages(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
+    """`search_noise` cut into its steps, for those who have something to do in between.
+
+    Args: as `search_noise`.
+    Returns:
+      begin (key) -> state; step (state, i []) -> state, for each i of range(count) in
+      turn; count. `best_noise` of the state is what was found.
+    Raises: ValueError, as `search_noise`.
+    """
     if not (radius > 0 and steps >= 1 and lr > 0):
         raise ValueError(
             f"search_noise: radius={radius}, steps={steps}, lr={lr} must be positive"
@@ -379,28 +397,32 @@ def search_noise(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
     def loss(z):
         return jnp.sum((flow(z) - x) ** 2).astype(x.dtype)
 
-    def search(key):
-        def body(i, carry):
-            z, best, least = carry
-            value, grad = jax.value_and_grad(loss)(z)
-            better = value < least  # never where it is NaN
-            best, least = jnp.where(better, z, best), jnp.where(better, value, least)
-            length = lr * (1 + jnp.cos(jnp.pi * i / steps)) / 2
-            here, slope = z / radius, unit(grad)
-            # Along the sphere: where x is out of reach, the rest points away from it.
-            along = unit(slope - jnp.sum(slope * here) * here)
-            moved = radius * unit(here - length * along)
-            # No direction (0, NaN, infinite): from the best again, a shorter step.
-            z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
-            return z.astype(x.dtype), best, least
-
+    def begin(key):
         start = radius * unit(jax.random.normal(key, x.shape, x.dtype))
         start = start.astype(x.dtype)
-        carry = start, start, jnp.full((), jnp.inf, x.dtype)
-        # The last round has length 0: it only looks at where the one before it ended.
-        return jax.lax.fori_loop(0, steps + 1, body, carry)[1]
+        return start, start, jnp.full((), jnp.inf, x.dtype)
 
-    return search
+    def step(state, i):
+        z, best, least = state
+        value, grad = jax.value_and_grad(loss)(z)
+        better = value < least  # never where it is NaN
+        best, least = jnp.where(better, z, best), jnp.where(better, value, least)
+        length = lr * (1 + jnp.cos(jnp.pi * i / steps)) / 2
+        here, slope = z / radius, unit(grad)
+        # Along the sphere: where x is out of reach, the rest points away from it.
+        along = unit(slope - jnp.sum(slope * here) * here)
+        moved = radius * unit(here - length * along)
+        # No direction (0, NaN, infinite): from the best again, a shorter step.
+        z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
+        return z.astype(x.dtype), best, least
+
+    # The last round has length 0: it only looks at where the one before it ended.
+    return begin, step, steps + 1
+
+
+def best_noise(state):
+    """z [*e], the best that `search_stages` has seen."""
+    return state[1]
 
 
 def _check_grid(t_min, t_max, steps):

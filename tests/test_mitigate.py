@@ -3,12 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsep_jax import checkpoint, defaults, experiments
+from memsep_jax import checkpoint, defaults, experiments, sampling
 from memsep_jax.experiments import mitigate, networks, record, setup, sweep
 from memsep_jax.experiments import train as job
 from memsep_jax.experiments.session import Session
@@ -184,6 +185,28 @@ def done(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("mitigate") / "run"
     experiments.run(smoke(), workdir)
     return workdir
+
+
+def test_a_search_in_short_calls_is_the_search(monkeypatch):
+    """A round a call: what `sampling.search_noise` finds at once."""
+    monkeypatch.setattr(record, "CALL", 0.0)
+    config = smoke(**{"measure.search": 3})
+    parts = setup.build(config)
+    weights = setup.init_params(parts, jax.random.key(0))
+    targets, keys = parts.splits.train.x[:2], jax.random.split(jax.random.key(1), 2)
+    flow = sampling.ode(
+        setup.score_fn(parts, weights), parts.process, parts.times,
+        config.sampler.name,
+    )  # fmt: skip
+    radius = float(parts.process.sigma(parts.times[0])) * targets[0].size ** 0.5
+
+    @jax.jit
+    def at_once(target, key):
+        return flow(sampling.search_noise(flow, target, radius, 3)(key))
+
+    found = mitigate.finder(config, parts)(weights, targets, keys)
+    for one, target, key in zip(found, targets, keys, strict=True):
+        np.testing.assert_allclose(one, at_once(target, key), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

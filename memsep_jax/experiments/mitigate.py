@@ -232,17 +232,40 @@ def finder(config, parts):
     name = config.sampler.name
     method = name if name in sampling.ODE_METHODS else "heun"
 
-    @jax.jit
-    def find(weights, targets, keys):
+    def flow_of(weights):
         # checkpoint: the trajectory is kept, and not what the network did on the way.
         score_fn = jax.checkpoint(setup.score_fn(parts, weights))
-        flow = sampling.ode(score_fn, parts.process, parts.times, method)
+        return sampling.ode(score_fn, parts.process, parts.times, method)
 
-        def one(target, key):
-            steps = config.measure.search
-            return flow(sampling.search_noise(flow, target, radius, steps)(key))
+    def stages(weights, target):
+        steps = config.measure.search
+        return sampling.search_stages(flow_of(weights), target, radius, steps)
 
-        return jax.vmap(one)(targets, keys)
+    @jax.jit
+    def begin(weights, targets, keys):
+        return jax.vmap(lambda target, key: stages(weights, target)[0](key))(
+            targets, keys
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(found, weights, targets, first, last):
+        def body(i, found):
+            return jax.vmap(lambda state, target: stages(weights, target)[1](state, i))(
+                found, targets
+            )
+
+        return jax.lax.fori_loop(first, last, body, found)
+
+    @jax.jit
+    def end(found, weights):
+        return jax.vmap(flow_of(weights))(sampling.best_noise(found))
+
+    paced = record.paced(advance)
+
+    def find(weights, targets, keys):
+        found = begin(weights, targets, keys)
+        rounds = stages(weights, targets[0])[2]
+        return end(paced(found, rounds, weights, targets), weights)
 
     return find
 
