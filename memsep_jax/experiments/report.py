@@ -376,17 +376,20 @@ def _save(path, content):
         part.write_bytes(content)
 
 
-def _grids(workdir):
-    """(step, image) of the last grids of samples along training."""
-    paths = sorted((workdir / "samples").glob("step_*.png"))[-GRIDS:]
-    steps = (int(path.stem.removeprefix("step_")) for path in paths)
-    pictures = (base64.b64encode(path.read_bytes()).decode() for path in paths)
-    return list(zip(steps, pictures, strict=True))
+def _grids(workdir, unfinished):
+    """(step, image) of the last grids of samples along training, up to where it is."""
+    found = {
+        int(path.stem.removeprefix("step_")): path
+        for path in sorted((workdir / "samples").glob("step_*.png"))
+    }
+    steps = [step for step in found if step <= unfinished["step"]][-GRIDS:]
+    return [(s, base64.b64encode(found[s].read_bytes()).decode()) for s in steps]
 
 
 def _page(workdir, numbers, images, shown):
     metrics, run = numbers["metrics.json"], numbers["run.json"]
     found, seconds = metrics["memorization"], run.get("seconds", {})
+    unfinished = metrics.get("unfinished")
     # The report itself is left out: its time is known only after it is written.
     phases = [(name, seconds[name]) for name in PHASES if name in seconds]
     return _render(
@@ -398,8 +401,8 @@ def _page(workdir, numbers, images, shown):
         verdict=metrics.get("verdict") or verdict.verdict(metrics),
         notes=metrics.get("notes", []),
         beside=verdict.quality(metrics),
-        unfinished=metrics.get("unfinished"),
-        grids=_grids(workdir) if "unfinished" in metrics and shown else [],
+        unfinished=unfinished,
+        grids=_grids(workdir, unfinished) if unfinished and shown else [],
         steps=verdict.steps(metrics) if "steps" in metrics["model"] else "",
         data=metrics["data"],
         model=metrics["model"],

@@ -5,15 +5,13 @@ under evaluation/, in the folder of these weights, and run.json stays as it is.
 """
 
 from functools import partial
-from operator import attrgetter, itemgetter
 
 import jax
 
 from memsep_jax import checkpoint, defaults
 from memsep_jax.experiments import evaluate, record, report, setup, train
 
-# Where weights are kept along training, and how they are asked for by name.
-KEPT = {"checkpoints": attrgetter, "snapshots": itemgetter}
+KEPT = ("checkpoints", "snapshots")  # of weights along training
 
 
 def config_of(workdir, config):
@@ -68,16 +66,12 @@ def newest(config, parts, workdir):
 
     Raises: CorruptError, ConflictError.
     """
-    which = "ema" if config.sampler.weights == "ema" else "params"
     state = jax.eval_shape(partial(train.initial_state, config, parts))
-    likes = {
-        "checkpoints": state,
-        "snapshots": {"params": state.params, "ema": state.ema},
-    }
-    found = []
-    for name, by_name in KEPT.items():
-        one = checkpoint.restore_newest(workdir / name, likes[name])
-        if one is not None:
-            found.append((one[1], by_name(which)(one[0])))
-    step, weights = max(found, key=itemgetter(0))
-    return weights, step
+    both = {"params": state.params, "ema": state.ema}  # what a snapshot holds
+    found = [
+        checkpoint.restore_newest(workdir / name, like)
+        for name, like in zip(KEPT, (state, both), strict=True)
+    ]
+    tree, step = max((one for one in found if one), key=lambda pair: pair[1])
+    kept = tree if isinstance(tree, dict) else {"params": tree.params, "ema": tree.ema}
+    return kept["ema" if config.sampler.weights == "ema" else "params"], step

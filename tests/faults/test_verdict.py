@@ -162,6 +162,7 @@ def test_h82_a_run_killed_before_its_first_checkpoint_is_shown_by_a_snapshot(
     assert "Samples along the training" not in hidden
 
 
+@pytest.mark.slow
 def test_h82_a_longer_run_that_was_stopped_is_not_shown_by_its_old_numbers(
     tmp_path, monkeypatch
 ):
