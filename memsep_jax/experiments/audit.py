@@ -525,6 +525,9 @@ def advice(metrics) -> list[dict]:
     found, about = metrics["memorization"], metrics["data"]
     meaning = metrics["verdict"]["name"]
     lines = []
+    if (way := verdict.other_way(metrics)) is not None:
+        text = f"Audit again with {way['way']}, which shows copies: see the verdict."
+        lines.append((text, ""))
     if meaning == "unknown":
         text = "Give --config.held_out: images of the same kind, not trained on."
         lines.append((text, ""))

@@ -49,7 +49,12 @@ def verdict(metrics) -> dict:
     )
     exact = found["exact_copies"]
     exactly = f"{exact:,} equal one to the last bit. " if exact else ""
-    hidden = _hidden(metrics)
+    way, hidden = other_way(metrics), ""
+    if way is not None:
+        hidden = (
+            f"As the images were prepared copies do not show, but with {way['way']} "
+            f"{share(way)} of {way['samples']:,} samples tried are copies."
+        )
     if found["null"] is None and hidden:
         return _said("copies", True, f"{text}.", exactly + hidden)
     if found["null"] is None:
@@ -82,6 +87,12 @@ def verdict(metrics) -> dict:
         f"above {percent(unseen)} % would have shown."
     )
     return _said("no sign of copying", False, text, exactly + small)
+
+
+def other_way(metrics) -> dict | None:
+    """The way to prepare images that shows most of the copies which else do not show."""
+    ways = [way for way in metrics.get("other_ways", ()) if way["finds"]]
+    return max(ways, key=lambda way: way["ratio"], default=None)
 
 
 def notes(metrics) -> list[str]:
@@ -173,19 +184,6 @@ def percent(value) -> str:
 def between(interval) -> str:
     """(0.98, 0.994) -> "[98.0, 99.4]"."""
     return f"[{percent(interval[0])}, {percent(interval[1])}]"
-
-
-def _hidden(metrics) -> str:
-    """The way to prepare images in which copies show that else do not; "" for none."""
-    ways = [way for way in metrics.get("other_ways", ()) if way["finds"]]
-    if not ways:
-        return ""
-    best = max(ways, key=lambda way: way["ratio"])
-    return (
-        f"As the images were prepared copies do not show, but with {best['way']} "
-        f"{share(best)} of {best['samples']:,} samples tried are copies: audit again "
-        "with that."
-    )
 
 
 def _said(name, alarm, text, small):

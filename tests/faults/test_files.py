@@ -130,6 +130,23 @@ def test_h69_linked_classes_are_followed_and_circles_are_named(tmp_path):
     assert any("skipped dog/up" in note for note in read.notes)
 
 
+def test_h69_a_name_that_is_no_text_is_a_name(tmp_path):
+    """Names are bytes to the system; a table shows those that are no text."""
+    images = photos(3)
+    (tmp_path / "samples").mkdir()
+    for i, name in enumerate([b"a.png", b"\xff.png", "ü.png".encode()]):
+        file = os.path.join(os.fsencode(tmp_path / "samples"), name)
+        Image.fromarray(images[i]).save(file, "PNG")
+    np.save(tmp_path / "train.npy", photos(9, 1))
+    _, rows = audited(
+        tmp_path / "run", samples=tmp_path / "samples", train=tmp_path / "train.npy"
+    )
+    assert sorted(row["file"] for row in rows) == ["\\udcff.png", "a.png", "ü.png"]
+    config = audit_configs.get_config("smoke")
+    config.experiment = "report"
+    experiments.run(config, tmp_path / "run")  # the table is read again
+
+
 # Labels.
 
 
@@ -561,6 +578,7 @@ def test_h73_copies_that_another_preparation_hides_are_found(way, tmp_path):
     assert found["way"] == f"--config.train_as.{field}"
     assert metrics["verdict"]["alarm"] is True
     assert found["way"] in metrics["verdict"]["small"]
+    assert found["way"] in metrics["advice"][0]["text"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"train_as.{field}" in page
     name, value = field.split("=")
