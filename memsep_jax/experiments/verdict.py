@@ -90,7 +90,7 @@ def verdict(metrics) -> dict:
 
 
 def other_way(metrics) -> dict | None:
-    """The way to prepare images that shows most of the copies which else do not show."""
+    """The way to prepare images that shows most copies, where these show none."""
     ways = [way for way in metrics.get("other_ways", ()) if way["finds"]]
     return max(ways, key=lambda way: way["ratio"], default=None)
 
