@@ -211,7 +211,7 @@ def audit() -> ConfigDict:
 
     samples, train, held_out and pool are each a folder of images or a zip of one, an
     .npz or .npy file, the workdir of a run, or the name of a data set: see
-    `sources.images`.
+    `sources.origin`.
     """
     return create(
         experiment="audit",

@@ -435,14 +435,19 @@ def second(mix_from: str, read=source) -> Source:
     return read(mix_from)
 
 
-def images(
+def images(where: str, role: str = "train", **arguments):
+    """The images of `origin`, uint8 [n, h, w, c], and their labels [n] or None."""
+    return origin(where, role, **arguments)[:2]
+
+
+def origin(
     where: str,
     role: str = "train",
     resolution: int | None = None,
     skip_bad: bool = False,
     **preparation,
 ) -> Source:
-    """Images of any origin, as a person sees them, and their labels where they have.
+    """Images of any origin, as a person sees them, and what is known of them.
 
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
@@ -452,7 +457,7 @@ def images(
         one, or all that np.savez numbered), and which split of a set, is meant.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
     Returns:
-      Source with uint8 [n, h, w, c] images, labels or None, and no test split.
+      uint8 [n, h, w, c] images, labels where they have some, and no test split.
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
@@ -471,7 +476,7 @@ def images(
 
 
 def again(where: str, files, **preparation) -> np.ndarray:
-    """Some files of `images(where)`, prepared in another way: uint8 [k, h, w, 3].
+    """Some files of `origin(where)`, prepared in another way: uint8 [k, h, w, 3].
 
     Args: files, [k] paths, as its `files` has them.
     Raises: as `folder`.
@@ -481,7 +486,7 @@ def again(where: str, files, **preparation) -> np.ndarray:
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
-    """`images` without [a:b]; cut: whether that follows."""
+    """`origin` without [a:b]; cut: whether that follows."""
     path = os.path.expanduser(where)
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path) or suffix == ".zip":  # which takes any text

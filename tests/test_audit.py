@@ -148,13 +148,13 @@ def test_all_origins_of_images_are_one(tmp_path):
         ("floats.npy", "train"), ("adm.npz", "samples"), ("one.npz", "train"),
         ("ours.npz", "held_out"),
     ]:  # fmt: skip
-        read = sources.images(str(tmp_path / name), role)
+        read = sources.origin(str(tmp_path / name), role)
         np.testing.assert_array_equal(read.images, x)
-    assert sources.images(str(tmp_path / "adm.npz")).labels.tolist() == [*range(6)]
-    read = sources.images(str(tmp_path / "folder[:5]"))
+    assert sources.origin(str(tmp_path / "adm.npz")).labels.tolist() == [*range(6)]
+    read = sources.origin(str(tmp_path / "folder[:5]"))
     np.testing.assert_array_equal(read.images, x[:5].repeat(3, axis=3))
     assert read.files.tolist() == [f"{i}.png" for i in range(5)]
-    read = sources.images("digits[2:5]", "samples")
+    read = sources.origin("digits[2:5]", "samples")
     np.testing.assert_array_equal(read.images, DIGITS[2:5])
     assert len(read.labels) == 3
 

@@ -186,7 +186,7 @@ def test_uint8_round_trips(array):
         (dict(num_examples=10, balanced=True), "multiple of the 3 classes"),
         (dict(num_examples=60, balanced=True), "at most"),
         (dict(classes=()), "keeps nothing"),
-        (dict(classes=(1, 7)), r"\[7\] not among"),
+        (dict(classes=(1, 7)), r"classes: 7 not among"),
         (dict(labels="wrong"), "one of none, true"),
         (dict(labels="random"), "give num_labels"),
         (dict(num_labels=3), "only there"),
@@ -360,7 +360,7 @@ def test_a_second_source_is_named_or_a_file(tmp_path):
         (pool(shape=(4, 4, 3)), {}, "only grey ones can become colour"),
         (data.Source(np.zeros((9, 5), np.float32)), {}, "only uint8 images"),
         (data.Source(pool().images), dict(labels="true"), "mix_from lacks labels"),
-        (pool(classes=4), dict(balanced=True), r"\[0, 1, 2\] in the first"),
+        (pool(classes=4), dict(balanced=True), r"0, 1, 2 in the first"),
         (pool(n=9), dict(num_examples=40), "has 17 .* at mix=0.5"),
     ],
 )

@@ -20,13 +20,14 @@ from memsep_jax import (
     features,
     memorization,
     readers,
+    sources,
     weights,
 )
 from memsep_jax.experiments import record, report, setup, verdict
 from memsep_jax.experiments.compare import FEW, Sets, measure
 from memsep_jax.fidelity import SMALL
 from memsep_jax.readers import DataError
-from memsep_jax.sources import Source, again, images
+from memsep_jax.sources import Source
 
 WORKING = 2e8  # bytes of temporaries at least: of a compiler, a search, a network
 ROOM = 2**30  # bytes of them beyond which nothing is faster
@@ -200,11 +201,13 @@ def _preparation(config, name):
 
 
 def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> Source:
-    """As `sources.images`, for a field of the config; a run's workdir too."""
+    """As `sources.origin`, for a field of the config; a run's workdir too."""
     workdir = Path(where).expanduser()
     if not readers.is_workdir(workdir):
         try:
-            return images(where, ROLES[role], resolution, skip_bad, **preparation)
+            return sources.origin(
+                where, ROLES[role], resolution, skip_bad, **preparation
+            )
         except DataError as error:
             raise DataError(f"--config.{role}: {error}") from error
         except ValueError as error:  # sizes that differ in a folder
@@ -279,7 +282,7 @@ def other_ways(config, sets, origins, session) -> list[dict]:
             files = np.unique(np.concatenate([altered[field] for field in changed]))
             files = _few(files[np.isin(files, origins[name].files)])
             try:
-                x = again(config[name], files, **own._replace(**way)._asdict())
+                x = sources.again(config[name], files, **own._replace(**way)._asdict())
                 row = _tried(name, x, sets, config.memorization.threshold)
             except ValueError:  # images of several sizes, or only one, when prepared so
                 continue

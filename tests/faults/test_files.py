@@ -233,13 +233,13 @@ def test_h70_a_zip_is_read_in_place_for_training_and_for_audits(tmp_path):
     assert sources.folder(tmp_path / "whole.zip").classes == ("cat", "dog")
     (tmp_path / "no.zip").write_text("<html>")
     with pytest.raises(DataError, match="not a readable zip"):
-        sources.images(str(tmp_path / "no.zip"))
+        sources.origin(str(tmp_path / "no.zip"))
 
 
 def test_h70_a_message_lists_ten_names_at_most(tmp_path):
     many = {f"picture_{i:05d}": np.zeros((2, 2), np.uint8) for i in range(3_000)}
     np.savez(tmp_path / "many.npz", **many)
-    for read in (sources.npz, sources.images):
+    for read in (sources.npz, sources.origin):
         with pytest.raises(DataError, match="and 2,990 more") as caught:
             read(str(tmp_path / "many.npz"))
         assert len(str(caught.value)) < 600
@@ -331,7 +331,7 @@ def test_h71_channels_first_are_refused_for_training_and_audits(name, tmp_path):
     np.savez(tmp_path / "x.npz", train_images=FIRST[name])
     path = str(tmp_path / "x.npz")
     read = sources.latents if "latents" in name else sources.npz
-    for door in (read, lambda path: read(path, stream=True), sources.images):
+    for door in (read, lambda path: read(path, stream=True), sources.origin):
         with pytest.raises(DataError, match=r"channels first; save x.transpose\(0, 2"):
             door(path)
 
@@ -357,26 +357,26 @@ def test_h71_numbered_arrays_are_joined_or_refused(tmp_path):
     }
     for arrays in cases.values():
         np.savez(path, *arrays)
-        np.testing.assert_array_equal(sources.images(str(path)).images, x)
+        np.testing.assert_array_equal(sources.origin(str(path)).images, x)
     np.savez(path, *x[..., 0])
-    np.testing.assert_array_equal(sources.images(str(path)).images, x[..., :1])
+    np.testing.assert_array_equal(sources.origin(str(path)).images, x[..., :1])
     np.savez(path, x, np.arange(10))
-    read = sources.images(str(path), "samples")
+    read = sources.origin(str(path), "samples")
     np.testing.assert_array_equal(read.images, x)
     assert read.labels.tolist() == [*range(10)]
     for odd in [(x, x[:, :6]), (x, x.astype(np.float32)), (x, np.arange(4)), (x[0], x)]:
         np.savez(path, *odd)
         with pytest.raises(DataError, match="neither batches of images nor"):
-            sources.images(str(path))
+            sources.origin(str(path))
 
 
 def test_h71_one_image_is_one(tmp_path):
     image = photos(1)[0]
     np.save(tmp_path / "one.npy", image)
-    read = sources.images(str(tmp_path / "one.npy")).images
+    read = sources.origin(str(tmp_path / "one.npy")).images
     np.testing.assert_array_equal(read, image[None])
     np.save(tmp_path / "grey.npy", photos(5)[..., 0])
-    assert sources.images(str(tmp_path / "grey.npy")).images.shape == (5, SIDE, SIDE, 1)
+    assert sources.origin(str(tmp_path / "grey.npy")).images.shape == (5, SIDE, SIDE, 1)
 
 
 # Range.
@@ -395,15 +395,15 @@ def test_h72_floats_in_0_1_are_refused_by_training_and_audits(noise, tmp_path):
     )
     x = x.astype(np.float32).clip(-1, 1)
     assert noise == 0 or x.min() < 0
-    for door, name in ((sources.npz, "x.npz"), (sources.images, "x.npy")):
+    for door, name in ((sources.npz, "x.npz"), (sources.origin, "x.npy")):
         with pytest.raises(DataError, match=r"as images in \[0, 1\].*255 \* x"):
             door(in_file(tmp_path, x, name))
     as_meant = in_file(tmp_path, (255 * x).round().clip(0, 255).astype("uint8"))
-    assert sources.images(as_meant).images.max() > 200
+    assert sources.origin(as_meant).images.max() > 200
     # In [-1, 1] they are what they were: dark, bright or flat ones too.
     x = data.from_uint8(photos(20))
     np.testing.assert_array_equal(
-        sources.images(in_file(tmp_path, x)).images, photos(20)
+        sources.origin(in_file(tmp_path, x)).images, photos(20)
     )
     for flat in (np.ones_like(x), np.zeros_like(x), -np.ones_like(x)):
         sources.npz(in_file(tmp_path, flat, "flat.npz"))
@@ -414,17 +414,17 @@ def test_h72_masks_are_refused_and_dark_sets_are_told(tmp_path):
     save(tmp_path / "masks" / "a.png", x[0, ..., 0])
     save(tmp_path / "masks" / "b.png", x[1, ..., 0])
     for where, door in [
-        (in_file(tmp_path, x), sources.images), (tmp_path / "masks", sources.folder),
+        (in_file(tmp_path, x), sources.origin), (tmp_path / "masks", sources.folder),
         (in_file(tmp_path, x, "x.npz"), sources.npz),
     ]:  # fmt: skip
         with pytest.raises(DataError, match="0 and 1 only.*255"):
             door(where)
     for read in (
-        sources.images(in_file(tmp_path, photos(20) // 16)),
+        sources.origin(in_file(tmp_path, photos(20) // 16)),
         sources.npz(in_file(tmp_path, photos(20) // 16, "x.npz")),
     ):
         assert any("the brightest pixel is 15 of 255" in note for note in read.notes)
-    assert not sources.images(in_file(tmp_path, np.zeros((3, 8, 8, 1), np.uint8))).notes
+    assert not sources.origin(in_file(tmp_path, np.zeros((3, 8, 8, 1), np.uint8))).notes
 
 
 def grey(tmp_path, x, name):
@@ -459,7 +459,7 @@ def test_h72_every_byte_order_is_read(order, tmp_path):
     x = data.from_uint8(photos(5))
     other = x.astype(f"{order}f4")
     np.testing.assert_array_equal(
-        sources.images(in_file(tmp_path, other)).images, photos(5)
+        sources.origin(in_file(tmp_path, other)).images, photos(5)
     )
     path = in_file(tmp_path, other, "x.npz")
     read = sources.npz(path).images
