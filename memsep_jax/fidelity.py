@@ -80,14 +80,7 @@ def precision_recall(a, b, k: int = 3) -> tuple[float, float]:
     Source: Kynkaanniemi 2019, section 2.
     """
     a, b = _features("precision_recall", a, b, k + 1, _others(k))
-    radii_a, radii_b = _radii(a, k), _radii(b, k)
-    like_b, like_a = np.zeros(len(a), bool), np.zeros(len(b), bool)
-    for i, j in _tiles(a, b):
-        limits = radii_a[i, None], radii_b[None, j]
-        squares = _decided(a[i], b[j], *limits)
-        like_b[i] |= np.any(squares <= limits[1], axis=1)
-        like_a[j] |= np.any(squares <= limits[0], axis=0)
-    return float(like_b.mean()), float(like_a.mean())
+    return _balls(a, b, k, None)[:2]
 
 
 def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
@@ -104,12 +97,41 @@ def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
     Source: Naeem 2020, section 3.
     """
     a, b = _features("density_coverage", a, b, k + 1, _others(k))
-    radii, held, holds = _radii(b, k), 0, np.zeros(len(b), bool)
+    return _balls(a, b, None, k)[2:]
+
+
+def balls(a, b, near: int = 3, around: int = 5) -> tuple[float, float, float, float]:
+    """`precision_recall` and `density_coverage` together: one look at all distances.
+
+    Args: a [n, d], b [m, d] features.   near, around: k of the one and of the other.
+    Returns: precision, recall, density, coverage.
+    Least, Odd, Raises: as those.
+    """
+    _others(min(near, around))  # both are at least 1
+    most = max(near, around)
+    a, b = _features("balls", a, b, most + 1, _others(most))
+    return _balls(a, b, near, around)
+
+
+def _balls(a, b, near, around):
+    """Precision and recall of `near`, density and coverage of `around`; or None."""
+    like_b, like_a = np.zeros(len(a), bool), np.zeros(len(b), bool)
+    held, holds = 0, np.zeros(len(b), bool)
+    radii_a = None if near is None else _radii(a, near)[0]
+    radii_b = _radii(b, *(k for k in (near, around) if k is not None))
     for i, j in _tiles(a, b):
-        inside = _decided(a[i], b[j], radii[None, j]) <= radii[None, j]
-        held += int(inside.sum())
-        holds[j] |= inside.any(axis=0)
-    return held / (k * len(a)), float(holds.mean())
+        limits = [radii[None, j] for radii in radii_b]
+        other = [] if radii_a is None else [radii_a[i, None]]
+        squares = _decided(a[i], b[j], *limits, *other)
+        if near is not None:
+            like_b[i] |= np.any(squares <= limits[0], axis=1)
+            like_a[j] |= np.any(squares <= other[0], axis=0)
+        if around is not None:
+            inside = squares <= limits[-1]
+            held += int(inside.sum())
+            holds[j] |= inside.any(axis=0)
+    density = None if around is None else held / (around * len(a))
+    return float(like_b.mean()), float(like_a.mean()), density, float(holds.mean())
 
 
 def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
@@ -233,8 +255,9 @@ def _unit(a):
     return a / norms
 
 
-def _radii(points, k):
-    """Squared distance of each point to its k-th nearest other.   [n, d] -> [n]."""
+def _radii(points, *ks):
+    """Squared distance of each point to its k-th nearest other: [n] for each k."""
+    k = max(ks)
     best = np.full((len(points), k), np.inf)
     for i, j in _tiles(points, points):
         if i.start > j.start:
@@ -245,7 +268,8 @@ def _radii(points, k):
         best[i] = _nearer(best[i], points[i], points[j], squares, slack)
         if i != j:
             best[j] = _nearer(best[j], points[j], points[i], squares.T, slack.T)
-    return best.max(axis=1)
+    best.sort(axis=1)
+    return [best[:, k - 1] for k in ks]
 
 
 def _nearer(best, x, y, squares, slack):

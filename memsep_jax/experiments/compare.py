@@ -556,8 +556,9 @@ def _quality(config, felt, title, left_out):
     of_two = {
         (title,): lambda a, b: plain([fidelity.frechet(a, b, warn=False)]),
         ("KID",): kid,
-        ("precision", "recall"): lambda a, b: plain(fidelity.precision_recall(a, b)),
-        ("density", "coverage"): lambda a, b: plain(fidelity.density_coverage(a, b)),
+        ("precision", "recall", "density", "coverage"): lambda a, b: plain(
+            fidelity.balls(a, b)
+        ),
     }
     rows = []
     for reference, x in zip(Sets._fields, felt, strict=True):

@@ -98,6 +98,11 @@ END = 1.959964**2 / (1 + 1.959964**2)  # of Wilson's interval of 0 of 1
 FLOORED = (np.log(2 * pi) + memorization.FLOOR) / 2  # nats of the narrowest Gaussian
 SQUARE = [[0.0, 0.0, 3.0, 4.0]]  # an image of 2 x 2
 
+BOTH = (
+    *fidelity.precision_recall(G[:8], G[1:]),
+    *fidelity.density_coverage(G[:8], G[1:]),
+)
+
 ODD = {
     "frechet": [
         (frechet, (ONE, G), UndefinedError("needs two")),
@@ -127,6 +132,13 @@ ODD = {
         (fidelity.density_coverage, (SAME, SAME + 1), (0, 0)),
         (fidelity.density_coverage, (LINE, LINE + 100), (0, 0)),
         (fidelity.density_coverage, (TWICE, TWICE), (6 / 5, 1)),  # all in all balls
+    ],
+    "balls": [
+        (fidelity.balls, (G, G[:5]), UndefinedError("other points need")),
+        (fidelity.balls, (SAME, SAME), (1, 1, 9 / 5, 1)),
+        (fidelity.balls, (TWICE, TWICE), (1, 1, 6 / 5, 1)),
+        (fidelity.balls, (LINE, LINE + 100), (0, 0, 0, 0)),
+        (fidelity.balls, (G[:8], G[1:]), BOTH),
     ],
     "kid": [
         (kid, (ONE, G), UndefinedError("needs two")),
@@ -406,7 +418,7 @@ def test_h75_a_bug_is_no_refusal_of_a_metric(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise ValueError("a bug of ours")
 
-    monkeypatch.setattr(fidelity, "density_coverage", broken)
+    monkeypatch.setattr(fidelity, "balls", broken)
     with pytest.raises(ValueError, match="a bug of ours"):
         experiments.run(configs.get_config("smoke"), tmp_path / "run")
 
