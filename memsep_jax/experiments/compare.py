@@ -273,8 +273,9 @@ def _of_pixels(chunked, sets, images, seen, group, memory):
         most = tiled_together(images.shape[1:], memory)
 
         def work(rows):
+            some = slice(rows[0], rows[-1] + 1)  # a view: rows would be a copy
             return memorization.nearest_tiled(
-                images[rows], sets.train, near.indices[rows], tiles, most
+                images[some], sets.train, near.indices[some], tiles, most
             )._asdict()
 
         kept = chunked(f"tiles-{tiles}", work, np.arange(len(images)))
