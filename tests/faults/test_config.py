@@ -436,6 +436,7 @@ def test_d49_every_variant_of_every_config_parses(path):
 POINTS = {  # of configs whose data are elsewhere, and of no known sizes
     "imagenet": ("npz", 300, 64, 64, 3),
     "latents": ("latents", 300, 32, 32, 4),
+    "optimum:cifar": ("npz", 5_010, 32, 32, 3),
 }
 NOT_MEASURED = """
 from memsep_jax.experiments import dry_run
@@ -446,8 +447,9 @@ dry_run._measured = lambda config, *args: (3.6, config.train.batch_size)
 def dry(path, tmp_path, variant="full", patch=""):
     """A dry run without a network, in a home of its own; and what it wrote there."""
     arguments = [f"--config={path}:{variant}", "--dry_run"]
-    if path.stem in POINTS and variant != "smoke":
-        name, *shape = POINTS[path.stem]
+    known = POINTS.get(f"{path.stem}:{variant}", POINTS.get(path.stem))
+    if known and variant != "smoke":
+        name, *shape = known
         points = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         points = points if name == "npz" else points.astype(np.float32)
         np.savez(tmp_path / "points.npz", train_images=points)
