@@ -417,7 +417,8 @@ def at_hand(name: str, **source_args) -> Source:
         images = rng.integers(0, 256, (count, *shape), np.uint8)
         return Rows(images) if stream else images, np.arange(count) % classes
 
-    return Source(*noise(train), *noise(test))
+    note = f"{dataset} is not below {root}: noise of the same sizes stands for it"
+    return Source(*noise(train), *noise(test), notes=(note,))
 
 
 def second(mix_from: str, read=source) -> Source:
