@@ -391,7 +391,7 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
             dims.append(space.train.shape[1])
         elif space is not None:
             dims.append(space.dim)
-            least = max(least, WORKING / 2 + space.least())
+            least = max(least, 0.75 * WORKING + space.least())
     each = sets.train[0].nbytes + 4 * sum(dims)
     count = sum(len(x) for x in sets if x is not None)
     # The sets, the training set once more where it is searched, and mirror images.
@@ -404,8 +404,8 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
             f"with their features take {(held + least) / GIB:.2g}: raise it, give "
             "fewer images, or take features of fewer dimensions"
         )
-    # What compiles the programs takes its part.
-    room = min(memory - held - WORKING / 2, ROOM)
+    # Compilers, threads and what a freed heap keeps take their part: measured.
+    room = min(memory - held - 0.75 * WORKING, ROOM)
     return f"{memory / GIB:.3g} GiB{whose}", room
 
 
