@@ -5,7 +5,6 @@ refused, counted and told is the same for both.
 """
 
 import collections
-import contextlib
 import io
 import json
 import os
@@ -104,7 +103,6 @@ class _Tree(NamedTuple):
     skipped: list[str]
     unreadable: list[str]
     open: Callable[[str], Any]  # name -> a file that can be sought in
-    about: bytes | None  # dataset.json
 
 
 AS_IT_IS = Preparation()
@@ -142,7 +140,12 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name in names:
             found.add(name)
-    images, files, notes = found.finish(tree.unreadable, skip_bad)
+    if only is None:
+        images, files, notes = found.finish(tree.unreadable, skip_bad)
+    else:  # what only a whole set tells was told when it was read
+        found.suspect.clear()
+        found.deep = (0, "")
+        images, files, notes = found.finish([], skip_bad)
     if tree.skipped:
         notes.insert(0, f"skipped {listed(sorted(tree.skipped))}")
     labels, classes, more = _labels(path, files, tree)
@@ -204,10 +207,7 @@ def _folder(path) -> _Tree:
             raise OSError("no file")  # to open a pipe is to wait for its other end
         return open(file, "rb")
 
-    about = None
-    with contextlib.suppress(OSError), opened(TOLD) as file:
-        about = file.read(LARGEST)
-    return _Tree(names, firsts, skipped, unreadable, opened, about)
+    return _Tree(names, firsts, skipped, unreadable, opened)
 
 
 def _zip(path) -> _Tree:
@@ -237,9 +237,6 @@ def _zip(path) -> _Tree:
             raise OSError(f"more than {LARGEST:,} bytes")
         return io.BytesIO(content)
 
-    about = None
-    with contextlib.suppress(KeyError, OSError, zipfile.BadZipFile, RuntimeError):
-        about = opened(TOLD).read()
     names = [m.removeprefix(top) for m in kept]
     folders = {
         m.removeprefix(top).partition("/")[0]
@@ -247,7 +244,7 @@ def _zip(path) -> _Tree:
         if m.startswith(top) and "/" in m.removeprefix(top)
     }
     firsts = [name for name in folders if not _ignored(name)]
-    return _Tree(names, firsts, sorted(skipped), [], opened, about)
+    return _Tree(names, firsts, sorted(skipped), [], opened)
 
 
 def is_workdir(path) -> bool:
@@ -265,8 +262,16 @@ def is_workdir(path) -> bool:
 
 def _labels(path, files, tree):
     """(labels, classes, notes) of the files that were read."""
-    if tree.about is not None:
-        labels, note = _told(path, files, tree.about)
+    if TOLD in tree.names:
+        try:
+            with tree.open(TOLD) as file:
+                about = file.read(LARGEST)
+        except Exception as error:  # of the disk, or of the zip in one of its ways
+            raise DataError(
+                f"{path}: {TOLD}, which has the labels, cannot be read ({error}); "
+                "repair it, or take it away"
+            ) from error
+        labels, note = _told(path, files, about)
         if note is None:
             return labels, None, []
         notes = [note]
@@ -278,9 +283,11 @@ def _labels(path, files, tree):
     names = sorted(set(tree.folders) | set(firsts))
     splits = [name for name in names if name.lower() in SPLITS]
     if len(splits) > 1 or (splits and len(names) == 1):
+        way_out = f"give the path of one of them, such as {Path(path) / splits[0]}"
+        if not os.path.isdir(path):
+            way_out = "pack one of them alone, or unpack it and give the path of one"
         raise DataError(
-            f"{path} holds {listed(splits)}, which are splits and no classes: give the "
-            f"path of one of them, such as {Path(path) / splits[0]}"
+            f"{path} holds {listed(splits)}, which are splits and no classes: {way_out}"
         )
     if all(re.fullmatch(r"\d+", name) for name in names):
         names.sort(key=int)
@@ -361,15 +368,30 @@ class _Reader:
                 self.others[suffix or "no suffix"] += 1
             return
         if self.images is None:
-            # Of what is no image no page is ever touched.
-            self.images = np.empty((self.total, *pixels.shape), np.uint8)
+            self.images = pixels[None].copy()
         if pixels.shape != self.images.shape[1:]:
             raise ValueError(
                 f"{self.path}: sizes differ ({self.files[0]} {self.images.shape[1:]}, "
                 f"{name} {pixels.shape}); set resolution to resize all"
             )
+        if len(self.files) == len(self.images):
+            self.images = self._room()
         self.images[len(self.files)] = pixels
         self.files.append(name)
+
+    def _room(self):
+        """For all images, as two have one size; what is none of them takes no page."""
+        shape = self.total, *self.images.shape[1:]
+        try:
+            room = np.empty(shape, np.uint8)
+        except MemoryError as error:
+            raise DataError(
+                f"{self.path}: {self.total:,} images of {shape[2]} x {shape[1]} pixels "
+                f"take {np.prod(shape, dtype=float) / 2**30:.3g} GiB, more than there "
+                "is; set resolution, or give fewer"
+            ) from error
+        room[:1] = self.images
+        return room
 
     def _pixels(self, file, name, suffix):
         formats = ["TGA"] if suffix in TARGA else self.formats
@@ -472,8 +494,8 @@ class _Reader:
             why = ""
             if few and self.suspect:
                 why = (
-                    f" ({listed(self.suspect, 3)} end in zeros, as what was cut short "
-                    "when it was copied; if they are black there, save them as PNG)"
+                    f" (zeros at the end of {listed(self.suspect, 3)}, like that of a "
+                    "file cut short in copying; if it is black there, save it as PNG)"
                 )
             told = (
                 f"{len(damaged):,} of {count:,} images cannot be read: "
@@ -583,13 +605,14 @@ def check_layout(x, where):
         )
 
 
-def check_range(x, where, low: float, high: float, below: float):
+def check_range(x, where, lowest, highest, below: float):
     """Refuses images that do not fill the range of their dtype.
 
-    Args: x, for its dtype; low, high, of all values; below, the share of floats that
-      are under NOISE.
+    Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
+      share of floats that are under NOISE.
     Returns: a note where they are dark, or "".   Raises: DataError.
     """
+    low, high = lowest.min(), highest.max()
     if x.dtype == np.uint8:
         if (low, high) == (0, 1):
             raise DataError(
@@ -599,11 +622,12 @@ def check_range(x, where, low: float, high: float, below: float):
         if 0 < high < DARK:
             return f"{where}: the brightest pixel is {high:.0f} of 255: is white there?"
         return ""
-    if low < -1 or high > 1:
-        raise DataError(
-            f"{where} has values outside [-1, 1], in [{low:.3g}, {high:.3g}]; save "
-            "uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little"
-        )
+    refuse(
+        (lowest < -1) | (highest > 1),
+        where,
+        f"values outside [-1, 1], in [{low:.9g}, {high:.9g}]",
+        "save uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little",
+    )
     if low < high and below < RARE:
         raise DataError(
             f"{where} has floats in [{low:.3g}, {high:.3g}], as images in [0, 1] have; "
@@ -630,7 +654,7 @@ def pixels(x, where):
     low, high, below = limits(x)
     if x.dtype != np.uint8:
         refuse(~np.isfinite(low), where, "NaN or Inf")
-    note = check_range(x, where, float(low.min()), float(high.max()), below)
+    note = check_range(x, where, low, high, below)
     notes = (note,) if note else ()
     if x.dtype == np.uint8:
         return x, notes
@@ -655,11 +679,11 @@ def limits(x):
     return low, high, below / max(1, int(np.prod(x.shape)))
 
 
-def refuse(bad, where, what):
+def refuse(bad, where, what, way_out="repair it"):
     """Names the first of the rows that are bad [n].   Raises: DataError."""
     if bad.any():
         first = np.flatnonzero(bad)[0]
-        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); repair it")
+        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); {way_out}")
 
 
 def histogram(x):

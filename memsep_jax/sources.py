@@ -181,6 +181,8 @@ def latents(path, stream: bool = False) -> Source:
 
 
 def _pools(path, stream, pixels):
+    path = os.path.expanduser(path)
+
     def chosen(names):
         return [key for key in KEYS[stream :: 2 if stream else 1] if key in names]
 
@@ -275,6 +277,7 @@ def folder(
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
+    path = os.path.expanduser(path)
     how = Preparation(resolution, crop, exif, alpha)
     found = readers.read(path, how, skip_bad)
     read = Source(
@@ -418,7 +421,7 @@ def at_hand(name: str, **source_args) -> Source:
         return Rows(images) if stream else images, np.arange(count) % classes
 
     note = f"{dataset} is not below {root}: noise of the same sizes stands for it"
-    return Source(*noise(train), *noise(test), notes=(note,))
+    return Source(*noise(train), *noise(test))._replace(notes=(note,))
 
 
 def second(mix_from: str, read=source) -> Source:
@@ -593,9 +596,7 @@ def _check_points(x, where, pixels):
         return ()
     notes = []
     if pixels:
-        if x.dtype == np.float32:
-            readers.refuse((low < -1) | (high > 1), where, "values outside [-1, 1]")
-        notes.append(readers.check_range(x, where, low.min(), high.max(), below))
+        notes.append(readers.check_range(x, where, low, high, below))
     constant = np.flatnonzero(low == high)
     if len(constant):
         notes.append(

@@ -87,7 +87,7 @@ def test_a_step_that_would_take_minutes_is_measured_on_fewer_examples(
 
 
 def test_what_does_not_fit_is_not_tried(config, monkeypatch):
-    monkeypatch.setattr(dry_run, "_free", lambda: 1_000)
+    monkeypatch.setattr(record, "available", lambda: (1_000, ""))
     monkeypatch.setattr(train, "compiled", None)
     found = cells(dry_run.dry_run(config, lambda line: None))
     (told,) = (text for name, text in found.items() if name.startswith("hours"))

@@ -5,10 +5,9 @@ compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The
 is drawn from those.
 """
 
-import contextlib
+import hashlib
 import inspect
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,19 @@ from memsep_jax import (
     defaults,
     features,
     memorization,
+    neighbours,
     readers,
     sources,
     weights,
 )
 from memsep_jax.experiments import record, report, setup, verdict
-from memsep_jax.experiments.compare import FEW, Sets, measure
+from memsep_jax.experiments.compare import FEW, Sets, measure, share
 from memsep_jax.fidelity import SMALL
 from memsep_jax.readers import DataError
 from memsep_jax.sources import Source
 
 WORKING = 2e8  # bytes of temporaries at least: of a compiler, a search, a network
 ROOM = 2**30  # bytes of them beyond which nothing is faster
-GIB = 2**30
 ROLES = {
     "samples": "samples",
     "train": "train",
@@ -42,7 +41,8 @@ ROLES = {
 # .27, and its images from themselves by .39 (gamma 2.2) to .56 ([0, 1] as [-1, 1]).
 APART = 0.3
 FALSE = 0.01  # of honest samples that a set without held-out images may flag
-TRIED = 1_000  # files that are prepared in other ways, and samples looked at with them
+TRIED = 1_000  # samples, and held-out images, that are looked at with other ways, ...
+FILES = 10_000  # ... and training files that are prepared so, at most
 
 
 def run(config, session, resume_step=None):
@@ -76,13 +76,15 @@ def run(config, session, resume_step=None):
     for note in notes:
         session.say(f"note: {note}")
     found = measure(config, sets, compared, session, fingerprint, room)
-    metrics = found.metrics | {"experiment": "audit", "notes": notes}
+    metrics = found.metrics | {"experiment": "audit"}
     metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
-    if pixels["null"] is None or not pixels["excess_interval"][0] > 0:
+    if pixels["null"] is None or not verdict.above_chance(pixels, len(sets.samples))[0]:
         with session.phase("neighbours"):
-            metrics["other_ways"] = other_ways(config, sets, origins, session)
+            metrics["other_ways"] = other_ways(
+                config, sets, origins, pixels, session, room
+            )
     metrics["verdict"] = verdict.verdict(metrics)
     metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
@@ -114,11 +116,14 @@ def check(config):
         for name in ("samples", "train")
         if not config[name]
     ]
+    hows = {"": readers.Preparation(config.resolution)}
     for name in ROLES:
+        hows[f"{name}_as."] = _preparation(config, name)._replace(resolution=None)
+    for where, how in hows.items():
         try:
-            readers.check_preparation(_preparation(config, name))
+            readers.check_preparation(how)
         except ValueError as error:
-            wrong.append(f"{name}_as.{error}")
+            wrong.append(f"{where}{error}")
     group = config.memorization
     rules = {
         "memorization.threshold": (0 < group.threshold < 1, "in (0, 1); usually 1/3"),
@@ -251,15 +256,16 @@ def unlike(sets) -> list[str]:
     return notes
 
 
-def other_ways(config, sets, origins, session) -> list[dict]:
+def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
     """Whether copies would show if files were prepared in another way.
 
-    Each way is tried on a few of the files that it changes: cropped and not, turned by
-    EXIF and not, over white and not. The null level is that of held-out images as they
-    are.
+    Each way is tried on the files that it changes, or a part of them: cropped and not,
+    turned by EXIF and not, over white and not. The null level is that of held-out
+    images as they are; without them, what the images as they are give.
 
-    Returns: what was found in each way: {"way", "count", "samples", "files", "ratio",
-      "interval", "finds"}.
+    Args: pixels, the shares of copies as the images are; room, as for `measure`.
+    Returns: what was found in each way: {"way", "files", "of", "samples", "ratio", ...,
+      "finds"}, or {"way", "why", "finds"} where it could not be tried.
     """
     ways = [
         (name, changed)
@@ -267,9 +273,12 @@ def other_ways(config, sets, origins, session) -> list[dict]:
         for size in range(1, 4)
         for changed in itertools.combinations(_altered(origins[name]), size)
     ]
-    found: list[dict] = []
     if not ways:
-        return found
+        return []
+    held_out = None if sets.held_out is None else _few(sets.held_out, TRIED)
+    # Prepared and searched in what is left: as many bytes again for the search.
+    most = max(TRIED, min(FILES, int(room / 2 / sets.train[0].nbytes)))
+    known, found = data.fingerprint(*sets), []
     with session.progress("other ways to prepare images", len(ways)) as update:
         for i, (name, changed) in enumerate(ways):
             own, altered = _preparation(config, name), origins[name].altered
@@ -279,15 +288,33 @@ def other_ways(config, sets, origins, session) -> list[dict]:
                 "alpha": "white" if own.alpha == "drop" else "drop",
             }
             way = {field: others[field] for field in changed}
+            text = " ".join(f"--config.{name}_as.{f}={v}" for f, v in way.items())
             files = np.unique(np.concatenate([altered[field] for field in changed]))
-            files = _few(files[np.isin(files, origins[name].files)])
+            files = files[np.isin(files, origins[name].files)]
+            some = _few(files, most if name == "train" else TRIED)
+
+            how = own._replace(**way)._asdict()
+
+            def flags(name=name, files=some, how=how):
+                x = sources.again(config[name], files, **how)
+                return _tried(name, x, sets, held_out, config, room)
+
+            place = hashlib.sha256(f"{known} {text} {config.memorization}".encode())
+            path = session.workdir / "compared" / f"ways-{place.hexdigest()[:12]}.npz"
+            row: dict = {"way": text, "files": len(some), "of": len(files)}
             try:
-                x = sources.again(config[name], files, **own._replace(**way)._asdict())
-                row = _tried(name, x, sets, config.memorization.threshold)
-            except ValueError:  # images of several sizes, or only one, when prepared so
+                flagged = record.kept(path, flags)
+            except ValueError as error:  # images of several sizes when prepared so, ...
+                found.append({"way": text, "why": str(error), "finds": False})
                 continue
-            texts = (f"--config.{name}_as.{f}={value}" for f, value in way.items())
-            found.append({"way": " ".join(texts), "files": len(files)} | row)
+            null = flagged["null"] if held_out is not None else None
+            row |= share(flagged["copies"], null) | {"samples": len(flagged["copies"])}
+            row["finds"] = bool(
+                verdict.above_chance(row, row["samples"])[0]
+                if held_out is not None
+                else row["interval"][0] > max(FALSE, pixels["interval"][1])
+            )
+            found.append(row)
             update(i + 1)
     return found
 
@@ -298,27 +325,27 @@ def _altered(origin):
     return [f for f, files in altered.items() if np.isin(files, origin.files).any()]
 
 
-def _few(x):
-    return x[:: max(1, -(-len(x) // TRIED))]
+def _few(x, most):
+    """At most so many, evenly."""
+    return x[:: max(1, -(-len(x) // most))]
 
 
-def _tried(name, x, sets, threshold) -> dict:
-    """The share of copies with the images x [k, ...] for the set `name`.
+def _tried(name, x, sets, held_out, config, room) -> dict:
+    """Which samples are copies with the images x [k, ...] for the set `name`.
 
     Raises: ValueError where they are of another size, or all the same.
     """
     if x.shape[1:] != sets.train.shape[1:]:
         raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
-    few, train = (_few(sets.samples), x) if name == "train" else (x, sets.train)
-    held_out = None if sets.held_out is None else _few(sets.held_out)
-    found = memorization.ratio(few, train, held_out, threshold)
-    least = FALSE if found.null_interval is None else max(FALSE, found.null_interval[1])
+    few, train = (_few(sets.samples, TRIED), x) if name == "train" else (x, sets.train)
+    search = neighbours.searcher(train, 2, memory=room / 2)
+    threshold = config.memorization.threshold
+    none = np.zeros(0, bool)
     return {
-        "samples": len(few),
-        "count": int(found.memorized.sum()),
-        "ratio": found.value,
-        "interval": found.interval,
-        "finds": found.interval[0] > least,
+        "copies": memorization.copied(search(few), threshold),
+        "null": none
+        if held_out is None
+        else memorization.copied(search(held_out), threshold),
     }
 
 
@@ -399,72 +426,27 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
     held += config.memorization.flips * sets.samples.nbytes
     memory, whose = allowed(config, sets)
     if held + least > memory:
+        may, takes = memory / record.GIB, (held + least) / record.GIB
         raise setup.ConfigError(
-            f"--config.run.memory={memory / GIB:.3g} GiB{whose}, but {count:,} images "
-            f"with their features take {(held + least) / GIB:.2g}: raise it, give "
-            "fewer images, or take features of fewer dimensions"
+            f"--config.run.memory={may:.3g} GiB{whose}, but {count:,} images with "
+            f"their features take {takes:.2g} GiB: raise it, give fewer images, or take "
+            "features of fewer dimensions"
         )
     # Compilers, threads and what a freed heap keeps take their part: measured.
     room = min(memory - held - 0.75 * WORKING, ROOM)
-    return f"{memory / GIB:.3g} GiB{whose}", room
+    return f"{memory / record.GIB:.3g} GiB{whose}", room
 
 
 def allowed(config, sets) -> tuple[float, str]:
     """Bytes that an audit may hold; and who says so, where it is not the config."""
     if config.run.memory is not None:
-        return config.run.memory * GIB, ""
-    free, whose = available()
+        return config.run.memory * record.GIB, ""
+    free, whose = record.available()
     return free + _held(sets), whose  # the sets were read, and are free no more
 
 
 def _held(sets):
     return sum(x.nbytes for x in sets if x is not None)
-
-
-GROUPS = (  # of control groups, version 2 and 1: the limit, what is taken, a cache
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def available(root=Path("/")) -> tuple[float, str]:
-    """Bytes that the machine, or the container, has free, and how that is known.
-
-    Args: root, of the file system, for tests.
-    """
-    free = []
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        free.append(1024 * int(_words(root / "proc/meminfo")["MemAvailable:"]))
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            for kind, *names in GROUPS:
-                if kind in kinds.split(","):
-                    free += _left(root / "sys/fs/cgroup" / kind, path, *names)
-    if free:
-        return max(0, min(free)), " (free on this machine)"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total / 2, " (half of what this machine has)"
-    return GIB, " (this machine does not say what it has)"
-
-
-def _left(top, path, limit, taken, cache):
-    """Bytes that a control group and each one above it, where limited, have left."""
-    folder = top / path.lstrip("/")
-    for place in (folder, *folder.parents):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no limit
-            most, used = (int((place / name).read_text()) for name in (limit, taken))
-            # What files left in memory is given back when it is asked for.
-            yield most - used + int(_words(place / "memory.stat")[cache])
-        if place == top:
-            break
-
-
-def _words(path):
-    """{first word: second word} of the lines of a file."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: words[1] for words in lines if len(words) > 1}
 
 
 # What is said.
@@ -545,7 +527,7 @@ def advice(metrics) -> list[dict]:
         )
         if emitted := about["duplicates_emitted"]:
             total = found["emitted"]["distinct"]
-            text += f"; {emitted:,} of the {total:,} images that came out are of them"
+            text += f"; {emitted:,} of the {total:,} emitted images are such repeats"
         lines.append((f"{text}.", "duplicates.csv"))
     often = found["interval"][0] > memorization.BEGUN
     if meaning == "copies" or (meaning == "unknown" and often):

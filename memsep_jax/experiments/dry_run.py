@@ -1,9 +1,6 @@
 """Parameters, memory, FLOPs and hours of a run, before it is one."""
 
-import contextlib
-import math
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +77,8 @@ def dry_run(config, say) -> Table:
     if config.experiment in TRAIN_NOTHING or jax.process_count() > 1:
         return table  # several processes would have to take equally many steps
     # A step makes a new state beside the old one.
-    if (needed := 2 * (model_bytes + gradients)) > _free():
+    needed, free = 2 * (model_bytes + gradients), record.available()[0]
+    if jax.default_backend() == "cpu" and needed > free:
         text = f"not measured: a step takes {_mib(needed)} of memory, more than is free"
     else:
         seconds, size = _measured(config, parts, mesh, state, flops)
@@ -122,16 +120,6 @@ def _measured(config, parts, mesh, state, flops):
             count = max(1, min(int(train.CALL * taken / passed), most))
         first = False
     return passed / taken, size
-
-
-def _free():
-    """Bytes of memory that are free, where the CPU itself computes and says so."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known = dict(line.split(":") for line in lines)
-        if jax.default_backend() == "cpu":
-            return 1024 * int(known["MemAvailable"].split()[0])
-    return math.inf
 
 
 def _activations(config, parts, state, batch):

@@ -186,7 +186,7 @@ def _laws(sets, pixels, config, chunked):
 
     def see(name, x):
         def work(start, stop):
-            return {"x": space().apply(x[start:stop])}
+            return {"x": space().apply(x[start:stop], compare.ROOM)}
 
         return chunked(f"random_conv-{name}", work, len(x), f"features of {name}")["x"]
 
@@ -252,7 +252,7 @@ def _write(config, parts, workdir, samples, result, beside, about):
         },
         **about,
     }
-    metrics["notes"] = parts.notes + verdict.notes(metrics)
+    metrics["notes"] = [*parts.notes, *splits.notes, *verdict.notes(metrics)]
     metrics["verdict"] = verdict.verdict(metrics)
     record.write_json(workdir / "metrics.json", metrics)
 

@@ -29,6 +29,7 @@ CALL = 2.0
 # FLOPs of the least that is done in a call: 10 s where a second has so many tenths.
 LEAST = {"cpu": 1e11}  # 1e10 FLOP/s, a slow core
 LEAST_ELSEWHERE = 1e14  # 1e13, a slow accelerator
+GIB = 2**30
 # What XLA says of it, also through a computation that waited for the one that failed.
 FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
@@ -332,6 +333,52 @@ def _everywhere(args):
         if isinstance(where := getattr(leaf, "sharding", None), NamedSharding):
             return parallel.replicated(where.mesh)
     return None
+
+
+GROUPS = (  # of control groups, version 2 and 1: the limit, what is taken, a cache
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def available(root=Path("/")) -> tuple[float, str]:
+    """Bytes that the machine, or the container, has free, and how that is known.
+
+    Args: root, of the file system, for tests.
+    """
+    free = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free.append(1024 * int(_words(root / "proc/meminfo")["MemAvailable:"]))
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for kind, *names in GROUPS:
+                if kind in kinds.split(","):
+                    free += _left(root / "sys/fs/cgroup" / kind, path, *names)
+    if free:
+        return max(0, min(free)), " (free on this machine)"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total / 2, " (half of what this machine has)"
+    return GIB, " (this machine does not say what it has)"
+
+
+def _left(top, path, limit, taken, cache):
+    """Bytes that a control group and each one above it, where limited, have left."""
+    folder = top / path.lstrip("/")
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no limit
+            most, used = (int((place / name).read_text()) for name in (limit, taken))
+            # What files left in memory is given back when it is asked for.
+            yield most - used + int(_words(place / "memory.stat")[cache])
+        if place == top:
+            break
+
+
+def _words(path):
+    """{first word: second word} of the lines of a file."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: words[1] for words in lines if len(words) > 1}
 
 
 def _joined(parts):

@@ -55,7 +55,7 @@ def run(config, session):
     if any("train_losses" in row for row in rows):
         about["levels"] = train.last_losses(config, parts, session.workdir)
     numbers = evaluate.place(config, parts, session, weights)
-    generate = train.network_samples(config, parts, session.say)
+    generate = train.network_samples(config, parts, session)
     evaluate.evaluate(config, parts, session, generate, weights, about, numbers)
     report.write(session.workdir, session.say, numbers, setup.to_json(config))
     evaluate.tell(session, numbers)

@@ -53,21 +53,21 @@ def verdict(metrics) -> dict:
     if way is not None:
         hidden = (
             f"As the images were prepared copies do not show, but with {way['way']} "
-            f"{share(way)} of {way['samples']:,} samples tried are copies."
+            f"{share(way)} of {way['samples']:,} samples are copies of "
+            f"{way['files']:,} of the {way['of']:,} images that it changes."
         )
-    if found["null"] is None and hidden:
-        return _said("copies", True, f"{text}.", exactly + hidden)
     if found["null"] is None:
-        small = "What honest samples would score is not known: nothing was held out."
-        return _said("unknown", None, f"{text}.", exactly + small)
+        small = "What honest samples would score is not known: nothing was held out. "
+        small += hidden.replace("copies do not show", "fewer copies show")
+        return _said("unknown", None, f"{text}.", exactly + small.rstrip())
     text += f"; honest samples would give {share(found, 'null_')}."
-    above, unseen = _excess(found, found["samples"])
+    above, unseen = above_chance(found, found["samples"])
     if above:
         small = f"The generator copies: {between(above)} % more than chance."
         return _said("copies", True, text, exactly + small)
     if hidden:
         return _said("copies", True, text, exactly + hidden)
-    if felt is not None and _excess(felt, found["samples"])[0]:
+    if felt is not None and above_chance(felt, found["samples"])[0]:
         small = (
             f"In pixels there is no sign of copying, but in {felt['name']} features "
             f"{share(felt)} of the samples are copies where honest ones give "
@@ -77,7 +77,7 @@ def verdict(metrics) -> dict:
     if reasons := _undertrained(metrics):
         small = (
             f"Undertrained: {'; '.join(reasons)}. What is far from all data copies "
-            "none of them, so this says nothing of what a finished model would copy: "
+            "none of it, so this says nothing of what a finished model would copy: "
             "look at the samples, and train longer."
         )
         return _said("undertrained", None, text, exactly + small)
@@ -150,7 +150,8 @@ def quality(metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:
             rows.append((row["title"], [missing, "", "", ""]))
             continue
         drawn, train, page = (f"{row[k]:.3g}" for k in ("samples", "train", "page"))
-        rows.append((f"{row['title']}, n = {row['n']:,}", [drawn, train, "", page]))
+        name = f"{row['title']} to held-out, n = {row['n']:,}"
+        rows.append((name, [drawn, train, "", page]))
     if found.get("held_out_median_d1") is not None:
         drawn, held = (f"{found[k]:.3g}" for k in ("median_d1", "held_out_median_d1"))
         rows.append(("median d1", [drawn, "", held, ""]))
@@ -190,7 +191,7 @@ def _said(name, alarm, text, small):
     return {"name": name, "alarm": alarm, "text": text, "small": small}
 
 
-def _excess(found, samples):
+def above_chance(found, samples):
     """The interval of copies above chance where they are above it; how many may be.
 
     Returns: (low, high) or None, and the largest share that would not have been told.

@@ -196,6 +196,17 @@ def test_h70_a_dataset_json_that_does_not_fit_is_refused_in_few_words(tmp_path):
     assert any("its dataset.json has no labels" in note for note in read.notes)
 
 
+def test_h70_labels_that_cannot_be_read_are_not_replaced(tmp_path):
+    stylegan(tmp_path / "set", [0, 1, 2, 3, 4, 5])
+    path = zipped(tmp_path / "set", tmp_path / "set.zip")
+    whole = path.read_bytes()
+    damaged = whole.replace(b'{"labels"', b'{"lobels"', 1)  # another checksum
+    assert damaged != whole
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="dataset.json, which has the labels, cannot"):
+        sources.folder(path)
+
+
 def test_h70_a_zip_is_read_in_place_for_training_and_for_audits(tmp_path):
     names = [
         "cat/1.png",
@@ -587,6 +598,43 @@ def test_h73_copies_that_another_preparation_hides_are_found(way, tmp_path):
         **sets | {f"train_as__{name}": value if name != "exif" else False},
     )
     assert metrics["memorization"]["count"] == 30
+
+
+def squeezed_copies(tmp_path, copies):
+    """40 wide training files, and samples of which the first are their middles."""
+    for i, image in enumerate(photos(40, size=(2 * SIDE, SIDE))):
+        save(tmp_path / "train" / f"{i:02d}.png", image)
+    middles = photos(40, size=(2 * SIDE, SIDE))[:, :, SIDE // 2 : SIDE // 2 + SIDE]
+    np.save(tmp_path / "held_out.npy", photos(300, 3))
+    samples = np.concatenate([middles[:copies], photos(200 - copies, 2)])
+    np.save(tmp_path / "samples.npy", samples)
+    return dict(
+        samples=tmp_path / "samples.npy", train=tmp_path / "train", resolution=SIDE
+    )
+
+
+def test_h73_a_part_of_the_files_is_told_and_still_finds_copies(tmp_path, monkeypatch):
+    """A large training set is tried in part, so a part of the copies is found."""
+    sets = squeezed_copies(tmp_path, 40)
+    monkeypatch.setattr(audit, "TRIED", 10)
+    monkeypatch.setattr(audit, "FILES", 10)
+    monkeypatch.setattr(audit, "_few", lambda x, most: x[:: 4 if len(x) == 40 else 1])
+    metrics, _ = audited(tmp_path / "run", held_out=tmp_path / "held_out.npy", **sets)
+    (found,) = metrics["other_ways"]
+    assert (found["count"], found["files"], found["of"]) == (10, 10, 40)
+    assert metrics["verdict"]["name"] == "copies"
+    assert "10 of the 40 images that it changes" in metrics["verdict"]["small"]
+
+
+def test_h73_without_held_out_images_a_way_is_told_and_no_alarm_raised(tmp_path):
+    sets = squeezed_copies(tmp_path, 40)
+    metrics, _ = audited(tmp_path / "run", **sets)
+    assert metrics["other_ways"][0]["finds"]
+    assert (metrics["verdict"]["name"], metrics["verdict"]["alarm"]) == (
+        "unknown",
+        None,
+    )
+    assert "with --config.train_as.crop=center 20.0 %" in metrics["verdict"]["small"]
 
 
 def test_h73_where_no_way_finds_copies_none_is_reported(tmp_path):

@@ -513,9 +513,9 @@ def test_h76_memory_is_what_the_machine_or_the_container_has(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    assert "machine" in audit.available(tmp_path)[1]  # nothing to be read there
+    assert "machine" in record.available(tmp_path)[1]  # nothing to be read there
     write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert audit.available(tmp_path) == (5000 * 1024, " (free on this machine)")
+    assert record.available(tmp_path) == (5000 * 1024, " (free on this machine)")
     # Of version 2: no limit of its own, and one above it.
     write("proc/self/cgroup", "0::/job/task\n")
     group = "sys/fs/cgroup/job"
@@ -523,14 +523,14 @@ def test_h76_memory_is_what_the_machine_or_the_container_has(tmp_path):
     write(f"{group}/memory.max", "4000000\n")
     write(f"{group}/memory.current", "3000000\n")
     write(f"{group}/memory.stat", "anon 7\ninactive_file 500000\n")
-    assert audit.available(tmp_path)[0] == 1_500_000
+    assert record.available(tmp_path)[0] == 1_500_000
     # Of version 1: in a container the limit is where the mount begins.
     write("proc/self/cgroup", "4:cpu,cpuacct:/x\n3:memory:/docker/abc\n")
     group = "sys/fs/cgroup/memory"
     write(f"{group}/memory.limit_in_bytes", "2000000")
     write(f"{group}/memory.usage_in_bytes", "1200000")
     write(f"{group}/memory.stat", "total_inactive_file 0\n")
-    assert audit.available(tmp_path)[0] == 800_000
+    assert record.available(tmp_path)[0] == 800_000
 
 
 def test_h76_what_does_not_fit_is_refused_by_who_says_so(monkeypatch, tmp_path):
