@@ -403,7 +403,10 @@ def at_hand(name: str, **source_args) -> Source:
     root, stream = _data_dir(source_args.get("data_dir")), source_args.get("stream")
     dataset = source_args.get("dataset", name)
     place, _, version = dataset.partition(":")
-    decoded = sorted((root / place).glob(f"**/{version or '*'}/{DECODED}"))
+    decoded = sorted(
+        (root / place).glob(f"**/{version or '*'}/{DECODED}"),
+        key=lambda path: [int(n) for n in re.findall(r"\d+", path.parent.name)],
+    )
     if decoded:
         return npz(decoded[-1], bool(stream))
     if dataset not in KNOWN:

@@ -429,8 +429,8 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
         may, takes = memory / record.GIB, (held + least) / record.GIB
         raise setup.ConfigError(
             f"--config.run.memory={may:.3g} GiB{whose}, but {count:,} images with "
-            f"their features take {takes:.2g} GiB: raise it, give fewer images, or take "
-            "features of fewer dimensions"
+            f"their features take {takes:.2g} GiB: raise it, give fewer images, or "
+            "take features of fewer dimensions"
         )
     # Compilers, threads and what a freed heap keeps take their part: measured.
     room = min(memory - held - 0.75 * WORKING, ROOM)

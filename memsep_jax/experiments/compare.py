@@ -463,8 +463,9 @@ def law(sets, title, see=None) -> dict:
 
     By Frechet distances at equal numbers, on which they depend. "page" is that of one
     and the same point, the mean of the held-out ones: the trace of their covariance.
-    "excess" is what samples have more than training points, as a share of it, and its
-    interval is Student's, 95 %, over fifths of both. "left_out" says why there is none.
+    "excess" is what samples have more than training points, as a share of it; whether
+    it is above 0 is told by "interval", Student's, 95 %, of the same over fifths of
+    both. "left_out" says why there is none.
 
     Args: sets, of equal numbers.   see, (name, points) -> features [n, d]; by default
       the points as they are.

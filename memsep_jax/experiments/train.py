@@ -445,11 +445,12 @@ def levels(config):
 
 
 def last_losses(config, parts, workdir) -> dict:
-    """The losses per noise level at the end of training, as metrics.jsonl has them."""
+    """The last losses per noise level, and their step, as metrics.jsonl has them."""
     rows = record.read_metrics(workdir / "metrics.jsonl")
     last = [row for row in rows if "train_losses" in row][-1]
     noise = functools.partial(process.noise_to_signal, parts.process)
     return {
+        "step": last["step"],
         "t": levels(config),
         "noise": jax.vmap(noise)(levels(config)),
         "train": last["train_losses"],
