@@ -73,7 +73,9 @@ def main(argv) -> int:
 
 
 def _workdir() -> str:
-    return _WORKDIR.value or command.default_workdir(
+    if _WORKDIR.value:  # a shell leaves --workdir=~/x as it is
+        return os.path.expanduser(_WORKDIR.value)
+    return command.default_workdir(
         sys.argv[1:], _FILE.argument, _FILE.given, _CONFIG.value
     )
 

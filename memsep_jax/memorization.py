@@ -163,6 +163,9 @@ def by_chance(count: int, total: int, null_count: int, null_total: int) -> float
     Exact where `excess` is not: of 1 copy of 1,000 its interval lies above 0 of 10,000,
     which one set in eleven of the same law gives.
 
+    Least: one sample and one held-out point.   Odd: 1 where nothing is a copy, and
+    where everything is.
+
     Args: as `excess`.   Returns: the one-sided p-value of Fisher's exact test.
     Source: Fisher 1935, section 21.1: hypergeometric, given all copies together.
     """

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 BLOCK = 1_024  # rows that are looked at together
-LISTED = 10  # names in a message or a note
+LISTED, LONG = 10, 60  # names in a message or a note, letters of each
 # Formats that tell themselves by their first bytes. EPS and WMF start other programs;
 # a TARGA has no signature, so only its suffix tells it.
 FORMATS = (
@@ -35,15 +35,31 @@ COMPRESSED = ("AVIF", "QOI", "WEBP")
 ZEROS = 32
 # ... and one of plain pixels may: there, zeros in the last eighth are a suspicion.
 TAIL = 8
+_T = Image.Transpose
+# By the EXIF orientation: what turns an image upright, and what turns it back.
+TURNS = {
+    2: (_T.FLIP_LEFT_RIGHT, _T.FLIP_LEFT_RIGHT),
+    3: (_T.ROTATE_180, _T.ROTATE_180),
+    4: (_T.FLIP_TOP_BOTTOM, _T.FLIP_TOP_BOTTOM),
+    5: (_T.TRANSPOSE, _T.TRANSPOSE),
+    6: (_T.ROTATE_270, _T.ROTATE_90),
+    7: (_T.TRANSVERSE, _T.TRANSVERSE),
+    8: (_T.ROTATE_90, _T.ROTATE_270),
+}
 LARGEST = 2**29  # bytes of one member of an archive, unpacked
 # Folders that programs leave between other people's images; so are all with a dot.
 FOREIGN = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found")
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+SPLITS = re.compile(  # names of splits: train, val2017, test_images, ...
+    r"(train|training|val|valid|validation|test|testing)"
+    r"([_-]?(set|split|data|images|\d+))?"
+)
 TOLD = "dataset.json"  # the labels, as StyleGAN and EDM write them
 CROPS, ALPHAS = ("squeeze", "center"), ("white", "drop")
 # Values in [0, 1] with a little noise below 0 have next to none below NOISE; images in
 # [-1, 1] have their shadows there.
-NOISE, RARE = -0.1, 1e-3
+NOISE, RARE, HALF = -0.1, 1e-3, 0.5
+FILLED = 0.75  # of [-1, 1]: what is all within it was scaled to less
+ROUNDED = 1e-3  # beyond [-1, 1] is rounding, far below a level of 255
 DARK = 64  # of 255: where all pixels are below, another range may have been meant
 FULL = 2**14  # where 16-bit pixels all are below, they hold 14 bits or fewer
 
@@ -76,9 +92,13 @@ class Read(NamedTuple):
 
 def listed(names, most: int = LISTED) -> str:
     """The first ten names of many, and how many more there are."""
-    names = [str(name) for name in names]
+    names = [_short(str(name)) for name in names]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _short(name):
+    return name if len(name) <= LONG else f"{name[: LONG // 2]}...{name[-LONG // 2 :]}"
 
 
 def check_preparation(how: Preparation):
@@ -86,9 +106,9 @@ def check_preparation(how: Preparation):
     if how.resolution is not None and how.resolution not in range(1, 4097):
         raise ValueError(f"resolution={how.resolution} must be in 1 .. 4096 pixels")
     for name, known in (("crop", CROPS), ("alpha", ALPHAS)):
-        if getattr(how, name) not in known:
+        if how._asdict()[name] not in known:
             raise ValueError(
-                f"{name}={getattr(how, name)!r} must be one of {', '.join(known)}"
+                f"{name}={how._asdict()[name]!r} must be one of {', '.join(known)}"
             )
 
 
@@ -128,7 +148,8 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
         differ, or a preparation that does not exist.
     """
     check_preparation(how)
-    tree = _zip(path) if str(path).lower().endswith(".zip") else _folder(path)
+    packed = str(path).lower().endswith(".zip") and not os.path.isdir(path)
+    tree = _zip(path) if packed else _folder(path)
     names = sorted((n for n in tree.names if n != TOLD), key=_place)
     if only is not None:
         wanted = set(only)
@@ -195,11 +216,20 @@ def _folder(path) -> _Tree:
                 above[real] = circle | {real}
         names += [relative(place, name) for name in files if not _ignored(name)]
         skipped += [relative(place, name) for name in files if _ignored(name)]
-    firsts = [
-        each.name for each in os.scandir(root)
-        if os.path.isdir(each) and not _ignored(each.name)
-        and os.path.realpath(each) != os.path.realpath(root)
+    broken = [
+        n for n in names
+        if not os.path.exists(root / n) and not os.path.splitext(n)[1]
     ]  # fmt: skip
+    skipped += broken  # links to folders that are gone
+    names = [name for name in names if name not in set(broken)]
+    try:
+        firsts = [
+            each.name for each in os.scandir(root)
+            if os.path.isdir(each) and not _ignored(each.name)
+            and os.path.realpath(each) != os.path.realpath(root)
+        ]  # fmt: skip
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}; give a folder to read") from error
 
     def opened(name):
         file = root / name
@@ -219,19 +249,24 @@ def _zip(path) -> _Tree:
         raise DataError(
             f"{path}: not a readable zip ({error}); pack it again"
         ) from error
-    members = [m for m in archive.namelist() if not m.endswith("/")]
+    # Some programs write back slashes, and some "./" before each name.
+    packed = {_plain(member): member for member in archive.namelist()}
+    members = [m for m in packed if m and not m.endswith("/")]
     kept = [m for m in members if not any(map(_ignored, m.split("/")))]
     skipped = {
         "/".join(parts[: 1 + next(i for i, p in enumerate(parts) if _ignored(p))])
         for parts in (m.split("/") for m in members)
         if any(map(_ignored, parts))
     }
-    # A folder that was packed whole is the root itself.
-    tops = {m.partition("/")[0] for m in kept}
-    top = f"{tops.pop()}/" if len(tops) == 1 and all("/" in m for m in kept) else ""
+    top = ""  # A folder that was packed whole is the root itself.
+    while kept:
+        firsts = {m.removeprefix(top).partition("/")[:2] for m in kept}
+        if len(firsts) > 1 or not all(slash for _, slash in firsts):
+            break
+        top += "".join(firsts.pop())
 
     def opened(name):
-        with archive.open(top + name) as member:
+        with archive.open(packed[top + name]) as member:
             content = member.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise OSError(f"more than {LARGEST:,} bytes")
@@ -240,11 +275,17 @@ def _zip(path) -> _Tree:
     names = [m.removeprefix(top) for m in kept]
     folders = {
         m.removeprefix(top).partition("/")[0]
-        for m in archive.namelist()
+        for m in packed
         if m.startswith(top) and "/" in m.removeprefix(top)
     }
-    firsts = [name for name in folders if not _ignored(name)]
-    return _Tree(names, firsts, sorted(skipped), [], opened)
+    own = [name for name in folders if not _ignored(name)]
+    return _Tree(names, own, sorted(skipped), [], opened)
+
+
+def _plain(name):
+    """A name with "/" between its parts, and none that leads nowhere or upwards."""
+    parts = name.replace("\\", "/").split("/")
+    return "/".join(p for i, p in enumerate(parts) if p not in (".", "..") and (p or i))
 
 
 def is_workdir(path) -> bool:
@@ -277,11 +318,16 @@ def _labels(path, files, tree):
         notes = [note]
     else:
         notes = []
-    if not all("/" in name for name in files):
+    loose = [name for name in files if "/" not in name]
+    if loose:
+        if len(loose) < len(files):
+            notes.append(
+                f"no labels, as some are in no folder of a class: {listed(loose)}"
+            )
         return None, None, notes
     firsts = [name.partition("/")[0] for name in files]
     names = sorted(set(tree.folders) | set(firsts))
-    splits = [name for name in names if name.lower() in SPLITS]
+    splits = [name for name in names if SPLITS.fullmatch(name.lower())]
     if len(splits) > 1 or (splits and len(names) == 1):
         way_out = f"give the path of one of them, such as {Path(path) / splits[0]}"
         if not os.path.isdir(path):
@@ -289,9 +335,10 @@ def _labels(path, files, tree):
         raise DataError(
             f"{path} holds {listed(splits)}, which are splits and no classes: {way_out}"
         )
-    if all(re.fullmatch(r"\d+", name) for name in names):
+    if all(re.fullmatch(r"\d{1,18}", name) for name in names):
         names.sort(key=int)
-    labels = np.array([names.index(first) for first in firsts], np.int32)
+    places = {name: i for i, name in enumerate(names)}
+    labels = np.array([places[first] for first in firsts], np.int32)
     counts = np.bincount(labels, minlength=len(names))
     shown = (f"{i} = {name} ({counts[i]:,})" for i, name in enumerate(names))
     notes.append(f"classes: {listed(shown)}")
@@ -307,7 +354,7 @@ def _told(path, files, about):
     if told is None:  # so StyleGAN's tool writes a set without labels
         return None, None
     try:
-        known = {name: label for name, label in told}
+        known = {_plain(name): label for name, label in told}
     except (TypeError, ValueError):
         known = {}
     missing = [name for name in files if name not in known]
@@ -347,6 +394,7 @@ class _Reader:
         self.plain = 0  # files of plain pixels
         self.others: collections.Counter = collections.Counter()  # by suffix
         self.broken_exif: list[str] = []
+        self.animated: list[str] = []
         self.altered: dict[str, list[str]] = {"exif": [], "alpha": [], "crop": []}
         self.deep = (0, "")  # the brightest 16-bit pixel, and a file that has such
 
@@ -394,16 +442,23 @@ class _Reader:
         return room
 
     def _pixels(self, file, name, suffix):
-        formats = ["TGA"] if suffix in TARGA else self.formats
+        formats = [*self.formats, "TGA"] if suffix in TARGA else self.formats
         image = Image.open(file, formats=formats)
         kind = image.format
         if kind == "PNG":  # its decoder passes over the checksums
             image.verify()
             file.seek(0)
             image = Image.open(file, formats=formats)
+        try:
+            held = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # its EXIF is broken, and the image is as it is
+            self.broken_exif.append(name)
+            held = 1
+        if kind != "MPO" and getattr(image, "n_frames", 1) > 1:
+            self.animated.append(name)
         image.load()
         self._look_at_end(file, name, kind, image)
-        image = self._turned(image, name)
+        image = self._turned(image, name, kind, held)
         if image.mode.startswith(("I", "F")):
             image = self._levels(image, name)
         elif image.has_transparency_data:
@@ -415,17 +470,14 @@ class _Reader:
                 image = Image.alpha_composite(white, image)
         return self._sized(image.convert("RGB"), name)
 
-    def _turned(self, image, name):
-        try:
-            held = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if held not in range(2, 9):  # upright, or nothing that EXIF knows
-                return image
-            turned = ImageOps.exif_transpose(image)
-        except Exception:  # its EXIF is broken, and the image is as it is
-            self.broken_exif.append(name)
+    def _turned(self, image, name, kind, held):
+        if held not in range(2, 9):  # upright, or nothing that EXIF knows
             return image
         self.altered["exif"].append(name)
-        return turned if self.how.exif else image
+        # Of a TIFF, Pillow itself has turned what it loads.
+        if self.how.exif == (kind == "TIFF"):
+            return image
+        return image.transpose(TURNS[held][1 if kind == "TIFF" else 0])
 
     def _levels(self, image, name):
         """8 bits of grey values of 16."""
@@ -545,6 +597,11 @@ class _Reader:
         for field, (done, other) in told.items():
             if counts[field]:
                 notes.append(f"{counts[field]:,} of {n:,} images were {done} ({other})")
+        if self.animated:
+            notes.append(
+                f"{len(self.animated):,} files hold several images, and the first of "
+                f"each was taken: {listed(self.animated)}"
+            )
         if self.broken_exif:
             notes.append(
                 f"{len(self.broken_exif):,} images have a broken EXIF and were taken "
@@ -588,7 +645,9 @@ def joined(arrays: dict, where):
 
 def _is_image(x):
     """Whether an array is one image and not several."""
-    return x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] > 4)
+    if x.ndim == 2:  # of floats it may be features
+        return x.dtype == np.uint8
+    return x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] > 4
 
 
 def native(x):
@@ -610,9 +669,14 @@ def check_range(x, where, lowest, highest, below: float):
 
     Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
       share of floats that are under NOISE.
-    Returns: a note where they are dark, or "".   Raises: DataError.
+    Returns: notes of what is allowed and may not be meant.   Raises: DataError.
     """
     low, high = lowest.min(), highest.max()
+    notes = []
+    if len(constant := np.flatnonzero(lowest == highest)):
+        notes.append(
+            f"{where}: {len(constant)} constant images, the first at {constant[0]}"
+        )
     if x.dtype == np.uint8:
         if (low, high) == (0, 1):
             raise DataError(
@@ -620,21 +684,27 @@ def check_range(x, where, lowest, highest, below: float):
                 "255 * x"
             )
         if 0 < high < DARK:
-            return f"{where}: the brightest pixel is {high:.0f} of 255: is white there?"
-        return ""
+            notes.append(
+                f"{where}: the brightest pixel is {high:.0f} of 255: is white there?"
+            )
+        return notes
     refuse(
-        (lowest < -1) | (highest > 1),
+        (lowest < -1 - ROUNDED) | (highest > 1 + ROUNDED),
         where,
         f"values outside [-1, 1], in [{low:.9g}, {high:.9g}]",
         "save uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little",
     )
-    if low < high and below < RARE:
+    unit, centred = low > -HALF and below < RARE, low > -FILLED and high < FILLED
+    if low < high and (unit or centred):
+        kind, way = "[0, 1]", "255 * x"
+        if not unit:
+            kind, way = "[-0.5, 0.5]", "255 * (x + 0.5)"
         raise DataError(
-            f"{where} has floats in [{low:.3g}, {high:.3g}], as images in [0, 1] have; "
-            "floats must be in [-1, 1], so save uint8 pixels 0 .. 255: "
-            "(255 * x).round().clip(0, 255).astype('uint8')"
+            f"{where} has floats in [{low:.3g}, {high:.3g}], as images in {kind} have; "
+            "floats must fill [-1, 1], so save uint8 pixels 0 .. 255: "
+            f"({way}).round().clip(0, 255).astype('uint8')"
         )
-    return ""
+    return notes
 
 
 def pixels(x, where):
@@ -646,16 +716,25 @@ def pixels(x, where):
     x = native(x)
     if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
         raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
+    if x.ndim == 3 and x.shape[0] in (3, 4) and min(x.shape[1:]) > 4:
+        raise DataError(
+            f"{where} is {x.shape}: one image, channels first, or {len(x)} grey ones? "
+            "save x.transpose(1, 2, 0) or x[..., None]"
+        )
     if x.ndim == 3:
         x = x[None] if _is_image(x) else x[..., None]
     if x.ndim != 4 or not x.size:
         raise DataError(f"{where} is {x.dtype}{x.shape}, not images [n, h, w, c]")
     check_layout(x, where)
+    if x.shape[3] not in (1, 3, 4):
+        raise DataError(
+            f"{where} is {x.shape}, of {x.shape[3]} channels: images have 1, 3 or 4; "
+            "of latents, give what they decode to"
+        )
     low, high, below = limits(x)
     if x.dtype != np.uint8:
         refuse(~np.isfinite(low), where, "NaN or Inf")
-    note = check_range(x, where, low, high, below)
-    notes = (note,) if note else ()
+    notes = tuple(check_range(x, where, low, high, below))
     if x.dtype == np.uint8:
         return x, notes
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8), notes

@@ -468,8 +468,9 @@ def origin(
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
-    part = PART.search(where)
-    whole = PART.sub("", where)
+    # A folder may be called so.
+    part = None if os.path.exists(os.path.expanduser(where)) else PART.search(where)
+    whole = PART.sub("", where) if part else where
     found = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
     if part is None:
         return found
@@ -488,8 +489,10 @@ def again(where: str, files, **preparation) -> np.ndarray:
     Args: files, [k] paths, as its `files` has them.
     Raises: as `folder`.
     """
-    path = os.path.expanduser(PART.sub("", where))
-    return readers.read(path, Preparation(**preparation), only=files).images
+    path = os.path.expanduser(where)
+    path = path if os.path.exists(path) else PART.sub("", path)
+    how = Preparation(**preparation)
+    return readers.read(path, how, skip_bad=True, only=files).images
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
@@ -500,6 +503,11 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
         return folder(path, resolution, skip_bad, **preparation)
     if suffix in (".npz", ".npy"):
         return _of_role(path, role)
+    if os.path.exists(path):
+        raise DataError(
+            f"{where} is a file of a kind that is not read: give a folder of images, a "
+            "zip of one, an .npz or an .npy"
+        )
     try:
         pools = SOURCES[where]() if where in _bare() else tfds(where)
     except DataError:
@@ -532,7 +540,7 @@ def _of_role(path, role):
         return names if len(names) == 1 else []
 
     found, names = _arrays(path, chosen)
-    if not found:
+    if not set(found) - {label_name}:
         raise DataError(
             f"{path}: none of {', '.join(named)} among its {len(names):,} arrays "
             f"{listed(names)}; write it again with one of those names"
@@ -544,6 +552,8 @@ def _of_role(path, role):
     else:
         name, x = next(iter(found.items()))
     x, notes = readers.pixels(x, f"{path}: {name}")
+    if len(found) > 1 and label is None:
+        notes += (f"{path}: {name} were joined into {len(x):,} images",)
     _check_labels(label, len(x), f"{path}: {label_name}")
     return Source(x, label, notes=notes)
 
@@ -599,13 +609,8 @@ def _check_points(x, where, pixels):
         return ()
     notes = []
     if pixels:
-        notes.append(readers.check_range(x, where, low, high, below))
-    constant = np.flatnonzero(low == high)
-    if len(constant):
-        notes.append(
-            f"{where}: {len(constant)} constant images, the first at {constant[0]}"
-        )
-    return tuple(filter(None, notes))
+        notes = readers.check_range(x, where, low, high, below)
+    return tuple(notes)
 
 
 def _check_labels(labels, n, where):

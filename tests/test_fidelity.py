@@ -383,3 +383,10 @@ def test_counts_that_make_no_sense_are_refused():
     for bad in ({"subsets": 0}, {"size": 1}):
         with pytest.raises(ValueError, match="kid: subsets="):
             fidelity.kid(x, x, **bad)
+
+
+def test_balls_are_both_of_their_metrics():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 4)), rng.normal(0.3, 1, (40, 4))
+    both = (*fidelity.precision_recall(a, b), *fidelity.density_coverage(a, b))
+    assert fidelity.balls(a, b) == both

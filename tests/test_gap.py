@@ -1,5 +1,6 @@
 """The denoising loss of the truth, of the empirical score, and what lies between."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -569,3 +570,21 @@ def test_held_out_points_must_be_like_the_data_and_two(key):
     for points, m in (data[:1], 10), (data, 1):
         with pytest.raises(ValueError, match="at least 2"):
             gap.spectrum(score_fn, OU, data, points, times, key, m)
+
+
+def test_the_spectrum_in_pieces_is_the_spectrum(key):
+    """Draw by draw, as a run takes it, that hears signals in between."""
+    truth = mixture.separated(key, 3, 4)
+    data, held_out = mixture.sample(key, truth, 12), mixture.sample(key, truth, 10)
+    times, score_fn = jnp.array([0.1, 1.0]), empirical.score(data, OU)
+    draws = gap.spectrum_draws(12, 10, times, key, 20)
+    losses = [
+        [
+            gap.spectrum_losses(score_fn, OU, data[i], held_out[j], t, k)
+            for i, j, k in zip(*at, strict=True)
+        ]
+        for t, *at in zip(times, *draws[:3], strict=True)
+    ]
+    pieces = gap.spectrum_of(times, jnp.array(losses), draws.pairs)
+    whole = gap.spectrum(score_fn, OU, data, held_out, times, key, 20)
+    chex.assert_trees_all_close(pieces, whole, rtol=1e-5, atol=1e-6)

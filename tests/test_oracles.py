@@ -70,6 +70,8 @@ ORACLES = {  # room: {test: the functions that it is the oracle of}
             integral kl_integral saturated saturated_integral one_point
             standard_normal information_bound effective_size collapse_time""",
         "test_the_spectrum_of_a_linear_score_is_its_closed_form": "spectrum",
+        "test_gap.py::test_the_spectrum_in_pieces_is_the_spectrum": """
+            spectrum_draws spectrum_losses spectrum_of""",
     },
     "lipschitz": {
         "test_norms_of_a_jacobian_are_its_singular_values": """
@@ -96,12 +98,17 @@ ORACLES = {  # room: {test: the functions that it is the oracle of}
         "test_sampling.py::test_churn_keeps_the_variance_of_the_data": "edm sampler",
         "test_sampling.py::test_the_search_finds_the_noise_that_leads_to_a_sample": """
             search_noise""",
+        "test_sampling.py::test_the_stages_of_a_sampler_are_the_sampler": "stages",
+        "test_sampling.py::test_the_search_in_steps_is_the_search": """
+            search_stages best_noise""",
     },
     "memorization": {
         "test_the_ratio_is_a_loop_over_samples": """
             nearest_two memorized ratio ratio_of copied quotient""",
         "test_memorization.py::test_wilson_is_the_published_table": "wilson",
         "test_memorization.py::test_the_excess_is_the_published_table": "excess",
+        "test_memorization.py::"
+        "test_so_many_copies_by_chance_are_as_probable_as_fisher_says": "by_chance",
         "test_memorization.py::"
         "test_a_mirrored_copy_is_found_and_a_symmetric_one_is_not_flipped": """
             with_flips""",
@@ -135,6 +142,7 @@ ORACLES = {  # room: {test: the functions that it is the oracle of}
             frechet""",
         "test_fidelity.py::test_balls_are_those_of_the_definition": """
             precision_recall density_coverage""",
+        "test_fidelity.py::test_balls_are_both_of_their_metrics": "balls",
         "test_fidelity.py::test_kid_is_the_double_sum_of_its_definition": "kid",
         "test_fidelity.py::"
         "test_vendi_is_the_entropy_of_the_kernel_of_its_definition": "vendi",

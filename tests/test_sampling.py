@@ -622,3 +622,14 @@ def test_the_size_of_a_gradient_does_not_matter_to_the_search(size, key):
 def test_a_search_without_length_is_refused(radius, steps, lr):
     with pytest.raises(ValueError, match=f"radius={radius}, steps={steps}, lr={lr} mu"):
         sampling.search_noise(lambda z: z, jnp.ones(2), radius, steps, lr)
+
+
+def test_the_search_in_steps_is_the_search(key):
+    flow = lambda z: jnp.tanh(z)  # noqa: E731 - a flow that no sphere maps onto x
+    x = jnp.array([0.3, -0.8, 0.1])
+    begin, step, count = sampling.search_stages(flow, x, 1.0, steps=5)
+    state = begin(key)
+    for i in range(count):
+        state = step(state, i)
+    found = sampling.search_noise(flow, x, 1.0, steps=5)(key)
+    np.testing.assert_allclose(sampling.best_noise(state), found, rtol=1e-6)

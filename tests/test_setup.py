@@ -311,13 +311,10 @@ def test_how_training_is_looked_at_counts_only_where_that_ends_it(rule, tmp_path
 
 @pytest.mark.parametrize("rule", STOPPED)
 def test_networks_and_points_are_shared_only_where_they_stop_alike(rule, tmp_path):
-    class At:
-        workdir = tmp_path
-
     def places(field="seed", value=0, **rule):
         config = small(**rule, **{field: value})
         (point, *_) = sweep.points(config)
-        return networks.name(config), sweep._path(At, config, point)
+        return networks.name(config), sweep._path(tmp_path, config, point)
 
     def shared(*change, **rule):
         pairs = zip(places(**rule), places(*change, **rule), strict=True)

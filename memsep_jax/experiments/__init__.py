@@ -87,6 +87,11 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
             session.say("figures are drawn at the end of the sweep: give its command")
     elif session.is_complete() and resume_step is None:
         session.say(f"already complete: {workdir}")
+        if config.experiment == "audit":
+            session.say(
+                "it audited the files as they were: to audit others that have "
+                "their names, give another --workdir"
+            )
         session.part()
     else:
         with session:

@@ -5,10 +5,14 @@ compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The
 is drawn from those.
 """
 
+import functools
 import hashlib
 import inspect
 import itertools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -42,6 +46,7 @@ ROLES = {
 APART = 0.3
 FALSE = 0.01  # of honest samples that a set without held-out images may flag
 TRIED = 1_000  # samples, and held-out images, that are looked at with other ways, ...
+FEWER = 250  # samples that are looked at with their axes exchanged
 FILES = 10_000  # ... and training files that are prepared so, at most
 
 
@@ -62,7 +67,9 @@ def run(config, session, resume_step=None):
             "prepared them: --config.train_as.crop, .exif and .alpha give the other "
             "ways, and so do samples_as and held_out_as"
         )
-    notes += unlike(sets) + ([note] if note else [])
+    notes += (strange := unlike(sets)) + ([note] if note else [])
+    if (distinct := len(set(data.digests(sets.samples)))) < len(sets.samples):
+        notes.append(f"only {distinct:,} of the {len(sets.samples):,} samples differ")
     if sets.held_out is None:
         notes.append(
             "no --config.held_out, so nobody knows what honest samples would score: "
@@ -76,7 +83,7 @@ def run(config, session, resume_step=None):
     for note in notes:
         session.say(f"note: {note}")
     found = measure(config, sets, compared, session, fingerprint, room)
-    metrics = found.metrics | {"experiment": "audit"}
+    metrics = found.metrics | {"experiment": "audit", "unlike": strange}
     metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
@@ -153,6 +160,8 @@ def read(config):
     Raises: setup.ConfigError where they do not fit each other; DataError.
     """
     found = {name: origin_of(config, name) for name in ROLES if config[name]}
+    check_places(config)
+    found = coloured(found)
     sets = Sets(**{name: origin.images for name, origin in found.items()})
     check_sizes(sets)
     drawn, known = data.digests(sets.samples), data.digests(sets.train)
@@ -168,8 +177,15 @@ def read(config):
         )
     if sets.held_out is None:
         return sets, found, None
+    held = data.digests(sets.held_out)
+    if sorted(held) == sorted(drawn):
+        raise setup.ConfigError(
+            f"--config.held_out={config.held_out} and --config.samples="
+            f"{config.samples} are the same {len(held):,} images: give images that "
+            "were neither generated nor trained on"
+        )
     seen = set(known)
-    kept = np.array([one not in seen for one in data.digests(sets.held_out)])
+    kept = np.array([one not in seen for one in held])
     if not kept.any():
         raise setup.ConfigError(
             f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
@@ -177,6 +193,37 @@ def read(config):
         )
     sets = sets._replace(held_out=sets.held_out[kept])
     return sets, found, kept
+
+
+def check_places(config):
+    """Refuses a folder inside of another one, which would be read twice.
+
+    Raises: setup.ConfigError.
+    """
+    places = {
+        name: Path(config[name]).expanduser().resolve()
+        for name in ROLES
+        if config[name] and Path(config[name]).expanduser().is_dir()
+    }
+    for one, other in itertools.permutations(places, 2):
+        if places[one] in places[other].parents:
+            raise setup.ConfigError(
+                f"--config.{other}={config[other]} is inside of --config.{one}="
+                f"{config[one]}, so its images are in both: move one of them"
+            )
+
+
+def coloured(origins):
+    """Grey images in three colours, where those of other sets have three."""
+    if {origin.images.shape[-1] for origin in origins.values()} != {1, 3}:
+        return origins
+    found = dict(origins)
+    for name, origin in origins.items():
+        if origin.images.shape[-1] == 1:
+            note = f"the grey images of --config.{name} are compared in three colours"
+            x = np.repeat(origin.images, 3, axis=3)
+            found[name] = origin._replace(images=x, notes=(*origin.notes, note))
+    return found
 
 
 def check_sizes(sets):
@@ -241,7 +288,7 @@ def unlike(sets) -> list[str]:
     """What tells samples or held-out images grossly from training ones, a note each."""
     known, notes = readers.histogram(sets.train), []
     for name in ("samples", "held_out"):
-        x = getattr(sets, name)
+        x = sets._asdict()[name]
         if x is None:
             continue
         gap = readers.apart(readers.histogram(x), known)
@@ -256,67 +303,116 @@ def unlike(sets) -> list[str]:
     return notes
 
 
-def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
-    """Whether copies would show if files were prepared in another way.
+class Way(NamedTuple):
+    """Another way in which the images of a set may have been meant."""
 
-    Each way is tried on the files that it changes, or a part of them: cropped and not,
-    turned by EXIF and not, over white and not. The null level is that of held-out
-    images as they are; without them, what the images as they are give.
+    text: str
+    name: str  # of the set
+    files: int  # images that are tried, ...
+    of: int  # ... of those that it changes
+    make: Callable[[], np.ndarray]  # them, uint8; ValueError: they do not fit together
+
+
+def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
+    """Whether copies would show if images had been prepared, or stored, otherwise.
+
+    Files are cropped and not, turned by EXIF and not, laid over white and not; samples
+    have their colours or axes exchanged. Each way is tried on a part of the images that
+    it changes. The null level is that of held-out images as they are; without them,
+    what the images as they are give.
 
     Args: pixels, the shares of copies as the images are; room, as for `measure`.
-    Returns: what was found in each way: {"way", "files", "of", "samples", "ratio", ...,
-      "finds"}, or {"way", "why", "finds"} where it could not be tried.
+    Returns: what was found in each way: {"way", "set", "files", "of", "samples",
+      "ratio", ..., "finds"}, or {"way", "why", "finds"} where it could not be tried.
     """
-    ways = [
-        (name, changed)
-        for name in ("train", "samples")
-        for size in range(1, 4)
-        for changed in itertools.combinations(_altered(origins[name]), size)
-    ]
-    if not ways:
-        return []
-    held_out = None if sets.held_out is None else _few(sets.held_out, TRIED)
     # Prepared and searched in what is left: as many bytes again for the search.
     most = max(TRIED, min(FILES, int(room / 2 / sets.train[0].nbytes)))
+    ways = [*_preparations(config, origins, most), *_exchanges(sets)]
+    held_out = None if sets.held_out is None else _few(sets.held_out, TRIED)
     known, found = data.fingerprint(*sets), []
+    threshold = config.memorization.threshold
+
+    @functools.cache  # where it is asked for
+    def of_train():
+        return neighbours.searcher(sets.train, 2, memory=room / 2)
+
+    def tried(way):
+        """Which samples, and which held-out images, are copies."""
+        x = way.make()
+        if x.shape[1:] != sets.train.shape[1:]:
+            raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
+        if way.name == "samples":
+            copies, null = of_train()(x), np.zeros(0, bool)
+            if held_out is not None:  # searched as they are
+                count = round(pixels["null"] * pixels["held_out"])
+                null = np.arange(pixels["held_out"]) < count
+            return {"copies": memorization.copied(copies, threshold), "null": null}
+        search = neighbours.searcher(x, 2, memory=room / 2)
+        copies, *null = (
+            memorization.copied(search(some), threshold)
+            for some in (_few(sets.samples, TRIED), held_out)
+            if some is not None
+        )
+        return {"copies": copies, "null": null[0] if null else np.zeros(0, bool)}
+
     with session.progress("other ways to prepare images", len(ways)) as update:
-        for i, (name, changed) in enumerate(ways):
-            own, altered = _preparation(config, name), origins[name].altered
-            others = {
-                "crop": "squeeze" if own.crop == "center" else "center",
-                "exif": not own.exif,
-                "alpha": "white" if own.alpha == "drop" else "drop",
-            }
-            way = {field: others[field] for field in changed}
-            text = " ".join(f"--config.{name}_as.{f}={v}" for f, v in way.items())
-            files = np.unique(np.concatenate([altered[field] for field in changed]))
-            files = files[np.isin(files, origins[name].files)]
-            some = _few(files, most if name == "train" else TRIED)
-
-            how = own._replace(**way)._asdict()
-
-            def flags(name=name, files=some, how=how):
-                x = sources.again(config[name], files, **how)
-                return _tried(name, x, sets, held_out, config, room)
-
-            place = hashlib.sha256(f"{known} {text} {config.memorization}".encode())
+        for i, way in enumerate(ways):
+            place = hashlib.sha256(f"{known} {way[:4]} {threshold}".encode())
             path = session.workdir / "compared" / f"ways-{place.hexdigest()[:12]}.npz"
-            row: dict = {"way": text, "files": len(some), "of": len(files)}
+            row: dict = {"way": way.text, "set": way.name}
             try:
-                flagged = record.kept(path, flags)
+                flags = record.kept(path, functools.partial(tried, way))
             except ValueError as error:  # images of several sizes when prepared so, ...
-                found.append({"way": text, "why": str(error), "finds": False})
+                found.append(row | {"why": str(error), "finds": False})
                 continue
-            null = flagged["null"] if held_out is not None else None
-            row |= share(flagged["copies"], null) | {"samples": len(flagged["copies"])}
+            null = None if held_out is None else flags["null"]
+            row |= {"files": way.files, "of": way.of, "samples": len(flags["copies"])}
+            row |= share(flags["copies"], null)
             row["finds"] = bool(
-                verdict.above_chance(row, row["samples"])[0]
-                if held_out is not None
-                else row["interval"][0] > max(FALSE, pixels["interval"][1])
+                row["interval"][0] > max(FALSE, pixels["interval"][1])
+                if null is None
+                else verdict.above_chance(row, row["samples"])[0]
             )
             found.append(row)
             update(i + 1)
     return found
+
+
+def _preparations(config, origins, most):
+    """A Way for every other choice of `readers.Preparation` that changes a file."""
+    for name in ("train", "samples"):
+        origin, own = origins[name], _preparation(config, name)
+        others = {
+            "crop": "squeeze" if own.crop == "center" else "center",
+            "exif": not own.exif,
+            "alpha": "white" if own.alpha == "drop" else "drop",
+        }
+        for size in range(1, 4):
+            for changed in itertools.combinations(_altered(origin), size):
+                way = {field: others[field] for field in changed}
+                text = " ".join(f"--config.{name}_as.{f}={v}" for f, v in way.items())
+                files = np.unique(np.concatenate([origin.altered[f] for f in changed]))
+                files = files[np.isin(files, origin.files)]
+                some = _few(files, most if name == "train" else TRIED)
+                how = own._replace(**way)._asdict()
+                make = functools.partial(sources.again, config[name], some, **how)
+                yield Way(text, name, len(some), len(files), make)
+
+
+def _exchanges(sets):
+    """A Way for each mistake in storing samples that their shape allows."""
+    x = _few(sets.samples, FEWER)
+    _, h, w, c = x.shape
+    changes = {"turned upside down, x[:, ::-1]": x[:, ::-1]}
+    if c > 1:
+        changes["in exchanged colours, x[..., [2, 1, 0]]"] = x[..., [2, 1, 0]]
+    if h == w:
+        changes["as columns of rows, x.swapaxes(1, 2)"] = x.swapaxes(1, 2)
+    for text, changed in changes.items():
+        make = functools.partial(np.ascontiguousarray, changed)
+        yield Way(
+            f"the samples with {text},", "samples", len(x), len(sets.samples), make
+        )
 
 
 def _altered(origin):
@@ -328,25 +424,6 @@ def _altered(origin):
 def _few(x, most):
     """At most so many, evenly."""
     return x[:: max(1, -(-len(x) // most))]
-
-
-def _tried(name, x, sets, held_out, config, room) -> dict:
-    """Which samples are copies with the images x [k, ...] for the set `name`.
-
-    Raises: ValueError where they are of another size, or all the same.
-    """
-    if x.shape[1:] != sets.train.shape[1:]:
-        raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
-    few, train = (_few(sets.samples, TRIED), x) if name == "train" else (x, sets.train)
-    search = neighbours.searcher(train, 2, memory=room / 2)
-    threshold = config.memorization.threshold
-    none = np.zeros(0, bool)
-    return {
-        "copies": memorization.copied(search(few), threshold),
-        "null": none
-        if held_out is None
-        else memorization.copied(search(held_out), threshold),
-    }
 
 
 def _named(origins, nearest) -> dict:
@@ -389,7 +466,14 @@ def _compared(config, sets, label, kept):
                 mask = rows.get(name, np.ones(len(x), bool))
                 return _given(group, name, len(mask))[mask]
 
-            return sets.map(given), ""
+            felt = sets.map(given)
+            widths = {k: x.shape[1] for k, x in felt._asdict().items() if x is not None}
+            if len(set(widths.values())) > 1:
+                raise setup.ConfigError(
+                    f"given features of {widths} dimensions: all sets need those of "
+                    "one network"
+                )
+            return felt, ""
         found = space(config, group.name, sets, label)
         return found, found.note and f"{found.name}: {found.note}"
     except weights.WeightsError as error:
@@ -404,7 +488,7 @@ def _given(group, name, n):
             f"--config.features.name=given needs --config.features.{name}=FILE.npy of "
             "[n, d] features, as there are images for it"
         )
-    return features.from_file(group[name], n)
+    return features.from_file(os.path.expanduser(group[name]), n)
 
 
 def check_memory(config, sets, *spaces) -> tuple[str, float]:

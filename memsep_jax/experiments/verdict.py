@@ -51,10 +51,12 @@ def verdict(metrics) -> dict:
     exactly = f"{exact:,} equal one to the last bit. " if exact else ""
     way, hidden = other_way(metrics), ""
     if way is not None:
+        part = ""
+        if way["set"] == "train":
+            part = f" of {way['files']:,} of the {way['of']:,} images that it changes"
         hidden = (
-            f"As the images were prepared copies do not show, but with {way['way']} "
-            f"{share(way)} of {way['samples']:,} samples are copies of "
-            f"{way['files']:,} of the {way['of']:,} images that it changes."
+            f"As the images are, copies do not show, but with {way['way']} "
+            f"{share(way)} of {way['samples']:,} samples are copies{part}."
         )
     if found["null"] is None:
         small = "What honest samples would score is not known: nothing was held out. "
@@ -74,6 +76,12 @@ def verdict(metrics) -> dict:
             f"{share(felt, 'null_')}: look for images that were moved or recoloured."
         )
         return _said("copies", True, text, exactly + small)
+    if same := _exact(metrics):
+        small = (
+            f"The generator copies: {same:,} of its samples equal a training image to "
+            "the last bit, and no held-out image does."
+        )
+        return _said("copies", True, text, small)
     if reasons := _undertrained(metrics):
         small = (
             f"Undertrained: {'; '.join(reasons)}. What is far from all data copies "
@@ -81,12 +89,29 @@ def verdict(metrics) -> dict:
             "look at the samples, and train longer."
         )
         return _said("undertrained", None, text, exactly + small)
+    if metrics.get("unlike"):
+        small = (
+            "No copies were found, but the samples or the held-out images have other "
+            "pixel values than the training images, so copies may not show: see the "
+            "notes."
+        )
+        return _said("unknown", None, text, exactly + small)
     small = (
         "No sign of copying: the share is not above that of held-out "
         f"{point(metrics, of_training=False)}s by more than chance. A share of copies "
         f"above {percent(unseen)} % would have shown."
     )
     return _said("no sign of copying", False, text, exactly + small)
+
+
+def _exact(metrics) -> int:
+    """How many samples equal a training image where chance makes none do.
+
+    It may: images of one colour are equal to each other, and where held-out images
+    equal training ones too.
+    """
+    found, about = metrics["memorization"], metrics["data"]
+    return 0 if about.get("excluded") else found.get("exact_varied", 0)
 
 
 def other_way(metrics) -> dict | None:

@@ -914,7 +914,9 @@ def test_d57_without_inception_the_rest_is_measured(
 
 def test_d57_with_its_weights_it_is_no_longer_left_out(small_inception, monkeypatch):
     """The control: the same rules let the right file pass."""
-    made = features.Extractor("inception", "FD (inception)", lambda x: x)
+    made = features.Extractor(
+        "inception", "FD (inception)", lambda x, memory=0: x, 1, lambda: 0
+    )
     monkeypatch.setattr(features, "_extractor", lambda *_: made)
     tensors = {"fc.bias": np.ones(1008, np.float32)}
     about = {"standard": "true", "digest": checkpoint.digest(tensors)}

@@ -247,6 +247,32 @@ def test_h70_a_zip_is_read_in_place_for_training_and_for_audits(tmp_path):
         sources.origin(str(tmp_path / "no.zip"))
 
 
+def test_h70_zips_of_other_programs_are_read(tmp_path):
+    """With back slashes, with "./" before each name, packed whole more than once."""
+    tree(tmp_path / "set", ["cat/1.png", "dog/1.png"])
+    for i, name in enumerate(["cat\\{}", "./cat/{}", "home/me/set/cat/{}"]):
+        path = tmp_path / f"{i}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for kind in ("cat", "dog"):
+                info = zipfile.ZipInfo("x")
+                info.filename = name.format("1.png").replace("cat", kind)
+                content = (tmp_path / "set" / kind / "1.png").read_bytes()
+                archive.writestr(info, content)
+        read = sources.folder(path)
+        assert read.classes == ("cat", "dog"), path
+        assert read.files.tolist() == ["cat/1.png", "dog/1.png"]
+
+
+def test_h70_what_loses_labels_is_told(tmp_path):
+    tree(tmp_path, ["cover.png", "cat/1.png", "dog/1.png"])
+    read = sources.folder(tmp_path)
+    assert read.labels is None
+    assert any("no labels, as some are in no folder" in note for note in read.notes)
+    (tmp_path / "cover.png").unlink()
+    (tmp_path / "bird").symlink_to("nowhere")
+    assert any("skipped bird" in note for note in sources.folder(tmp_path).notes)
+
+
 def test_h70_a_message_lists_ten_names_at_most(tmp_path):
     many = {f"picture_{i:05d}": np.zeros((2, 2), np.uint8) for i in range(3_000)}
     np.savez(tmp_path / "many.npz", **many)
@@ -268,7 +294,10 @@ def test_h70_numbers_sort_as_numbers_and_empty_classes_keep_theirs(tmp_path):
     assert read.labels.tolist() == [0, 1, 5, 6, 2]
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Train", "TEST"), ("train",)])
+SPLIT = [("train", "val"), ("Train", "TEST"), ("train",), ("train2017", "val2017")]
+
+
+@pytest.mark.parametrize("names", SPLIT)
 def test_h70_splits_are_no_classes(names, tmp_path):
     tree(tmp_path, [f"{name}/cat/1.png" for name in names])
     with pytest.raises(DataError, match="splits and no classes: give") as caught:
@@ -381,6 +410,30 @@ def test_h71_numbered_arrays_are_joined_or_refused(tmp_path):
             sources.origin(str(path))
 
 
+def test_h71_what_is_no_image_is_refused(tmp_path):
+    for x, words in [
+        (np.zeros((3, 28, 28), np.uint8), "one image, channels first, or 3 grey ones"),
+        (np.zeros((9, 8, 8, 16), np.float32), "of 16 channels"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            sources.origin(in_file(tmp_path, x))
+    np.savez(tmp_path / "labels.npz", labels=np.arange(3))
+    np.savez(tmp_path / "features.npz", *np.zeros((2, 8, 50), np.float32))
+    (tmp_path / "x.tar").write_bytes(b"")
+    for name in ("labels.npz", "features.npz", "x.tar"):
+        with pytest.raises(DataError, match="samples|neither|a kind that is not read"):
+            sources.origin(str(tmp_path / name), "samples")
+
+
+def test_h71_several_images_in_a_file_are_told(tmp_path):
+    frames = [Image.fromarray(image) for image in photos(3)]
+    for kind in ("gif", "webp", "tiff", "png"):
+        path = tmp_path / f"x.{kind}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    (note,) = [n for n in sources.folder(tmp_path).notes if "several images" in n]
+    assert "4 files hold several images, and the first of each" in note
+
+
 def test_h71_one_image_is_one(tmp_path):
     image = photos(1)[0]
     np.save(tmp_path / "one.npy", image)
@@ -435,7 +488,8 @@ def test_h72_masks_are_refused_and_dark_sets_are_told(tmp_path):
         sources.npz(in_file(tmp_path, photos(20) // 16, "x.npz")),
     ):
         assert any("the brightest pixel is 15 of 255" in note for note in read.notes)
-    assert not sources.origin(in_file(tmp_path, np.zeros((3, 8, 8, 1), np.uint8))).notes
+    (note,) = sources.origin(in_file(tmp_path, np.zeros((3, 8, 8, 1), np.uint8))).notes
+    assert "3 constant images" in note
 
 
 def grey(tmp_path, x, name):
@@ -553,6 +607,31 @@ def test_h73_a_folder_tells_what_it_did_and_does_it_the_other_way(tmp_path):
         setup.build(wrong)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_h73_every_orientation_is_turned_or_left(kind, orientation, tmp_path):
+    """Pillow turns a TIFF itself when it loads it, and nothing else."""
+    image = photos(1, size=(SIDE, 2 * SIDE))[0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    save(tmp_path / f"x.{kind}", image, format=kind, exif=exif, **options)
+    turned = {
+        1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+        5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1),
+        7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90,
+    }[orientation]  # fmt: skip
+    upright = sources.folder(tmp_path)
+    left = sources.folder(tmp_path, exif=False)
+    assert (
+        len(upright.altered["exif"]) == len(left.altered["exif"]) == (orientation > 1)
+    )
+    for read, meant in ((upright, turned(image)), (left, image)):
+        assert read.images[0].shape == meant.shape
+        error = np.abs(read.images[0].astype(int) - meant)
+        assert error.mean() < (9 if kind == "JPEG" else 1e-9)
+
+
 @pytest.mark.parametrize("way", ["crop", "exif", "alpha"])
 def test_h73_copies_that_another_preparation_hides_are_found(way, tmp_path):
     """A generator that was trained on the middle, unturned or opaque images."""
@@ -583,7 +662,7 @@ def test_h73_copies_that_another_preparation_hides_are_found(way, tmp_path):
     sets |= dict(held_out=tmp_path / "held_out", resolution=SIDE)
     metrics, _ = audited(tmp_path / "run", **sets)
     assert metrics["memorization"]["count"] == 0
-    (found,) = metrics["other_ways"]
+    (found,) = [way for way in metrics["other_ways"] if way["set"] == "train"]
     assert found["finds"] and found["count"] == 30
     field = {"crop": "crop=center", "exif": "exif=False", "alpha": "alpha=drop"}[way]
     assert found["way"] == f"--config.train_as.{field}"
@@ -620,7 +699,7 @@ def test_h73_a_part_of_the_files_is_told_and_still_finds_copies(tmp_path, monkey
     monkeypatch.setattr(audit, "FILES", 10)
     monkeypatch.setattr(audit, "_few", lambda x, most: x[:: 4 if len(x) == 40 else 1])
     metrics, _ = audited(tmp_path / "run", held_out=tmp_path / "held_out.npy", **sets)
-    (found,) = metrics["other_ways"]
+    (found,) = [way for way in metrics["other_ways"] if way["set"] == "train"]
     assert (found["count"], found["files"], found["of"]) == (10, 10, 40)
     assert metrics["verdict"]["name"] == "copies"
     assert "10 of the 40 images that it changes" in metrics["verdict"]["small"]
@@ -649,6 +728,96 @@ def test_h73_where_no_way_finds_copies_none_is_reported(tmp_path):
     config.train_as.crop = "centre"
     with pytest.raises(setup.ConfigError, match="train_as.crop='centre' must be"):
         experiments.run(config, tmp_path / "refused")
+
+
+MISTAKES = {
+    "bgr": lambda x: x[..., ::-1],  # as OpenCV writes colours
+    "turned": lambda x: x[:, ::-1],
+    "columns": lambda x: x.swapaxes(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_h73_samples_stored_in_another_order_are_found(name, tmp_path):
+    x = photos(100)
+    samples = np.concatenate([x[:20], photos(40, 1)])
+    sets = {"train": x, "held_out": photos(100, 2), "samples": MISTAKES[name](samples)}
+    for role, images in sets.items():
+        np.save(tmp_path / f"{role}.npy", images)
+        sets[role] = tmp_path / f"{role}.npy"
+    metrics, _ = audited(tmp_path / "run", **sets)
+    assert metrics["memorization"]["count"] == 0
+    (found,) = [way for way in metrics["other_ways"] if way["finds"]]
+    assert found["count"] == 20 and metrics["verdict"]["name"] == "copies"
+    assert metrics["verdict"]["small"].count(found["way"]) == 1
+
+
+def test_h72_a_set_whose_pixels_are_unlike_is_never_cleared(tmp_path):
+    """Half as bright, copies do not show."""
+    x = photos(100)
+    sets = {"train": x, "held_out": photos(100, 2), "samples": photos(45, 1) // 2}
+    sets["samples"][:20] = x[:20] // 2
+    for role, images in sets.items():
+        np.save(tmp_path / f"{role}.npy", images)
+        sets[role] = tmp_path / f"{role}.npy"
+    metrics, _ = audited(tmp_path / "run", **sets)
+    assert metrics["unlike"] and metrics["verdict"]["name"] in (
+        "unknown",
+        "undertrained",
+    )
+    assert metrics["verdict"]["alarm"] is None
+
+
+def test_h72_floats_that_do_not_reach_their_range_are_refused(tmp_path):
+    x = data.from_uint8(photos(9))
+    for wrong, words in [(x / 2, r"as images in \[-0.5, 0.5\]"), (x / 9, "must fill")]:
+        for name, door in (("x.npy", sources.origin), ("x.npz", sources.npz)):
+            with pytest.raises(DataError, match=words):
+                door(in_file(tmp_path, wrong, name))
+    # White pages with little ink, and what was rounded, are in [-1, 1].
+    page = np.ones((3, 40, 40, 1), np.float32)
+    page[:, 3, 4:6] = -1
+    assert (sources.origin(in_file(tmp_path, page)).images.max()) == 255
+    rounded = np.where(x > 0.99, np.float32(1.0000002), x)
+    read = sources.origin(in_file(tmp_path, rounded)).images
+    np.testing.assert_array_equal(read, np.where(x > 0.99, 255, photos(9)))
+
+
+def test_h75_exact_copies_are_copies_however_few_were_held_out(tmp_path):
+    x = photos(100)
+    sets = {"train": x, "held_out": photos(1, 2), "samples": photos(60, 1)}
+    sets["samples"][:3] = x[:3]
+    for role, images in sets.items():
+        np.save(tmp_path / f"{role}.npy", images)
+        sets[role] = tmp_path / f"{role}.npy"
+    metrics, _ = audited(tmp_path / "run", **sets)
+    assert (metrics["verdict"]["name"], metrics["verdict"]["alarm"]) == ("copies", True)
+    assert "3 of its samples equal a training image" in metrics["verdict"]["small"]
+
+
+def test_h77_sets_that_hold_each_other_are_refused(tmp_path):
+    tree(tmp_path / "train", ["1.png", "2.png", "generated/1.png"])
+    config = audit_configs.get_config("smoke")
+    config.train, config.held_out = str(tmp_path / "train"), None
+    config.samples = str(tmp_path / "train" / "generated")
+    with pytest.raises(setup.ConfigError, match="is inside of --config.train"):
+        experiments.run(config, tmp_path / "run")
+    np.save(tmp_path / "x.npy", photos(9, 3))
+    config.samples = config.held_out = str(tmp_path / "x.npy")
+    with pytest.raises(setup.ConfigError, match="are the same 9 images"):
+        experiments.run(config, tmp_path / "run")
+
+
+def test_h71_grey_arrays_are_compared_with_grey_files(tmp_path):
+    x = photos(30)[..., 0]
+    for i, image in enumerate(x):
+        save(tmp_path / "train" / f"{i:02d}.png", image)
+    np.save(tmp_path / "samples.npy", np.concatenate([x[:5], photos(9, 1)[..., 0]]))
+    metrics, _ = audited(
+        tmp_path / "run", samples=tmp_path / "samples.npy", train=tmp_path / "train"
+    )
+    assert metrics["memorization"]["exact_copies"] == 5
+    assert any("compared in three colours" in note for note in metrics["notes"])
 
 
 # Damage.

@@ -104,6 +104,12 @@ BOTH = (
 )
 
 ODD = {
+    "by_chance": [
+        (memorization.by_chance, (0, 1, 0, 1), 1),
+        (memorization.by_chance, (1, 1, 1, 1), 1),
+        (memorization.by_chance, (1, 1, 0, 1), 1 / 2),
+        (memorization.by_chance, (3, 3, 0, 3), 1 / 20),  # of the 6 choose 3 threes
+    ],
     "frechet": [
         (frechet, (ONE, G), UndefinedError("needs two")),
         (frechet, (SAME, ZEROS), 25),

@@ -239,18 +239,13 @@ def test_c34_at_the_command_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_c34_constant_images_are_allowed_with_a_warning(tmp_path, caplog):
+def test_c34_constant_images_are_allowed_with_a_note(tmp_path):
     path = npz(tmp_path / "constant.npz", 7, 0.5)
     images = dict(np.load(path))["train_images"]
     images[7] = 0.5
     np.savez(path, train_images=images)
-    absl = logging.getLogger("absl")
-    absl.addHandler(caplog.handler)
-    try:
-        setup.build(from_npz(path))
-    finally:
-        absl.removeHandler(caplog.handler)
-    assert "1 constant images, the first at 7" in caplog.text
+    (note,) = setup.build(from_npz(path)).splits.notes
+    assert "1 constant images, the first at 7" in note
 
 
 # 35, 36: the empirical score.
@@ -758,7 +753,8 @@ def test_h78_a_dry_run_counts_the_same_without_jit():
 
     def cells():
         table = dry_run.dry_run(config, lambda text: None)
-        return [list(column.cells) for column in table.columns]
+        rows = zip(*(column.cells for column in table.columns), strict=True)
+        return [row for row in rows if not row[0].startswith("hours")]
 
     with jax.disable_jit():
         eager = cells()
