@@ -189,7 +189,8 @@ def read(config):
     if not kept.any():
         raise setup.ConfigError(
             f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
-            "the training set: give images that were not trained on, or none"
+            f"the training set, --config.train={config.train}: give images that were "
+            "not trained on, or none"
         )
     sets = sets._replace(held_out=sets.held_out[kept])
     return sets, found, kept
