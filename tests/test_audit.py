@@ -241,7 +241,7 @@ def test_an_interrupted_audit_goes_on_from_its_chunks(copying, tmp_path, monkeyp
 def bad(tmp_path):
     """{name: (fields, words)}."""
     np.save(tmp_path / "wide.npy", np.zeros((5, 8, 9, 1), np.uint8))
-    np.save(tmp_path / "colour.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "colour.npy", np.zeros((5, 8, 8, 4), np.uint8))
     np.save(tmp_path / "one.npy", np.repeat(DIGITS[:1], 5, axis=0))
     np.save(tmp_path / "vectors.npy", np.zeros((5, 8), np.float32))
     np.save(tmp_path / "first.npy", np.zeros((5, 3, 32, 32), np.uint8))
@@ -262,7 +262,7 @@ def bad(tmp_path):
     return {
         "none": (config, {"samples": None}, "config.samples=... is required"),
         "size": (config, {"samples": path("wide.npy")}, "8 x 9 x 1, .* 8 x 8 x 1"),
-        "colours": (config, {"held_out": path("colour.npy")}, "8 x 8 x 3"),
+        "colours": (config, {"held_out": path("colour.npy")}, "8 x 8 x 4"),
         "few": (config, {"train": path("one.npy")}, "fewer than 2 different"),
         "same": (config, {"samples": "digits[:60]"}, "are the same 60 images"),
         "seen": (config, {"held_out": "digits[:60]"}, "all 60 images of .*held_out"),

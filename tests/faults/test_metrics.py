@@ -21,7 +21,7 @@ from memsep_jax import (
     neighbours,
     sources,
 )
-from memsep_jax.experiments import audit, compare, record, setup
+from memsep_jax.experiments import compare, record, setup
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours
 
@@ -540,7 +540,7 @@ def test_h76_memory_is_what_the_machine_or_the_container_has(tmp_path):
 
 
 def test_h76_what_does_not_fit_is_refused_by_who_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(audit, "available", lambda: (1e8, " (free on this machine)"))
+    monkeypatch.setattr(record, "available", lambda: (1e8, " (free on this machine)"))
     config = configs.get_config("smoke")
     words = r"memory=0.0931 GiB \(free on this machine\), but 240 images"
     with pytest.raises(setup.ConfigError, match=words):

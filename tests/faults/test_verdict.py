@@ -88,7 +88,7 @@ def test_h82_the_quality_of_a_run_stands_beside_that_of_training_points(tmp_path
     text = read(tmp_path).text
     for title, row in rows.items():
         assert row["n"] == 60 and 0 < row["train"] < row["page"] < row["samples"]
-        assert f"{title}, n = 60" in text
+        assert f"{title} to held-out, n = 60" in text
         assert f"{row['samples']:.3g}" in text and f"{row['train']:.3g}" in text
     # Its features are kept in chunks, as all that takes long is.
     assert len([*tmp_path.glob("evaluation/*/random_conv-samples/*.npz")]) == 3
