@@ -6,6 +6,7 @@ half of one.
 
 import contextlib
 import csv
+import ctypes
 import functools
 import json
 import math
@@ -182,11 +183,25 @@ def kept(path, work) -> dict:
     """
     found = read_npz(path)
     if found is None:
+        _trim()(0)
         # np.asarray of what failed on its way would end the process.
         done = jax.block_until_ready(work())
         found = {name: np.asarray(value) for name, value in done.items()}
         write_npz(path, **found)
     return found
+
+
+@functools.cache
+def _trim():
+    """malloc_trim of glibc, which gives freed memory back; elsewhere, nothing.
+
+    Of its own glibc keeps what was freed in pieces below 32 MB: after the searches of
+    1,000 images of 256 x 256, 0.3 GiB that no array takes.
+    """
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda pad: 0
 
 
 def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
