@@ -14,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 CONTENDERS = 16  # beyond k, recomputed by differences
 PART = 2**28  # bytes of points on disk that are read at a time
 DOUBTED = 8  # samples compared with every point by differences, at a time
-PIECE, PIECES = 4_096, 64  # pixels that are summed at once, and the pieces of an image
+# Numbers that are summed at once, at least: an image of 32 x 32 x 3 is one piece, which
+# costs nothing. And the pieces of a longer image, at most: each is a step of a loop.
+PIECE, PIECES = 4_096, 64
 TOGETHER = 16  # samples whose contenders are gathered at a time
 
 
@@ -209,7 +211,7 @@ def _shares(points, mesh):
 
 
 def _piece(d):
-    """Of d numbers, how many are summed at once: more than PIECE only for long d."""
+    """The length of the pieces in which d numbers are summed."""
     return max(PIECE, -(-d // PIECES))
 
 
@@ -243,8 +245,8 @@ def _shrink(d):
     most (n + p) u of |x|^2, |y|^2 and |x|^2 + |y|^2, u = eps / 2; centring and the
     rest, by a few u.   Source: Higham 2002, section 3.1.
     """
-    size = min(d, _piece(d))
-    terms = size + (d > size) * -(-d // max(1, size))
+    size = _piece(d)
+    terms = min(d, size) + -(-d // size)
     return np.float32(1 - 1.1 * (terms + 8) * np.finfo(np.float32).eps)
 
 
