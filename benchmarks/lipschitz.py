@@ -32,7 +32,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memsep_jax import empirical, lipschitz, process, score
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 
 SPEC = importlib.util.spec_from_file_location(
     "train_step", Path(__file__).with_name("train_step.py")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memsep_jax import process, prune, train
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 from memsep_jax.models import DiT
 
 OU = process.ornstein_uhlenbeck()

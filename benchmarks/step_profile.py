@@ -21,8 +21,9 @@ import tempfile
 import jax
 import numpy as np
 
-from memsep_jax import command, parallel
-from memsep_jax.experiments import setup, train
+from memsep_jax import parallel
+from memsep_jax.experiments.config import command, setup
+from memsep_jax.experiments.studies import train
 
 PARTS = ("forward", "backward", "times and noise", "update", "not named")
 KINDS = ("products", "copies", "selects")

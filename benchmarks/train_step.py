@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from memsep_jax import parallel, process, sampling, score, train
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 from memsep_jax.models import DiT, UNet
 
 ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from memsep_jax import features, memorization, neighbours
-from memsep_jax.experiments import compare, verdict
+from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.studies import compare
 
 FRESH = 1_000
 

@@ -48,9 +48,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from memsep_jax import checkpoint, experiments
-from memsep_jax.command import UsageError, load
-from memsep_jax.experiments import DRAWINGS, figures, record, session, setup, sweep
-from memsep_jax.experiments.sweep import Point
+from memsep_jax.experiments import DRAWINGS
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config.command import UsageError, load
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, session, sweep
+from memsep_jax.experiments.runtime.sweep import Point
 
 STATES = ("done", "failed", "running", "stopped", "waiting")
 OPEN = ("stopped", "waiting")

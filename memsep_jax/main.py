@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from memsep_jax import command
+from memsep_jax.experiments.config import command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the run, FILE.py[:variant] or a run's config.json."
@@ -83,7 +83,8 @@ def _workdir() -> str:
 def _run(config, workdir) -> int:
     """The exit code; a bug of a single process shows itself whole."""
     from memsep_jax import experiments, parallel
-    from memsep_jax.experiments.dry_run import dry_run
+    from memsep_jax.experiments.runtime.session import Terminal
+    from memsep_jax.experiments.studies.dry_run import dry_run
 
     try:
         if where := _DISTRIBUTED.value:
@@ -92,7 +93,7 @@ def _run(config, workdir) -> int:
             except ValueError as error:
                 return _fail(str(error), 2)
         if _DRY_RUN.value:
-            console = experiments.session.Terminal(highlight=False)
+            console = Terminal(highlight=False)
             console.print(dry_run(config, console.print))
         else:
             experiments.run(

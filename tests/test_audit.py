@@ -10,7 +10,9 @@ from PIL import Image
 
 from configs import audit as configs
 from memsep_jax import data, defaults, experiments, sources, weights
-from memsep_jax.experiments import audit, record, setup
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import audit
 from memsep_jax.sources import DataError
 
 DIGITS = sources.digits().images

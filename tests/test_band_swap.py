@@ -6,7 +6,9 @@ import pytest
 
 from configs import band_swap as configs
 from memsep_jax import experiments, sampling, score
-from memsep_jax.experiments import band_swap, record, setup
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import band_swap
 
 
 def tiny(variant="smoke"):

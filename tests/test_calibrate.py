@@ -5,7 +5,9 @@ import pytest
 
 from configs import calibrate_cifar
 from memsep_jax import experiments
-from memsep_jax.experiments import calibrate, record, setup
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import calibrate
 
 
 def test_the_smoke_variant_says_what_is_known(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 
 from configs import gmm_capacity as configs
 from memsep_jax import empirical, experiments, gap, mixture, process
-from memsep_jax.experiments import capacity, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import capacity
 from memsep_jax.models import exact
 
 OU = process.ornstein_uhlenbeck()

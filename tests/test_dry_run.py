@@ -5,7 +5,9 @@ import pytest
 
 from configs import digits, emm_digits, gmm_size
 from memsep_jax import defaults
-from memsep_jax.experiments import dry_run, record, setup, sweep, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import dry_run, train
 
 
 @pytest.fixture

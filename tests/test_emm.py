@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, experiments
-from memsep_jax.experiments import emm, networks, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import emm, networks
 
 SAMPLES = 400
 

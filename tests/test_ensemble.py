@@ -7,7 +7,9 @@ import pytest
 
 from configs import gmm_width_decay
 from memsep_jax import experiments
-from memsep_jax.experiments import ensemble, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import ensemble
 
 
 def smoke(**axes):

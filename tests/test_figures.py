@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from memsep_jax.checkpoint import StorageError
-from memsep_jax.experiments import figures
+from memsep_jax.experiments.reporting import figures
 
 
 @pytest.fixture(autouse=True)

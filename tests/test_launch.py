@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from launch import sweep
-from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import record
 
 ROOT = Path(__file__).parents[1]
 HEAD = f'CONFIG = "{ROOT}/configs/mlp_mixture.py:smoke"\n'

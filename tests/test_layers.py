@@ -20,7 +20,7 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"readers"},
     {"data", "sources", "train", "prune", "parallel", "checkpoint", "defaults"},
     {"weights", "features"},
-    {"experiments", "command"},
+    {"experiments"},
     {"main"},
 ]
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
@@ -31,13 +31,13 @@ OWNERS = {  # package: rooms that may import it
     "orbax": {"checkpoint"},
     "tensorflow_datasets": {"data", "sources"},
     "safetensors": {"weights"},
-    "sklearn": {"data", "sources", "experiments.compare"},
-    "scipy": {"experiments.sweep"},
+    "sklearn": {"data", "sources", "experiments.studies.compare"},
+    "scipy": {"experiments.runtime.sweep"},
     "PIL": {"data", "readers", "sources", "experiments"},
-    "ml_collections": {"main", "command", "defaults"},
-    "matplotlib": {"experiments.figures"},
-    "jinja2": {"experiments.report"},
-    "absl": {"main", "command"},
+    "ml_collections": {"main", "experiments.config", "defaults"},
+    "matplotlib": {"experiments.reporting.figures"},
+    "jinja2": {"experiments.reporting.report"},
+    "absl": {"main", "experiments.config.command"},
     # Warnings of what is wrong with the data or the disk, and nothing else.
     "absl.logging": {
         "data",
@@ -132,8 +132,12 @@ def test_imports_go_down_and_packages_have_owners(room):
         ("data", "from sklearn.datasets import load_digits", 1),
         ("data", "def f():\n  from sklearn.datasets import load_digits", 0),
         ("checkpoint", "from absl import logging\nfrom absl import flags", 1),
-        ("experiments.figures", "import matplotlib.pyplot as plt", 0),
-        ("experiments.train", "import matplotlib.pyplot as plt\nimport torch", 2),
+        ("experiments.reporting.figures", "import matplotlib.pyplot as plt", 0),
+        (
+            "experiments.studies.train",
+            "import matplotlib.pyplot as plt\nimport torch",
+            2,
+        ),
     ],
 )
 def test_the_rule_itself_sees_what_it_must(room, source, count):

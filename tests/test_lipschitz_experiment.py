@@ -9,8 +9,9 @@ import pytest
 
 from configs import gmm_lipschitz
 from memsep_jax import empirical, experiments, lipschitz, mixture
-from memsep_jax.experiments import lipschitz as experiment
-from memsep_jax.experiments import record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import lipschitz as experiment
 from memsep_jax.models import mlp
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from configs import gmm_loss_gap
 from memsep_jax import empirical, experiments, gap, mixture, process
-from memsep_jax.experiments import loss_gap, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import loss_gap
 
 OU = process.ornstein_uhlenbeck()
 

@@ -10,7 +10,7 @@ import pytest
 from faults import harness
 from faults.conftest import compilation_cache  # noqa: F401
 
-from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import record
 
 COMMAND = (sys.executable, "-m", "memsep_jax.main")
 # A few seconds: an MLP on digits, two steps, eight samples.
@@ -169,7 +169,7 @@ def test_debug_shows_the_traceback_of_an_error(tmp_path):
 
 def test_a_bug_shows_itself_whole_and_exits_1(tmp_path):
     patch = """
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 def build(config):
     raise ZeroDivisionError("a bug")
 setup.build = build

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, defaults, experiments, sampling
-from memsep_jax.experiments import mitigate, networks, record, setup, sweep
-from memsep_jax.experiments import train as job
-from memsep_jax.experiments.session import Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import mitigate, networks
+from memsep_jax.experiments.studies import train as job
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mitigate_digits.py"
 

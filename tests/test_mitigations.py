@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from memsep_jax import checkpoint, data, defaults, experiments, parallel
-from memsep_jax.experiments import record, setup
-from memsep_jax.experiments import train as job
-from memsep_jax.experiments.session import Interrupted, Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime.session import Interrupted, Session
+from memsep_jax.experiments.studies import train as job
 
 SMOOTHED = {"train.temperature": 3.0}
 AMBIENT = {"train.ambient": 0.3}

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, experiments
-from memsep_jax.experiments import onset, record, setup, sweep, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import onset, train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "onset_digits.py"
 STEPS = 2.0 ** np.arange(11)  # 1 .. 1024

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, process
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 
 OU = process.ornstein_uhlenbeck()
 VP = process.variance_preserving()

@@ -15,10 +15,11 @@ from memsep_jax import (
     prune,
     train,
 )
-from memsep_jax.experiments import prune as pruning
-from memsep_jax.experiments import record, setup
-from memsep_jax.experiments.evaluate import make_generate
-from memsep_jax.experiments.train import initial_state
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import prune as pruning
+from memsep_jax.experiments.studies.evaluate import make_generate
+from memsep_jax.experiments.studies.train import initial_state
 
 MEASURED = ("small_t", "uniform_t", "large_t", "magnitude", "activation")
 

@@ -53,8 +53,8 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
     saved = [w for w in words if w.endswith("config.json")]
     if saved:  # made by the command above it
         from memsep_jax import defaults
-        from memsep_jax.experiments.record import write_json
-        from memsep_jax.experiments.setup import to_json
+        from memsep_jax.experiments.config.setup import to_json
+        from memsep_jax.experiments.runtime.record import write_json
 
         write_json(tmp_path / "config.json", to_json(defaults.train()))
         words[words.index(saved[0])] = f"--config={tmp_path / 'config.json'}"

@@ -10,7 +10,8 @@ import pytest
 from ml_collections import config_dict
 
 from memsep_jax.checkpoint import ConflictError, StorageError
-from memsep_jax.experiments import figures, record, report
+from memsep_jax.experiments.reporting import figures, report
+from memsep_jax.experiments.runtime import record
 
 HOSTILE = "<script>alert(1)</script> $x_ & \"quoted\" 'name' é"
 ALWAYS = {"loss", "noise_levels", "ratio", "distances"}

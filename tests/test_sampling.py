@@ -15,7 +15,7 @@ from memsep_jax import (
     sampling,
     score,
 )
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 
 OU = process.ornstein_uhlenbeck()
 VE = process.variance_exploding()

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from memsep_jax import data, defaults, parallel, process, sampling, score, train
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import networks, record, setup, sweep
-from memsep_jax.experiments.session import Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import networks
 from memsep_jax.models import MLP
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults
-from memsep_jax.experiments import record, setup, sweep
-from memsep_jax.experiments.session import Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime.session import Session
 
 
 def grid(**axes):

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from memsep_jax import defaults
-from memsep_jax.experiments import trackers
+from memsep_jax.experiments.runtime import trackers
 
 ROW = {"step": 3, "loss": 0.5, "train_losses": [1.0, 3.0], "ratio_interval": [0, 1]}
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from memsep_jax import checkpoint, defaults, experiments, sources
-from memsep_jax.experiments import record, setup
-from memsep_jax.experiments import train as job
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import train as job
 
 
 def small(path, **changes):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, experiments
-from memsep_jax.experiments import networks, setup, sweep, train, twins
-from memsep_jax.experiments.session import Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import networks, train, twins
 
 CONFIG = Path(__file__).parent.parent / "configs" / "twins_digits.py"
 

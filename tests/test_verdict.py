@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, features, memorization, mixture, neighbours, sources
-from memsep_jax.experiments import compare, verdict
+from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.studies import compare
 
 
 def numbers(samples, train, held_out, spaces=()):

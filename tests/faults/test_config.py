@@ -26,14 +26,16 @@ from PIL import Image
 from faults import harness
 from memsep_jax import (
     checkpoint,
-    command,
     defaults,
     experiments,
     features,
     sources,
     weights,
 )
-from memsep_jax.experiments import audit, figures, record, setup
+from memsep_jax.experiments.config import command, setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import audit
 from memsep_jax.models import inception
 
 CONFIGS = sorted((harness.ROOT / "configs").glob("*.py"))
@@ -256,7 +258,7 @@ def written(fields: dict) -> list[str]:
 
 def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
     no_compiling = """
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 def refuse(*args, **kwargs):
     raise AssertionError("compiled")
 setup.make_steps = setup.init_params = refuse
@@ -439,7 +441,7 @@ POINTS = {  # of configs whose data are elsewhere, and of no known sizes
     "optimum:cifar": ("npz", 5_010, 32, 32, 3),
 }
 NOT_MEASURED = """
-from memsep_jax.experiments import dry_run
+from memsep_jax.experiments.studies import dry_run
 dry_run._measured = lambda config, *args: (3.6, config.train.batch_size)
 """
 

@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 
 from faults import harness
 from memsep_jax import experiments, sources
-from memsep_jax.experiments import session, setup, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import session
+from memsep_jax.experiments.studies import train
 from memsep_jax.models import MODELS
 from memsep_jax.process import PROCESSES, TIMES
 from memsep_jax.sampling import TIME_GRIDS

@@ -17,13 +17,15 @@ import pytest
 from faults import harness
 from memsep_jax import checkpoint, experiments, sources
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import mitigate, networks, record, setup
-from memsep_jax.experiments import train as job
-from memsep_jax.experiments.session import Interrupted, Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime.session import Interrupted, Session
+from memsep_jax.experiments.studies import mitigate, networks
+from memsep_jax.experiments.studies import train as job
 
 # The chunk of a phase that never ends; {what} is the phase.
 ASLEEP = """
-from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import record
 in_chunks = record.in_chunks
 def asleep(*args, **kwargs):
     print("asleep", flush=True)
@@ -753,7 +755,7 @@ def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
 # A program of hours, where a run builds its parts; python sees nothing of a signal.
 IN_XLA = """
 import jax
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 def stuck(*args):
     sine = lambda i, x: jax.numpy.sin(x)
     long = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, sine, x))

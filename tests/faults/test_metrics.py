@@ -21,7 +21,9 @@ from memsep_jax import (
     neighbours,
     sources,
 )
-from memsep_jax.experiments import compare, record, setup
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import compare
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours
 

@@ -28,15 +28,10 @@ from memsep_jax import (
     score,
     train,
 )
-from memsep_jax.experiments import (
-    capacity,
-    dry_run,
-    evaluate,
-    record,
-    session,
-    setup,
-)
-from memsep_jax.experiments import train as job
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, session
+from memsep_jax.experiments.studies import capacity, dry_run, evaluate
+from memsep_jax.experiments.studies import train as job
 from memsep_jax.models import DiT, exact
 
 PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
@@ -150,7 +145,7 @@ def test_c31_a_state_that_is_not_finite_is_never_saved(tmp_path):
 def learn(config, workdir):
     """Trains in this process.   Returns: the rows of metrics, the last state."""
     with session.Session(workdir, config) as running:
-        state = experiments.train.learn(config, setup.build(config), running)
+        state = job.learn(config, setup.build(config), running)
     return {row["step"]: row for row in harness.rows(workdir)}, state
 
 

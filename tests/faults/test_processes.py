@@ -12,7 +12,7 @@ import pytest
 
 from faults import harness
 from memsep_jax import checkpoint, empirical, neighbours, process
-from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import record
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -255,7 +255,7 @@ def test_f62_points_on_disk_give_two_processes_the_same_network(tmp_path):
 
 # A step fails before the look at the other that says why, and with either error.
 FAILS_FIRST = """
-from memsep_jax.experiments import session
+from memsep_jax.experiments.runtime import session
 session.WATCH_EVERY = 3.0
 _poll = session.Session.poll
 def poll(self):
@@ -351,7 +351,7 @@ def test_f65_other_data_on_one_host_are_refused(tmp_path):
     workdir = tmp_path / "run"
     other = """
 if sys.argv[-2].endswith("2,1"):
-    from memsep_jax.experiments import setup
+    from memsep_jax.experiments.config import setup
     _build = setup.build
     def build(config):
         parts = _build(config)

@@ -25,8 +25,10 @@ from test_report import read as read_page
 
 from faults import harness
 from faults.test_config import Payload
-from memsep_jax import checkpoint, command, experiments, sources
-from memsep_jax.experiments import figures, record, report
+from memsep_jax import checkpoint, experiments, sources
+from memsep_jax.experiments.config import command
+from memsep_jax.experiments.reporting import figures, report
+from memsep_jax.experiments.runtime import record
 
 PACKAGE = sorted((harness.ROOT / "memsep_jax").rglob("*.py"))
 CONFIGS = sorted((harness.ROOT / "configs").glob("*.py"))
@@ -734,7 +736,7 @@ def test_security_a_step_that_is_a_link_is_never_followed(tmp_path, elsewhere):
 def test_security_a_workdir_that_was_refused_is_taken_away_and_no_link(
     tmp_path, elsewhere
 ):
-    from memsep_jax.experiments.session import Session
+    from memsep_jax.experiments.runtime.session import Session
 
     (tmp_path / "link").symlink_to(elsewhere)
     config = harness.config("--config=configs/digits.py:smoke")

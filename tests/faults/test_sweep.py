@@ -14,18 +14,11 @@ from faults import harness
 from launch import sweep as launch
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
-from memsep_jax.experiments import (
-    capacity,
-    ensemble,
-    figures,
-    mitigate,
-    networks,
-    onset,
-    record,
-    setup,
-    sweep,
-)
-from memsep_jax.experiments.session import Interrupted, Session
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime.session import Interrupted, Session
+from memsep_jax.experiments.studies import capacity, ensemble, mitigate, networks, onset
 from memsep_jax.train import NonFiniteError
 
 DIVERGES = "optimizer.lr=1e20"

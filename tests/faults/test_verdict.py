@@ -12,7 +12,7 @@ from configs import audit as configs
 from faults import harness
 from memsep_jax import experiments, sources
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import record, session
+from memsep_jax.experiments.runtime import record, session
 
 IMAGES = ("--config.run.snapshots=2", "--config.run.snapshot_samples=4")
 

@@ -11,7 +11,9 @@ import time
 import numpy as np
 
 from memsep_jax import checkpoint, sources
-from memsep_jax.experiments import prune, record, setup, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import prune, train
 
 POLL = 1.0  # seconds between two looks at what another run has yet to write
 # The groups of a config that a trained network depends on, besides the seed.

@@ -12,9 +12,10 @@ import numpy as np
 
 from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import figures, record, verdict
-from memsep_jax.experiments.session import Terminal
-from memsep_jax.experiments.verdict import between, percent
+from memsep_jax.experiments.reporting import figures, verdict
+from memsep_jax.experiments.reporting.verdict import between, percent
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime.session import Terminal
 
 PHASES = (
     "data", "compile", "train", "prune", "sample", "neighbours", "quality",

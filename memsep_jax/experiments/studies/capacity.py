@@ -24,7 +24,10 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture, process
-from memsep_jax.experiments import ensemble, figures, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import ensemble
 from memsep_jax.models import exact
 
 TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1

@@ -28,7 +28,7 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments.trackers import TRACKERS
+from memsep_jax.experiments.runtime.trackers import TRACKERS
 from memsep_jax.models import MODELS
 
 

@@ -23,7 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import empirical, gap, memorization, mixture, neighbours, process, score
-from memsep_jax.experiments import ensemble, figures, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import ensemble
 
 CURVES = ("inside", "outside", "below", "above")
 

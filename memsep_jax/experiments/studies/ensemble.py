@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import data, memorization, mixture, sampling, train
-from memsep_jax.experiments import figures, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, sweep
 
 
 class Members(NamedTuple):

@@ -12,7 +12,10 @@ import itertools
 import numpy as np
 
 from memsep_jax import data, memorization
-from memsep_jax.experiments import figures, networks, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import networks
 
 # Which ratio of a network counts: that of the weights that are sampled, and others.
 KINDS = {

@@ -22,7 +22,10 @@ from memsep_jax import (
     parallel,
     sources,
 )
-from memsep_jax.experiments import compare, record, report, setup, verdict
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import report, verdict
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import compare
 
 LOOKED = 256  # images that a network of features looks at together, at most
 

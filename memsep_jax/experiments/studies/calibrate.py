@@ -14,8 +14,11 @@ import numpy as np
 from PIL import Image
 
 from memsep_jax import data, features, fidelity, memorization, neighbours
-from memsep_jax.experiments import audit, figures, record, report, setup, sweep
-from memsep_jax.experiments.compare import (
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures, report
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import audit
+from memsep_jax.experiments.studies.compare import (
     Sets,
     attempt,
     check_dim,

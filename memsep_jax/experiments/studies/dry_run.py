@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from memsep_jax import data, parallel, sources
-from memsep_jax.experiments import emm, record, setup, sweep, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import emm, train
 
 MEASURED = 2.0  # seconds of steps, from which hours are told
 TRAIN_NOTHING = ("loss_gap", "optimum")

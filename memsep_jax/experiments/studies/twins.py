@@ -14,7 +14,10 @@ import time
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization
-from memsep_jax.experiments import emm, figures, networks, setup, sweep, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import emm, networks, train
 
 COLUMNS = (
     "setting", "num_examples", "d", "width", "depth", "weight_decay", "share",

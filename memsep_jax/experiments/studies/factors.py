@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memsep_jax.experiments import figures, networks, sweep
-from memsep_jax.experiments.emm import COLUMNS
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import networks
+from memsep_jax.experiments.studies.emm import COLUMNS
 
 
 class Value(NamedTuple):

@@ -27,13 +27,16 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments import figures, prune, record, setup, trackers
-from memsep_jax.experiments.evaluate import (
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, trackers
+from memsep_jax.experiments.runtime.session import Interrupted
+from memsep_jax.experiments.studies import prune
+from memsep_jax.experiments.studies.evaluate import (
     evaluate,
     finish,
     make_generate,
 )
-from memsep_jax.experiments.session import Interrupted
 
 CALL = 0.1  # seconds of steps that are taken in one call, ...
 MOST = 256  # and so many at most

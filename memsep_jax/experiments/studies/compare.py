@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization, neighbours
-from memsep_jax.experiments import record, setup, verdict
-from memsep_jax.experiments.sweep import mean_interval
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime.sweep import mean_interval
 from memsep_jax.fidelity import UndefinedError
 
 PAIRS = 12  # samples in each group of a report's pairs

@@ -27,8 +27,10 @@ from memsep_jax import (
     sources,
     weights,
 )
-from memsep_jax.experiments import record, report, setup, verdict
-from memsep_jax.experiments.compare import FEW, Sets, measure, share
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import report, verdict
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
 from memsep_jax.fidelity import SMALL
 from memsep_jax.readers import DataError
 from memsep_jax.sources import Source

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import empirical, gap, lipschitz, memorization, mixture, sampling
-from memsep_jax.experiments import ensemble, figures, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import ensemble
 from memsep_jax.models import mlp
 
 SMALL = 0.1  # slopes are fitted where sigma is at most this

@@ -22,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, memorization, neighbours, sampling
-from memsep_jax.experiments import figures, networks, record, setup, sweep, train
-from memsep_jax.experiments.prune import Pruned, cost, cut, keep, tuner, watcher
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.studies import networks, train
+from memsep_jax.experiments.studies.prune import Pruned, cost, cut, keep, tuner, watcher
 from memsep_jax.train import NonFiniteError
 
 # What `Tools` depend on, besides the seed.

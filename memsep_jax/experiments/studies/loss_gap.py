@@ -12,7 +12,9 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture
-from memsep_jax.experiments import figures, record, setup, sweep
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, sweep
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that of d
 

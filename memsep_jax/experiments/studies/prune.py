@@ -23,8 +23,9 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments import record, setup
-from memsep_jax.experiments.evaluate import place
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies.evaluate import place
 
 # Which units fall.
 

@@ -23,7 +23,9 @@ from rich.table import Table
 from scipy import stats
 
 from memsep_jax import defaults
-from memsep_jax.experiments import record, report, setup
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import report
+from memsep_jax.experiments.runtime import record
 
 AXES = {  # axis of config.sweep -> the field of the config that it varies
     "num_examples": ("data", "num_examples"),

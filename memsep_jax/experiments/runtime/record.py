@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from memsep_jax import parallel
 from memsep_jax.checkpoint import StorageError
-from memsep_jax.experiments import setup
+from memsep_jax.experiments.config import setup
 
 # A signal waits for the end of a call into XLA: so many seconds, by the measured rate.
 CALL = 2.0

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import checkpoint
-from memsep_jax.experiments import emm, figures, networks, prune, setup, sweep, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.studies import emm, networks, prune, train
 
 WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 TIMES = {"tau_gen": "tau_gen: good samples", "tau_mem": "tau_mem: copies"}

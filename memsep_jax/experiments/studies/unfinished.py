@@ -9,7 +9,10 @@ from functools import partial
 import jax
 
 from memsep_jax import checkpoint, defaults
-from memsep_jax.experiments import evaluate, record, report, setup, train
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.reporting import report
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import evaluate, train
 
 KEPT = ("checkpoints", "snapshots")  # of weights along training
 

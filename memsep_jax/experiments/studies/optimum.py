@@ -7,8 +7,8 @@ the data have labels, the minimiser is the empirical score of the points with th
 """
 
 from memsep_jax import empirical, mixture, parallel
-from memsep_jax.experiments import setup
-from memsep_jax.experiments.evaluate import evaluate, finish, make_generate
+from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.studies.evaluate import evaluate, finish, make_generate
 
 
 def run(config, session, resume_step=None):

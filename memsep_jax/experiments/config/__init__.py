@@ -1,0 +1,1 @@
+"""What a config may hold, and how a command line becomes one."""

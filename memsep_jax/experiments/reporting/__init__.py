@@ -1,0 +1,1 @@
+"""Numbers on disk become pictures, tables and pages; nothing is computed."""

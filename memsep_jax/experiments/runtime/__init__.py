@@ -1,0 +1,1 @@
+"""Workdirs, processes and signals: nothing of diffusion."""
