@@ -32,7 +32,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memsep_jax import empirical, lipschitz, process, score
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
 
 SPEC = importlib.util.spec_from_file_location(
     "train_step", Path(__file__).with_name("train_step.py")
@@ -149,7 +149,7 @@ def of_dit(args, key):
     params = train_step.random_params(model, np.asarray(xs[0]))
     net = train_step.torch_nets.load(net, jax.tree.map(np.asarray, params))
     once = train_step.forward_flops(model, params, xs[0])
-    count = setup.count(params)
+    count = training.count(params)
 
     def make_score(params):
         network = partial(model.apply, {"params": params})

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memsep_jax import process, prune, train
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
 from memsep_jax.models import DiT
 
 OU = process.ornstein_uhlenbeck()
@@ -108,10 +108,10 @@ def measure(model, size, batch, ratios, rounds):
         stepping = lowered.compile()
         row = dict(zip(("case", "ratio", "form"), name, strict=True))
         row |= {
-            "parameters": setup.count(params),
+            "parameters": training.count(params),
             "bytes": sum(p.nbytes for p in jax.tree.leaves(params)),
-            "flops": setup.flops(apply.lower(params, x[0], t)),
-            "step_flops": setup.flops(lowered),
+            "flops": training.flops(apply.lower(params, x[0], t)),
+            "step_flops": training.flops(lowered),
             "forward_temporary": passing.memory_analysis().temp_size_in_bytes,
             "step_temporary": stepping.memory_analysis().temp_size_in_bytes,
             "forward_ms": float("inf"),

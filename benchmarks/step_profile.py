@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from memsep_jax import parallel
-from memsep_jax.experiments.config import command, setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, command
 from memsep_jax.experiments.studies import train
 
 PARTS = ("forward", "backward", "times and noise", "update", "not named")
@@ -63,11 +64,11 @@ def shares(kernels) -> dict[str, float]:
 
 def traced(config, steps):
     """(name, scope, nanoseconds) of every kernel of some steps, and how many a step."""
-    parts, mesh = setup.build(config), parallel.make_mesh()
+    parts, mesh = build.build(config), parallel.make_mesh()
     state = train.initial_state(config, parts)
     size = config.train.batch_size
     batch = jax.tree.map(lambda a: a[np.arange(size) % len(a)], parts.splits.train)
-    step = jax.jit(setup.make_step(config, parts, mesh), donate_argnums=0)
+    step = jax.jit(training.make_step(config, parts, mesh), donate_argnums=0)
     step = step.lower(state, batch, None).compile()
     scopes = dict(re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', step.as_text()))
     state, _ = jax.block_until_ready(step(state, batch, None))

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from memsep_jax import parallel, process, sampling, score, train
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
 from memsep_jax.models import DiT, UNet
 
 ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -113,7 +113,7 @@ def our_step(model, params, batch):
         state, metrics = step(state, batch, key)
         return float(metrics["loss"])
 
-    return call, setup.flops(step.lower(state, batch, key))
+    return call, training.flops(step.lower(state, batch, key))
 
 
 def their_step(net, dtype):
@@ -169,7 +169,7 @@ def our_sampler(model, params, x):
 def forward_flops(model, params, x):
     """Of one call; of a loop, XLA would count what is in it once."""
     apply = jax.jit(lambda params, x, t: model.apply({"params": params}, x, t))
-    return setup.flops(apply.lower(params, x, jnp.zeros(())))
+    return training.flops(apply.lower(params, x, jnp.zeros(())))
 
 
 def their_sampler(net, dtype):
@@ -243,7 +243,7 @@ def measure(args, device):
         params = random_params(model, np.asarray(x0[0]))
         net = torch_nets.load(net, jax.tree.map(np.asarray, params)).to(device)
         still = copy.deepcopy(net).eval()  # training moves the other
-        count = setup.count(params)
+        count = training.count(params)
         step, flops = our_step(model, params, batch)
         row, ours, theirs = race(
             step, their_step(net, args.dtype), batch, their_batch, args.rounds

@@ -49,11 +49,12 @@ from rich.table import Table
 
 from memsep_jax import checkpoint, experiments
 from memsep_jax.experiments import DRAWINGS
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.config.command import UsageError, load
+from memsep_jax.experiments.config.grid import Point
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, session, sweep
-from memsep_jax.experiments.runtime.sweep import Point
+from memsep_jax.experiments.runtime import points, record, session
+from memsep_jax.experiments.studies import results
 
 STATES = ("done", "failed", "running", "stopped", "waiting")
 OPEN = ("stopped", "waiting")
@@ -81,21 +82,21 @@ def read(file) -> list[Point]:
         )
     try:
         base = load(names["CONFIG"])
-        sweep.override(base, names.get("FIELDS", {}))
+        grid.override(base, names.get("FIELDS", {}))
         found = [one for given in names["points"]() for one in _grid(given)]
     except (UsageError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
     points: list[Point] = []
     known: dict[str, str] = {}
     for values in found:
-        name = sweep.listed(values)
+        name = grid.listed(values)
         try:
-            config = sweep.seeded(base, values.get("seed", 0))
-            sweep.override(config, {k: v for k, v in values.items() if k != "seed"})
-            setup.check(config)
-        except setup.ConfigError as error:
+            config = grid.seeded(base, values.get("seed", 0))
+            grid.override(config, {k: v for k, v in values.items() if k != "seed"})
+            build.check(config)
+        except build.ConfigError as error:
             raise UsageError(f"{file}: point {name}: {error}") from error
-        text = json.dumps(setup.to_json(config), sort_keys=True)
+        text = json.dumps(build.to_json(config), sort_keys=True)
         if text in known:
             raise UsageError(
                 f"{file}: the points {known[text]} and {name} are one: they give the "
@@ -104,7 +105,7 @@ def read(file) -> list[Point]:
         known[text] = name
         # With "=" in a value, one field could read as two.
         unsure = "=" in "".join(map(str, values.values()))
-        known_by = sweep.file_name(name or "all", repr(values) if unsure else None)
+        known_by = grid.file_name(name or "all", repr(values) if unsure else None)
         points.append(Point(known_by, values, config))
     if not points:
         raise UsageError(f"{file}: points() yields nothing: give at least one dict")
@@ -142,9 +143,9 @@ def check(file, points: list[Point]) -> None:
         built.add(key)
         try:
             if point.config.experiment == "train":
-                setup.build(point.config)
+                build.build(point.config)
             elif point.config.experiment in DRAWINGS and "model" in point.config:
-                sweep.check(point.config)
+                grid.check(point.config)
         except (checkpoint.ConflictError, ValueError) as error:
             raise UsageError(f"{file}: point {point.name}: {error}") from error
 
@@ -156,12 +157,12 @@ def place(workdir: Path, point: Point) -> Path:
     """The workdir of a point's run."""
     folder = workdir / "points" / point.name
     # As it was named before the names of two points could not be one.
-    plain = re.sub(r"[/\0]", "_", sweep.listed(point.values)) or "all"
-    former = folder.with_name(sweep.file_name(plain))
+    plain = re.sub(r"[/\0]", "_", grid.listed(point.values)) or "all"
+    former = folder.with_name(grid.file_name(plain))
     if former != folder and not folder.exists():
         with contextlib.suppress(UsageError):
             known = load(f"{former}/config.json")
-            if setup.to_json(known) == setup.to_json(point.config):
+            if build.to_json(known) == build.to_json(point.config):
                 return former
     return folder
 
@@ -229,8 +230,8 @@ def _try(workdir, point):
         except checkpoint.StorageError:  # of no single point
             raise
         except Exception as error:
-            print(f"failed: {sweep.short(error)}", flush=True)
-            record.write_json(_why(workdir, point), sweep.explained(error))
+            print(f"failed: {points.short(error)}", flush=True)
+            record.write_json(_why(workdir, point), points.explained(error))
         jax.clear_caches()
     finally:
         claim.unlink()
@@ -469,7 +470,7 @@ def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
         for point, row in zip(points, found, strict=True)
         if row
     ]
-    table = sweep.over_seeds(rows, points, axes)
+    table = results.over_seeds(rows, points, axes)
     metrics = {
         "experiment": workdir.resolve().name,
         "columns": [*axes, measure, "seeds"],
@@ -480,7 +481,7 @@ def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
     picture = figures.encode(draw(table, axes, measure), "png")
     with record.replacing(workdir / "sweep.png") as path:
         path.write_bytes(picture)
-    return sweep.summary(workdir)
+    return results.summary(workdir)
 
 
 def draw(table, axes, measure):

@@ -181,7 +181,7 @@ def train() -> ConfigDict:
             budget=placeholder(int),  # of networks, for one setting
         ),
         # Changes no result, and may differ when a run goes on; but where train.stop_gap
-        # or plateau is set, when and how it is looked at does: setup.LOOKS.
+        # or plateau is set, when and how it is looked at does: build.LOOKS.
         run=dict(
             log_every=50,
             save_every=1_000,

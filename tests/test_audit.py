@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import audit as configs
 from memsep_jax import data, defaults, experiments, sources, weights
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
 from memsep_jax.sources import DataError
@@ -166,9 +166,9 @@ def test_a_run_is_audited_by_its_workdir(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     config = defaults.smoke(defaults.digits())
-    record.write_json(run / "config.json", setup.to_json(config))
+    record.write_json(run / "config.json", build.to_json(config))
     record.write_npz(run / "samples.npz", samples=DIGITS[:9])
-    splits = setup.build(config).splits
+    splits = build.build(config).splits
     read = {
         role: audit.images_of(str(run), role, None)[0]
         for role in ("samples", "train", "held_out")
@@ -256,7 +256,7 @@ def bad(tmp_path):
     for i in range(12):
         (tmp_path / "damaged" / f"{i:02d}.png").write_bytes(b"no image")
     np.savez(tmp_path / "names.npz", a=DIGITS[:5], b=DIGITS[:5])
-    config, read = setup.ConfigError, DataError
+    config, read = build.ConfigError, DataError
 
     def path(name):
         return str(tmp_path / name)
@@ -316,7 +316,7 @@ def test_bad_settings_get_one_message_and_leave_nothing(
     if words is None:  # digits have labels, an array has none
         np.save(tmp_path / "train.npy", DIGITS[:60])
         config.train, words = str(tmp_path / "train.npy"), "needs a label"
-    with pytest.raises(setup.ConfigError, match=words):
+    with pytest.raises(build.ConfigError, match=words):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs import band_swap as configs
 from memsep_jax import experiments, sampling, score
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import band_swap
 
@@ -117,6 +117,6 @@ def test_what_cannot_be_swapped_is_refused_and_leaves_nothing(tmp_path):
     for change, message in cases:
         config = tiny()
         change(config)
-        with pytest.raises(setup.ConfigError, match=message):
+        with pytest.raises(build.ConfigError, match=message):
             experiments.run(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from configs import calibrate_cifar
 from memsep_jax import experiments
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import calibrate
 
@@ -61,7 +61,7 @@ def test_a_kind_of_copy_keeps_shape_and_stays_near_its_image(kind, channels):
 def test_images_are_required(field, tmp_path):
     config = calibrate_cifar.get_config("smoke")
     config[field] = None
-    with pytest.raises(setup.ConfigError, match="--config.pool=OTHERS are required"):
+    with pytest.raises(build.ConfigError, match="--config.pool=OTHERS are required"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -69,5 +69,5 @@ def test_images_are_required(field, tmp_path):
 def test_a_pool_of_training_images_is_refused(tmp_path):
     config = calibrate_cifar.get_config("smoke")
     config.pool = "digits[:100]"
-    with pytest.raises(setup.ConfigError, match="has 0 images that are not among"):
+    with pytest.raises(build.ConfigError, match="has 0 images that are not among"):
         experiments.run(config, tmp_path)

@@ -10,8 +10,8 @@ import pytest
 
 from configs import gmm_capacity as configs
 from memsep_jax import empirical, experiments, gap, mixture, process
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import capacity
 from memsep_jax.models import exact
 
@@ -63,13 +63,13 @@ def test_a_network_learns_the_score_of_its_own_target():
     config.measure.update(times=(0.1, 1.0), draws=500)
     config.run.update(log_every=200)
     session = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext())
-    (row,) = capacity.measure(sweep.points(config), session)
+    (row,) = capacity.measure(grid.points(config), session)
     v = -np.expm1(-np.array(config.measure.times))
     for target in capacity.TARGETS:
         error = row[f"{target}_error"]
         assert np.all(error < 0.1 * config.data.d / v), target
     # Each against the score of the other would be off by the loss gap.
-    truth, parts = setup.truth(config), setup.build(config)
+    truth, parts = build.truth(config), build.build(config)
     off = gap.loss_gap(truth, parts.splits.train.x[:4], OU, 0.1, jax.random.key(0))
     assert row["empirical_error"][0] < off / 3
     assert row["true_error"][0] < off / 3
@@ -123,7 +123,7 @@ def test_what_has_no_exact_network_is_refused_and_leaves_nothing(tmp_path):
     for change, message in cases:
         config = configs.get_config("smoke")
         change(config)
-        with pytest.raises(setup.ConfigError, match=message):
+        with pytest.raises(build.ConfigError, match=message):
             experiments.run(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -131,10 +131,10 @@ def test_what_has_no_exact_network_is_refused_and_leaves_nothing(tmp_path):
 def test_boxes_have_no_exact_network_and_no_axis_but_two_is_swept():
     config = configs.get_config("smoke")
     config.data.law = "boxes"
-    with pytest.raises(setup.ConfigError, match="data.law=boxes: capacity needs"):
+    with pytest.raises(build.ConfigError, match="data.law=boxes: capacity needs"):
         capacity._true_params(config)
     config.sweep.depth = (1, 2)
-    with pytest.raises(setup.ConfigError, match="sweep.depth=.*no other axis"):
+    with pytest.raises(build.ConfigError, match="sweep.depth=.*no other axis"):
         capacity._check_axes(config)
 
 
@@ -144,6 +144,6 @@ def test_a_time_without_a_score_is_refused(tmp_path):
     config.times.update(t_max=0.9)
     config.sampler.update(t_max=0.9)
     config.measure.update(times=(0.5, 1.0))
-    with pytest.raises(setup.ConfigError, match=r"measure.times: t=1.0 is outside"):
+    with pytest.raises(build.ConfigError, match=r"measure.times: t=1.0 is outside"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, defaults, experiments
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -48,7 +48,7 @@ def test_the_smoke_variant_of_a_sweep_leaves_its_points(name, tmp_path):
 
     assert record.read_json(tmp_path / "run.json")["status"] == "complete"
     metrics = record.read_json(tmp_path / "metrics.json")
-    points = sweep.points(config)
+    points = grid.points(config)
     if config.experiment == "emm":  # that chooses its sizes
         sizes = sum(len(found["sizes"]) for found in metrics["emm"])
         points = [None] * (sizes * config.sweep.seeds)
@@ -107,7 +107,7 @@ def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
     np.testing.assert_array_equal(flags, d1 < d2 / 3)
     assert found["ratio"] == pytest.approx(flags.mean())
     # And the distances are those of the samples on disk.
-    train = np.asarray(setup.build(config).splits.train.x, np.float64)
+    train = np.asarray(build.build(config).splits.train.x, np.float64)
     if samples.dtype == np.uint8:
         samples = data.from_uint8(samples)
     gaps = np.asarray(samples, np.float64)[:, None] - train[None]
@@ -141,7 +141,7 @@ def test_a_config_is_the_defaults_with_other_values(name):
     assert set(_fields(full)) <= known and set(_fields(smoke)) <= known
     assert full.experiment == smoke.experiment
     assert full.get("model", {}).get("name") == smoke.get("model", {}).get("name")
-    assert setup.differences(setup.to_json(full), setup.to_json(smoke))
+    assert build.differences(build.to_json(full), build.to_json(smoke))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,8 +5,9 @@ import pytest
 
 from configs import digits, emm_digits, gmm_size
 from memsep_jax import defaults
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import dry_run, train
 
 
@@ -23,8 +24,8 @@ def cells(table):
 def test_it_counts_what_a_run_would_hold(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = cells(dry_run.dry_run(config, lambda line: None))
-    params = setup.init_params(setup.build(config), jax.random.key(0))
-    count = setup.count(params)
+    params = training.init_params(build.build(config), jax.random.key(0))
+    count = training.count(params)
     assert found["parameters"] == f"{count:,}"
     # params, EMA and Adam's two moments in float32, and a few scalars.
     assert found["state (params, EMA, optimizer)"] == f"{4 * 4 * count / 2**20:.1f} MiB"
@@ -108,11 +109,11 @@ def test_of_a_sweep_it_counts_the_points_and_the_last_network():
     found = cells(dry_run.dry_run(sweeping, lambda line: None))
     assert found["points of the sweep"] == "8"  # two n, two widths, two seeds
     assert found["the last one"] == "num_examples=16,width=8,seed=1"
-    widest = setup.build(sweep.points(sweeping)[-1].config)
-    params = setup.init_params(widest, jax.random.key(0))
-    assert found["parameters"] == f"{setup.count(params):,}"
+    widest = build.build(grid.points(sweeping)[-1].config)
+    params = training.init_params(widest, jax.random.key(0))
+    assert found["parameters"] == f"{training.count(params):,}"
 
 
 def test_what_trains_nothing_takes_nothing():
-    with pytest.raises(setup.ConfigError, match="experiment=audit trains nothing"):
+    with pytest.raises(build.ConfigError, match="experiment=audit trains nothing"):
         dry_run.dry_run(defaults.audit(), print)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, experiments
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import emm, networks
 
 SAMPLES = 400
@@ -126,7 +126,7 @@ def test_every_setting_has_its_own_emm(trained, tmp_path):
 def test_a_bracket_that_cannot_be_is_refused_before_training(
     changes, message, trained, tmp_path
 ):
-    with pytest.raises(setup.ConfigError, match=message):
+    with pytest.raises(build.ConfigError, match=message):
         experiments.run(config(**changes), tmp_path / "run")
     assert not trained and not (tmp_path / "run").exists()
 
@@ -136,4 +136,4 @@ def test_choices_are_the_product_of_all_axes_but_n():
     some.sweep.update(setting=("", "model.depth=2"), width=(8, 16))
     found = emm.choices(some)
     assert len(found) == 4
-    assert [len(sweep.points(one)) for one in found] == [3] * 4
+    assert [len(grid.points(one)) for one in found] == [3] * 4

@@ -7,8 +7,8 @@ import pytest
 
 from configs import gmm_width_decay
 from memsep_jax import experiments
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import ensemble
 
 
@@ -21,12 +21,12 @@ def smoke(**axes):
 
 def learned(points):
     configs = [point.config for point in points]
-    return ensemble.learn(configs, [setup.build(config) for config in configs])
+    return ensemble.learn(configs, [build.build(config) for config in configs])
 
 
 def test_a_network_does_not_know_the_others_of_its_ensemble():
     """Neither their seeds, nor their decay, nor that they have more points."""
-    points = sweep.points(smoke(num_examples=(8, 16), weight_decay=(0.0, 0.5), seeds=2))
+    points = grid.points(smoke(num_examples=(8, 16), weight_decay=(0.0, 0.5), seeds=2))
     together, losses = learned(points)
     for i in (1, 6):
         alone, loss = learned(points[i : i + 1])
@@ -40,7 +40,7 @@ def test_a_network_does_not_know_the_others_of_its_ensemble():
 def test_decay_shrinks_the_weights_and_seeds_part_them():
     config = smoke(weight_decay=(0.0, 20.0), seeds=2)
     config.train.steps = 30
-    state, _ = learned(sweep.points(config))
+    state, _ = learned(grid.points(config))
     norms = jax.vmap(lambda p: jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(p))))
     light, other, heavy, _ = norms(state.params)
     assert heavy < 0.9 * light
@@ -84,7 +84,7 @@ def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
 def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
     config = smoke(width=(8, 4), weight_decay=(0.0, -1.0))
     with pytest.raises(
-        setup.ConfigError, match=r"weight_decay=\(0.0, -1.0\) must be at"
+        build.ConfigError, match=r"weight_decay=\(0.0, -1.0\) must be at"
     ):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -93,6 +93,6 @@ def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
 def test_the_likelihood_needs_a_known_truth(tmp_path):
     config = smoke()
     config.data.update(name="digits", k=None, d=None, scale=None)
-    with pytest.raises(setup.ConfigError, match="data.name=mixture has one"):
+    with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,9 @@ import pytest
 
 from configs import gmm_lipschitz
 from memsep_jax import empirical, experiments, lipschitz, mixture
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import lipschitz as experiment
 from memsep_jax.models import mlp
 
@@ -45,15 +46,15 @@ def test_a_run_leaves_numbers_and_pictures(workdir):
     assert [(row["weight_decay"], row["seeds"]) for row in table] == [(0, 2), (1, 2)]
     for name in ("norms", "bounds"):
         assert (workdir / "figures" / f"{name}.png").stat().st_size > 10_000
-    rows = [read(workdir, p.name) for p in sweep.points(tiny())]
+    rows = [read(workdir, p.name) for p in grid.points(tiny())]
     assert all(np.isfinite(v).all() for row in rows for v in row.values())
 
 
 def test_the_exact_scores_are_those_of_the_data_and_of_the_functions(workdir):
-    points = {point.name: point for point in sweep.points(tiny())}
+    points = {point.name: point for point in grid.points(tiny())}
     name, other = "weight_decay=0.0,seed=1", "weight_decay=1.0,seed=1"
     row, same = read(workdir, name), read(workdir, other)
-    parts, truth = setup.build(points[name].config), setup.truth(points[name].config)
+    parts, truth = build.build(points[name].config), build.truth(points[name].config)
     data, process, t = jnp.asarray(parts.splits.train.x), parts.process, 4e-3
     probes = process.alpha(t) * lipschitz.midpoints(data, 4)
     scores = {
@@ -78,7 +79,7 @@ def test_the_exact_scores_are_those_of_the_data_and_of_the_functions(workdir):
 def test_slopes_are_minus_four_between_points_minus_two_at_them_and_none_of_the_truth(
     workdir,
 ):
-    for point in sweep.points(tiny()):
+    for point in grid.points(tiny()):
         row = read(workdir, point.name)
         assert row["empirical_midpoints_slope"] == pytest.approx(-4, abs=0.1)
         assert row["empirical_noised_slope"] == pytest.approx(-2, abs=0.01)
@@ -88,13 +89,13 @@ def test_slopes_are_minus_four_between_points_minus_two_at_them_and_none_of_the_
 
 
 def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_zero):
-    point = sweep.points(tiny())[0]
-    parts, truth = setup.build(point.config), setup.truth(point.config)
-    params = off_zero(setup.init_params(parts, jax.random.key(1)))
+    point = grid.points(tiny())[0]
+    parts, truth = build.build(point.config), build.truth(point.config)
+    params = off_zero(training.init_params(parts, jax.random.key(1)))
     data, times = jnp.asarray(parts.splits.train.x), jnp.array([1e-3, 0.5])
     look = jax.jit(functools.partial(experiment.norms, parts=parts, m=4, iters=200))
     found = look(params, truth, data, times, jax.random.key(2))
-    score_fn = setup.score_fn(parts, params)
+    score_fn = training.score_fn(parts, params)
     bound = mlp.lipschitz_bound(params)
     np.testing.assert_allclose(found["layer_bound"], bound, rtol=1e-5)
     for i, t in enumerate(times):
@@ -114,6 +115,6 @@ def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_
 def test_a_truth_that_is_not_known_is_refused_and_leaves_nothing(tmp_path):
     config = tiny()
     config.data.name = "digits"
-    with pytest.raises(setup.ConfigError, match="data.name=mixture has one"):
+    with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,8 +10,8 @@ import pytest
 
 from configs import gmm_loss_gap
 from memsep_jax import empirical, experiments, gap, mixture, process
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import loss_gap
 
 OU = process.ornstein_uhlenbeck()
@@ -52,12 +52,12 @@ def test_a_run_leaves_numbers_and_pictures(workdir):
 
 
 def test_the_numbers_are_those_of_the_functions_at_the_prompt(workdir):
-    point = next(p for p in sweep.points(tiny()) if p.name.endswith("d=3,seed=1"))
+    point = next(p for p in grid.points(tiny()) if p.name.endswith("d=3,seed=1"))
     (path,) = (workdir / "points").rglob(f"{point.name}.npz")
     row = record.read_npz(path)
-    data = jnp.asarray(setup.build(point.config).splits.train.x)
-    truth, t, m = setup.truth(point.config), 0.5, 40
-    key = jax.random.split(setup.keys(point.config.seed).evaluate)[0]
+    data = jnp.asarray(build.build(point.config).splits.train.x)
+    truth, t, m = build.truth(point.config), 0.5, 40
+    key = jax.random.split(build.keys(point.config.seed).evaluate)[0]
     key, _ = jax.random.split(jax.random.fold_in(key, 1))  # of times[1]
 
     @jax.jit
@@ -129,6 +129,6 @@ def test_a_truth_without_closed_form_is_refused_and_leaves_nothing(
 ):
     config = tiny()
     config.data.update(data)
-    with pytest.raises(setup.ConfigError, match=message):
+    with pytest.raises(build.ConfigError, match=message):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

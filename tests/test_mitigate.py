@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, defaults, experiments, sampling
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import mitigate, networks
 from memsep_jax.experiments.studies import train as job
@@ -34,8 +35,8 @@ def smoke(**changes):
 def test_a_setting_sets_its_fields_and_the_empty_one_none():
     config = smoke()
     config.sweep.setting = ("", "model.dropout=0.5; prune.criterion=random")
-    plain, changed = sweep.points(config)
-    assert setup.to_json(plain.config)["model"] == setup.to_json(config)["model"]
+    plain, changed = grid.points(config)
+    assert build.to_json(plain.config)["model"] == build.to_json(config)["model"]
     assert changed.config.model.dropout == 0.5
     assert changed.config.prune.criterion == "random"
 
@@ -52,7 +53,7 @@ def test_a_setting_sets_its_fields_and_the_empty_one_none():
 def test_a_setting_that_cannot_be_is_named(setting, message, tmp_path):
     config = smoke()
     config.sweep.setting = ("", setting)
-    with pytest.raises(setup.ConfigError, match=message):
+    with pytest.raises(build.ConfigError, match=message):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -86,7 +87,7 @@ def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
 def test_points_share_what_is_measured_only_where_nothing_else_differs(setting, shared):
     config = smoke()
     config.sweep.setting = ("prune.ratio=0.2", setting)
-    first, second = map(mitigate._alike, sweep.points(config))
+    first, second = map(mitigate._alike, grid.points(config))
     assert (first == second) == shared
 
 
@@ -110,12 +111,12 @@ def test_the_advantage_is_the_copies_saved_at_equal_quality():
     assert mitigate.advantage(theirs, ours) == pytest.approx(-0.15)
 
 
-points = st.lists(
+clouds = st.lists(
     st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=1, max_size=8
 ).map(lambda rows: np.array(rows).T)
 
 
-@given(points, points, st.floats(0.01, 1))
+@given(clouds, clouds, st.floats(0.01, 1))
 def test_fewer_copies_everywhere_is_that_advantage(cloud, other, less):
     """Antisymmetric, 0 against itself, and as large as a shift of all points."""
     assert mitigate.advantage(cloud, cloud) == 0
@@ -167,7 +168,7 @@ def test_quality_is_compared_with_the_control_of_the_same_seed():
 def test_what_a_search_reproduces_is_found(reach, found, null):
     """A search that gives its targets back, or only those that were trained on."""
     config = smoke(**{"measure.targets": 4})
-    parts = setup.build(config)
+    parts = build.build(config)
 
     def find(weights, targets, keys):
         targets = np.asarray(targets)
@@ -193,11 +194,11 @@ def test_a_search_in_short_calls_is_the_search(monkeypatch):
     """A round a call: what `sampling.search_noise` finds at once."""
     monkeypatch.setattr(record, "CALL", 0.0)
     config = smoke(**{"measure.search": 3})
-    parts = setup.build(config)
-    weights = setup.init_params(parts, jax.random.key(0))
+    parts = build.build(config)
+    weights = training.init_params(parts, jax.random.key(0))
     targets, keys = parts.splits.train.x[:2], jax.random.split(jax.random.key(1), 2)
     flow = sampling.ode(
-        setup.score_fn(parts, weights), parts.process, parts.times,
+        training.score_fn(parts, weights), parts.process, parts.times,
         config.sampler.name,
     )  # fmt: skip
     radius = float(parts.process.sigma(parts.times[0])) * targets[0].size ** 0.5
@@ -244,11 +245,11 @@ def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
     (model, *_) = (
         path
         for path in (done / "models").iterdir()
-        if path.name == networks.name(sweep.seeded(smoke(), 0))
+        if path.name == networks.name(grid.seeded(smoke(), 0))
     )
     config = smoke(**{"measure.targets": 0})
     config.sweep.setting = ("",)
-    parts = setup.build(config)
+    parts = build.build(config)
     record.write_json(model / "run.json", {"fingerprint": parts.splits.fingerprint})
     state, step = checkpoint.restore_newest(
         model / "checkpoints", job.initial_state(config, parts)
@@ -269,7 +270,7 @@ def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
         with pytest.raises(checkpoint.ConflictError, match="trained on other data"):
             experiments.run(other, tmp_path / "run")
     other = smoke(**{"prune.source": str(tmp_path / "nowhere")})
-    with pytest.raises(setup.ConfigError, match="nowhere holds no checkpoints"):
+    with pytest.raises(build.ConfigError, match="nowhere holds no checkpoints"):
         experiments.run(other, tmp_path / "run")
 
 
@@ -283,10 +284,10 @@ def test_a_packed_state_goes_on_on_another_machine(tmp_path):
     for name, steps in (("here", 2), ("there", 4)):
         config.train.steps = steps
         with Session(tmp_path / name, config) as session:
-            state = job.learn(config, setup.build(config), session)
+            state = job.learn(config, build.build(config), session)
         assert int(state.step) == steps
         digests.append(checkpoint.digest(state))
     config.run.pack = None
     with Session(tmp_path / "whole", config) as session:
-        whole = job.learn(config, setup.build(config), session)
+        whole = job.learn(config, build.build(config), session)
     assert checkpoint.digest(whole) == digests[1]

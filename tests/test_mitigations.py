@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import checkpoint, data, defaults, experiments, parallel
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import train as job
@@ -35,7 +36,7 @@ def small(**changes):
 def learn(config, workdir):
     """Trains in a workdir, to the end or until a signal.   Returns: the state."""
     with Session(workdir, config) as session:
-        return job.learn(config, setup.build(config), session)
+        return job.learn(config, build.build(config), session)
 
 
 def rows(workdir):
@@ -57,10 +58,10 @@ def stopped(tmp_path_factory):
 
 def losses(config, parts=None, example=None):
     """At 16 keys, of a fresh network: mean squares of the targets alone."""
-    parts = parts or setup.build(config)
-    params = setup.init_params(parts, jax.random.key(0))
+    parts = parts or build.build(config)
+    params = training.init_params(parts, jax.random.key(0))
     example = example or jax.tree.map(lambda a: a[3], parts.splits.train)
-    loss = jax.jit(jax.vmap(setup.loss(parts, config), (None, None, 0)))
+    loss = jax.jit(jax.vmap(training.loss(parts, config), (None, None, 0)))
     return loss(params, example, jax.random.split(jax.random.key(1), 16))
 
 
@@ -79,7 +80,7 @@ def test_mirrored_points_are_among_those_that_are_averaged():
     config.model.update(name="mlp")
     config.times.update(mean=-4.0, std=0.01)
     config.train.flip = True
-    parts = setup.build(config)
+    parts = build.build(config)
     mirrored = data.Dataset(parts.splits.train.x[3][:, ::-1])
     ordinary = losses(config, parts, mirrored)
     config.train.temperature = 1.0
@@ -89,7 +90,7 @@ def test_mirrored_points_are_among_those_that_are_averaged():
 def test_noisy_copies_belong_to_the_data_and_not_to_the_seed():
     """A point that occurs twice, in a run of any seed, has one noisy copy."""
     config = small(**AMBIENT, **{"times.mean": 1.0})
-    parts = setup.build(config)
+    parts = build.build(config)
     x = parts.splits.train.x
     first = losses(config, parts, data.Dataset(x[0]))
     config.seed = 5
@@ -101,11 +102,11 @@ def test_noisy_copies_belong_to_the_data_and_not_to_the_seed():
 
 def test_a_train_step_has_the_data_as_an_argument():
     """The mean of points that are all one point is that point."""
-    smooth, parts = small(**SMOOTHED), setup.build(small())
+    smooth, parts = small(**SMOOTHED), build.build(small())
     state, (x, _) = job.initial_state(smooth, parts), parts.splits.train
     one = data.Dataset(jnp.broadcast_to(x[:1], x.shape))
     steps = [
-        jax.jit(setup.make_step(config, parts, parallel.make_mesh()))
+        jax.jit(training.make_step(config, parts, parallel.make_mesh()))
         for config in (smooth, small())
     ]
     batch = data.Dataset(x[:8])
@@ -118,8 +119,8 @@ def test_a_train_step_has_the_data_as_an_argument():
 
 
 def test_repeated_points_can_be_removed():
-    once = setup.build(small(**{"data.deduplicate": True})).splits
-    plain = setup.build(small(**{"data.duplicates": 0.0})).splits
+    once = build.build(small(**{"data.deduplicate": True})).splits
+    plain = build.build(small(**{"data.duplicates": 0.0})).splits
     assert len(once.train.x) == 16 and once.fingerprint == plain.fingerprint
 
 
@@ -261,5 +262,5 @@ def test_training_ends_where_the_higher_of_both_ratios_has_not_risen(tmp_path):
     ],
 )
 def test_what_has_no_meaning_is_refused_before_anything_is_compiled(changes, words):
-    with pytest.raises(setup.ConfigError, match=words):
-        setup.build(small(**changes))
+    with pytest.raises(build.ConfigError, match=words):
+        build.build(small(**changes))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, experiments
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import onset, train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "onset_digits.py"
@@ -190,7 +190,7 @@ def test_the_line_is_drawn_through_what_it_fits_and_said_in_words(tmp_path):
     ],
 )
 def test_a_time_that_cannot_be_measured_is_refused(changes, message, tmp_path):
-    with pytest.raises(setup.ConfigError, match=message):
+    with pytest.raises(build.ConfigError, match=message):
         experiments.run(smoke(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -199,7 +199,7 @@ def test_a_time_that_cannot_be_measured_is_refused(changes, message, tmp_path):
 def test_every_snapshot_is_looked_at_and_the_last_is_the_network(tmp_path):
     config = smoke(**{"sweep.num_examples": (16,)})
     experiments.run(config, tmp_path)
-    (point,) = sweep.points(config)
+    (point,) = grid.points(config)
     metrics = record.read_json(tmp_path / "metrics.json")
     (row,) = record.read_points(tmp_path, metrics)
     assert row["steps"].tolist() == sorted(train.snapshot_steps(point.config, 16))

@@ -7,7 +7,7 @@ import pytest
 
 from configs import optimum as configs
 from memsep_jax import data, empirical, experiments, process, sampling
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import optimum
 
@@ -138,7 +138,7 @@ def test_samples_are_of_labels_that_occur_and_are_drawn_uniformly(
     place = {image.tobytes(): i for i, image in enumerate(images)}
     samples = record.read_npz(tmp_path / "samples.npz")["samples"]
     copies = labels[[place[sample.tobytes()] for sample in samples]]
-    key = setup.keys(config.seed).sample
+    key = build.keys(config.seed).sample
     for i, label in enumerate(copies[:12]):
         label_key = jax.random.split(jax.random.fold_in(key, i))[1]
         assert label == present[jax.random.randint(label_key, (), 0, len(present))]
@@ -174,6 +174,6 @@ def test_the_truth_gives_the_null_level(tmp_path):
 def test_the_truth_of_images_is_not_known(tmp_path):
     config = configs.get_config("full")
     config.optimum.score = "truth"
-    with pytest.raises(setup.ConfigError, match="data.name=mixture has one"):
+    with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

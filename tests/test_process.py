@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, process
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 
 OU = process.ornstein_uhlenbeck()
 VP = process.variance_preserving()
@@ -196,7 +196,7 @@ def on_the_vp_clock(**changes):
 
 def test_a_config_trains_on_the_clock_that_it_names():
     """t ~ U(1e-5, 1) of VP: what the network of the VP prediction sees is uniform."""
-    parts = setup.build(on_the_vp_clock())
+    parts = build.build(on_the_vp_clock())
     level = jax.jit(jax.vmap(lambda key: parts.prediction.level(parts.law(key))))
     level = np.sort(level(jax.random.split(jax.random.key(0), N))).astype(np.float64)
     distance = np.abs(level - (np.arange(N) + 0.5) / N).max()
@@ -214,5 +214,5 @@ def test_a_config_trains_on_the_clock_that_it_names():
     ],
 )
 def test_a_clock_that_cannot_tell_the_time_is_refused(changes, words):
-    with pytest.raises(setup.ConfigError, match=words):
-        setup.build(on_the_vp_clock(**changes))
+    with pytest.raises(build.ConfigError, match=words):
+        build.build(on_the_vp_clock(**changes))

@@ -15,7 +15,8 @@ from memsep_jax import (
     prune,
     train,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import prune as pruning
 from memsep_jax.experiments.studies.evaluate import make_generate
@@ -34,12 +35,12 @@ def small(**changes):
 
 @pytest.fixture(scope="module")
 def parts():
-    return setup.build(small())
+    return build.build(small())
 
 
 @pytest.fixture(scope="module")
 def params(parts, off_zero):
-    return off_zero(setup.init_params(parts, jax.random.key(0)))
+    return off_zero(training.init_params(parts, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_criteria_agree_in_shape_and_norm_and_in_nothing_else(measured):
 def test_importance_is_that_of_algorithm_1(parts, params, measured):
     """From the same draws, by `prune.head_importance`."""
     config, n = small(), len(parts.splits.train.x)
-    key, law = setup.keys(config.seed).prune, pruning.times(config, parts, "small_t")
+    key, law = build.keys(config.seed).prune, pruning.times(config, parts, "small_t")
     keys = [
         jax.random.split(jax.random.fold_in(key, i)) for i in range(config.prune.draws)
     ]
@@ -106,7 +107,7 @@ def test_importance_is_that_of_algorithm_1(parts, params, measured):
     eps = jnp.stack([jax.random.normal(pair[1], x0.shape[1:]) for pair in keys])
 
     def loss(gates, x0, t, eps):
-        network = setup.network(parts, params, gates=gates)
+        network = training.network(parts, params, gates=gates)
         return train.prediction_loss(
             network, parts.prediction, parts.process, x0, t, eps
         )
@@ -123,7 +124,7 @@ def test_importance_is_the_same_for_every_chunk(parts, params, measured, criteri
 
 def test_every_criterion_drops_as_many_and_changes_the_output(parts, params, measured):
     x, t = parts.splits.train.x[0], jnp.float32(0.5)
-    apply = jax.jit(lambda p: setup.network(parts, p)(x, t))
+    apply = jax.jit(lambda p: training.network(parts, p)(x, t))
     whole = apply(params)
     for name, keep in keeps(parts, params, measured).items():
         assert (~keep).sum() == 3 and keep.any(axis=1).all(), name
@@ -193,7 +194,7 @@ def test_importance_that_is_not_finite_ends_with_one_message(parts, params):
 def cuts(parts, params):
     """Pruned and control, both fine-tuned."""
     config = small()
-    score_of = lambda weights, label: setup.score_fn(parts, weights, label)  # noqa: E731
+    score_of = lambda weights, label: training.score_fn(parts, weights, label)  # noqa: E731
     generate = make_generate(config, parts, parallel.make_mesh(), score_of)
     watch = pruning.watcher(config, parts, generate)
     tune = pruning.tuner(config, parts)
@@ -238,7 +239,7 @@ def test_samples_of_the_compact_network_are_those_of_the_masked_one(params, cuts
 
 def _like(config):
     """A TrainState of the main job, with the mask of a pruned one."""
-    parts = setup.build(config)
+    parts = build.build(config)
     state = jax.eval_shape(lambda: initial_state(config, parts))
     mask = prune.head_mask(state.params, np.ones((2, 4), bool))
     return state.replace(mask=mask)
@@ -279,6 +280,6 @@ def test_the_main_job_reports_its_pruning(tmp_path):
 def test_a_pruning_that_cannot_be_is_refused_before_anything(
     changes, message, tmp_path
 ):
-    with pytest.raises(setup.ConfigError, match=message) as error:
+    with pytest.raises(build.ConfigError, match=message) as error:
         experiments.run(small(**changes), tmp_path / "run")
     assert error.value.exit_code == 2 and not (tmp_path / "run").exists()

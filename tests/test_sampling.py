@@ -15,7 +15,8 @@ from memsep_jax import (
     sampling,
     score,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 
 OU = process.ornstein_uhlenbeck()
 VE = process.variance_exploding()
@@ -320,8 +321,8 @@ def test_a_config_whose_churn_has_no_meaning_is_refused(name, words):
     config.data.update(name="mixture", d=3)
     config.model.name = "mlp"
     config.sampler.update(name=name, churn=-1.0)
-    with pytest.raises(setup.ConfigError, match=words):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=words):
+        build.build(config)
 
 
 def test_a_config_samples_with_the_churn_that_it_names(key):
@@ -333,7 +334,7 @@ def test_a_config_samples_with_the_churn_that_it_names(key):
     def both(key):
         options = {"churn": 9.0, "churn_noise": 1.01}
         truth = sampling.sampler(score_fn, VE, times, (2,), "edm", **options)
-        return setup.sampler(config, VE, times, (2,), score_fn)(key), truth(key)
+        return training.sampler(config, VE, times, (2,), score_fn)(key), truth(key)
 
     np.testing.assert_array_equal(*both(key))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import checkpoint, defaults, experiments, sources
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import train as job
 
@@ -39,7 +39,7 @@ def test_a_run_on_points_on_disk_is_the_run_in_memory(labels, digits, tmp_path):
         config = small(digits, **{"data.labels": labels, "data.stream": stream})
         experiments.run(config, workdir)
         last = checkpoint.steps(workdir / "checkpoints")[-1]
-        like = job.initial_state(config, setup.build(config))
+        like = job.initial_state(config, build.build(config))
         rows = record.read_metrics(workdir / "metrics.jsonl")
         known.append(
             jax.tree.leaves(checkpoint.restore(workdir / "checkpoints", last, like))
@@ -82,5 +82,5 @@ def test_latents_are_sampled_as_they_are(tmp_path):
 def test_what_needs_the_points_in_memory_says_so(change, digits):
     config = small(digits, **change, **{"data.stream": True})
     field, value = next(iter(change.items()))
-    with pytest.raises(setup.ConfigError, match=f"on disk, and {field}={value} needs"):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=f"on disk, and {field}={value} needs"):
+        build.build(config)

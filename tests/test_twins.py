@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, experiments
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks, train, twins
 
@@ -26,12 +25,12 @@ def smoke(**changes):
 
 
 def test_twins_have_equally_many_points_and_none_in_common():
-    (point,) = sweep.points(smoke(**{"sweep.num_examples": (60,)}))
+    (point,) = grid.points(smoke(**{"sweep.num_examples": (60,)}))
     configs = twins.halves(point.config)
-    a, b = (np.asarray(setup.build(c).splits.train.x).reshape(60, -1) for c in configs)
+    a, b = (np.asarray(build.build(c).splits.train.x).reshape(60, -1) for c in configs)
     assert len(np.unique(np.concatenate([a, b]), axis=0)) == 120
     assert configs[0].seed == configs[1].seed
-    changed = setup.differences(*map(setup.to_json, configs))
+    changed = build.differences(*map(build.to_json, configs))
     assert changed == [("data.skip", 0, 60)]
 
 
@@ -45,7 +44,7 @@ def test_twins_are_sampled_from_the_same_noises(tmp_path, monkeypatch):
 
     monkeypatch.setattr(networks, "trained", untrained)
     with Session(tmp_path, config) as session:
-        (row,) = twins.measure(sweep.points(config), session)
+        (row,) = twins.measure(grid.points(config), session)
     assert asked == [(0, 16, 0), (16, 16, 0)]
     assert row["share"] == 1 and row["share_null"] == 0
     assert row["cosine"] == pytest.approx(1) and row["cosine_null"] < 0.9
@@ -88,6 +87,6 @@ def test_twins_that_copy_are_like_their_own_points_and_not_like_each_other():
     ],
 )
 def test_halves_that_cannot_be_are_refused_before_training(changes, message, tmp_path):
-    with pytest.raises(setup.ConfigError, match=message):
+    with pytest.raises(build.ConfigError, match=message):
         experiments.run(smoke(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -32,7 +32,7 @@ from memsep_jax import (
     sources,
     weights,
 )
-from memsep_jax.experiments.config import command, setup
+from memsep_jax.experiments.config import build, command
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
@@ -77,8 +77,8 @@ def smoke(*arguments):
 
 def violations(config) -> list[str]:
     """The lines of a ConfigError."""
-    with pytest.raises(setup.ConfigError) as caught:
-        setup.build(config)
+    with pytest.raises(build.ConfigError) as caught:
+        build.build(config)
     assert caught.value.exit_code == 2
     head, *lines = str(caught.value).splitlines()
     assert re.match(rf"{len(lines)} things? in the config must change:", head)
@@ -258,10 +258,10 @@ def written(fields: dict) -> list[str]:
 
 def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
     no_compiling = """
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 def refuse(*args, **kwargs):
     raise AssertionError("compiled")
-setup.make_steps = setup.init_params = refuse
+training.make_steps = training.init_params = refuse
 """
     told = refused(SMOKE, *written(WRONG), tmp_path=tmp_path, patch=no_compiling)
     for line in TOLD:
@@ -271,13 +271,13 @@ setup.make_steps = setup.init_params = refuse
 
 NAMES = {
     "data.name": (sources.SOURCES, "digist", "digits"),
-    "process.name": (setup.process.PROCESSES, "variance_exploiting", None),
-    "times.name": (setup.process.TIMES, "log_norml", "log_normal"),
-    "prediction.name": (setup.score.PREDICTIONS, "nose", "noise"),
-    "model.name": (setup.MODELS, "dti", "dit"),
-    "optimizer.name": (setup.train.OPTIMIZERS, "adamax", "adam"),
-    "sampler.name": (setup.SAMPLERS, "hune", None),
-    "sampler.grid": (setup.sampling.TIME_GRIDS, "lgo", "log"),
+    "process.name": (build.process.PROCESSES, "variance_exploiting", None),
+    "times.name": (build.process.TIMES, "log_norml", "log_normal"),
+    "prediction.name": (build.score.PREDICTIONS, "nose", "noise"),
+    "model.name": (build.MODELS, "dti", "dit"),
+    "optimizer.name": (build.train.OPTIMIZERS, "adamax", "adam"),
+    "sampler.name": (build.SAMPLERS, "hune", None),
+    "sampler.grid": (build.sampling.TIME_GRIDS, "lgo", "log"),
 }
 
 
@@ -340,8 +340,8 @@ def test_d47_groups_that_are_missing_are_named():
     with config.unlocked():
         del config.sampler
         del config.model["name"]
-    with pytest.raises(setup.ConfigError, match="model.name is missing") as caught:
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match="model.name is missing") as caught:
+        build.build(config)
     assert "sampler.steps is missing" in str(caught.value)
 
 
@@ -431,7 +431,7 @@ def test_d49_every_variant_of_every_config_parses(path):
         config = module["get_config"](name).lock()
         assert isinstance(config, ConfigDict)
         assert config.experiment in experiments.EXPERIMENTS
-        setup.check(config)
+        build.check(config)
     assert f"--config=configs/{path.name}" in module["__doc__"]
 
 
@@ -591,7 +591,7 @@ def test_d50_a_page_in_place_of_an_archive_is_refused(tmp_path):
     path = manual(tmp_path)
     path.write_text("<!DOCTYPE html><html>try later</html>")
     with pytest.raises(sources.DataError) as caught:
-        setup.build(harness.config(*cifar_arguments(tmp_path)))
+        build.build(harness.config(*cifar_arguments(tmp_path)))
     told = str(caught.value)
     assert caught.value.exit_code == 3
     assert f"{path}: an HTML page, not an archive: expected" in told
@@ -666,7 +666,7 @@ def test_d53_a_pickle_in_place_of_data_is_refused_unread(name, tmp_path):
     path.write_bytes(pickle.dumps(Payload(struck)))
     config = smoke("--config.data.name=npz", f"--config.data.path={path}")
     with pytest.raises(sources.DataError, match=f"{name}: not a readable") as caught:
-        setup.build(config)
+        build.build(config)
     assert caught.value.exit_code == 3 and not struck.exists()
 
 
@@ -688,7 +688,7 @@ def test_d55_an_unreadable_image_is_named_and_an_empty_folder_is_refused(tmp_pat
     pictures.mkdir()
     arguments = (SMOKE, "--config.data.name=folder", f"--config.data.path={pictures}")
     with pytest.raises(sources.DataError, match="no image below it") as caught:
-        setup.build(harness.config(*arguments))
+        build.build(harness.config(*arguments))
     assert caught.value.exit_code == 3
     for i in range(3):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(pictures / f"{i}.png")
@@ -696,7 +696,7 @@ def test_d55_an_unreadable_image_is_named_and_an_empty_folder_is_refused(tmp_pat
     told = refused(*arguments, tmp_path=tmp_path, code=3)
     assert "1 of 4 images cannot be read: broken.jpg" in told
     with pytest.raises(sources.DataError, match="no such folder"):
-        setup.build(harness.config(*arguments[:2], "--config.data.path=/no/such"))
+        build.build(harness.config(*arguments[:2], "--config.data.path=/no/such"))
 
 
 def pictures(folder):
@@ -746,7 +746,7 @@ def test_d55_the_fingerprint_is_that_of_any_order_of_the_directory(
     order, tmp_path, monkeypatch
 ):
     pictures(tmp_path)
-    before = setup.build(of_folder(tmp_path)).splits
+    before = build.build(of_folder(tmp_path)).splits
     walk, rng = os.walk, np.random.default_rng(0)
 
     def another(names):
@@ -763,7 +763,7 @@ def test_d55_the_fingerprint_is_that_of_any_order_of_the_directory(
 
     monkeypatch.setattr(os, "walk", listed)
     assert [f for *_, f in os.walk(tmp_path)] != [f for *_, f in walk(tmp_path)]
-    after = setup.build(of_folder(tmp_path)).splits
+    after = build.build(of_folder(tmp_path)).splits
     assert after.fingerprint == before.fingerprint
     np.testing.assert_array_equal(after.train.x, before.train.x)
 
@@ -773,7 +773,7 @@ def test_d55_sizes_that_differ_need_one_resolution(tmp_path):
     Image.new("RGB", (9, 5)).save(tmp_path / "c" / "wide.png")
     (told,) = violations(of_folder(tmp_path))
     assert "c/wide.png (5, 9, 3)); set resolution to resize all" in told
-    built = setup.build(of_folder(tmp_path, "--config.data.resolution=4"))
+    built = build.build(of_folder(tmp_path, "--config.data.resolution=4"))
     assert built.splits.train.x.shape == (4, 4, 4, 3)
 
 
@@ -793,7 +793,7 @@ def damaged(folder):
 def test_d55_what_cannot_be_read_is_named_ten_at_most(tmp_path):
     damaged(tmp_path)
     with pytest.raises(sources.DataError) as caught:
-        setup.build(of_folder(tmp_path))
+        build.build(of_folder(tmp_path))
     names = ", ".join(f"b/bad{i}.{'jpg' if i < 8 else 'png'}" for i in range(10))
     assert caught.value.exit_code == 3
     assert f"12 of 20 images cannot be read: {names} and 2 more; repair" in str(
@@ -806,11 +806,11 @@ def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
     clean, dirty = tmp_path / "clean", tmp_path / "dirty"
     pictures(clean)
     damaged(dirty)
-    found = setup.build(of_folder(dirty, "--config.data.skip_bad=True")).splits
+    found = build.build(of_folder(dirty, "--config.data.skip_bad=True")).splits
     told = "\n".join(found.notes)
     assert "12 of 20 images cannot be read: b/bad0.jpg" in told
     assert "left out" in told
-    assert found.fingerprint == setup.build(of_folder(clean)).splits.fingerprint
+    assert found.fingerprint == build.build(of_folder(clean)).splits.fingerprint
 
 
 def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(tmp_path):
@@ -838,7 +838,7 @@ def test_d56_labels_asked_of_a_set_without_labels_are_refused(tmp_path):
     arguments = ("--config=configs/mlp_mixture.py:smoke", "--config.data.labels=true")
     config = harness.config(*arguments)
     with pytest.raises(sources.DataError, match="the source lacks labels") as caught:
-        setup.build(config)
+        build.build(config)
     assert caught.value.exit_code == 3
 
 
@@ -852,7 +852,7 @@ def test_d56_labels_out_of_range_are_refused(tmp_path):
         "--config.data.labels=true",
     )
     with pytest.raises(sources.DataError, match=r"train_labels\[0\] has a label out"):
-        setup.build(config)
+        build.build(config)
 
 
 # 57: without the weights of Inception.
@@ -940,7 +940,7 @@ def test_an_error_of_the_data_waits_for_those_of_the_config(tmp_path):
 
 
 def test_a_config_that_is_right_builds():
-    parts = setup.build(smoke())
+    parts = build.build(smoke())
     assert parts.splits.train.x.shape == (16, 8, 8, 1) and jax.device_count() == 4
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from configs import audit as audit_configs
 from faults import harness
 from memsep_jax import data, defaults, experiments, readers, sources
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
 from memsep_jax.readers import DataError
@@ -221,7 +221,7 @@ def test_h70_a_zip_is_read_in_place_for_training_and_for_audits(tmp_path):
     images = tree(tmp_path / "set", names)
     tree(tmp_path / "set", ["__MACOSX/cat/._1.png"], 1)
     path = zipped(tmp_path / "set", tmp_path / "set.zip")
-    splits = setup.build(of_folder(path, "--config.data.labels=true")).splits
+    splits = build.build(of_folder(path, "--config.data.labels=true")).splits
     assert splits.classes == ("cat", "dog")
     # The order of the seed; each image with its file and its label.
     for x, file, label in zip(
@@ -340,7 +340,7 @@ def test_h70_classes_are_said_and_kept_and_samples_have_names(tmp_path, capsys):
     assert run["classes"] == {"0": "cat", "1": "dog"}
     with open(tmp_path / "run" / "per_sample.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    splits = setup.build(config).splits
+    splits = build.build(config).splits
     assert [r["nearest_file"] for r in rows] == [
         splits.files[int(r["nearest"])] for r in rows
     ]
@@ -532,7 +532,7 @@ def test_h72_every_byte_order_is_read(order, tmp_path):
     read = sources.npz(path).images
     assert read.dtype.isnative
     np.testing.assert_array_equal(read, x)
-    setup.build(
+    build.build(
         harness.config(
             "--config=configs/mlp_mixture.py:smoke", "--config.data.name=npz",
             f"--config.data.path={path}", "--config.data.num_examples=4",
@@ -600,13 +600,13 @@ def test_h73_a_folder_tells_what_it_did_and_does_it_the_other_way(tmp_path):
     arguments = [f"--config.data.{argument}" for argument in arguments]
     config = of_folder(tmp_path, *arguments, "--config.data.num_examples=3")
     config.data.num_held_out = 1
-    splits = setup.build(config).splits
+    splits = build.build(config).splits
     for x, file in zip(splits.train.x, splits.files, strict=True):
         np.testing.assert_array_equal(data.to_uint8(np.asarray(x)), images[file])
     assert [*splits.notes] == [*other.notes]
     wrong = of_folder(tmp_path, "--config.data.crop=middle")
-    with pytest.raises(setup.ConfigError, match="crop='middle' must be one of squeeze"):
-        setup.build(wrong)
+    with pytest.raises(build.ConfigError, match="crop='middle' must be one of squeeze"):
+        build.build(wrong)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -728,7 +728,7 @@ def test_h73_where_no_way_finds_copies_none_is_reported(tmp_path):
     assert metrics["verdict"]["alarm"] is False
     config = audit_configs.get_config("smoke")
     config.train_as.crop = "centre"
-    with pytest.raises(setup.ConfigError, match="train_as.crop='centre' must be"):
+    with pytest.raises(build.ConfigError, match="train_as.crop='centre' must be"):
         experiments.run(config, tmp_path / "refused")
 
 
@@ -802,11 +802,11 @@ def test_h77_sets_that_hold_each_other_are_refused(tmp_path):
     config = audit_configs.get_config("smoke")
     config.train, config.held_out = str(tmp_path / "train"), None
     config.samples = str(tmp_path / "train" / "generated")
-    with pytest.raises(setup.ConfigError, match="is inside of --config.train"):
+    with pytest.raises(build.ConfigError, match="is inside of --config.train"):
         experiments.run(config, tmp_path / "run")
     np.save(tmp_path / "x.npy", photos(9, 3))
     config.samples = config.held_out = str(tmp_path / "x.npy")
-    with pytest.raises(setup.ConfigError, match="are the same 9 images"):
+    with pytest.raises(build.ConfigError, match="are the same 9 images"):
         experiments.run(config, tmp_path / "run")
 
 
@@ -903,11 +903,11 @@ def test_h77_a_config_json_of_another_program_is_no_run(content, tmp_path):
 def test_h77_a_home_is_expanded_and_figures_are_no_samples(tmp_path, monkeypatch):
     run = tmp_path / "run"
     config = defaults.smoke(defaults.digits())
-    record.write_json(run / "config.json", setup.to_json(config))
+    record.write_json(run / "config.json", build.to_json(config))
     tree(run, ["figures/loss.png", "samples/step_1.png"])
     for role, where in (("samples", run), ("pool", tmp_path / "audit")):
         record.write_json(
-            tmp_path / "audit" / "config.json", setup.to_json(defaults.audit())
+            tmp_path / "audit" / "config.json", build.to_json(defaults.audit())
         )
         tree(tmp_path / "audit", ["figures/pairs.png"])
         with pytest.raises(DataError, match="is a run without images for it"):

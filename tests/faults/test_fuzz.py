@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from faults import harness
 from memsep_jax import experiments, sources
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import train
 from memsep_jax.models import MODELS
@@ -45,8 +45,8 @@ VALUES = (
 )  # fmt: skip
 TABLES = (PROCESSES, TIMES, PREDICTIONS, MODELS, OPTIMIZERS, TIME_GRIDS)
 WORDS = (
-    *setup.RULES["train.order"][1].removeprefix("one of ").split(", "),
-    *setup.SAMPLERS, "empirical", "truth", "trained", "raw", "neurons", "blocks",
+    *build.RULES["train.order"][1].removeprefix("one of ").split(", "),
+    *build.SAMPLERS, "empirical", "truth", "trained", "raw", "neurons", "blocks",
     "random", "true", "unique", "none", "npz", "folder", "digits", "mixture",
     "low_rank", "boxes", "student_t", "cosine", "pixels", "given", "inception",
     *(name for table in TABLES for name in table),
@@ -89,13 +89,13 @@ def door(tmp_path, monkeypatch):
                 return str(error)
         raise AssertionError("it went through the door without passing it")
 
-    late = setup._late
+    late = build._late
 
     def eagerly(law):  # 1,000 draws: to compile them takes ten times as long
         with jax.disable_jit():
             return late(law)
 
-    monkeypatch.setattr(setup, "_late", eagerly)
+    monkeypatch.setattr(build, "_late", eagerly)
     return enter
 
 
@@ -287,9 +287,9 @@ FOUND = {
 @pytest.mark.parametrize("field", FOUND)
 def test_fuzz_what_was_found_is_refused(field):
     config = changed(smoke("emm_digits"), {field: FOUND[field]})
-    with pytest.raises(setup.ConfigError, match=f"{field}=") as caught:
-        setup.check(config)
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=f"{field}=") as caught:
+        build.check(config)
+        build.build(config)
     assert caught.value.exit_code == 2
 
 
@@ -301,7 +301,7 @@ def test_fuzz_a_sweep_refuses_what_its_points_could_not_be(
     field, value, door, tmp_path
 ):
     config = changed(smoke("emm_digits"), {field: value})
-    with pytest.raises(setup.ConfigError, match=f"{field}="):
+    with pytest.raises(build.ConfigError, match=f"{field}="):
         experiments.run(config, tmp_path / "run")
 
 
@@ -309,30 +309,30 @@ def test_fuzz_a_sweep_refuses_what_its_points_could_not_be(
 def test_fuzz_no_memory_is_taken_for_what_is_refused(field):
     """Where all is built that can be, to find all that is wrong."""
     config = changed(smoke("digits"), {field: 10**12, "data.duplicates": 0.5})
-    with pytest.raises(setup.ConfigError, match=f"{field}={10**12} must be"):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=f"{field}={10**12} must be"):
+        build.build(config)
 
 
 def test_fuzz_more_steps_than_are_counted_are_refused():
     config = changed(smoke("digits"), {"train.epochs": 2.0**31})
-    with pytest.raises(setup.ConfigError, match="train.epochs=2147483648.0 are 4,29"):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match="train.epochs=2147483648.0 are 4,29"):
+        build.build(config)
 
 
 def test_fuzz_what_a_setting_sets_has_the_kind_of_its_field():
     """A copy of a ConfigDict, as every point of a sweep is, no longer tells it."""
     config = smoke("digits").copy_and_resolve_references()
     config.optimizer.b1 = "tight"
-    with pytest.raises(setup.ConfigError, match="optimizer.b1='tight' must be a num"):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match="optimizer.b1='tight' must be a num"):
+        build.build(config)
 
 
 @pytest.mark.parametrize("field", ["k", "d"])
 def test_fuzz_a_mixture_that_no_memory_holds_is_refused(field):
     config = smoke("mlp_mixture")
     config.data[field] = 2**31
-    with pytest.raises(setup.ConfigError, match=f"{field}=2147483648 .* lower k or d"):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=f"{field}=2147483648 .* lower k or d"):
+        build.build(config)
 
 
 @pytest.mark.parametrize("where", ["x" * 300, "~nobody-here/x", "a\0b", "\udcff"])

@@ -17,7 +17,8 @@ import pytest
 from faults import harness
 from memsep_jax import checkpoint, experiments, sources
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import mitigate, networks
@@ -72,7 +73,7 @@ def learn(config, workdir, stop_after=None):
     """Trains in this process, to the end or until a step."""
     with contextlib.suppress(Interrupted), Stopping(workdir, config) as session:
         session.stop_after = stop_after
-        parts = setup.build(config)
+        parts = build.build(config)
         job.learn(config, parts, session)
     return harness.digest(workdir)
 
@@ -161,14 +162,14 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_finished_chunks_are_kept(
     evaluation = workdir / "evaluation"
     asleep = ASLEEP.format(what="none")
     phases = {
-        "data": asleep + "from memsep_jax.experiments import setup\n"
-        "setup.build = asleep",
+        "data": asleep + "from memsep_jax.experiments.config import build\n"
+        "build.build = asleep",
         # The tracing, which is python: the compiler itself ends before it is seen.
-        "compile": asleep + "from memsep_jax.experiments import setup\n"
-        "setup.make_steps = lambda *args: asleep",
+        "compile": asleep + "from memsep_jax.experiments import training\n"
+        "training.make_steps = lambda *args: asleep",
         "sampling": ASLEEP.format(what="sampling"),
         "neighbours": ASLEEP.format(what="neighbours"),
-        "report": asleep + "from memsep_jax.experiments import report\n"
+        "report": asleep + "from memsep_jax.experiments.reporting import report\n"
         "report.write = asleep",
     }
     kept = {}
@@ -209,7 +210,7 @@ def test_a4_an_audit_is_stopped_in_every_phase_and_keeps_its_chunks(tmp_path):
         "in random_conv": ASLEEP.format(what="in random_conv samples"),
         "quality": asleep + "from memsep_jax import fidelity\n"
         "fidelity.frechet = asleep",
-        "report": asleep + "from memsep_jax.experiments import report\n"
+        "report": asleep + "from memsep_jax.experiments.reporting import report\n"
         "report.write_audit = asleep",
     }
     for phase, patch in phases.items():
@@ -359,13 +360,13 @@ def test_a7_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert stopped == whole
 
     # The control: batches counted from the resumption, not from the start.
-    order = setup.order
+    order = training.order
 
     def counted_anew(*args):
         rows_of = order(*args)
         return lambda step: rows_of(max(0, step - 2))
 
-    monkeypatch.setattr(setup, "order", counted_anew)
+    monkeypatch.setattr(training, "order", counted_anew)
     assert learn(config, tmp_path / "restarted") != whole
 
 
@@ -676,7 +677,7 @@ def test_a17_a_checkpoint_is_waited_for_until_it_is_there_and_whole(
     other, ruins, said = tmp_path / "other", tmp_path / "ruins", []
     waiting = "--config.run.wait=30.0"
     config = harness.config(*PRUNED, f"--config.prune.source={other}", waiting)
-    parts = setup.build(config)
+    parts = build.build(config)
     state = job.initial_state(config, parts)
     checkpoint.save(ruins / "checkpoints", 1, state)
     harness.corrupt(harness.largest(ruins / "checkpoints" / "1" / "state"))
@@ -755,14 +756,14 @@ def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
 # A program of hours, where a run builds its parts; python sees nothing of a signal.
 IN_XLA = """
 import jax
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 def stuck(*args):
     sine = lambda i, x: jax.numpy.sin(x)
     long = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, sine, x))
     long = long.lower(jax.numpy.ones(1_000)).compile()
     print("in XLA", flush=True)
     jax.block_until_ready(long(jax.numpy.ones(1_000)))
-setup.build = stuck
+build.build = stuck
 """
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from faults import harness
 from memsep_jax import data, empirical, experiments, neighbours, parallel, process
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import evaluate
@@ -262,8 +263,8 @@ def test_e59_memory_that_truly_ends_is_noticed(session, tmp_path):
 def drawn():
     """(config, parts, generate, weights) of a network that learned nothing."""
     config = tiny()
-    parts = setup.build(config)
-    weights = setup.init_params(parts, jax.random.key(0))
+    parts = build.build(config)
+    weights = training.init_params(parts, jax.random.key(0))
     return config, parts, job.network_samples(config, parts), weights
 
 
@@ -347,7 +348,7 @@ def test_e59_fewer_samples_are_less_work_and_a_full_chunk_is_one_program(drawn):
     config.run.chunk = 12
 
     def score_of(params, label):
-        return setup.score_fn(parts, params, label)
+        return training.score_fn(parts, params, label)
 
     generate = evaluate.make_generate(config, parts, mesh, score_of)
     with Compiled("advance") as compiled:
@@ -364,7 +365,7 @@ def test_e59_fewer_samples_are_less_work_and_a_full_chunk_is_one_program(drawn):
 
 def learn(config, workdir):
     with Session(workdir, config) as session:
-        return job.learn(config, setup.build(config), session)
+        return job.learn(config, build.build(config), session)
 
 
 def test_e60_the_step_is_compiled_once_a_run_whatever_divides(tmp_path):

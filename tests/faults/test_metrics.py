@@ -21,7 +21,7 @@ from memsep_jax import (
     neighbours,
     sources,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import compare
 from memsep_jax.fidelity import UndefinedError
@@ -545,7 +545,7 @@ def test_h76_what_does_not_fit_is_refused_by_who_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "available", lambda: (1e8, " (free on this machine)"))
     config = configs.get_config("smoke")
     words = r"memory=0.0931 GiB \(free on this machine\), but 240 images"
-    with pytest.raises(setup.ConfigError, match=words):
+    with pytest.raises(build.ConfigError, match=words):
         experiments.run(config, tmp_path / "run")
     config.run.memory = 1.0
     experiments.run(config, tmp_path / "run")

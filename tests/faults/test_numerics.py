@@ -28,7 +28,8 @@ from memsep_jax import (
     score,
     train,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record, session
 from memsep_jax.experiments.studies import capacity, dry_run, evaluate
 from memsep_jax.experiments.studies import train as job
@@ -88,9 +89,9 @@ def test_c31_a_loss_that_explodes_stops_the_run_and_is_explained(tmp_path):
 
 def poisoned(monkeypatch, config, step, value=jnp.nan):
     """Puts a value in one training point that batch `step`, and none before, holds."""
-    parts = setup.build(config)
+    parts = build.build(config)
     n, size = len(parts.splits.train.x), config.train.batch_size
-    key = setup.keys(config.seed).data
+    key = build.keys(config.seed).data
     batches = [np.asarray(data.indices(n, key, i, size)) for i in range(step)]
     (point, *_) = set(batches[-1]) - set(np.concatenate([[-1], *batches[:-1]]))
     x = parts.splits.train.x.at[point].set(value)
@@ -145,7 +146,7 @@ def test_c31_a_state_that_is_not_finite_is_never_saved(tmp_path):
 def learn(config, workdir):
     """Trains in this process.   Returns: the rows of metrics, the last state."""
     with session.Session(workdir, config) as running:
-        state = job.learn(config, setup.build(config), running)
+        state = job.learn(config, build.build(config), running)
     return {row["step"]: row for row in harness.rows(workdir)}, state
 
 
@@ -182,8 +183,8 @@ def test_c33_an_outlier_is_skipped_counted_and_kept_through_a_resumption(
 
 
 def test_c33_a_factor_that_ordinary_steps_exceed_is_refused():
-    with pytest.raises(setup.ConfigError, match="optimizer.skip_spikes=0.5 must be ab"):
-        setup.build(tiny("--config.optimizer.skip_spikes=0.5"))
+    with pytest.raises(build.ConfigError, match="optimizer.skip_spikes=0.5 must be ab"):
+        build.build(tiny("--config.optimizer.skip_spikes=0.5"))
 
 
 # 34: data that are not finite, out of range, or constant.
@@ -217,7 +218,7 @@ def from_npz(path, *arguments):
 def test_c34_bad_pixels_are_refused_with_file_and_index(value, message, tmp_path):
     path = npz(tmp_path / "bad.npz", 7, value)
     with pytest.raises(data.DataError, match=f"bad.npz: {message}") as caught:
-        setup.build(from_npz(path))
+        build.build(from_npz(path))
     assert caught.value.exit_code == 3
 
 
@@ -239,7 +240,7 @@ def test_c34_constant_images_are_allowed_with_a_note(tmp_path):
     images = dict(np.load(path))["train_images"]
     images[7] = 0.5
     np.savez(path, train_images=images)
-    (note,) = setup.build(from_npz(path)).splits.notes
+    (note,) = build.build(from_npz(path)).splits.notes
     assert "1 constant images, the first at 7" in note
 
 
@@ -445,12 +446,12 @@ def test_c38_a_run_counts_its_duplicates(tmp_path, no_report):
     experiments.run(config, tmp_path)
     numbers = record.read_json(tmp_path / "metrics.json")
     assert numbers["data"]["duplicates"] == 16 and numbers["data"]["n"] == 32
-    assert any("16 training points repeat" in n for n in setup.build(config).notes)
+    assert any("16 training points repeat" in n for n in build.build(config).notes)
 
 
 def test_c39_one_point_has_no_second_neighbour():
-    with pytest.raises(setup.ConfigError, match="two distinct training") as caught:
-        setup.build(tiny("--config.data.num_examples=1"))
+    with pytest.raises(build.ConfigError, match="two distinct training") as caught:
+        build.build(tiny("--config.data.num_examples=1"))
     assert caught.value.exit_code == 2
     one, samples = points(1, 4), points(3, 4, seed=1)
     with pytest.raises(ValueError, match="two distinct training points and got 1"):
@@ -678,11 +679,11 @@ def test_c42_samples_are_the_same_for_every_chunk_and_device_count(
     # The numbers before they are rounded to pixels, where 1e-7 may be one grey level.
     monkeypatch.setattr(data, "to_uint8", lambda x: x)
     # Noise of the size of the data: rounding grows with t_max.
-    parts = setup.build(tiny("--config.sampler.t_max=1.0"))
-    params = setup.init_params(parts, jax.random.key(0))
+    parts = build.build(tiny("--config.sampler.t_max=1.0"))
+    params = training.init_params(parts, jax.random.key(0))
 
     def score_of(params, label):
-        return setup.score_fn(parts, params, label)
+        return training.score_fn(parts, params, label)
 
     def drawn(chunk, devices):
         config = tiny(f"--config.run.chunk={chunk}")
@@ -760,7 +761,7 @@ def test_h78_a_dry_run_counts_the_same_without_jit():
 def test_h78_a_run_without_jit_takes_the_same_steps(tmp_path):
     """JAX_DISABLE_JIT=1, to look into a step as python takes it."""
     config = tiny("--config.train.steps=2")
-    parts = setup.build(config)
+    parts = build.build(config)
 
     def trained(name):
         with session.Session(tmp_path / name, config) as held:
@@ -792,17 +793,17 @@ def test_h78_a_run_under_debugging_switches_has_the_same_bits(tmp_path):
 
 
 def test_c44_an_ema_that_looks_back_beyond_the_run_is_warned_of():
-    (note,) = [n for n in setup.build(tiny()).notes if "EMA" in n]
+    (note,) = [n for n in build.build(tiny()).notes if "EMA" in n]
     assert "500 steps and the run has 30" in note and "weights=raw" in note
-    quick = setup.build(tiny("--config.train.ema_decay=0.5")).notes
+    quick = build.build(tiny("--config.train.ema_decay=0.5")).notes
     assert not [n for n in quick if "EMA" in n]
 
 
 def test_a_network_read_as_a_score_is_finite_at_the_ends_of_its_sampler():
     for config in (tiny(), harness.config(*harness.TINY_DIT)):
-        parts = setup.build(config)
-        params = setup.init_params(parts, jax.random.key(0))
-        fn: score.ScoreFn = jax.jit(setup.score_fn(parts, params))
+        parts = build.build(config)
+        params = training.init_params(parts, jax.random.key(0))
+        fn: score.ScoreFn = jax.jit(training.score_fn(parts, params))
         x = parts.splits.train.x[0]
         for t in (parts.times[0], parts.times[-1]):
             assert np.isfinite(fn(x, t)).all()

@@ -311,7 +311,9 @@ def test_f64_a_signal_to_one_stops_both_at_the_same_saved_step(to, whole, tmp_pa
 
 def test_f65_a_workdir_that_is_not_shared_is_refused_at_the_start(tmp_path):
     places = [tmp_path / name for name in ("here", "there")]
-    patch = "from memsep_jax.experiments import session\nsession.SHARED_IN = 1.0"
+    patch = (
+        "from memsep_jax.experiments.runtime import session\nsession.SHARED_IN = 1.0"
+    )
     with together(workdirs=places, patch=patch) as children:
         results = ends(children)
     assert [r.code for r in results] == [2, 2], results
@@ -351,13 +353,13 @@ def test_f65_other_data_on_one_host_are_refused(tmp_path):
     workdir = tmp_path / "run"
     other = """
 if sys.argv[-2].endswith("2,1"):
-    from memsep_jax.experiments.config import setup
-    _build = setup.build
+    from memsep_jax.experiments.config import build
+    _build = build.build
     def build(config):
         parts = _build(config)
         splits = parts.splits._replace(fingerprint="0" * 64)
         return parts._replace(splits=splits)
-    setup.build = build
+    build.build = build
 """
     with together(workdirs=[workdir] * 2, patch=other) as children:
         results = ends(children)

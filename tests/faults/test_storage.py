@@ -20,7 +20,7 @@ import pytest
 from faults import harness
 from memsep_jax import checkpoint
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
@@ -46,7 +46,7 @@ ARGS = (
 def learn(config, workdir, resume_step=None, allow_config_change=False):
     """Trains to the end in this process."""
     with Session(workdir, config, allow_config_change) as session:
-        parts = setup.build(config)
+        parts = build.build(config)
         return job.learn(config, parts, session, resume_step)
 
 

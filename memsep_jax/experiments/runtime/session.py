@@ -29,7 +29,7 @@ from rich.progress import (
 
 from memsep_jax import defaults, parallel
 from memsep_jax.checkpoint import ConflictError, StorageError
-from memsep_jax.experiments.config.setup import differences, looks, to_json
+from memsep_jax.experiments.config.build import differences, looks, to_json
 from memsep_jax.experiments.runtime import record
 
 # Groups that change no weight, and points that are kept by their values.

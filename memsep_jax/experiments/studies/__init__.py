@@ -2,9 +2,9 @@
 
 import jax
 
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
-from memsep_jax.experiments.runtime import sweep
+from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import (
     audit,
@@ -69,12 +69,12 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
       allow_config_change: go on although the config changed what is computed.
     Raises:
       ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError,
-      sweep.FailedError and Interrupted, each with the `exit_code` of the command line.
+      FailedError and Interrupted, each with the `exit_code` of the command line.
     """
-    experiment = setup.look_up(EXPERIMENTS, config.experiment, "experiment")
+    experiment = build.look_up(EXPERIMENTS, config.experiment, "experiment")
     session = Session(workdir, config, allow_config_change)
     if config.experiment == "report":
-        status = sweep.status(workdir)
+        status = points.status(workdir)
         if status is not None:
             session.say(status)
         if (own := unfinished.config_of(session.workdir, config)) is not None:
@@ -97,13 +97,13 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
         with session:
             _check_alone(config)
             if config.experiment in DRAWINGS:  # whose points are made of these values
-                setup.check(config)
+                build.check(config)
             experiment(config, session, resume_step)
 
 
 def _check_alone(config):
     if jax.process_count() > 1 and config.experiment != "train":
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"experiment={config.experiment} runs in one process: leave out "
             "--distributed; several train one network (experiment=train)"
         )

@@ -27,7 +27,7 @@ from memsep_jax import (
     sources,
     weights,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, verdict
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
@@ -117,8 +117,8 @@ def run(config, session, resume_step=None):
 
 
 def check(config):
-    """Refuses what no image would make right.   Raises: setup.ConfigError."""
-    setup.check_kinds(config, defaults.audit())
+    """Refuses what no image would make right.   Raises: build.ConfigError."""
+    build.check_kinds(config, defaults.audit())
     wrong = [
         f"--config.{name}=... is required: a folder of images or a zip of one, an .npz "
         "or .npy, the workdir of a run, or the name of a data set"
@@ -151,7 +151,7 @@ def check(config):
             first, field = name.split(".")
             wrong.append(f"{name}={config[first][field]} must be {rule}")
     if wrong:
-        raise setup.ConfigError("\n".join(wrong))
+        raise build.ConfigError("\n".join(wrong))
 
 
 def read(config):
@@ -159,7 +159,7 @@ def read(config):
 
     Returns: `compare.Sets`; the `Source` of each; which of the held-out images were
       kept: those that no training one equals.
-    Raises: setup.ConfigError where they do not fit each other; DataError.
+    Raises: build.ConfigError where they do not fit each other; DataError.
     """
     found = {name: origin_of(config, name) for name in ROLES if config[name]}
     check_places(config)
@@ -168,12 +168,12 @@ def read(config):
     check_sizes(sets)
     drawn, known = data.digests(sets.samples), data.digests(sets.train)
     if len(set(known)) < 2:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.train={config.train} has fewer than 2 different images: the "
             "nearest and the second nearest are compared"
         )
     if sorted(drawn) == sorted(known):
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.samples={config.samples} and --config.train={config.train} are "
             f"the same {len(known):,} images: give what was generated as samples"
         )
@@ -181,7 +181,7 @@ def read(config):
         return sets, found, None
     held = data.digests(sets.held_out)
     if sorted(held) == sorted(drawn):
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.held_out={config.held_out} and --config.samples="
             f"{config.samples} are the same {len(held):,} images: give images that "
             "were neither generated nor trained on"
@@ -189,7 +189,7 @@ def read(config):
     seen = set(known)
     kept = np.array([one not in seen for one in held])
     if not kept.any():
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
             f"the training set, --config.train={config.train}: give images that were "
             "not trained on, or none"
@@ -201,7 +201,7 @@ def read(config):
 def check_places(config):
     """Refuses a folder inside of another one, which would be read twice.
 
-    Raises: setup.ConfigError.
+    Raises: build.ConfigError.
     """
     places = {
         name: Path(config[name]).expanduser().resolve()
@@ -210,7 +210,7 @@ def check_places(config):
     }
     for one, other in itertools.permutations(places, 2):
         if places[one] in places[other].parents:
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"--config.{other}={config[other]} is inside of --config.{one}="
                 f"{config[one]}, so its images are in both: move one of them"
             )
@@ -230,10 +230,10 @@ def coloured(origins):
 
 
 def check_sizes(sets):
-    """Refuses images of different sizes.   Raises: setup.ConfigError."""
+    """Refuses images of different sizes.   Raises: build.ConfigError."""
     for name, x in sets._asdict().items():
         if x is not None and x.shape[1:] != sets.train.shape[1:]:
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"--config.{name} has images of {_size(x)}, --config.train of "
                 f"{_size(sets.train)}: give all in the size and colours that were "
                 "trained on; --config.resolution=N resizes folders, and blurs what is "
@@ -266,13 +266,13 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
         except DataError as error:
             raise DataError(f"--config.{role}: {error}") from error
         except ValueError as error:  # sizes that differ in a folder
-            raise setup.ConfigError(f"--config.{role}: {error}") from error
+            raise build.ConfigError(f"--config.{role}: {error}") from error
     known, found = record.read_json(workdir / "config.json"), None
     if role == "samples":
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
         found = None if x is None else Source(x)
     elif "model" in known:
-        splits = setup.build(defaults.restored(known)).splits
+        splits = build.build(defaults.restored(known)).splits
         part = splits.held_out if role == "held_out" else splits.train
         if part is not None and splits.pixels:
             x = data.to_uint8(np.asarray(data.read(part).x))
@@ -440,9 +440,9 @@ def _named(origins, nearest) -> dict:
 def space(config, name, sets, label):
     """The `features.Extractor` of that name, for the images of these sets.
 
-    Raises: weights.WeightsError; setup.ConfigError.
+    Raises: weights.WeightsError; build.ConfigError.
     """
-    maker = setup.look_up(features.FEATURES, name, "features.name")
+    maker = build.look_up(features.FEATURES, name, "features.name")
     given = {"path": config.features.path, "images": sets.train, "labels": label}
     room = max(WORKING, min(allowed(config, sets)[0] - _held(sets), ROOM))
     given |= {"seed": config.seed, "memory": room}
@@ -453,7 +453,7 @@ def space(config, name, sets, label):
     except weights.WeightsError:
         raise
     except ValueError as error:
-        raise setup.ConfigError(f"--config.features.name={name}: {error}") from error
+        raise build.ConfigError(f"--config.features.name={name}: {error}") from error
 
 
 def _compared(config, sets, label, kept):
@@ -470,7 +470,7 @@ def _compared(config, sets, label, kept):
             felt = sets.map(given)
             widths = {k: x.shape[1] for k, x in felt._asdict().items() if x is not None}
             if len(set(widths.values())) > 1:
-                raise setup.ConfigError(
+                raise build.ConfigError(
                     f"given features of {widths} dimensions: all sets need those of "
                     "one network"
                 )
@@ -485,7 +485,7 @@ def _compared(config, sets, label, kept):
 
 def _given(group, name, n):
     if not group[name]:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.features.name=given needs --config.features.{name}=FILE.npy of "
             "[n, d] features, as there are images for it"
         )
@@ -495,7 +495,7 @@ def _given(group, name, n):
 def check_memory(config, sets, *spaces) -> tuple[str, float]:
     """What may be held, in words, and the bytes of it that are left for a moment.
 
-    Raises: setup.ConfigError: they are too few.
+    Raises: build.ConfigError: they are too few.
     """
     dims, least = [], WORKING
     for space in spaces:
@@ -512,7 +512,7 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
     memory, whose = allowed(config, sets)
     if held + least > memory:
         may, takes = memory / record.GIB, (held + least) / record.GIB
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.run.memory={may:.3g} GiB{whose}, but {count:,} images with "
             f"their features take {takes:.2g} GiB: raise it, give fewer images, or "
             "take features of fewer dimensions"

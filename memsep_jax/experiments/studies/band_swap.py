@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import empirical, gap, memorization, mixture, neighbours, process, score
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import ensemble
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import ensemble, results
 
 CURVES = ("inside", "outside", "below", "above")
 
@@ -41,22 +42,22 @@ class Bands(NamedTuple):
 def run(config, session, resume_step=None):
     """Samples and measures every band of every point; draws the curves."""
     with session.phase("data"):
-        parts = sweep.check(config)
-        setup.truth(config)
-        setup.look_up(SCORES, config.measure.swap, "measure.swap")
+        parts = grid.check(config)
+        build.truth(config)
+        build.look_up(SCORES, config.measure.swap, "measure.swap")
         if config.measure.bands > config.sampler.steps:
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"measure.bands={config.measure.bands} must be at most "
                 f"sampler.steps={config.sampler.steps}: a band is one step or more"
             )
     session.begin(parts.splits.fingerprint, parts.splits)
-    rows = sweep.run(
+    rows = points.run(
         config,
         session,
         functools.partial(measure, session=session),
-        alike=sweep.shape,
+        alike=grid.shape,
     )
-    sweep.finish(config, session, rows, draw, swap=config.measure.swap)
+    results.finish(config, session, rows, draw, swap=config.measure.swap)
 
 
 def cut(times, bands: int) -> Bands:
@@ -96,7 +97,7 @@ def sampler(config, parts, copying):
             score_fn = score.banded(
                 copying(weights), mixture.score(truth, parts.process), *pair
             )
-            one = setup.sampler(config, parts.process, parts.times, shape, score_fn)
+            one = training.sampler(config, parts.process, parts.times, shape, score_fn)
             return jax.vmap(one)(keys)
 
         return jax.lax.map(of_band, pairs)
@@ -111,7 +112,7 @@ def measure(points, session):
     """
     configs = [point.config for point in points]
     with session.phase("data"):
-        built = [setup.build(config) for config in configs]
+        built = [build.build(config) for config in configs]
     config, parts = configs[0], built[0]
     weights, copying = SCORES[config.measure.swap](configs, built, session)
     bands = cut(parts.times, config.measure.bands)
@@ -121,9 +122,9 @@ def measure(points, session):
         if isinstance(its, Exception):
             yield its
             continue
-        truth, started = setup.truth(one), time.monotonic()
+        truth, started = build.truth(one), time.monotonic()
         with session.phase("sample"):
-            samples = np.asarray(drawn(its, truth, setup.keys(one.seed).sample, pairs))
+            samples = np.asarray(drawn(its, truth, build.keys(one.seed).sample, pairs))
         seconds = time.monotonic() - started
         with session.phase("neighbours"):
             found = _look(samples, own.splits, config.memorization.threshold, bands)
@@ -220,7 +221,7 @@ def _trained(configs, built, session):
         error or jax.tree.map(lambda a, i=i: a[i], weights)
         for i, error in enumerate(failed)
     ]
-    return each, functools.partial(setup.score_fn, built[0])
+    return each, functools.partial(training.score_fn, built[0])
 
 
 # measure.swap -> (the weights of each point, or why it has none; weights -> the score
@@ -280,7 +281,7 @@ def _figure(metrics, copying, what, ylabel, level):
         for name, style in (("collapse_time", ":"), ("spacing_time", "-.")):
             if (t := row[name]["mean"]) is not None:
                 lines.append(figures.Line([t, t], [0, 1], style=style, color="#666666"))
-        title = sweep.label(row)
+        title = grid.label(row)
         panels.append(
             figures.Panel(
                 title, lines, "time t", ylabel, yscale="linear",

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from memsep_jax import data, features, fidelity, memorization, neighbours
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures, report
-from memsep_jax.experiments.runtime import record, sweep
-from memsep_jax.experiments.studies import audit
+from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.studies import audit, results
 from memsep_jax.experiments.studies.compare import (
     Sets,
     attempt,
@@ -92,14 +92,14 @@ def run(config, session, resume_step=None):
     with session.phase("report"):
         report.write_sweep(session.workdir, draw, session.say)
     session.write_status()
-    session.say(sweep.summary(session.workdir))
+    session.say(results.summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 
 
 def read(config):
-    """Sets without samples, fresh images, and notes.   Raises: setup.ConfigError."""
+    """Sets without samples, fresh images, and notes.   Raises: build.ConfigError."""
     if not config.train or not config.pool:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             "--config.train=IMAGES and --config.pool=OTHERS are required: training "
             "images, and images of the same kind, half of which are held out and half "
             "are the fresh ones among the samples"
@@ -109,7 +109,7 @@ def read(config):
     seen = set(data.digests(train))
     fresh = pool[[digest not in seen for digest in data.digests(pool)]]
     if len(fresh) < 4:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.pool={config.pool} has {len(fresh)} images that are not among "
             "the training images: half are held out, half are fresh; give more"
         )
@@ -117,7 +117,7 @@ def read(config):
     audit.check_sizes(sets)
     least = max(2, _copies(config, fresh))
     if (distinct := len(neighbours.distinct(train))) < least:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"--config.train={config.train} has {distinct} different images, and "
             f"calibration.share={config.calibration.share:g} beside {len(fresh)} fresh "
             f"ones takes {least}: give more, or fewer of --config.pool"

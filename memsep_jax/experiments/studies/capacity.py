@@ -24,10 +24,11 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture, process
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import ensemble
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.models import exact
 
 TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1
@@ -41,18 +42,18 @@ class Members(NamedTuple):
     n: jax.Array  # [m] how many of them are real
     t: jax.Array  # [m] the one time of the network
     target: Any  # params of exact.Attention, padded: the score to fit
-    keys: Any  # setup.Keys of [m] keys
+    keys: Any  # build.Keys of [m] keys
 
 
 def run(config, session, resume_step=None):
     """Fits and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
         _check_axes(config)
-        parts = sweep.check(config)
+        parts = grid.check(config)
         _check_times(config, parts.process)
         _true_params(config)
     session.begin(parts.splits.fingerprint, parts.splits)
-    rows = sweep.run(
+    rows = points.run(
         config,
         session,
         functools.partial(measure, session=session),
@@ -64,11 +65,11 @@ def run(config, session, resume_step=None):
     with session.phase("exact"):
         about["exact"] = exact_networks(config)
     # The smallest of the widths that did not fail would be called the smallest.
-    of_all = sweep.whole(config, rows, lambda values: int(values["num_examples"]))
+    of_all = results.whole(config, rows, lambda values: int(values["num_examples"]))
     about["smallest"] = smallest(of_all, config.measure.eps, about["sigma"], times)
     sizes = sorted(config.sweep.num_examples)
     session.say(_widths(about["smallest"], sizes))
-    sweep.finish(config, session, rows, draw, **about)
+    results.finish(config, session, rows, draw, **about)
 
 
 def exact_networks(config) -> list[dict]:
@@ -78,11 +79,11 @@ def exact_networks(config) -> list[dict]:
     E || s_net - s ||^2 / E || s ||^2 under Phat_t, the largest of the times.
     """
     rows: list[dict] = []
-    for point in sweep.points(config):
+    for point in grid.points(config):
         n = point.values["num_examples"]
         if point.values["seed"] or n in [row["num_examples"] for row in rows]:
             continue
-        parts, truth = setup.build(point.config), setup.truth(point.config)
+        parts, truth = build.build(point.config), build.truth(point.config)
         x, made = jnp.asarray(parts.splits.train.x), parts.process
         rows.append({"num_examples": n})
         for name, params, score_fn in (
@@ -90,7 +91,7 @@ def exact_networks(config) -> list[dict]:
             ("true", _true_params(point.config), mixture.score(truth, made)),
         ):
             rows[-1] |= {
-                f"{name}_numbers": setup.count(params),
+                f"{name}_numbers": training.count(params),
                 f"{name}_error": _exact_error(point.config, params, score_fn, x, made),
             }
     return rows
@@ -98,7 +99,7 @@ def exact_networks(config) -> list[dict]:
 
 def _exact_error(config, params, score_fn, x, made) -> float:
     network = exact.Attention(made, len(params["points"]))
-    key = setup.keys(config.seed).evaluate
+    key = build.keys(config.seed).evaluate
 
     def error(t):
         draws, _ = gap.noised(key, x, made, t, config.measure.draws)
@@ -122,7 +123,7 @@ def measure(points, session):
     """
     configs = [point.config for point in points]
     with session.phase("data"):
-        built = [setup.build(config) for config in configs]
+        built = [build.build(config) for config in configs]
         members = _members(configs, built)
     config, parts = configs[0], built[0]
     started = time.monotonic()
@@ -135,7 +136,7 @@ def measure(points, session):
             x = _noised(
                 member.keys.evaluate, member, parts.process, config.measure.draws
             )
-            student = setup.score_fn(parts, params)
+            student = training.score_fn(parts, params)
             teacher = _teacher(parts.process, member)
 
             def of_one(x):
@@ -147,7 +148,7 @@ def measure(points, session):
         errors = np.asarray(jax.jit(jax.vmap(error))(state.params, members))
     grid = (len(points), len(TARGETS), len(config.measure.times))
     errors, losses = errors.reshape(grid), losses.reshape(grid)
-    parameters = setup.count(state.params) // len(members.t)
+    parameters = training.count(state.params) // len(members.t)
     applied = np.asarray(state.step).reshape(len(points), -1).min(axis=1)
     failed = ensemble.failures(applied, parts.steps)
     for why, error, loss in zip(failed, errors, losses, strict=True):
@@ -165,7 +166,7 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
 
     Of the mean error over the seeds ("width"), and of each seed alone ("by_seed").
 
-    Args: rows, those of `sweep.run`.   sigma, times: [times].
+    Args: rows, those of `points.run`.   sigma, times: [times].
     """
     found = []
     sizes = sorted({row["num_examples"].item() for row in rows})
@@ -309,7 +310,7 @@ def _members(configs, built):
             jnp.asarray(len(own["points"])),
             jnp.float32(t),
             _padded(target, keys),
-            setup.keys(config.seed),
+            build.keys(config.seed),
         )
         for config, own, true in zip(configs, points, truths, strict=True)
         for target in (own, true)
@@ -350,7 +351,7 @@ def _fit(config, parts, members):
         teacher, sigma = _teacher(parts.process, member), parts.process.sigma(member.t)
 
         def of_example(params, x, key):
-            error = setup.score_fn(parts, params)(x, member.t) - teacher(x, member.t)
+            error = training.score_fn(parts, params)(x, member.t) - teacher(x, member.t)
             # In units of the noise, where both scores are of order 1 at every t.
             return jnp.mean((sigma * error) ** 2)
 
@@ -364,22 +365,22 @@ def _fit(config, parts, members):
 
 def _true_params(config):
     """Of the exact network of the truth.   Raises: ConfigError where there is none."""
-    truth = setup.truth(config)
+    truth = build.truth(config)
     if not isinstance(truth, mixture.Mixture):
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"data.law={config.data.law}: capacity needs isotropic Gaussian components "
             "of one variance, such as those of data.law=separated"
         )
     try:
         return exact.mixture_params(truth)
     except ValueError as error:
-        raise setup.ConfigError(f"data.law={config.data.law}: {error}") from error
+        raise build.ConfigError(f"data.law={config.data.law}: {error}") from error
 
 
 def _check_axes(config):
-    for axis in sweep.AXES:
+    for axis in grid.AXES:
         if bool(config.sweep[axis]) != (axis in SWEPT):
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"sweep.{axis}={config.sweep[axis]}: capacity sweeps num_examples and "
                 "width, at least one value of each, and no other axis"
             )
@@ -388,7 +389,7 @@ def _check_axes(config):
 def _check_times(config, made):
     for t in config.measure.times:
         if not (made.alpha(t) > 0 and made.sigma(t) > 0):
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"measure.times: t={t} is outside of process {config.process.name}, "
                 "where alpha and sigma must both be positive"
             )

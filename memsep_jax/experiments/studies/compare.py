@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization, neighbours
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import verdict
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.runtime.sweep import mean_interval
+from memsep_jax.experiments.studies.results import mean_interval
 from memsep_jax.fidelity import UndefinedError
 
 PAIRS = 12  # samples in each group of a report's pairs
@@ -78,7 +78,7 @@ def measure(
       fingerprint: of the sets, which names what is kept on disk.
       memory: bytes that may be taken for a moment, beside the sets and their features.
     """
-    group, known = config.memorization, setup.to_json(config)
+    group, known = config.memorization, build.to_json(config)
     of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
     if isinstance(space, Sets):
         of.append(data.fingerprint(*space))

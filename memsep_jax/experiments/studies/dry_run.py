@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from memsep_jax import data, parallel, sources
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import emm, train
 
 MEASURED = 2.0  # seconds of steps, from which hours are told
@@ -25,17 +26,17 @@ def dry_run(config, say) -> Table:
     Raises: sources.DataError where points are missing whose sizes are not known.
     """
     if "model" not in config:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             "--dry_run tells what a training takes, and "
             f"experiment={config.experiment} trains nothing: leave it out"
         )
     points = []
     if config.experiment == "emm":
         config = emm.at(config, config.emm.high)
-    if any(config.sweep[axis] for axis in sweep.AXES):
-        points = sweep.points(config)
+    if any(config.sweep[axis] for axis in grid.AXES):
+        points = grid.points(config)
         config = points[-1].config
-    parts = setup.build(config, sources.at_hand)
+    parts = build.build(config, sources.at_hand)
     mesh = parallel.make_mesh()
     for note in (*parts.notes, *parts.splits.notes):
         say(f"note: {note}")
@@ -48,9 +49,9 @@ def dry_run(config, say) -> Table:
         lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype),
         parts.splits.train,
     )
-    step = jax.jit(setup.make_step(config, parts, mesh))
+    step = jax.jit(training.make_step(config, parts, mesh))
     with jax.disable_jit(False):  # or the program is another one, and so its FLOPs
-        flops = setup.flops(step.lower(state, batch, dataset))
+        flops = training.flops(step.lower(state, batch, dataset))
     activations = _activations(config, parts, state, batch)
     model_bytes = _bytes(state)
     data_bytes = _bytes(batch if streamed else dataset)
@@ -66,7 +67,7 @@ def dry_run(config, say) -> Table:
         table.add_row("the last one", points[-1].name)
     n, *shape = parts.splits.train.x.shape
     table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
-    table.add_row("parameters", f"{setup.count(state.params):,}")
+    table.add_row("parameters", f"{training.count(state.params):,}")
     each = f" on each of {mesh.size}" if config.run.shard else ""
     table.add_row(f"state (params, EMA, optimizer){each}", _mib(model_bytes))
     table.add_row("gradients", _mib(gradients))
@@ -127,7 +128,7 @@ def _measured(config, parts, mesh, state, flops):
 def _activations(config, parts, state, batch):
     """Bytes kept from the forward pass for the backward pass, before fusion."""
     size = config.train.batch_size // config.train.accumulate
-    loss = setup.loss(parts, config)
+    loss = training.loss(parts, config)
 
     def residuals(params, batch):
         batch = jax.tree.map(lambda a: a[:size], batch)

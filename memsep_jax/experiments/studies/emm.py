@@ -12,10 +12,10 @@ import itertools
 import numpy as np
 
 from memsep_jax import data, memorization
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import networks
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import networks, results
 
 # Which ratio of a network counts: that of the weights that are sampled, and others.
 KINDS = {
@@ -24,7 +24,7 @@ KINDS = {
     "ema": "EMA weights",
     "highest": "highest along training",
 }
-OTHER = tuple(axis for axis in sweep.AXES if axis != "num_examples")
+OTHER = tuple(axis for axis in grid.AXES if axis != "num_examples")
 COLUMNS = (
     "setting", "num_examples", "d", "width", "depth", "weight_decay", "ratio", "null",
     "raw", "ema", "highest", "emitted", "frechet", "precision", "recall", "steps",
@@ -37,16 +37,16 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         limits, splits = check(config)
     session.begin(splits.fingerprint, splits)
-    rows, points, results = [], [], []
+    rows, every, searches = [], [], []
     for choice in choices(config):
         found, done = search(choice, limits, session)
-        results.append(found)
+        searches.append(found)
         for some, its in done:
-            points += sweep.points(some)
+            every += grid.points(some)
             rows += its
         session.say(sentence(found))
-    sweep.finish(
-        config, session, rows, draw, every=points, emm=results, level=_level(config),
+    results.finish(
+        config, session, rows, draw, every=every, emm=searches, level=_level(config),
         columns=COLUMNS,
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
 
     Returns: the smallest and largest sizes that all settings have data for, and of what
       they must be multiples; the data at emm.high.
-    Raises: setup.ConfigError.
+    Raises: build.ConfigError.
     """
     low, high = config.emm.low, config.emm.high
     wrong = []
@@ -92,40 +92,38 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
             "experiment=factors for given ones"
         )
     if wrong:
-        raise setup.ConfigError("\n".join(wrong))
+        raise build.ConfigError("\n".join(wrong))
     smallest, largest, multiple = 2, high, 1
     if config.data.name != "mixture":  # that has as many as are asked for
         largest = min(_pool(choice) for choice in choices(config))
     for choice in choices(config):
-        (first, *_) = sweep.points(choice)
+        (first, *_) = grid.points(choice)
         if first.config.data.balanced:
             multiple = max(multiple, _classes(first.config))
         smallest = max(smallest, multiple, first.config.data.num_labels or 0)
     largest = largest // multiple * multiple
     if high > largest:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"emm.high={high}, but there are {largest} training points: lower it, or "
             "take less of data.num_held_out"
         )
     for choice in choices(config):  # the ends, with all that depends on n
-        built = [
-            setup.build(sweep.points(at(choice, n))[0].config) for n in (low, high)
-        ]
+        built = [build.build(grid.points(at(choice, n))[0].config) for n in (low, high)]
     return (smallest, largest, multiple), built[-1].splits
 
 
 def _pool(choice) -> int:
     """How many training points there are."""
-    config = sweep.points(choice)[0].config
+    config = grid.points(choice)[0].config
     config.data.update(num_examples=None, duplicates=0.0)
-    return len(setup.build(config).splits.train.x)
+    return len(build.build(config).splits.train.x)
 
 
 def _classes(config) -> int:
     """Of the source, whatever the labels of the run are."""
     labelled = config.copy_and_resolve_references()
     labelled.data.update(labels="true", num_labels=None, num_examples=None)
-    return setup.build(labelled).num_classes
+    return build.build(labelled).num_classes
 
 
 def search(choice, limits, session):
@@ -166,8 +164,8 @@ def _rows(some, session, what):
     """Of the networks that did not fail."""
     work = functools.partial(networks.measure, session=session)
     try:
-        return sweep.run(some, session, work, what=what)
-    except sweep.FailedError:  # said at the end, where other sizes are known
+        return points.run(some, session, work, what=what)
+    except points.FailedError:  # said at the end, where other sizes are known
         return []
 
 
@@ -186,7 +184,7 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
     sizes = list(rows)
     axes = {axis: choice.sweep[axis][0] for axis in OTHER if choice.sweep[axis]}
     found = {
-        "setting": sweep.label(axes),
+        "setting": grid.label(axes),
         "sizes": sizes,
         "seeds": choice.sweep.seeds,
         "ended": ended,
@@ -303,4 +301,4 @@ def _panel(title, lines):
 
 
 def _setting(row):
-    return sweep.label(row, OTHER)
+    return grid.label(row, OTHER)

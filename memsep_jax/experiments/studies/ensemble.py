@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import data, memorization, mixture, sampling, train
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.studies import results
 
 
 class Members(NamedTuple):
@@ -24,24 +26,24 @@ class Members(NamedTuple):
     x: jax.Array  # [m, n_max, *e] training points, padded
     n: jax.Array  # [m] how many of them are real
     weight_decay: jax.Array  # [m]
-    keys: Any  # setup.Keys of [m] keys
+    keys: Any  # build.Keys of [m] keys
 
 
 def run(config, session, resume_step=None):
     """Trains and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
         if config.measure.likelihood:
-            setup.truth(config)
-        parts = sweep.check(config)
+            build.truth(config)
+        parts = grid.check(config)
     session.begin(parts.splits.fingerprint, parts.splits)
-    rows = sweep.run(
+    rows = points.run(
         config,
         session,
         functools.partial(measure, session=session),
-        alike=sweep.shape,
+        alike=grid.shape,
         what="networks",
     )
-    sweep.finish(config, session, rows, draw)
+    results.finish(config, session, rows, draw)
 
 
 def measure(points, session):
@@ -51,7 +53,7 @@ def measure(points, session):
     """
     configs = [point.config for point in points]
     with session.phase("data"):
-        built = [setup.build(config) for config in configs]
+        built = [build.build(config) for config in configs]
     parts, config = built[0], configs[0]
     started = time.monotonic()
     with session.phase("train"):
@@ -72,7 +74,7 @@ def measure(points, session):
             yield failed[i]
             continue
         row = {
-            "parameters": setup.count(weights) // len(points),
+            "parameters": training.count(weights) // len(points),
             "steps": int(state.step[i]),
             "loss": losses[i],
             "seconds": seconds,
@@ -102,10 +104,10 @@ def measure(points, session):
 def draw(metrics, points):
     """(name, caption, figure) of the sweep: see `report.write_sweep`."""
     rows = metrics["table"]
-    varied = [a for a in sweep.AXES if len({row.get(a) for row in rows}) > 1]
-    varied = varied or [next(a for a in sweep.AXES if a in rows[0])]
+    varied = [a for a in grid.AXES if len({row.get(a) for row in rows}) > 1]
+    varied = varied or [next(a for a in grid.AXES if a in rows[0])]
     *others, axis = sorted(varied, key=lambda a: a != "setting")
-    label = sweep.LABELS[axis]
+    label = grid.LABELS[axis]
     if axis == "setting":  # no number: its place in the table
         label += ", by its place in the table"
         places = {row[axis]: i for i, row in enumerate(rows, 1)}
@@ -115,7 +117,7 @@ def draw(metrics, points):
         )
     groups: dict[str | None, list[dict]] = {}
     for row in rows:
-        groups.setdefault(sweep.label(row, others), []).append(row)
+        groups.setdefault(grid.label(row, others), []).append(row)
 
     def lines(name):
         for label, group in groups.items():
@@ -161,7 +163,7 @@ def draw(metrics, points):
             place = names.index(row[varied[1]]), columns.index(row[varied[0]])
             value = row["ratio"]["mean"]
             shares[place] = np.nan if value is None else value
-        label = [sweep.LABELS[a] for a in varied]
+        label = [grid.LABELS[a] for a in varied]
         figure = figures.heatmap(
             shares, names, columns, label[1], label[0], "memorized samples"
         )
@@ -170,7 +172,7 @@ def draw(metrics, points):
     if first and {point["samples"].shape[1:] for point in first} == {(2,)}:
         panels = []
         for point in first[:6]:
-            title = sweep.label(point, varied)
+            title = grid.label(point, varied)
             ratio = f"{100 * point['memorized'].mean():.0f} % memorized"
             arrays = (point[k] for k in ("samples", "memorized", "train"))
             panels.append((f"{title}\n{ratio}", *arrays))
@@ -182,7 +184,7 @@ def _lost(points, others, axis):
     """Lines of the nats that each network loses: median and range over the seeds."""
     groups: dict[str | None, dict] = {}
     for point in points:
-        label = sweep.label(point, others)
+        label = grid.label(point, others)
         nats = point["truth_log_likelihood"] - point["log_likelihood"]
         line = groups.setdefault(label, {})
         line.setdefault(point[axis].item(), []).append(max(nats.item(), 0.01))
@@ -196,16 +198,16 @@ def _lost(points, others, axis):
 def learn(configs, built):
     """Trains the networks of some configs that differ in no field that changes a shape.
 
-    Args: configs, and the setup.Parts of each.
+    Args: configs, and the build.Parts of each.
     Returns: train.TrainState with a leading axis [m], and the last losses [m].
     """
     config, parts = configs[0], built[0]
-    loss = setup.loss(parts, config)
+    loss = training.loss(parts, config)
 
     def tx(member):
         group = config.optimizer.copy_and_resolve_references()
         group.weight_decay = None
-        return setup.call(
+        return build.call(
             train.OPTIMIZERS,
             group,
             "optimizer",
@@ -226,14 +228,14 @@ def fit(config, parts, members, loss, tx, batch):
     """Trains networks of one shape, each on its part of `members`, as one program.
 
     Args:
-      members: a tree of arrays [m, ...] with `keys`, the setup.Keys of each network.
+      members: a tree of arrays [m, ...] with `keys`, the build.Keys of each network.
       loss: member -> (params, example, key) -> [].
       tx: member -> optax.GradientTransformation.
       batch: (member, key) -> the examples of one step.
     Returns:
       train.TrainState with a leading axis [m], and the last losses [m].
     """
-    shape, decay = parts.splits.train.x.shape[1:], setup.ema_decay(config)
+    shape, decay = parts.splits.train.x.shape[1:], build.ema_decay(config)
 
     def init(member):
         x, level = jnp.zeros(shape), jnp.zeros(())
@@ -285,7 +287,7 @@ def _members(configs, built):
         )
         for parts, n in zip(built, sizes, strict=True)
     ]
-    keys = [setup.keys(config.seed) for config in configs]
+    keys = [build.keys(config.seed) for config in configs]
     return Members(
         jnp.asarray(np.stack(padded)),
         jnp.asarray(sizes),
@@ -296,11 +298,11 @@ def _members(configs, built):
 
 def _samples(config, parts, weights, configs):
     """[m, num_samples, *e], each network from its own seed."""
-    keys = jnp.stack([setup.keys(c.seed).sample for c in configs])
+    keys = jnp.stack([build.keys(c.seed).sample for c in configs])
     keys = jax.vmap(lambda key: jax.random.split(key, config.sampler.num_samples))(keys)
 
     def stages(params):
-        return setup.stages(config, parts, setup.score_fn(parts, params))
+        return training.stages(config, parts, training.score_fn(parts, params))
 
     @jax.jit
     def begin(weights, keys):
@@ -327,16 +329,16 @@ def _likelihoods(config, parts, weights, built, configs):
 
     def under(params, x, key):
         log_prob = sampling.log_likelihood(
-            setup.score_fn(parts, params), parts.process, parts.times, probes
+            training.score_fn(parts, params), parts.process, parts.times, probes
         )
         keys = jax.random.split(key, len(x))
         return jax.vmap(log_prob)(x, keys)
 
-    keys = jnp.stack([setup.keys(c.seed).evaluate for c in configs])
+    keys = jnp.stack([build.keys(c.seed).evaluate for c in configs])
     values = np.asarray(jax.jit(jax.vmap(under))(weights, held_out, keys))
     rows = []
     for value, x, own in zip(values, held_out, configs, strict=True):
-        truth = mixture.diffuse(setup.truth(own), parts.process, parts.times[-1])
+        truth = mixture.diffuse(build.truth(own), parts.process, parts.times[-1])
         known = jax.jit(jax.vmap(functools.partial(mixture.log_prob, truth)))(x)
         value, known = value.astype(np.float64), np.asarray(known, np.float64)
         rows.append(

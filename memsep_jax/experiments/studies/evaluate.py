@@ -22,7 +22,8 @@ from memsep_jax import (
     parallel,
     sources,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, verdict
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import compare
@@ -41,7 +42,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
       memory ends, and hears signals.
     Raises: record.OutOfMemoryError; Interrupted.
     """
-    key = setup.keys(config.seed).sample
+    key = build.keys(config.seed).sample
     shape = parts.splits.train.x.shape[1:]
     split = parallel.by_batch(mesh)
     # Of the labels of the training points, uniformly: of another nothing was learned.
@@ -53,7 +54,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
         label = None
         if parts.num_classes:
             label = present[jax.random.randint(label_key, (), 0, len(present))]
-        return setup.stages(config, parts, score_of(weights, label)), sample_key
+        return training.stages(config, parts, score_of(weights, label)), sample_key
 
     @functools.partial(jax.jit, static_argnums=2, out_shardings=split)
     def begin(weights, start, count):
@@ -100,7 +101,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
             call = jax.jit(lambda weights, x, t: score_of(weights, label)(x, t))
             lowered = call.lower(weights, jnp.zeros(shape), parts.times[0])
             # A step of most samplers calls the score twice.
-            each = 2 * setup.flops(lowered) / mesh.size
+            each = 2 * training.flops(lowered) / mesh.size
             most = record.at_once(each, config.run.chunk)
             say = session.say if session else lambda text: None
             made.append(record.halving(samples, say, most, least=mesh.size))
@@ -116,7 +117,7 @@ def _on_host(x):
 def place(config, parts, session, weights, groups=("sampler",)):
     """The folder of what belongs to these weights, data and groups, and no others."""
     of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
-    of += [setup.to_json(config)[group] for group in groups]
+    of += [build.to_json(config)[group] for group in groups]
     tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
     return session.workdir / "evaluation" / tag
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memsep_jax.experiments.config import grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import networks
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import networks, results
 from memsep_jax.experiments.studies.emm import COLUMNS
 
 
@@ -27,12 +28,12 @@ class Value(NamedTuple):
 def run(config, session, resume_step=None):
     """Trains and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
-        parts = sweep.check(config)
+        parts = grid.check(config)
     session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(networks.measure, session=session)
-    rows = sweep.run(config, session, work, what="networks")
-    table = sweep.over_seeds(rows, sweep.points(config))
-    sweep.finish(
+    rows = points.run(config, session, work, what="networks")
+    table = results.over_seeds(rows, grid.points(config))
+    results.finish(
         config, session, rows, draw, columns=COLUMNS, base=base_values(config),
         groups=groups(table),
     )  # fmt: skip
@@ -43,7 +44,7 @@ def value_of(setting: str) -> Value:
 
     "train.batch_size=128; optimizer.lr=1e-3" is the value 128 of train.batch_size.
     """
-    factor, text = next(iter(sweep.parse(setting).items()))
+    factor, text = next(iter(grid.parse(setting).items()))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -56,7 +57,7 @@ def value_of(setting: str) -> Value:
 
 def base_values(config) -> dict:
     """What the config itself has for each factor; None where it is not set."""
-    factors = {value_of(s).factor for s in config.sweep.setting if sweep.parse(s)}
+    factors = {value_of(s).factor for s in config.sweep.setting if grid.parse(s)}
     places = {factor: factor.partition(".") for factor in factors}
     return {factor: config[group][name] for factor, (group, _, name) in places.items()}
 
@@ -68,7 +69,7 @@ def groups(table) -> dict[str, list[int]]:
     for i, row in enumerate(table):
         if row.get("setting"):
             found.setdefault(value_of(row["setting"]).factor, list(base)).append(i)
-    for axis in sweep.AXES:
+    for axis in grid.AXES:
         values = {row[axis] for row in table if axis in row}
         if axis not in ("setting", "num_examples") and len(values) > 1:
             found[axis] = list(base)
@@ -82,7 +83,7 @@ def draw(metrics, points):
         rows = [table[k] for k in members]
         yield (
             f"factor_{i}",
-            f"Memorized samples against {sweep.LABELS.get(factor, factor)}. "
+            f"Memorized samples against {grid.LABELS.get(factor, factor)}. "
             "Bands and bars: 95 % intervals over the seeds. Dashed: the null level.",
             figures.curves([_panel(factor, rows, metrics["base"].get(factor))]),
         )
@@ -98,8 +99,8 @@ def _panel(factor, rows, base):
         placed = [(ticks.index(k), row) for k, row in zip(named, rows, strict=True)]
     lines: dict[str | None, list] = {}
     for place, row in sorted(placed, key=lambda pair: pair[0]):
-        others = [a for a in sweep.AXES if a not in ("setting", factor)]
-        lines.setdefault(sweep.label(row, others), []).append((place, row))
+        others = [a for a in grid.AXES if a not in ("setting", factor)]
+        lines.setdefault(grid.label(row, others), []).append((place, row))
     drawn = []
     for i, (label, some) in enumerate(lines.items()):
         color = figures.COLORS[i % len(figures.COLORS)]
@@ -113,7 +114,7 @@ def _panel(factor, rows, base):
             ends = (low, high) if kind == "ratio" else (None, None)
             drawn.append(figures.Line(x, mean, text, *ends, kind_style, color))
     return figures.Panel(
-        "", drawn, sweep.LABELS.get(factor, factor), "memorized samples",
+        "", drawn, grid.LABELS.get(factor, factor), "memorized samples",
         xscale=_scale([place for place, _ in placed]) if ticks is None else "linear",
         yscale="linear", percent=True, ticks=ticks,
     )  # fmt: skip

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import empirical, gap, lipschitz, memorization, mixture, sampling
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import ensemble
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.models import mlp
 
 SMALL = 0.1  # slopes are fitted where sigma is at most this
@@ -26,17 +27,17 @@ COLORS = [c for c in figures.COLORS if c not in (figures.RED, "black")]
 def run(config, session, resume_step=None):
     """Trains and probes every point; returns when the figures are drawn."""
     with session.phase("data"):
-        parts = sweep.check(config)
-        setup.truth(config)
+        parts = grid.check(config)
+        build.truth(config)
     session.begin(parts.splits.fingerprint, parts.splits)
-    rows = sweep.run(
+    rows = points.run(
         config,
         session,
         functools.partial(measure, session=session),
-        alike=sweep.shape,
+        alike=grid.shape,
         what="networks",
     )
-    sweep.finish(config, session, rows, draw)
+    results.finish(config, session, rows, draw)
 
 
 def measure(points, session):
@@ -46,7 +47,7 @@ def measure(points, session):
     """
     configs = [point.config for point in points]
     with session.phase("data"):
-        built = [setup.build(config) for config in configs]
+        built = [build.build(config) for config in configs]
     with session.phase("train"):
         state, losses = ensemble.learn(configs, built)
     weights = state.ema if configs[0].sampler.weights == "ema" else state.params
@@ -65,8 +66,8 @@ def measure(points, session):
         params = jax.tree.map(lambda a, i=i: a[i], weights)
         data = jnp.asarray(own.splits.train.x)
         with session.phase("measure"):
-            key = setup.keys(config.seed).evaluate
-            found = jax.device_get(look(params, setup.truth(config), data, times, key))
+            key = build.keys(config.seed).evaluate
+            found = jax.device_get(look(params, build.truth(config), data, times, key))
         for name in SCORES:
             for curve in ("midpoints", "noised_median"):
                 slope = _slope(sigma, found[f"{name}_{curve}"])
@@ -118,7 +119,7 @@ def norms(params, truth, data, times, key, parts, m, iters):
     scores = {  # with whether the Jacobian is known to be symmetric
         "truth": (mixture.score(truth, process), True),
         "empirical": (empirical.score(data, process), True),
-        "network": (setup.score_fn(parts, params), False),
+        "network": (training.score_fn(parts, params), False),
     }
     converged = []
     for name, (score_fn, symmetric) in scores.items():
@@ -164,12 +165,12 @@ def draw(metrics, points):
     """(name, caption, figure) of the sweep: see `report.write_sweep`."""
     groups: dict[tuple, list[dict]] = {}
     for row in _over_seeds(points):
-        axes = [a for a in sweep.AXES if a in row and a != "weight_decay"]
+        axes = [a for a in grid.AXES if a in row and a != "weight_decay"]
         groups.setdefault(tuple((a, row[a]) for a in axes), []).append(row)
     for values, rows in groups.items():
         ending = ",".join(f"{axis}={value}" for axis, value in values)
         ending = f"_{ending}" if len(groups) > 1 else ""
-        where = sweep.label(dict(values))
+        where = grid.label(dict(values))
         where = f" ({where})" if where else ""
         yield (
             f"norms{ending}",
@@ -193,13 +194,13 @@ def _over_seeds(points):
     """Geometric means of all curves: norms of two seeds differ by a factor."""
     groups: dict[tuple, list[dict]] = {}
     for point in points:
-        values = tuple((a, point[a].item()) for a in sweep.AXES if a in point)
+        values = tuple((a, point[a].item()) for a in grid.AXES if a in point)
         groups.setdefault(values, []).append(point)
     rows = []
     for values, group in groups.items():
         rows.append(dict(values))
         for name in (k for k, v in group[0].items() if v.ndim == 1):
-            logs = sweep.mean_interval(np.log([point[name] for point in group]))
+            logs = results.mean_interval(np.log([point[name] for point in group]))
             rows[-1][name] = {k: np.exp(v) for k, v in logs.items()}
     return rows
 

@@ -12,9 +12,10 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.studies import results
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that of d
 
@@ -22,10 +23,10 @@ MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that 
 def run(config, session, resume_step=None):
     """Measures every point; returns when the figures are drawn."""
     with session.phase("data"):
-        parts = sweep.check(config)
-        setup.truth(config)
+        parts = grid.check(config)
+        build.truth(config)
         if config.data.law not in (None, "separated"):
-            raise setup.ConfigError(
+            raise build.ConfigError(
                 f"data.law={config.data.law}: the saturated loss gap and the collapse "
                 "time are known for components of unit variance: data.law=separated"
             )
@@ -38,10 +39,10 @@ def run(config, session, resume_step=None):
     def work(points):
         for point in points:
             with session.phase("data"):
-                own, truth = setup.build(point.config), setup.truth(point.config)
+                own, truth = build.build(point.config), build.truth(point.config)
             with session.phase("measure"):
                 data = jnp.asarray(own.splits.train.x)
-                key = setup.keys(point.config.seed).evaluate
+                key = build.keys(point.config.seed).evaluate
                 found = jax.block_until_ready(look(truth, data, times, key))
                 n, (k, d) = own.splits.num_distinct, truth.means.shape
                 # One point of each component never overlaps another.
@@ -50,11 +51,11 @@ def run(config, session, resume_step=None):
             about = {"times": config.measure.times, "collapse_time": collapse}
             yield found | about | {"bound": bound}
 
-    rows = sweep.run(config, session, work)
-    table = sweep.over_seeds(rows)
+    rows = points.run(config, session, work)
+    table = results.over_seeds(rows)
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
     session.say(_ratios(table))
-    sweep.finish(config, session, rows, draw)
+    results.finish(config, session, rows, draw)
 
 
 def curves(truth, data, times, key, process, m):
@@ -119,7 +120,7 @@ def draw(metrics, points):
         title = "" if d is None else f"d = {d}"
         lines, floor_lines = [], []
         for i, row in enumerate(rows):
-            label, color = sweep.label(row, ["num_examples"]), _of(figures.COLORS, i)
+            label, color = grid.label(row, ["num_examples"]), _of(figures.COLORS, i)
             lines += [_line(row, "gap", label, color), _mark(row, color)]
             floor_lines.append(_line(row, "floor_empirical", label, color))
             collapse, _, _ = _values(row, "collapse_time")  # nan: it never does
@@ -201,7 +202,7 @@ def _columns(table):
     """The curves of all points, one row a time, for ratio.csv."""
     columns: dict[str, list] = {}
     for row in table:
-        for axis in sweep.AXES:
+        for axis in grid.AXES:
             if axis in row:
                 columns.setdefault(axis, []).extend(
                     [row[axis]] * len(row["times"]["mean"])
@@ -219,7 +220,7 @@ def _ratios(table):
     shown.add_column("time", justify="right")
     cells = []
     for row in table:
-        shown.add_column(sweep.label(row, ["d", "num_examples"]), justify="right")
+        shown.add_column(grid.label(row, ["d", "num_examples"]), justify="right")
         cells.append(
             [
                 f"{m:.2f} [{a:.2f}, {b:.2f}]"

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, memorization, neighbours, sampling
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, sweep
-from memsep_jax.experiments.studies import networks, train
+from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.studies import networks, results, train
 from memsep_jax.experiments.studies.prune import Pruned, cost, cut, keep, tuner, watcher
 from memsep_jax.train import NonFiniteError
 
@@ -61,7 +62,7 @@ class Tools(NamedTuple):
 def run(config, session, resume_step=None):
     """Trains, prunes and measures every point; returns when the figures are drawn."""
     with session.phase("data"):
-        parts = sweep.check(config)
+        parts = grid.check(config)
         source = _source(config, parts, session.say)
     session.begin(parts.splits.fingerprint, parts.splits)
     shared: dict[str, Tools] = {}  # compiled once, not for every way of training
@@ -72,28 +73,30 @@ def run(config, session, resume_step=None):
             shared[key] = _tools(config, points[0], session)
         return measure(points, shared[key], session, source)
 
-    rows = sweep.run(config, session, work, alike=_alike, what="networks")
+    rows = points.run(config, session, work, alike=_alike, what="networks")
     _compare(rows)
     # A frontier without some of its points would be another one.
-    of_all = sweep.whole(
+    of_all = results.whole(
         config, rows, lambda values: family(str(values.get("setting", "")))[0]
     )
-    sweep.finish(config, session, rows, draw, columns=COLUMNS, matched=matched(of_all))
+    results.finish(
+        config, session, rows, draw, columns=COLUMNS, matched=matched(of_all)
+    )
 
 
-def measure(points, tools, session, source=None):
+def measure(some, tools, session, source=None):
     """Everything about some points that differ in no more than what is pruned.
 
     Args: source, the state to start from; None: it is trained.
     Yields: for each, the numbers of a row, or the error that it alone failed with.
     """
-    config = points[0].config
+    config = some[0].config
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = build.build(config)
     try:
         params = _trained(config, parts, session, tools.generate, source)
     except NonFiniteError as error:  # they share the network
-        yield from [error] * len(points)
+        yield from [error] * len(some)
         return
     tune, measured, done = tuner(config, parts), {}, {}
 
@@ -115,22 +118,22 @@ def measure(points, tools, session, source=None):
                 row |= retest(config, parts, found, tools)
         return row
 
-    for point in points:
-        yield sweep.attempt(look, point)
+    for point in some:
+        yield points.attempt(look, point)
 
 
 def _tools(config, point, session) -> Tools:
     """Args: config, of the sweep: without the setting of the point."""
-    one, plain = point.config, sweep.seeded(config, point.values["seed"])
+    one, plain = point.config, grid.seeded(config, point.values["seed"])
     dropout = plain.model.dropout
     plain.model = one.model.copy_and_resolve_references()
     plain.model.dropout = dropout
-    parts = setup.build(one)
+    parts = build.build(one)
     generate = train.network_samples(one, parts, session)
     return Tools(
         generate,
         watcher(one, parts, generate),
-        tuner(plain, setup.build(plain)),
+        tuner(plain, build.build(plain)),
         finder(one, parts),
     )
 
@@ -163,7 +166,7 @@ def _compare(rows):
 
 def _alike(point):
     """Equal for points that differ in nothing but which units fall."""
-    known = setup.to_json(point.config)
+    known = build.to_json(point.config)
     del known["prune"]["criterion"], known["prune"]["ratio"]
     return json.dumps(known, sort_keys=True)
 
@@ -195,7 +198,7 @@ def _newest(path, like, parts):
         return train.unpack(path, like, parts)[0]
     steps = checkpoint.steps(path / "checkpoints")
     if not steps:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"prune.source={path} holds no checkpoints: give the workdir of a run, the "
             "file that run.pack wrote, or nothing to train here"
         )
@@ -237,7 +240,7 @@ def finder(config, parts):
 
     def flow_of(weights):
         # checkpoint: the trajectory is kept, and not what the network did on the way.
-        score_fn = jax.checkpoint(setup.score_fn(parts, weights))
+        score_fn = jax.checkpoint(training.score_fn(parts, weights))
         return sampling.ode(score_fn, parts.process, parts.times, method)
 
     def stages(weights, target):
@@ -287,7 +290,7 @@ def search(config, parts, weights, find) -> dict:
         held_out = np.asarray(parts.splits.held_out.x)[:count]
     first = neighbours.distinct(points)[:count]
     targets = np.concatenate([points[first], held_out])
-    keys = jax.random.split(setup.keys(config.seed).evaluate, len(targets))
+    keys = jax.random.split(build.keys(config.seed).evaluate, len(targets))
     drawn = np.asarray(find(weights, jnp.asarray(targets), keys))
     # Among all points that it might be: found is what is nearest by a wide margin.
     near = neighbours.nearest(drawn, np.concatenate([points, held_out]))
@@ -306,7 +309,7 @@ def search(config, parts, weights, find) -> dict:
 
 def family(setting: str) -> tuple[str, str]:
     """What is done, and how much of it: what is joined by a line, and its label."""
-    fields = sweep.parse(setting)
+    fields = grid.parse(setting)
     if not fields:
         return "control", ""
     ratio = fields.pop("prune.ratio", None)
@@ -379,8 +382,8 @@ def matched(rows) -> list[dict]:
         found.append(
             {
                 "name": name,
-                "ratio": sweep.mean_interval(copies),
-                "frechet": sweep.mean_interval(quality),
+                "ratio": results.mean_interval(copies),
+                "frechet": results.mean_interval(quality),
             }
         )
     return found

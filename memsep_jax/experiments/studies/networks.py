@@ -11,7 +11,8 @@ import time
 import numpy as np
 
 from memsep_jax import checkpoint, sources
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import prune, train
 
@@ -22,12 +23,12 @@ TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "tra
 
 def tag(config, groups) -> str:
     """A short name of the values of some groups of a config, and of its seed."""
-    known = setup.to_json(config)
+    known = build.to_json(config)
     if "sampler" in groups:
         del known["model"]["dropout"]  # is off
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
-        some |= setup.looks(config)
+        some |= build.looks(config)
     return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -53,7 +54,7 @@ def awaited(look, where, seconds: float, say):
         left = end - time.monotonic()
         try:
             return look()
-        except (setup.ConfigError, checkpoint.CorruptError) as error:
+        except (build.ConfigError, checkpoint.CorruptError) as error:
             if not seconds:
                 raise
             if left <= 0:
@@ -81,7 +82,7 @@ def measured(config, session) -> dict:
       Gu 2023 keeps it (the more it was looked at, the higher).
     """
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = build.build(config)
     generate = train.network_samples(config, parts, session)
     state = trained(config, parts, session, generate)
     with session.phase("sample"):
@@ -97,6 +98,6 @@ def measured(config, session) -> dict:
         | {
             "highest": np.max([*ratios.values(), *along]),
             "steps": int(state.step),
-            "parameters": setup.count(state.params),
+            "parameters": training.count(state.params),
         }
     )

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import checkpoint
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import emm, networks, prune, train
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import emm, networks, prune, results, train
 
 WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 TIMES = {"tau_gen": "tau_gen: good samples", "tau_mem": "tau_mem: copies"}
@@ -45,14 +45,14 @@ def run(config, session, resume_step=None):
         parts = check(config)
     session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(measure, session=session)
-    rows = sweep.run(config, session, work, what="networks")
-    sweep.finish(config, session, rows, draw, columns=COLUMNS, onset=onsets(rows))
+    rows = points.run(config, session, work, what="networks")
+    results.finish(config, session, rows, draw, columns=COLUMNS, onset=onsets(rows))
 
 
-def check(config) -> setup.Parts:
+def check(config) -> build.Parts:
     """What can be wrong, before anything is compiled or written.
 
-    Returns: the parts of the first point.   Raises: setup.ConfigError.
+    Returns: the parts of the first point.   Raises: build.ConfigError.
     """
     wrong = []
     if not config.sweep.num_examples:
@@ -72,11 +72,11 @@ def check(config) -> setup.Parts:
         if config.train[field] is not None
     ]
     if wrong:
-        raise setup.ConfigError("\n".join(wrong))
-    parts = sweep.check(config)
+        raise build.ConfigError("\n".join(wrong))
+    parts = grid.check(config)
     held_out = parts.splits.held_out
     if held_out is None or len(held_out.x) < 4:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"data.num_held_out={config.data.num_held_out}: quality is a distance from "
             "held-out points, at least 4; raise it"
         )
@@ -148,7 +148,7 @@ def fit(sizes, taus) -> Fit:
     if len(kept) < 2:
         return Fit(np.nan, np.nan, np.nan, np.nan, kept)
     slopes, starts = np.polyfit(np.log(kept), np.log(taus[known]), 1)
-    found = sweep.mean_interval(slopes)
+    found = results.mean_interval(slopes)
     slope, low, high = (float(found[name]) for name in ("mean", "low", "high"))
     return Fit(slope, low, high, float(np.exp(starts.mean())), kept)
 
@@ -156,13 +156,13 @@ def fit(sizes, taus) -> Fit:
 def onsets(rows) -> list[dict]:
     """Times against n and their fits, for every setting, weights and time.
 
-    Args: rows, those of `sweep.run`.
+    Args: rows, those of `points.run`.
     Returns: for each, means and intervals over the seeds of log tau [s], in how many of
       the seeds it was reached [s], and "fit".
     """
     groups: dict = {}
     for row in rows:
-        sizes = groups.setdefault(sweep.label(row, emm.OTHER), {})
+        sizes = groups.setdefault(grid.label(row, emm.OTHER), {})
         by_seed = sizes.setdefault(row["num_examples"].item(), {})
         by_seed[int(row.get("seed", 0))] = row
     seeds = sorted({int(row.get("seed", 0)) for row in rows})
@@ -178,7 +178,7 @@ def onsets(rows) -> list[dict]:
                     ],
                     float,
                 )
-                logs = sweep.mean_interval(np.log(taus).T)
+                logs = results.mean_interval(np.log(taus).T)
                 found.append(
                     {
                         "setting": setting,
@@ -204,7 +204,7 @@ def measure(points, session):
     for point in points:
         started, config = time.monotonic(), point.config
         with session.phase("data"):
-            parts = setup.build(config)
+            parts = build.build(config)
         generate = train.network_samples(config, parts, session)
         state = networks.trained(config, parts, session, generate)
         steps = sorted(train.snapshot_steps(config, len(parts.splits.train.x)))
@@ -250,7 +250,7 @@ def draw(metrics, points):
     """(name, caption, figure) of the sweep: see `report.write_sweep`."""
     groups: dict = {}
     for row in metrics["table"]:
-        groups.setdefault(sweep.label(row, emm.OTHER), []).append(row)
+        groups.setdefault(grid.label(row, emm.OTHER), []).append(row)
     for name, what, percent, caption in (
         ("ratio", "memorized samples", True, "Memorized samples"),
         (

@@ -7,16 +7,17 @@ the data have labels, the minimiser is the empirical score of the points with th
 """
 
 from memsep_jax import empirical, mixture, parallel
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies.evaluate import evaluate, finish, make_generate
 
 
 def run(config, session, resume_step=None):
     """Samples and evaluates config.optimum.score; nothing is trained."""
     makers = {"empirical": _empirical, "truth": _truth}
-    maker = setup.look_up(makers, config.optimum.score, "optimum.score")
+    maker = build.look_up(makers, config.optimum.score, "optimum.score")
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = build.build(config)
         score_of, weights, about = maker(config, parts)
     session.begin(parts.splits.fingerprint, parts.splits)
     mesh = parallel.make_mesh()
@@ -36,10 +37,10 @@ def _empirical(config, parts):
 
 
 def _truth(config, parts):
-    truth = setup.truth(config)
+    truth = build.truth(config)
 
     def score_of(truth, label):
         return mixture.score(truth, parts.process)
 
-    model = {"name": "true score", "parameters": setup.count(truth)}
+    model = {"name": "true score", "parameters": training.count(truth)}
     return score_of, truth, {"model": model}

@@ -23,7 +23,8 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.evaluate import place
 
@@ -67,7 +68,7 @@ def importance(config, parts, params, criterion: str):
 
 def _sizes(config, parts, criterion):
     """(params, data, i) -> [layers, units], of the i-th draw of a point and its X_t."""
-    key, group = setup.keys(config.seed).prune, config.prune.group
+    key, group = build.keys(config.seed).prune, config.prune.group
     law = times(config, parts, criterion)
 
     def sizes(params, data, i):
@@ -85,7 +86,7 @@ def _sizes(config, parts, criterion):
             return prune.activations(seen["intermediates"], group)
 
         def loss(gates):
-            network = setup.network(parts, params, one.label, gates={group: gates})
+            network = training.network(parts, params, one.label, gates={group: gates})
             return train.prediction_loss(
                 network, parts.prediction, parts.process, one.x, t, eps
             )
@@ -102,7 +103,7 @@ def times(config, parts, criterion: str):
     whose time means what the paper's does; "uniform_t" and "large_t" are its control.
     """
     end = config.prune_times.t_max or 1.0
-    drawn = setup.call(process.TIMES, config.prune_times, "prune_times")
+    drawn = build.call(process.TIMES, config.prune_times, "prune_times")
     laws = {
         "uniform_t": process.uniform(0.0, end),
         "large_t": lambda key: jnp.clip(end - drawn(key), 0.0, end),
@@ -133,7 +134,7 @@ def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
         return measured[name]
 
     # A branch that no draw of an importance has.
-    key = jax.random.fold_in(setup.keys(config.seed).prune, sources.BRANCH)
+    key = jax.random.fold_in(build.keys(config.seed).prune, sources.BRANCH)
     if criterion == "random":
         return prune.keep_random(key, shape, ratio)
     if criterion == "random_per_layer":
@@ -157,7 +158,7 @@ def cost(parts, params, stays=None, group: str = "heads") -> dict:
         return parts.model.apply({"params": params}, x, t, label)
 
     lowered = jax.jit(call).lower(small, x, jnp.zeros(()))
-    return {"parameters": setup.count(small), "flops": setup.flops(lowered)}
+    return {"parameters": training.count(small), "flops": training.flops(lowered)}
 
 
 def watcher(config, parts, generate):
@@ -209,14 +210,14 @@ def tuner(config, parts):
     """
     group = config.optimizer.copy_and_resolve_references()
     group.update(lr=config.prune.lr, schedule="constant", warmup=0)
-    tx = setup.call(
+    tx = build.call(
         train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
     )
     mesh, wanted = parallel.make_mesh(jax.local_devices()), looks(config)
     step_fn = jax.jit(
-        setup.make_steps(config, parts._replace(tx=tx), mesh), donate_argnums=0
+        training.make_steps(config, parts._replace(tx=tx), mesh), donate_argnums=0
     )
-    rows_of = setup.order(config, len(parts.splits.train.x))
+    rows_of = training.order(config, len(parts.splits.train.x))
 
     def tune(params, mask):
         dataset = jax.device_put(parts.splits.train, parallel.replicated(mesh))
@@ -289,7 +290,7 @@ def of_run(config, parts, session, params, generate) -> dict:
     folder = place(config, parts, session, params, groups)
     watch, tune = watcher(config, parts, generate), tuner(config, parts)
     group = config.prune.group
-    numbers = {"settings": setup.to_json(config)["prune"]}
+    numbers = {"settings": build.to_json(config)["prune"]}
 
     def work(name, its):
         row = cut(config, params, its, watch, tune)

@@ -27,7 +27,8 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record, trackers
 from memsep_jax.experiments.runtime.session import Interrupted
@@ -48,7 +49,7 @@ RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
 def run(config, session, resume_step=None):
     """Trains and evaluates; returns when report.html is written."""
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = build.build(config)
     session.expect(parts.splits.fingerprint)
     for note in parts.notes:
         session.say(f"note: {note}")
@@ -76,7 +77,7 @@ def model(config, parts, weights, step) -> dict:
     """What metrics.json says of a network after a step."""
     return {
         "name": config.model.name,
-        "parameters": setup.count(weights),
+        "parameters": training.count(weights),
         "steps": step,
         "planned": parts.steps,
         "weights": config.sampler.weights,
@@ -85,14 +86,14 @@ def model(config, parts, weights, step) -> dict:
 
 def initial_state(config, parts):
     """The state of step 0: a function of the config alone."""
-    params = setup.init_params(parts, setup.keys(config.seed).init)
+    params = training.init_params(parts, build.keys(config.seed).init)
     # Compiled: else each leaf of each part of the state is a program of its own.
     return jax.jit(train.init, static_argnums=1)(params, parts.tx)
 
 
 def network_samples(config, parts, session=None):
     """(params, start, stop) -> samples of the network, as `make_generate`."""
-    score_of = functools.partial(setup.score_fn, parts)
+    score_of = functools.partial(training.score_fn, parts)
     mesh = parallel.make_mesh(jax.local_devices())
     return make_generate(config, parts, mesh, score_of, session)
 
@@ -309,7 +310,7 @@ def compiled(config, parts, mesh, state, start=0):
     state = parallel.place(state, places)
     most, feed = _feeder(config, parts, mesh)
     steps = jax.jit(
-        setup.make_steps(config, parts, mesh),
+        training.make_steps(config, parts, mesh),
         donate_argnums=0,
         out_shardings=(places, everywhere),
     )
@@ -325,7 +326,7 @@ def compiled(config, parts, mesh, state, start=0):
 def _feeder(config, parts, mesh):
     """How many steps one call may take, and (step, count) -> its dataset and rows."""
     points = parts.splits.train
-    rows_of = setup.order(config, len(points.x))
+    rows_of = training.order(config, len(points.x))
     if isinstance(points.x, sources.Rows):
         batch = data.stream(points, rows_of, parallel.by_batch(mesh))
         return 1, lambda step, count: (batch(step), None)
@@ -431,7 +432,7 @@ def plateau_stop(patience, rows) -> str | None:
 
 def snapshot_steps(config, n: int) -> set[int]:
     """Steps of the snapshots: some on a log grid, one every snapshot_epochs."""
-    (steps, _), found = setup.lengths(config, n), set()
+    (steps, _), found = build.lengths(config, n), set()
     if config.run.snapshots:
         first = max(1, steps / 2 ** (config.run.snapshots - 1))
         found |= set(np.geomspace(first, steps, config.run.snapshots).round().tolist())
@@ -470,19 +471,19 @@ def detector(config, parts, weights) -> dict:
     splits, truth_score = parts.splits, None
     if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
         return {}
-    if setup.has_truth(config):
-        truth_score = mixture.score(setup.truth(config), parts.process)
+    if build.has_truth(config):
+        truth_score = mixture.score(build.truth(config), parts.process)
     points = config.run.evaluate_points
     seen = first_points(splits.train, points).x
     held_out, times = splits.held_out.x[:points], levels(config)
-    key = setup.keys(config.seed).evaluate
+    key = build.keys(config.seed).evaluate
     draws = gap.spectrum_draws(len(seen), len(held_out), times, key, points)
 
     def one(i, weights, seen, held_out, draws):
         level, i = i // draws[0].shape[1], i % draws[0].shape[1]
         row, new, eps_key = (a[level, i] for a in draws)
         return gap.spectrum_losses(
-            setup.score_fn(parts, weights),
+            training.score_fn(parts, weights),
             parts.process,
             seen[row],
             held_out[new],
@@ -514,12 +515,12 @@ def make_losses(config, parts, pause=lambda: None):
 
     Args: pause, as in `record.paced`.
     """
-    times, key = levels(config), setup.keys(config.seed).evaluate
+    times, key = levels(config), build.keys(config.seed).evaluate
 
     def one(i, params, points, eps):
         level, row = i // len(eps), i % len(eps)
         x0, label = jax.tree.map(lambda a: a[row], points)
-        fn = setup.score_fn(parts, params, label)
+        fn = training.score_fn(parts, params, label)
         return gap.eps_loss(fn, parts.process, x0, times[level], eps[row])
 
     each = record.mapped(one, config.run.chunk, pause)
@@ -593,19 +594,19 @@ class _Watcher:
 
 def _not_finite(config, parts, state, session, workdir, step, fetched):
     """Writes what is known of the step after `step`, which was refused, and ends."""
-    keys = setup.keys(config.seed)
+    keys = build.keys(config.seed)
     state = parallel.local(state)
     session.part()
     points, size = parts.splits.train, config.train.batch_size
-    rows = setup.order(config, len(points.x))(step)
+    rows = training.order(config, len(points.x))(step)
     batch = data.read(jax.tree.map(lambda a: a[rows], points))
     batch = data.augment(batch, keys.data, step, config.train.flip)
     example_keys = train.example_keys(keys.train, step, size)
-    loss = setup.loss(parts, config)
+    loss = training.loss(parts, config)
     grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
         state.params, batch, example_keys
     )
-    t = jax.vmap(lambda key: setup.noise_of(parts, batch.x[0], key)[0])(example_keys)
+    t = jax.vmap(lambda key: training.noise_of(parts, batch.x[0], key)[0])(example_keys)
     sigma = jax.vmap(parts.process.sigma)(t)
     counts = {
         name: int((~np.isfinite(leaf)).sum())

@@ -14,10 +14,10 @@ import time
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import sweep
-from memsep_jax.experiments.studies import emm, networks, train
+from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.studies import emm, networks, results, train
 
 COLUMNS = (
     "setting", "num_examples", "d", "width", "depth", "weight_decay", "share",
@@ -32,8 +32,8 @@ def run(config, session, resume_step=None):
         parts = check(config)
     session.begin(parts.splits.fingerprint, parts.splits)
     work = functools.partial(measure, session=session)
-    rows = sweep.run(config, session, work, what="pairs of twins")
-    sweep.finish(config, session, rows, draw, columns=COLUMNS)
+    rows = points.run(config, session, work, what="pairs of twins")
+    results.finish(config, session, rows, draw, columns=COLUMNS)
 
 
 def halves(config) -> tuple:
@@ -46,25 +46,25 @@ def halves(config) -> tuple:
     return config, second
 
 
-def check(config) -> setup.Parts:
+def check(config) -> build.Parts:
     """Builds both halves of every size, before anything is compiled or written.
 
-    Returns: the parts of the first point.   Raises: setup.ConfigError.
+    Returns: the parts of the first point.   Raises: build.ConfigError.
     """
     if not config.sweep.num_examples:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             "sweep.num_examples=() has no value: give the sizes of a half, such as "
             "--config.sweep.num_examples='(100,)'"
         )
     if config.data.skip:
-        raise setup.ConfigError(
+        raise build.ConfigError(
             f"data.skip={config.data.skip}: twins skips the points of the other half "
             "itself; leave it at 0"
         )
-    parts = sweep.check(config)
-    for point in sweep.points(config):
+    parts = grid.check(config)
+    for point in grid.points(config):
         if point.values["seed"] == 0:
-            setup.build(halves(point.config)[1])
+            build.build(halves(point.config)[1])
     return parts
 
 
@@ -78,7 +78,7 @@ def measure(points, session):
         started = time.monotonic()
         twins = halves(point.config)
         with session.phase("data"):
-            built = [setup.build(config) for config in twins]
+            built = [build.build(config) for config in twins]
         # One program, which folds in the seed alone: equal noises for both.
         generate = train.network_samples(twins[0], built[0], session)
         samples = []
@@ -93,7 +93,7 @@ def measure(points, session):
         yield row | {"seconds": time.monotonic() - started}
 
 
-def compare(a, b, first: setup.Parts, second: setup.Parts, threshold) -> dict:
+def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
     """What samples [m, *e] of the same noises have in common, and with their own data.
 
     Returns: share, cosine and their null levels as `memorization.reproducibility` has
@@ -142,7 +142,7 @@ def draw(metrics, points):
     """(name, caption, figure) of the sweep: see `report.write_sweep`."""
     groups: dict = {}
     for row in metrics["table"]:
-        groups.setdefault(sweep.label(row, emm.OTHER), []).append(row)
+        groups.setdefault(grid.label(row, emm.OTHER), []).append(row)
     shares, cosines = [], []
     for title, rows in groups.items():
         line = functools.partial(emm.line, rows)

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from memsep_jax import checkpoint, defaults
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import evaluate, train
@@ -43,7 +43,7 @@ def run(config, session):
     Raises: ConflictError, CorruptError, as a run that goes on does.
     """
     with session.phase("data"):
-        parts = setup.build(config)
+        parts = build.build(config)
     session.expect(parts.splits.fingerprint)
     weights, step = newest(config, parts, session.workdir)
     session.say(
@@ -60,7 +60,7 @@ def run(config, session):
     numbers = evaluate.place(config, parts, session, weights)
     generate = train.network_samples(config, parts, session)
     evaluate.evaluate(config, parts, session, generate, weights, about, numbers)
-    report.write(session.workdir, session.say, numbers, setup.to_json(config))
+    report.write(session.workdir, session.say, numbers, build.to_json(config))
     evaluate.tell(session, numbers)
 
 

@@ -14,11 +14,18 @@ from faults import harness
 from launch import sweep as launch
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
-from memsep_jax.experiments.config import setup
+from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.runtime import points, record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
-from memsep_jax.experiments.studies import capacity, ensemble, mitigate, networks, onset
+from memsep_jax.experiments.studies import (
+    capacity,
+    ensemble,
+    mitigate,
+    networks,
+    onset,
+    results,
+)
 from memsep_jax.train import NonFiniteError
 
 DIVERGES = "optimizer.lr=1e20"
@@ -26,7 +33,7 @@ NAME = f"setting={DIVERGES},seed=0"
 SETTINGS = ("", "optimizer.lr=0.01", DIVERGES, "optimizer.lr=0.1")
 
 
-def grid(**changes):
+def small_grid(**changes):
     config = defaults.smoke(defaults.copying())
     config.experiment = "factors"
     config.sweep.update(seeds=1, setting=SETTINGS)
@@ -61,7 +68,7 @@ def run(config, workdir):
     """What a sweep raises at its end, or None."""
     try:
         experiments.run(config, workdir)
-    except sweep.FailedError as error:
+    except points.FailedError as error:
         return error
     return None
 
@@ -82,7 +89,7 @@ def reasons(workdir):
 def test_g66_the_others_finish_and_the_same_command_tries_the_failed_one_only(
     nets, tmp_path, capsys
 ):
-    config, nets.fails = grid(), diverging
+    config, nets.fails = small_grid(), diverging
     for tried in ([1e-3, 0.01, 1e20, 0.1], [1e20]):
         error = run(config, tmp_path)
         assert error.exit_code == 4 and rates(nets) == tried
@@ -125,7 +132,7 @@ def test_g66_the_exit_code_is_that_of_all_failures_or_1(nets, tmp_path):
         nets.fails = lambda config, failing=failing: (
             errors[config.optimizer.lr] if config.optimizer.lr in failing else None
         )
-        error = run(grid(), tmp_path / str(number))
+        error = run(small_grid(), tmp_path / str(number))
         assert error.exit_code == code and len(nets.asked) == 4
         nets.asked.clear()
         for rate in failing:
@@ -137,7 +144,7 @@ def test_g66_the_exit_code_is_that_of_all_failures_or_1(nets, tmp_path):
     [
         StorageError(errno.ENOSPC, "could not write x"),
         ConflictError("trained under another config"),
-        setup.ConfigError("what a person must change"),
+        build.ConfigError("what a person must change"),
         Interrupted(signal.SIGTERM),
         KeyboardInterrupt(),
     ],
@@ -145,21 +152,21 @@ def test_g66_the_exit_code_is_that_of_all_failures_or_1(nets, tmp_path):
 def test_g66_what_is_not_of_a_point_ends_the_sweep_at_once(error, nets, tmp_path):
     nets.fails = lambda config: error if config.optimizer.lr == 0.01 else None
     with pytest.raises(type(error)):
-        experiments.run(grid(), tmp_path)
+        experiments.run(small_grid(), tmp_path)
     assert rates(nets) == [1e-3, 0.01]
     assert reasons(tmp_path) == [] and not (tmp_path / "metrics.json").exists()
 
 
 def test_g66_a_point_that_the_config_cannot_be_is_refused_before_any(nets, tmp_path):
-    config = grid(**{"sweep.setting": ("", "optimizer.lr=-1.0")})
-    with pytest.raises(setup.ConfigError, match="lr=-1.0 must be positive"):
+    config = small_grid(**{"sweep.setting": ("", "optimizer.lr=-1.0")})
+    with pytest.raises(build.ConfigError, match="lr=-1.0 must be positive"):
         experiments.run(config, tmp_path / "run")
     assert nets.asked == [] and not (tmp_path / "run").exists()
 
 
 def test_g66_where_all_fail_there_is_nothing_to_show(nets, tmp_path):
     nets.fails = lambda config: NonFiniteError("inf")
-    error = run(grid(), tmp_path)
+    error = run(small_grid(), tmp_path)
     assert str(error).startswith("4 of 4 points failed") and error.exit_code == 4
     assert len(nets.asked) == len(reasons(tmp_path)) == 4
     assert not (tmp_path / "metrics.json").exists()
@@ -168,7 +175,7 @@ def test_g66_where_all_fail_there_is_nothing_to_show(nets, tmp_path):
 def test_g66_a_mean_says_of_how_many_seeds_it_is(nets, tmp_path, capsys):
     """Ratios of seeds are apart by .1: a mean of two is no mean of three."""
     nets.fails = lambda config: diverging(config) if config.seed == 2 else None
-    error = run(grid(**{"sweep.seeds": 3}), tmp_path)
+    error = run(small_grid(**{"sweep.seeds": 3}), tmp_path)
     assert "1 of 12 points failed" in str(error)
     rows = table(tmp_path)
     assert [row["seeds"] for row in rows] == [3, 3, 2, 3]
@@ -185,12 +192,12 @@ def test_g66_a_mean_says_of_how_many_seeds_it_is(nets, tmp_path, capsys):
 
 def test_g66_what_is_there_is_shown_at_any_time(nets, tmp_path, capsys):
     """While it runs, or after a kill: before there are numbers, and with a gap."""
-    report = grid(experiment="report")
+    report = small_grid(experiment="report")
     nets.fails = lambda config: (
         KeyboardInterrupt() if config.optimizer.lr == 0.1 else diverging(config)
     )
     with pytest.raises(KeyboardInterrupt):
-        experiments.run(grid(), tmp_path)
+        experiments.run(small_grid(), tmp_path)
     capsys.readouterr()
     for state in ("missing", "done"):
         experiments.run(report, tmp_path)
@@ -201,14 +208,14 @@ def test_g66_what_is_there_is_shown_at_any_time(nets, tmp_path, capsys):
         assert "NonFiniteError: step 2" in printed
         assert (tmp_path / "report.html").exists() == (state == "done")
         nets.fails = diverging
-        assert run(grid(), tmp_path) is not None
+        assert run(small_grid(), tmp_path) is not None
         (tmp_path / "report.html").unlink()
     # A search has no grid: what it asked for is what there is.
-    config = grid(experiment="emm", **{"sweep.setting": ()})
+    config = small_grid(experiment="emm", **{"sweep.setting": ()})
     config.emm.update(low=16, high=32, budget=2)
     assert run(config, tmp_path / "emm") is None
-    assert "2 done, 0 failed, 0 missing" in sweep.status(tmp_path / "emm").title
-    assert sweep.status(tmp_path / "nowhere") is None
+    assert "2 done, 0 failed, 0 missing" in points.status(tmp_path / "emm").title
+    assert points.status(tmp_path / "nowhere") is None
 
 
 def work_of(calls, bad):
@@ -237,7 +244,7 @@ def test_g66_what_is_worked_on_together_is_done_alone_where_one_ends_it(
     with Session(tmp_path, config) as session:
         session.begin("0" * 64)
         work = (lambda points: list(one(points))) if at_once else one
-        rows = sweep.run(config, session, work, alike=lambda point: None)
+        rows = points.run(config, session, work, alike=lambda point: None)
     assert [row["y"].item() for row in rows] == [4, 9, 25]
     alone = [[2], [3], [4], [5], [6]] if at_once else [[4], [5], [6]]
     assert calls == [[2, 3, 4, 5, 6], *alone]
@@ -260,8 +267,8 @@ def test_g66_a_network_that_diverges_spoils_no_other_of_its_ensemble():
     config, states = together(), []
     for decay in (1e30, 0.1):
         config.sweep.weight_decay = (0.0, decay, 0.5)
-        configs = [point.config for point in sweep.points(config)]
-        built = [setup.build(config) for config in configs]
+        configs = [point.config for point in grid.points(config)]
+        built = [build.build(config) for config in configs]
         states.append(ensemble.learn(configs, built)[0])
     assert [state.step.tolist() for state in states] == [[4, 1, 4], [4, 4, 4]]
     diverged, without = (jax.tree.leaves(state.params) for state in states)
@@ -277,7 +284,7 @@ def test_g66_of_an_ensemble_only_what_diverged_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(ensemble, "learn", lambda *args: (state, np.zeros(3)))
     monkeypatch.setattr(ensemble, "_samples", lambda *args: drawn)
     with Session(tmp_path, config) as session:
-        first, *errors = ensemble.measure(sweep.points(config), session)
+        first, *errors = ensemble.measure(grid.points(config), session)
     assert first["ratio"] == 0
     for error, text in zip(errors, ("3 of 4 steps", "samples are not"), strict=True):
         assert isinstance(error, NonFiniteError) and str(error).startswith(text)
@@ -293,10 +300,10 @@ def test_g66_a_smallest_width_is_that_of_all_widths():
     rows = [
         {k: np.asarray(v) for k, v in point.values.items()}
         | {"empirical_error": np.array([1.0]), "true_error": np.array([1.0])}
-        for point in sweep.points(config)
+        for point in grid.points(config)
         if point.values != {"num_examples": 7, "width": 8, "seed": 0}
     ]
-    left = sweep.whole(config, rows, lambda values: int(values["num_examples"]))
+    left = results.whole(config, rows, lambda values: int(values["num_examples"]))
     found = capacity.smallest(left, 2.0, np.array([1.0]), [0.3])
     assert {(row["num_examples"], row["width"]) for row in found} == {(5, 8)}
     shown = capacity._widths(found, [5, 7])
@@ -311,10 +318,10 @@ def test_g66_a_frontier_without_some_of_its_points_is_compared_with_no_other():
     rows = [
         {k: np.asarray(v) for k, v in point.values.items()}
         | {"along_frechet": np.array([1.0]), "along_ratio": np.array([0.5])}
-        for point in sweep.points(config)
+        for point in grid.points(config)
         if (point.values["setting"], point.values["seed"]) != (lost, 1)
     ]
-    left = sweep.whole(config, rows, lambda v: mitigate.family(str(v["setting"]))[0])
+    left = results.whole(config, rows, lambda v: mitigate.family(str(v["setting"]))[0])
     assert [row["name"] for row in mitigate.matched(left)] == ["pruned: magnitude"]
 
 
@@ -336,7 +343,8 @@ def test_g66_a_search_ends_where_a_network_failed_and_others_go_on(
 ):
     """Of the settings, one has no whole size, and one has no network at all."""
     settings = ("", "optimizer.lr=0.01", DIVERGES)
-    config = grid(experiment="emm", **{"sweep.setting": settings, "sweep.seeds": 2})
+    axes = {"sweep.setting": settings, "sweep.seeds": 2}
+    config = small_grid(experiment="emm", **axes)
     config.emm.update(low=16, high=32, budget=4)
     nets.fails = lambda config: (
         diverging(config)
@@ -409,15 +417,15 @@ def widths(points):
 def swept(config, workdir, work=widths):
     with Session(workdir, config) as session:
         session.begin("0" * 64)
-        return sweep.run(config, session, work)
+        return points.run(config, session, work)
 
 
 def test_h79_two_points_whose_names_were_one_are_kept_apart(tmp_path):
-    config = grid(
+    config = small_grid(
         **{"sweep.setting": (*ALIKE, ALIKE[2] + "b"), "experiment": "factors"}
     )
-    names = [point.name for point in sweep.points(config)]
-    assert len(set(names)) == 5 and max(map(len, names)) <= sweep.LONG_NAME + 9
+    names = [point.name for point in grid.points(config)]
+    assert len(set(names)) == 5 and max(map(len, names)) <= grid.LONG_NAME + 9
     assert names[1] == "setting=data.path=a_b,seed=0"  # as it was
     assert names[3] == "setting=model.width=8,seed=0"
     assert names[0].startswith("setting=data.path=a_b,seed=0-")
@@ -429,23 +437,23 @@ def test_h79_two_points_whose_names_were_one_are_kept_apart(tmp_path):
 
 def test_h79_a_point_that_has_a_former_name_is_not_done_again(tmp_path):
     slash, plain, long, _ = ALIKE
-    former = grid(**{"sweep.setting": (plain,)})
+    former = small_grid(**{"sweep.setting": (plain,)})
     swept(former, tmp_path)
     (kept,) = tmp_path.rglob("points/*/*.npz")
     values = {name: a for name, a in record.read_npz(kept).items()}
     name = f"setting={long},seed=0.npz"
     record.write_npz(kept.with_name(name), **values | {"setting": long, "y": 7.0})
     # The file of another point, under the name that both had once, is not taken.
-    found = swept(grid(**{"sweep.setting": (slash, plain, long)}), tmp_path)
+    found = swept(small_grid(**{"sweep.setting": (slash, plain, long)}), tmp_path)
     assert [float(row["y"]) for row in found] == [13.0, 13.0, 7.0]
     record.write_npz(kept, **values | {"setting": slash, "y": 8.0})
     done = {path.name for path in kept.parent.glob("*.npz")}
     (hashed,) = done - {kept.name, name}
     (kept.parent / hashed).unlink()
-    (row,) = swept(grid(**{"sweep.setting": (slash,)}), tmp_path, work=None)
+    (row,) = swept(small_grid(**{"sweep.setting": (slash,)}), tmp_path, work=None)
     assert row["y"] == 8.0
-    assert "3 done" not in str(sweep.status(tmp_path).title)
-    assert sweep.status(tmp_path).title == "factors: 1 done, 0 failed, 0 missing"
+    assert "3 done" not in str(points.status(tmp_path).title)
+    assert points.status(tmp_path).title == "factors: 1 done, 0 failed, 0 missing"
 
 
 def test_h79_points_of_a_launched_sweep_never_share_a_workdir(tmp_path):
@@ -468,7 +476,7 @@ def test_h79_points_of_a_launched_sweep_never_share_a_workdir(tmp_path):
     assert [places[i].name for i in (1, 3)] == ["data.path=a_b", "data.path=a,seed=1"]
     # A run that has the former name goes on there, and no other point does.
     former = workdir / "points" / "data.path=a_b"
-    record.write_json(former / "config.json", setup.to_json(points[0].config))
+    record.write_json(former / "config.json", build.to_json(points[0].config))
     assert launch.place(workdir, points[0]) == former
-    record.write_json(former / "config.json", setup.to_json(points[1].config))
+    record.write_json(former / "config.json", build.to_json(points[1].config))
     assert launch.place(workdir, points[0]) == places[0]

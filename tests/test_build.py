@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from memsep_jax import data, defaults, parallel, process, sampling, score, train
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import points, record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks
 from memsep_jax.models import MLP
@@ -29,12 +30,12 @@ def small(**changes):
 
 @pytest.fixture(scope="module")
 def parts():
-    return setup.build(small())
+    return build.build(small())
 
 
 def lines(config):
-    with pytest.raises(setup.ConfigError) as caught:
-        setup.build(config)
+    with pytest.raises(build.ConfigError) as caught:
+        build.build(config)
     assert caught.value.exit_code == 2
     return str(caught.value).splitlines()
 
@@ -57,11 +58,11 @@ def test_the_objects_are_those_that_the_config_names(parts):
 
 def test_fields_are_arguments_and_none_is_the_default(parts):
     group = ConfigDict({"name": "beta", "a": 0.8, "b": 2.0, "t_max": None})
-    law = setup.call(process.TIMES, group, "times")
+    law = build.call(process.TIMES, group, "times")
     key = jax.random.key(3)
     assert law(key) == process.beta(0.8, 2.0)(key)
     group = ConfigDict({"name": "edm", "sigma_data": 2.0})
-    made = setup.call(score.PREDICTIONS, group, "prediction", process=parts.process)
+    made = build.call(score.PREDICTIONS, group, "prediction", process=parts.process)
     t = jnp.float32(1.0)
     assert made.skip(t) == score.edm(parts.process, 2.0).skip(t)
 
@@ -69,18 +70,18 @@ def test_fields_are_arguments_and_none_is_the_default(parts):
 def test_a_field_of_a_sibling_is_left_over_and_a_field_of_nobody_is_wrong():
     """log_uniform's t_min may stay when the law becomes log_normal; t_mim may not."""
     left_over = ConfigDict({"name": "log_normal", "mean": 0.0, "t_min": 1e-3})
-    setup.call(process.TIMES, left_over, "times")
+    build.call(process.TIMES, left_over, "times")
     wrong = ConfigDict({"name": "log_normal", "maen": 0.0})
     with pytest.raises(
         ValueError, match=r"times.maen .* log_normal, did you mean 'mean"
     ):
-        setup.call(process.TIMES, wrong, "times")
+        build.call(process.TIMES, wrong, "times")
 
 
 def test_classes_are_counted_from_the_labels():
     config = small(**{"data.labels": "random", "data.num_labels": 5})
     config.data.num_examples = 40
-    made = setup.build(config)
+    made = build.build(config)
     assert made.num_classes == made.model.num_classes == 5
     assert made.splits.train.label.max() == 4
 
@@ -88,7 +89,7 @@ def test_classes_are_counted_from_the_labels():
 def test_a_class_that_only_held_out_points_have_is_counted():
     config = small(**{"data.name": "digits", "data.labels": "true"})
     config.data.update(classes=(0, 1, 2, 3), num_examples=2, num_held_out=60)
-    made = setup.build(config)
+    made = build.build(config)
     assert made.splits.train.label.max() < 3 == made.splits.held_out.label.max()
     assert made.num_classes == 4
 
@@ -106,7 +107,7 @@ def test_epochs_are_passes_over_the_points_with_their_copies(
     """round(epochs n / 8), at least 1."""
     config = small(**{"train.epochs": epochs, "data.num_examples": n})
     config.data.duplicates = duplicates
-    assert setup.build(config).steps == steps
+    assert build.build(config).steps == steps
 
 
 def test_without_epochs_the_steps_are_those_of_the_config(parts):
@@ -118,7 +119,7 @@ def test_a_warm_up_in_epochs_ends_after_them():
     config = small(**{"train.epochs": 40.0, "train.warmup_epochs": 2.0})
     config.data.num_examples = 128
     config.optimizer.update(name="sgd", momentum=0.0, lr=0.64)
-    made = setup.build(config)
+    made = build.build(config)
     assert made.steps == 640
     params = {"w": jnp.ones(2)}
     update, state = jax.jit(made.tx.update), made.tx.init(params)
@@ -133,7 +134,7 @@ def test_a_warm_up_in_epochs_ends_after_them():
 def test_a_cosine_ends_with_the_last_epoch():
     config = small(**{"train.epochs": 10.0, "optimizer.schedule": "cosine"})
     config.optimizer.update(name="sgd", momentum=0.0, lr=0.5)
-    made = setup.build(config)
+    made = build.build(config)
     params = {"w": jnp.ones(2)}
     update, state = jax.jit(made.tx.update), made.tx.init(params)
     rates = []
@@ -190,22 +191,22 @@ def test_a_second_source_is_not_fetched_either_for_a_config_that_is_wrong(monkey
     monkeypatch.setattr(data, "splits", fetch)
     config = small(**{"data.mix": 0.5, "data.mix_from": "cifar10"})
     with pytest.raises(AssertionError, match="fetched"):
-        setup.build(config)
+        build.build(config)
     config.optimizer.lr = 0.0
     assert any("optimizer.lr=0.0" in line for line in lines(config))
 
 
 def test_a_mixed_law_is_not_known():
     config = small(**{"data.mix": 0.1, "data.mix_from": "more.npz"})
-    with pytest.raises(setup.ConfigError, match="data.name=mixture with data.mix=0.1"):
-        setup.truth(config)
+    with pytest.raises(build.ConfigError, match="data.name=mixture with data.mix=0.1"):
+        build.truth(config)
 
 
 def test_the_smoke_variant_of_epochs_has_epochs():
     config = defaults.train()
     config.train.update(epochs=40_000.0, warmup_epochs=200.0)
     config.data.name, config.model.name = "mixture", "mlp"
-    made = setup.build(defaults.smoke(config))
+    made = build.build(defaults.smoke(config))
     assert made.steps == small().train.steps
 
 
@@ -214,11 +215,11 @@ def test_the_step_has_the_average_and_the_order_of_the_config():
     config = small(**{"train.ema_half_life": 100.0, "train.ema_ramp": 0.5})
     config.train.order = "fixed"
     config.optimizer.lr = 1e-9  # the weights stay, and so the loss but for its noise
-    made = setup.build(config)
-    step = jax.jit(setup.make_steps(config, made, parallel.make_mesh()))
-    state = train.init(setup.init_params(made, jax.random.key(0)), made.tx)
+    made = build.build(config)
+    step = jax.jit(training.make_steps(config, made, parallel.make_mesh()))
+    state = train.init(training.init_params(made, jax.random.key(0)), made.tx)
     state = state.replace(ema=jax.tree.map(jnp.ones_like, state.ema))
-    rows_of = setup.order(config, len(made.splits.train.x))
+    rows_of = training.order(config, len(made.splits.train.x))
     after, _ = step(state, made.splits.train, rows_of(0)[None], 0, 1)
     for a, b in zip(
         jax.tree.leaves(after.ema), jax.tree.leaves(after.params), strict=True
@@ -227,7 +228,7 @@ def test_the_step_has_the_average_and_the_order_of_the_config():
     epoch = len(made.splits.train.x) // config.train.batch_size
     np.testing.assert_array_equal(rows_of(0), rows_of(epoch))
     config.train.order = "reshuffled"
-    rows_of = setup.order(config, len(made.splits.train.x))
+    rows_of = training.order(config, len(made.splits.train.x))
     assert np.any(rows_of(0) != rows_of(epoch))
 
 
@@ -243,8 +244,8 @@ def refused_at(step):
 
         return broken
 
-    loss = setup.loss
-    keys = jax.random.key_data(train.example_keys(setup.keys(0).train, step, 8))
+    loss = training.loss
+    keys = jax.random.key_data(train.example_keys(build.keys(0).train, step, 8))
     return make
 
 
@@ -252,13 +253,13 @@ def refused_at(step):
 def test_several_steps_in_one_call_are_those_steps(bad, parts, monkeypatch):
     """Also where one is refused: from then on the state stands still."""
     if bad is not None:
-        monkeypatch.setattr(setup, "loss", refused_at(bad))
+        monkeypatch.setattr(training, "loss", refused_at(bad))
     config, mesh = small(), parallel.make_mesh()
-    steps = jax.jit(setup.make_steps(config, parts, mesh))
+    steps = jax.jit(training.make_steps(config, parts, mesh))
     points = parts.splits.train
-    rows_of = setup.order(config, len(points.x))
+    rows_of = training.order(config, len(points.x))
     rows = np.stack([rows_of(step) for step in range(6)])
-    start = train.init(setup.init_params(parts, jax.random.key(0)), parts.tx)
+    start = train.init(training.init_params(parts, jax.random.key(0)), parts.tx)
     start = parallel.place(start, parallel.replicated(mesh))
 
     def taken(*counts):
@@ -291,8 +292,8 @@ STOPPED = ({"train.stop_gap": 0.1}, {"train.plateau": 2})
 
 @pytest.mark.parametrize("rule", STOPPED)
 def test_how_training_is_looked_at_counts_only_where_that_ends_it(rule, tmp_path):
-    assert setup.looks(small()) == {}
-    found = setup.looks(small(**rule))
+    assert build.looks(small()) == {}
+    found = build.looks(small(**rule))
     assert found["run.evaluate_every"] == 2 and found["sampler.steps"] == 2
     assert "run.log_every" not in found and "sampler.num_samples" not in found
 
@@ -315,8 +316,8 @@ def test_how_training_is_looked_at_counts_only_where_that_ends_it(rule, tmp_path
 def test_networks_and_points_are_shared_only_where_they_stop_alike(rule, tmp_path):
     def places(field="seed", value=0, **rule):
         config = small(**rule, **{field: value})
-        (point, *_) = sweep.points(config)
-        return networks.name(config), sweep._path(tmp_path, config, point)
+        (point, *_) = grid.points(config)
+        return networks.name(config), points.path_of(tmp_path, config, point)
 
     def shared(*change, **rule):
         pairs = zip(places(**rule), places(*change, **rule), strict=True)
@@ -335,7 +336,7 @@ def test_networks_and_points_are_shared_only_where_they_stop_alike(rule, tmp_pat
 
 def test_a_tag_without_such_a_rule_is_that_of_the_groups_alone():
     config = small()
-    known = setup.to_json(config)
+    known = build.to_json(config)
     some = {name: known[name] for name in ("seed", *networks.TRAINING)}
     text = json.dumps(some, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -370,19 +371,19 @@ def test_a_field_that_came_later_was_at_its_default(tmp_path):
 
 
 def test_keys_differ_by_name_and_by_seed():
-    found = [tuple(jax.random.key_data(k).tolist()) for k in setup.keys(0)]
-    again = [tuple(jax.random.key_data(k).tolist()) for k in setup.keys(0)]
-    other = [tuple(jax.random.key_data(k).tolist()) for k in setup.keys(1)]
+    found = [tuple(jax.random.key_data(k).tolist()) for k in build.keys(0)]
+    again = [tuple(jax.random.key_data(k).tolist()) for k in build.keys(0)]
+    other = [tuple(jax.random.key_data(k).tolist()) for k in build.keys(1)]
     assert found == again
-    assert len({*found, *other}) == 2 * len(setup.Keys._fields)
+    assert len({*found, *other}) == 2 * len(build.Keys._fields)
 
 
 def test_parameters_are_a_function_of_their_key(parts):
-    key = setup.keys(0).init
-    one, two = setup.init_params(parts, key), setup.init_params(parts, key)
+    key = build.keys(0).init
+    one, two = training.init_params(parts, key), training.init_params(parts, key)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert setup.count(one) == sum(p.size for p in jax.tree.leaves(one))
+    assert training.count(one) == sum(p.size for p in jax.tree.leaves(one))
 
 
 # The composition.
@@ -390,17 +391,17 @@ def test_parameters_are_a_function_of_their_key(parts):
 
 def test_the_score_of_a_new_network_is_that_of_zero(parts):
     """F = 0, so D = skip x: EDM's Gaussian prior."""
-    params = setup.init_params(parts, jax.random.key(0))
+    params = training.init_params(parts, jax.random.key(0))
     x, t = jnp.array([1.0, -2.0, 0.5]), jnp.float32(0.7)
-    found = setup.score_fn(parts, params)(x, t)
+    found = training.score_fn(parts, params)(x, t)
     np.testing.assert_allclose(found, -x / (0.7**2 + 0.5**2), rtol=1e-5)
 
 
 def test_the_loss_is_its_pieces_put_together(parts):
     config, key = small(), jax.random.key(4)
-    params = setup.init_params(parts, jax.random.key(0))
+    params = training.init_params(parts, jax.random.key(0))
     x0 = parts.splits.train.x[0]
-    found = setup.loss(parts, config)(params, data.Dataset(x0), key)
+    found = training.loss(parts, config)(params, data.Dataset(x0), key)
     t_key, eps_key, *_ = jax.random.split(key, 4)
     t, eps = parts.law(t_key), jax.random.normal(eps_key, x0.shape)
     target = score.target(parts.prediction, parts.process, x0, t, eps)
@@ -411,7 +412,7 @@ def test_labels_are_dropped_as_often_as_asked():
     """The dropped label is num_classes, "no label"; the loss tells them apart."""
     config = small(**{"data.labels": "random", "data.num_labels": 2})
     config.train.label_drop = 0.25
-    made = setup.build(config)
+    made = build.build(config)
     seen = []
 
     class Spy:
@@ -422,7 +423,7 @@ def test_labels_are_dropped_as_often_as_asked():
             return jnp.zeros_like(x) + label
 
     example = data.Dataset(made.splits.train.x[0], jnp.int32(1))
-    loss = setup.loss(made._replace(model=Spy()), config)
+    loss = training.loss(made._replace(model=Spy()), config)
 
     def label_of(key):
         loss({}, example, key)
@@ -435,13 +436,13 @@ def test_labels_are_dropped_as_often_as_asked():
 
 def test_dropout_takes_its_own_key():
     config = small(**{"model.dropout": 0.5})
-    made = setup.build(config)
-    params = setup.init_params(made, jax.random.key(0))
+    made = build.build(config)
+    params = training.init_params(made, jax.random.key(0))
     params["output"]["kernel"] = jnp.ones_like(params["output"]["kernel"])
     x, level = jnp.ones(3), jnp.float32(0.1)
 
     def answer(key):
-        return setup.network(made, params, key=key)(x, level)
+        return training.network(made, params, key=key)(x, level)
 
     one, two = answer(jax.random.key(1)), answer(jax.random.key(2))
     assert jnp.any(one != two)
@@ -509,7 +510,7 @@ def test_every_violation_is_in_one_list():
 def test_a_wrong_number_is_named_with_its_rule(field, value, words):
     config = small(**{field: value})
     try:
-        setup.build(config)
+        build.build(config)
     except ValueError as error:  # of the data: exit code 3
         assert words in str(error)
     else:
@@ -549,7 +550,7 @@ def test_one_distinct_point_is_too_few():
 def test_notes_say_what_a_person_should_know():
     config = small(**{"train.ema_decay": 0.999, "data.num_examples": 4})
     config.data.update(num_held_out=0, duplicates=0.5, copies=1)
-    text = "\n".join(setup.build(config).notes)
+    text = "\n".join(build.build(config).notes)
     for words in (
         "looks back 1,000 steps",
         "no held-out data",
@@ -557,7 +558,7 @@ def test_notes_say_what_a_person_should_know():
         "n = 6 training points are fewer",
     ):
         assert words in text, words
-    assert not setup.build(small(**{"train.ema_decay": 0.5})).notes
+    assert not build.build(small(**{"train.ema_decay": 0.5})).notes
 
 
 @pytest.mark.parametrize(
@@ -570,7 +571,7 @@ def test_notes_say_what_a_person_should_know():
     ],
 )
 def test_the_note_on_the_average_is_on_the_one_in_force(changes, horizon):
-    found = [n for n in setup.build(small(**changes)).notes if "EMA" in n]
+    found = [n for n in build.build(small(**changes)).notes if "EMA" in n]
     assert [n.split(" steps")[0] for n in found] == (
         [f"the EMA looks back {horizon}"] if horizon else []
     )
@@ -579,11 +580,11 @@ def test_the_note_on_the_average_is_on_the_one_in_force(changes, horizon):
 def test_a_config_as_json_is_plain():
     config = small()
     config.data.classes = (1, 2)
-    plain = setup.to_json(config)
+    plain = build.to_json(config)
     assert plain["data"]["classes"] == [1, 2]
     assert plain["times"]["mean"] is None
     assert (
-        setup.differences(plain, setup.to_json(config.copy_and_resolve_references()))
+        build.differences(plain, build.to_json(config.copy_and_resolve_references()))
         == []
     )
 
@@ -591,9 +592,9 @@ def test_a_config_as_json_is_plain():
 def test_differences_are_leaves_by_name():
     old = {"a": {"b": 1, "c": [1]}, "d": None}
     new = {"a": {"b": 2, "c": [1]}, "e": 0}
-    assert setup.differences(old, new) == [("a.b", 1, 2), ("e", None, 0)]
+    assert build.differences(old, new) == [("a.b", 1, 2), ("e", None, 0)]
 
 
 def test_did_you_mean_is_silent_where_nothing_is_close():
-    assert setup.did_you_mean("sdg", train.OPTIMIZERS) == ", did you mean 'sgd'?"
-    assert setup.did_you_mean("zzz", train.OPTIMIZERS) == ""
+    assert build.did_you_mean("sdg", train.OPTIMIZERS) == ", did you mean 'sgd'?"
+    assert build.did_you_mean("zzz", train.OPTIMIZERS) == ""

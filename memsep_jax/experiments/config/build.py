@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from memsep_jax import (
     data,
     defaults,
-    empirical,
-    parallel,
     process,
     prune,
     sampling,
@@ -317,7 +315,7 @@ def build(config, read=sources.source) -> Parts:
     if made_process and times is not None:
         attempt(_check_times, made_process, times, law, config)
         if method:
-            attempt(sampler, config, made_process, times, (), lambda x, t: x)
+            attempt(_check_sampler, config, made_process, times)
     attempt(_check_batch, config, jax.device_count())
 
     splits = None
@@ -449,38 +447,7 @@ def truth(config):
         raise ConfigError(str(error)) from error
 
 
-def network(parts: Parts, params, label=None, key=None, gates=None):
-    """F(x, level) with its parameters bound; key switches dropout on."""
-    options = {} if key is None else {"train": True, "rngs": {"dropout": key}}
-
-    def call_network(x, level):
-        return parts.model.apply({"params": params}, x, level, label, gates, **options)
-
-    return call_network
-
-
-def score_fn(parts: Parts, params, label=None) -> score.ScoreFn:
-    """The trained network as score_fn(x, t)."""
-    bound = network(parts, params, label)
-    return score.from_network(bound, parts.prediction, parts.process)
-
-
-def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
-    """(key) -> one sample [*shape] of a score, as config.sampler asks for it.
-
-    Raises: ValueError: an option of another sampler, or one that breaks its rule.
-    """
-    options = _sampling(config)
-    return sampling.sampler(score_fn, made_process, times, shape, **options)
-
-
-def stages(config, parts: Parts, score_fn: score.ScoreFn):
-    """The steps of `sampler`, for points of the data, as `sampling.stages`."""
-    shape, options = parts.splits.train.x.shape[1:], _sampling(config)
-    return sampling.stages(score_fn, parts.process, parts.times, shape, **options)
-
-
-def _sampling(config) -> dict:
+def sampling_options(config) -> dict:
     """config.sampler as arguments of `sampling.sampler`."""
     group = config.sampler
     options = {field: group[field] for field in CHURN if group[field] is not None}
@@ -491,142 +458,6 @@ def _sampling(config) -> dict:
             f"sampler is {group.name}: leave it out, or take edm"
         )
     return {"method": group.name} | options
-
-
-def init_params(parts: Parts, key):
-    """Fresh parameters for one example of the data."""
-    label = jnp.zeros((), jnp.int32) if parts.num_classes else None
-    x = jnp.zeros(parts.splits.train.x.shape[1:], jnp.float32)
-    # jit: linen's init is slow when it runs operation by operation.
-    return jax.jit(parts.model.init)(key, x, jnp.zeros(()), label)["params"]
-
-
-def noise_of(parts: Parts, x0, key):
-    """The time and the noise of one training example, and two keys for the rest."""
-    t_key, eps_key, drop_key, label_key = jax.random.split(key, 4)
-    eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
-    return parts.law(t_key), eps, drop_key, label_key
-
-
-def loss(parts: Parts, config):
-    """(params, example: a Dataset of one, key) -> [], the loss of one example."""
-
-    def example_loss(params, example, key):
-        t, eps, drop_key, label_key = noise_of(parts, example.x, key)
-        label = example.label
-        if parts.num_classes and config.train.label_drop:
-            dropped = jax.random.bernoulli(label_key, config.train.label_drop)
-            label = jnp.where(dropped, parts.num_classes, label)
-        bound = network(parts, params, label, drop_key if _dropout(parts) else None)
-        return train.prediction_loss(
-            bound,
-            parts.prediction,
-            parts.process,
-            example.x,
-            t,
-            eps,
-            _ask(parts, config, label),
-        )
-
-    return example_loss
-
-
-def _ask(parts, config, label):
-    """What the network is asked for: `train.clean`, or a mitigation of config.train."""
-    made = parts.process
-    if config.train.ambient is not None:
-        # One key for all seeds: the noisy copies belong to the data.
-        return train.ambient(made, config.train.ambient, jax.random.key(sources.BRANCH))
-    if config.train.temperature is None:
-        return train.clean(made)
-    (points, labels), log_weights = parts.splits.train, None
-    if label is not None:  # the law that the network is asked for has its label
-        among = (labels == label) | (label == parts.num_classes)
-        log_weights = jnp.where(among, 0.0, -jnp.inf)
-    if config.train.flip:
-        points = jnp.concatenate([points, jnp.flip(points, -2)])
-        log_weights = log_weights if label is None else jnp.tile(log_weights, 2)
-    temperature = config.train.temperature
-    return train.smoothed(
-        made,
-        empirical.denoiser(
-            points, made, log_weights=log_weights, temperature=temperature
-        ),
-    )
-
-
-def make_step(config, parts, mesh):
-    """(state, batch: Dataset [b, ...], dataset) -> (state, metrics).
-
-    Args: dataset, all of it, where the loss looks at it (`train.temperature`).
-    """
-    key = keys(config.seed)
-
-    def step(state, batch, dataset):
-        # An argument, not a constant of the program.
-        own = parts._replace(splits=parts.splits._replace(train=dataset))
-        train_step = train.make_train_step(
-            loss(own, config),
-            parts.tx,
-            ema_decay(config),
-            config.train.accumulate,
-        )
-        batch = data.augment(batch, key.data, state.step, config.train.flip)
-        batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
-        return train_step(state, batch, key.train)
-
-    return step
-
-
-def make_steps(config, parts, mesh):
-    """(state, dataset, rows [k, b], first, count) -> (state, metrics of the last step).
-
-    Takes `count` steps, at most k, in one call, which costs more than a step of a small
-    network: the program is the same for every count, and so is every bit. A step that
-    is refused leaves the state as it is, and so do all after it, in later calls too.
-
-    Args: rows of `order`, from step `first` on, which the state has come to; None where
-      the dataset is the batch of one step.
-    """
-    step = make_step(config, parts, mesh)
-
-    def on_rows(state, dataset, rows, i):
-        if rows is None:
-            return step(state, dataset, None)
-        batch = jax.tree.map(lambda a: a[rows[i]], dataset)
-        return step(state, batch, dataset)
-
-    def steps(state, dataset, rows, first, count):
-        count = jnp.where(state.step == first, count, 0)
-
-        def body(_, carry):
-            state, _ = carry
-            # By the state's step: one that is refused is not passed over.
-            return on_rows(state, dataset, rows, state.step - first)
-
-        _, shapes = jax.eval_shape(on_rows, state, dataset, rows, first)
-        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return jax.lax.fori_loop(0, count, body, (state, none))
-
-    return steps
-
-
-def order(config, n: int):
-    """(step) -> the rows of its batch, [b], of n training points: `data.order`."""
-    group = config.train
-    key = keys(config.seed).data
-    return data.order(n, key, group.batch_size, ORDERS[group.order])
-
-
-def flops(lowered) -> float:
-    """FLOPs of a lowered program; nan where XLA does not say."""
-    cost = lowered.cost_analysis() or {}
-    return float(cost.get("flops", float("nan")))
-
-
-def count(params) -> int:
-    """The number of parameters."""
-    return sum(p.size for p in jax.tree.leaves(params))
 
 
 def to_json(config) -> dict:
@@ -914,9 +745,10 @@ def _notes(config, splits, steps):
     return notes
 
 
-def _dropout(parts):
-    return getattr(parts.model, "dropout", 0.0) > 0
-
-
 def _arguments(constructor):
     return set(inspect.signature(constructor).parameters) - NOT_CONFIGURED
+
+
+def _check_sampler(config, made_process, times):
+    options = sampling_options(config)
+    sampling.sampler(lambda x, t: x, made_process, times, (), **options)

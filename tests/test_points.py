@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults
-from memsep_jax.experiments.config import setup
-from memsep_jax.experiments.runtime import record, sweep
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.runtime import points, record
 from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import results
 
 
-def grid(**axes):
+def small_grid(**axes):
     config = defaults.train()
     config.data.update(name="mixture", k=2, d=3)
     config.sweep.update(seeds=2, **axes)
@@ -28,14 +29,14 @@ def square(points):
 def run(config, workdir, work, **options):
     with Session(workdir, config) as session:
         session.begin("0" * 64)
-        return sweep.run(config, session, work, **options)
+        return points.run(config, session, work, **options)
 
 
 def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_everything():
-    config = grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
+    config = small_grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
     config.update(seed=5)
     config.data.update(seed=7, truth_seed=9)
-    points = sweep.points(config)
+    points = grid.points(config)
     assert len({point.name for point in points}) == len(points) == 2 * 2 * 2 * 2
     last = points[-1]
     assert last.name == "num_examples=20,width=8,weight_decay=0.1,seed=1"
@@ -47,7 +48,7 @@ def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_everything():
 
 
 def test_finished_points_are_read_and_not_done_again(tmp_path):
-    config, done = grid(width=(4, 8)), []
+    config, done = small_grid(width=(4, 8)), []
 
     def work(points):
         for point in points:
@@ -78,7 +79,7 @@ def test_finished_points_are_read_and_not_done_again(tmp_path):
 
 
 def test_points_of_another_config_are_not_taken_for_these(tmp_path):
-    config, calls = grid(width=(4,)), []
+    config, calls = small_grid(width=(4,)), []
 
     def work(points):
         calls.append(len(points))
@@ -93,7 +94,7 @@ def test_points_of_another_config_are_not_taken_for_these(tmp_path):
 
 
 def test_points_that_are_alike_are_worked_on_together(tmp_path):
-    config, sizes = grid(width=(4, 8), weight_decay=(0.0, 0.1, 0.2)), []
+    config, sizes = small_grid(width=(4, 8), weight_decay=(0.0, 0.1, 0.2)), []
     config.sweep.together = 4
 
     def work(points):
@@ -107,21 +108,21 @@ def test_points_that_are_alike_are_worked_on_together(tmp_path):
 
 def test_networks_of_two_settings_are_not_trained_as_one():
     """A setting may change anything, and an ensemble has the config of its first."""
-    config = grid(weight_decay=(0.0, 0.1), setting=("", "optimizer.lr=0.5"))
-    shapes = {p.values["setting"]: set() for p in sweep.points(config)}
-    for point in sweep.points(config):
-        shapes[point.values["setting"]].add(sweep.shape(point))
+    config = small_grid(weight_decay=(0.0, 0.1), setting=("", "optimizer.lr=0.5"))
+    shapes = {p.values["setting"]: set() for p in grid.points(config)}
+    for point in grid.points(config):
+        shapes[point.values["setting"]].add(grid.shape(point))
     (plain,), (changed,) = shapes.values()
     assert plain != changed
 
 
 def test_the_interval_is_students():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t_{.975, 2} = 4.3027."""
-    found = sweep.mean_interval(np.array([1.0, 2.0, 3.0]))
+    found = results.mean_interval(np.array([1.0, 2.0, 3.0]))
     assert found["mean"] == 2
     np.testing.assert_allclose(found["high"] - 2, 4.302653 / np.sqrt(3), rtol=1e-6)
     np.testing.assert_allclose(2 - found["low"], 4.302653 / np.sqrt(3), rtol=1e-6)
-    alone = sweep.mean_interval(np.array([1.0]))
+    alone = results.mean_interval(np.array([1.0]))
     assert alone["mean"] == 1 and np.isnan(alone["low"])  # one seed knows no error
 
 
@@ -131,7 +132,7 @@ def test_seeds_become_means_of_numbers_and_of_curves():
          "curve": np.array([s, 2.0]), "samples": np.zeros((5, 2))}
         for s in (0, 2)
     ]  # fmt: skip
-    (row,) = sweep.over_seeds(rows)
+    (row,) = results.over_seeds(rows)
     assert row["width"] == 4 and row["seeds"] == 2
     assert row["y"]["mean"] == 2
     np.testing.assert_array_equal(row["curve"]["mean"], [1, 2])
@@ -141,13 +142,13 @@ def test_seeds_become_means_of_numbers_and_of_curves():
 def test_points_without_a_seed_that_finished_are_a_row_of_their_own():
     """In its place, with its values and no number."""
     rows = [{"width": np.array(8), "seed": np.array(1), "y": np.array(3.0)}]
-    gap, row = sweep.over_seeds(rows, sweep.points(grid(width=(4, 8))))
+    gap, row = results.over_seeds(rows, grid.points(small_grid(width=(4, 8))))
     assert gap == {"width": 4, "seeds": 0}
     assert row["seeds"] == 1 and row["y"]["mean"] == 3
 
 
 def test_the_end_of_a_sweep_is_numbers_and_a_report(tmp_path):
-    config = grid(width=(4, 8))
+    config = small_grid(width=(4, 8))
 
     def draw(metrics, points):
         assert len(points) == 4 and metrics["unit"] == "nats"
@@ -156,8 +157,8 @@ def test_the_end_of_a_sweep_is_numbers_and_a_report(tmp_path):
     with Session(tmp_path, config) as session:
         session.begin("0" * 64)
         session.console = SimpleNamespace(print=lambda *a, **k: None, is_terminal=False)
-        sweep.finish(
-            config, session, sweep.run(config, session, square), draw, unit="nats"
+        results.finish(
+            config, session, points.run(config, session, square), draw, unit="nats"
         )
     metrics = record.read_json(tmp_path / "metrics.json")
     assert [row["width"] for row in metrics["table"]] == [4, 8]
@@ -174,7 +175,7 @@ def test_the_end_of_a_sweep_is_numbers_and_a_report(tmp_path):
     [("seeds", 0, "sweep.seeds=0"), ("together", 0, "sweep.together=0")],
 )
 def test_a_sweep_that_has_no_meaning_is_refused(field, value, message):
-    config = grid()
+    config = small_grid()
     config.sweep[field] = value
-    with pytest.raises(setup.ConfigError, match=message):
-        setup.build(config)
+    with pytest.raises(build.ConfigError, match=message):
+        build.build(config)
