@@ -24,7 +24,7 @@ import numpy as np
 from memsep_jax import parallel
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, command
-from memsep_jax.experiments.studies import train
+from memsep_jax.experiments.studies import training_run
 
 PARTS = ("forward", "backward", "times and noise", "update", "not named")
 KINDS = ("products", "copies", "selects")
@@ -65,7 +65,7 @@ def shares(kernels) -> dict[str, float]:
 def traced(config, steps):
     """(name, scope, nanoseconds) of every kernel of some steps, and how many a step."""
     parts, mesh = build.build(config), parallel.make_mesh()
-    state = train.initial_state(config, parts)
+    state = training_run.initial_state(config, parts)
     size = config.train.batch_size
     batch = jax.tree.map(lambda a: a[np.arange(size) % len(a)], parts.splits.train)
     step = jax.jit(training.make_step(config, parts, mesh), donate_argnums=0)

@@ -10,7 +10,7 @@ from ml_collections.config_dict import create, placeholder
 
 
 def train() -> ConfigDict:
-    """The config of experiments/train.py: EDM's setting, small."""
+    """The config of experiments/studies/training_run.py: EDM's setting, small."""
     return create(
         experiment="train",
         seed=0,
@@ -111,7 +111,7 @@ def train() -> ConfigDict:
             # whose held-out loss is above the training loss by this share of itself.
             stop_gap=placeholder(float),
             # Training ends once the ratio has not risen for so many snapshots:
-            # experiments/train.py.
+            # experiments/studies/training_run.py.
             plateau=placeholder(int),
         ),
         sampler=dict(
@@ -128,7 +128,7 @@ def train() -> ConfigDict:
             churn_noise=placeholder(float),
         ),
         memorization=dict(threshold=1 / 3, near=50),
-        prune=dict(  # experiments/prune.py
+        prune=dict(  # experiments/studies/pruning.py
             ratio=0.0,  # share of the units that falls; 0: none
             criterion="small_t",  # prune.CRITERIA
             group="heads",  # neurons, blocks

@@ -134,7 +134,7 @@ def test_imports_go_down_and_packages_have_owners(room):
         ("checkpoint", "from absl import logging\nfrom absl import flags", 1),
         ("experiments.reporting.figures", "import matplotlib.pyplot as plt", 0),
         (
-            "experiments.studies.train",
+            "experiments.studies.training_run",
             "import matplotlib.pyplot as plt\nimport torch",
             2,
         ),

@@ -15,7 +15,7 @@ from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import mitigate, networks
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mitigate_digits.py"
 

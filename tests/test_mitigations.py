@@ -12,7 +12,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 SMOOTHED = {"train.temperature": 3.0}
 AMBIENT = {"train.ambient": 0.3}

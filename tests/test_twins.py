@@ -10,7 +10,7 @@ import pytest
 from memsep_jax import data, experiments
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime.session import Session
-from memsep_jax.experiments.studies import networks, train, twins
+from memsep_jax.experiments.studies import networks, training_run, twins
 
 CONFIG = Path(__file__).parent.parent / "configs" / "twins_digits.py"
 
@@ -40,7 +40,7 @@ def test_twins_are_sampled_from_the_same_noises(tmp_path, monkeypatch):
 
     def untrained(config, parts, session, generate):
         asked.append((config.data.skip, config.data.num_examples, config.seed))
-        return train.initial_state(config, parts)
+        return training_run.initial_state(config, parts)
 
     monkeypatch.setattr(networks, "trained", untrained)
     with Session(tmp_path, config) as session:

@@ -81,9 +81,9 @@ record.Metrics.write = write
 
 # Training alone, where nothing else is looked at.
 TRAIN_ONLY = """
-from memsep_jax.experiments.studies import train
-train.evaluate = lambda *args: None
-train.finish = lambda session: None
+from memsep_jax.experiments.studies import training_run
+training_run.evaluate = lambda *args: None
+training_run.finish = lambda session: None
 """
 # A line when the save of a checkpoint begins, and one when it has ended.
 ANNOUNCE_SAVES = """

@@ -20,7 +20,7 @@ from faults import harness
 from memsep_jax import experiments, sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import session
-from memsep_jax.experiments.studies import train
+from memsep_jax.experiments.studies import training_run
 from memsep_jax.models import MODELS
 from memsep_jax.process import PROCESSES, TIMES
 from memsep_jax.sampling import TIME_GRIDS
@@ -69,7 +69,7 @@ def door(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)  # where no path leads anywhere
     monkeypatch.setattr(session.Session, "begin", reached)
-    monkeypatch.setattr(train, "initial_state", reached)
+    monkeypatch.setattr(training_run, "initial_state", reached)
     monkeypatch.setattr(sources, "tfds", elsewhere)
     known = {name: few(sources.SOURCES[name]) for name in ("digits", "mixture")}
     known |= {name: sources.SOURCES[name] for name in ("npz", "folder")}

@@ -22,7 +22,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import mitigate, networks
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 # The chunk of a phase that never ends; {what} is the phase.
 ASLEEP = """

@@ -20,7 +20,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import evaluate
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 QUERIES, POINTS, DIM = 10_000, 50_000, 3_072  # samples of CIFAR-10 against all of it
 BUDGET = 512 * 2**20  # bytes beside the data

@@ -32,7 +32,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record, session
 from memsep_jax.experiments.studies import capacity, dry_run, evaluate
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 from memsep_jax.models import DiT, exact
 
 PROCESSES = {name: make() for name, make in process.PROCESSES.items()}

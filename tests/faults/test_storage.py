@@ -24,7 +24,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 # Orbax's own threads complain when a step they read is damaged.
 pytestmark = pytest.mark.filterwarnings(

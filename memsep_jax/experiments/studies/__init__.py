@@ -19,7 +19,7 @@ from memsep_jax.experiments.studies import (
     mitigate,
     onset,
     optimum,
-    train,
+    training_run,
     twins,
     unfinished,
 )
@@ -40,7 +40,7 @@ EXPERIMENTS = {
     "onset": onset.run,
     "optimum": optimum.run,
     "report": report.run,
-    "train": train.run,
+    "train": training_run.run,
     "twins": twins.run,
 }
 DRAWINGS = {  # of the sweeps: what `report` draws again

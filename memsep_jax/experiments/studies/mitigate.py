@@ -26,8 +26,15 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points, record
-from memsep_jax.experiments.studies import networks, results, train
-from memsep_jax.experiments.studies.prune import Pruned, cost, cut, keep, tuner, watcher
+from memsep_jax.experiments.studies import networks, results, training_run
+from memsep_jax.experiments.studies.pruning import (
+    Pruned,
+    cost,
+    cut,
+    keep,
+    tuner,
+    watcher,
+)
 from memsep_jax.train import NonFiniteError
 
 # What `Tools` depend on, besides the seed.
@@ -54,8 +61,8 @@ class Tools(NamedTuple):
     """What networks of one seed and shape share, however they are trained."""
 
     generate: Callable  # (weights, start, stop) -> samples
-    watch: Callable  # `prune.watcher`
-    tune: Callable  # `prune.tuner` of the config without the setting
+    watch: Callable  # `pruning.watcher`
+    tune: Callable  # `pruning.tuner` of the config without the setting
     find: Callable  # `finder`
 
 
@@ -129,7 +136,7 @@ def _tools(config, point, session) -> Tools:
     plain.model = one.model.copy_and_resolve_references()
     plain.model.dropout = dropout
     parts = build.build(one)
-    generate = train.network_samples(one, parts, session)
+    generate = training_run.network_samples(one, parts, session)
     return Tools(
         generate,
         watcher(one, parts, generate),
@@ -188,14 +195,14 @@ def _source(config, parts, say=lambda text: None):
     if not config.prune.source:
         return None
     path = Path(config.prune.source)
-    like = train.initial_state(config, parts)
+    like = training_run.initial_state(config, parts)
     look = functools.partial(_newest, path, like, parts)
     return networks.awaited(look, path, config.run.wait, say)
 
 
 def _newest(path, like, parts):
     if path.is_file():
-        return train.unpack(path, like, parts)[0]
+        return training_run.unpack(path, like, parts)[0]
     steps = checkpoint.steps(path / "checkpoints")
     if not steps:
         raise build.ConfigError(

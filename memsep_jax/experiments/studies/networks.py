@@ -14,7 +14,7 @@ from memsep_jax import checkpoint, sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import prune, train
+from memsep_jax.experiments.studies import pruning, training_run
 
 POLL = 1.0  # seconds between two looks at what another run has yet to write
 # The groups of a config that a trained network depends on, besides the seed.
@@ -40,7 +40,7 @@ def name(config) -> str:
 def trained(config, parts, session, generate=None):
     """The train.TrainState of a network, trained here unless it already was."""
     where = session.workdir / "models" / name(config)
-    return train.learn(config, parts, session, None, generate, where)
+    return training_run.learn(config, parts, session, None, generate, where)
 
 
 def awaited(look, where, seconds: float, say):
@@ -77,21 +77,23 @@ def measure(points, session):
 def measured(config, session) -> dict:
     """Trains a network, and measures what it copies and how good its samples are.
 
-    Returns: the numbers of `prune.watcher` for the weights of sampler.weights; `raw`,
+    Returns: the numbers of `pruning.watcher` for the weights of sampler.weights; `raw`,
       `ema`: the ratio of either; `highest`: the largest along training, of either, as
       Gu 2023 keeps it (the more it was looked at, the higher).
     """
     with session.phase("data"):
         parts = build.build(config)
-    generate = train.network_samples(config, parts, session)
+    generate = training_run.network_samples(config, parts, session)
     state = trained(config, parts, session, generate)
     with session.phase("sample"):
-        watch = prune.watcher(config, parts, generate)
+        watch = pruning.watcher(config, parts, generate)
         found = {"raw": watch(state.params), "ema": watch(state.ema)}
     ratios = {which: numbers["ratio"] for which, numbers in found.items()}
     where = session.workdir / "models" / name(config)
     rows = record.read_metrics(where / "metrics.jsonl")
-    along = [row[which] for row in rows for which in train.RATIOS if which in row]
+    along = [
+        row[which] for row in rows for which in training_run.RATIOS if which in row
+    ]
     return (
         found[config.sampler.weights]
         | ratios

@@ -17,7 +17,13 @@ from memsep_jax import checkpoint
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
-from memsep_jax.experiments.studies import emm, networks, prune, results, train
+from memsep_jax.experiments.studies import (
+    emm,
+    networks,
+    pruning,
+    results,
+    training_run,
+)
 
 WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 TIMES = {"tau_gen": "tau_gen: good samples", "tau_mem": "tau_mem: copies"}
@@ -205,13 +211,13 @@ def measure(points, session):
         started, config = time.monotonic(), point.config
         with session.phase("data"):
             parts = build.build(config)
-        generate = train.network_samples(config, parts, session)
+        generate = training_run.network_samples(config, parts, session)
         state = networks.trained(config, parts, session, generate)
-        steps = sorted(train.snapshot_steps(config, len(parts.splits.train.x)))
+        steps = sorted(training_run.snapshot_steps(config, len(parts.splits.train.x)))
         folder = session.workdir / "models" / networks.name(config) / "snapshots"
         _check_kept(folder, steps)
         like = {"params": state.params, "ema": state.ema}
-        watch = prune.watcher(config, parts, generate)
+        watch = pruning.watcher(config, parts, generate)
         looks: dict[str, list] = {weights: [] for weights in WEIGHTS}
         with session.phase("sample"):
             for step in steps:

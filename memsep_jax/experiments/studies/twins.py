@@ -17,7 +17,7 @@ from memsep_jax import data, fidelity, memorization
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
-from memsep_jax.experiments.studies import emm, networks, results, train
+from memsep_jax.experiments.studies import emm, networks, results, training_run
 
 COLUMNS = (
     "setting", "num_examples", "d", "width", "depth", "weight_decay", "share",
@@ -80,7 +80,7 @@ def measure(points, session):
         with session.phase("data"):
             built = [build.build(config) for config in twins]
         # One program, which folds in the seed alone: equal noises for both.
-        generate = train.network_samples(twins[0], built[0], session)
+        generate = training_run.network_samples(twins[0], built[0], session)
         samples = []
         for config, parts in zip(twins, built, strict=True):
             state = networks.trained(config, parts, session, generate)

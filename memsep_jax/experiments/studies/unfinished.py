@@ -12,7 +12,7 @@ from memsep_jax import checkpoint, defaults
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import evaluate, train
+from memsep_jax.experiments.studies import evaluate, training_run
 
 KEPT = ("checkpoints", "snapshots")  # of weights along training
 
@@ -51,14 +51,14 @@ def run(config, session):
         "and nothing is trained"
     )
     about = {
-        "model": train.model(config, parts, weights, step),
+        "model": training_run.model(config, parts, weights, step),
         "unfinished": {"step": step, "steps": parts.steps},
     }
     rows = record.read_metrics(session.workdir / "metrics.jsonl")
     if any("train_losses" in row for row in rows):
-        about["levels"] = train.last_losses(config, parts, session.workdir)
+        about["levels"] = training_run.last_losses(config, parts, session.workdir)
     numbers = evaluate.place(config, parts, session, weights)
-    generate = train.network_samples(config, parts, session)
+    generate = training_run.network_samples(config, parts, session)
     evaluate.evaluate(config, parts, session, generate, weights, about, numbers)
     report.write(session.workdir, session.say, numbers, build.to_json(config))
     evaluate.tell(session, numbers)
@@ -69,7 +69,7 @@ def newest(config, parts, workdir):
 
     Raises: CorruptError, ConflictError.
     """
-    state = jax.eval_shape(partial(train.initial_state, config, parts))
+    state = jax.eval_shape(partial(training_run.initial_state, config, parts))
     both = {"params": state.params, "ema": state.ema}  # what a snapshot holds
     found = [
         checkpoint.restore_newest(workdir / name, like)

@@ -7,7 +7,7 @@ import pytest
 from memsep_jax import checkpoint, defaults, experiments, sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import train as job
+from memsep_jax.experiments.studies import training_run as job
 
 
 def small(path, **changes):

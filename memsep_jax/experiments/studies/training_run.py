@@ -32,7 +32,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record, trackers
 from memsep_jax.experiments.runtime.session import Interrupted
-from memsep_jax.experiments.studies import prune
+from memsep_jax.experiments.studies import pruning
 from memsep_jax.experiments.studies.evaluate import (
     evaluate,
     finish,
@@ -68,7 +68,7 @@ def run(config, session, resume_step=None):
     with session.phase("train"):
         about["levels"] |= detector(config, parts, weights)
     if config.prune.ratio:
-        about["pruning"] = prune.of_run(config, parts, session, weights, generate)
+        about["pruning"] = pruning.of_run(config, parts, session, weights, generate)
     evaluate(config, parts, session, generate, weights, about)
     finish(session)
 

@@ -18,9 +18,9 @@ from memsep_jax import (
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import prune as pruning
+from memsep_jax.experiments.studies import pruning
 from memsep_jax.experiments.studies.evaluate import make_generate
-from memsep_jax.experiments.studies.train import initial_state
+from memsep_jax.experiments.studies.training_run import initial_state
 
 MEASURED = ("small_t", "uniform_t", "large_t", "magnitude", "activation")
 
