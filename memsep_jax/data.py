@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from memsep_jax.keys import BRANCH
 from memsep_jax.readers import (
     BLOCK,
     DataError,
@@ -24,7 +25,6 @@ from memsep_jax.readers import (
     listed,
 )
 from memsep_jax.sources import (
-    BRANCH,
     MAX_HELD_OUT,
     Rows,
     Source,

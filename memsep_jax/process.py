@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memsep_jax.checks import is_known
+
 
 class Process(NamedTuple):
     """X_t = alpha(t) X_0 + sigma(t) eps; both map t [] -> []."""
@@ -56,14 +58,6 @@ PROCESSES = {
     "variance_exploding": variance_exploding,
     "rectified_flow": rectified_flow,
 }
-
-
-def is_known(*values) -> bool:
-    """Whether all numbers are there to be looked at: not traced, not on other hosts."""
-    return all(
-        not isinstance(a, jax.core.Tracer) and getattr(a, "is_fully_addressable", True)
-        for a in values
-    )
 
 
 def check_time(t):

@@ -24,10 +24,10 @@ from absl import logging
 from PIL import Image
 
 from memsep_jax import readers
+from memsep_jax.keys import BRANCH
 from memsep_jax.mixture import LAWS, Law, sample
 from memsep_jax.readers import DataError, Preparation, listed
 
-BRANCH = 2**32 - 1  # fold_in with it: no split, step or epoch of a key comes so far
 MAX_HELD_OUT = 10_000
 MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")

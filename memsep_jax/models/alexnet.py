@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memsep_jax.checks import check_leaves
+
 SIDE = 64  # pixels of an image whose features are pooled
 SMALLEST = 31  # pixels: a smaller image leaves nothing to the last maps
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of red, green and blue
@@ -113,18 +115,3 @@ def params_of(tensors):
     if below:
         raise ValueError(f"weights below 0, of which LPIPS is none: {', '.join(below)}")
     return {name: np.asarray(a, np.float32) for name, a in tensors.items()}
-
-
-def check_leaves(tensors, shapes):
-    """Raises ValueError with a line for each leaf that does not fit, ten at most."""
-    wrong = [
-        f"missing: {name} {s}" for name, s in shapes.items() if name not in tensors
-    ]
-    for name, a in tensors.items():
-        if name not in shapes:
-            wrong.append(f"unexpected: {name} {a.shape}")
-        elif a.shape != shapes[name]:
-            wrong.append(f"mismatched: {name} is {a.shape}, not {shapes[name]}")
-    if wrong:
-        rest = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise ValueError("\n".join(wrong[:10] + rest))

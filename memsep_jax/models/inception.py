@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.models.alexnet import check_leaves
+from memsep_jax.checks import check_leaves
 
 SIDE = 299  # pixels
 WAYS = {"pytorch-fid": (0.5, 127.5), "torch-fidelity": (0.0, 128.0)}  # of `prepared`

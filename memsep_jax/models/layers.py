@@ -5,7 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memsep_jax.process import is_known
+from memsep_jax.checks import is_known
 
 
 def _all_but_bias(x, kernel, bias, *, dtype):
