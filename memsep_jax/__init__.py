@@ -3,6 +3,9 @@
 The map of the house, from the ground up. Every function is written for one point
 x [*event] and one time t []; jax.vmap makes the batch.
 
+Below all (jax only):
+  checks        what must be right before anything is traced or compiled
+  keys          how a random key branches beside its splits and steps
 Mathematics (jax only):
   process       alpha, sigma and what follows from them; laws of t
   mixture       known truths: Gaussian, low-rank, Student-t, boxes; density, score
@@ -27,7 +30,8 @@ Learning:
   sources       where data come from: digits, mixture, npz, latents, folder, cifar10,
                 tfds; in memory, or rows of a file
   data          a data set is an array: load, subset, label, duplicate, draw, stream
-  train         TrainState, what a network is asked for, train step, optimizers
+  train         step (TrainState, one train step), objectives (what a network learns
+                to predict), optimizers
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
   parallel      one mesh over all devices of all processes: batches are split, a state
                 may be; processes that train together

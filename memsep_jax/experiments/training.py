@@ -1,11 +1,16 @@
-"""Config -> loss, step, sampler and score of one training."""
+"""Config -> loss, step, sampler and score of one training.
+
+A train step is read in three functions: `make_step` and `loss` here, and
+`train.make_train_step`.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from memsep_jax import data, empirical, parallel, sampling, score, sources, train
+from memsep_jax import data, empirical, parallel, sampling, score, train
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.config.build import Parts
+from memsep_jax.keys import BRANCH
 
 
 def network(parts: Parts, params, label=None, key=None, gates=None):
@@ -24,8 +29,13 @@ def score_fn(parts: Parts, params, label=None) -> score.ScoreFn:
     return score.from_network(bound, parts.prediction, parts.process)
 
 
+def sampled_weights(state, config):
+    """The weights of a TrainState that are sampled: by sampler.weights, EMA or raw."""
+    return state.ema if config.sampler.weights == "ema" else state.params
+
+
 def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
-    """(key) -> one sample [*shape] of a score, as config.sampler asks for it.
+    """(key) -> one sample [*shape] of a score, by the settings of config.sampler.
 
     Raises: ValueError: an option of another sampler, or one that breaks its rule.
     """
@@ -37,6 +47,52 @@ def stages(config, parts: Parts, score_fn: score.ScoreFn):
     """The steps of `sampler`, for points of the data, as `sampling.stages`."""
     shape, options = parts.splits.train.x.shape[1:], build.sampling_options(config)
     return sampling.stages(score_fn, parts.process, parts.times, shape, **options)
+
+
+def loss(parts: Parts, config):
+    """(params, example: a Dataset of one, key) -> [], the loss of one example."""
+
+    def example_loss(params, example, key):
+        t, eps, drop_key, label_key = noise_of(parts, example.x, key)
+        label = example.label
+        if parts.num_classes and config.train.label_drop:
+            dropped = jax.random.bernoulli(label_key, config.train.label_drop)
+            label = jnp.where(dropped, parts.num_classes, label)
+        dropout_key = drop_key if getattr(parts.model, "dropout", 0.0) > 0 else None
+        bound = network(parts, params, label, dropout_key)
+        points = (example.x, t, eps)
+        predicts = objective(parts, config, label)
+        return train.prediction_loss(
+            bound, parts.prediction, parts.process, *points, predicts
+        )
+
+    return example_loss
+
+
+def make_step(config, parts, mesh):
+    """(state, batch: Dataset [b, ...], dataset) -> (state, metrics).
+
+    Args: dataset, all of it, where the objective needs it (`train.temperature`).
+    """
+    key = build.keys(config.seed)
+
+    def step(state, batch, dataset):
+        # An argument: as a constant, the data would be part of the program.
+        own = parts._replace(splits=parts.splits._replace(train=dataset))
+        train_step = train.make_train_step(
+            loss(own, config),
+            parts.tx,
+            build.ema_decay(config),
+            config.train.accumulate,
+        )
+        batch = data.augment(batch, key.data, state.step, config.train.flip)
+        batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
+        return train_step(state, batch, key.train)
+
+    return step
+
+
+# The rest: what those are made of, and many steps in one program.
 
 
 def init_params(parts: Parts, key):
@@ -54,82 +110,37 @@ def noise_of(parts: Parts, x0, key):
     return parts.law(t_key), eps, drop_key, label_key
 
 
-def loss(parts: Parts, config):
-    """(params, example: a Dataset of one, key) -> [], the loss of one example."""
-
-    def example_loss(params, example, key):
-        t, eps, drop_key, label_key = noise_of(parts, example.x, key)
-        label = example.label
-        if parts.num_classes and config.train.label_drop:
-            dropped = jax.random.bernoulli(label_key, config.train.label_drop)
-            label = jnp.where(dropped, parts.num_classes, label)
-        bound = network(parts, params, label, drop_key if _dropout(parts) else None)
-        return train.prediction_loss(
-            bound,
-            parts.prediction,
-            parts.process,
-            example.x,
-            t,
-            eps,
-            _ask(parts, config, label),
-        )
-
-    return example_loss
-
-
-def _ask(parts, config, label):
-    """What the network is asked for: `train.clean`, or a mitigation of config.train."""
-    made = parts.process
+def objective(parts, config, label):
+    """What the network learns to predict: `train.clean`, or by a mitigation."""
     if config.train.ambient is not None:
         # One key for all seeds: the noisy copies belong to the data.
-        return train.ambient(made, config.train.ambient, jax.random.key(sources.BRANCH))
+        key = jax.random.key(BRANCH)
+        return train.ambient(parts.process, config.train.ambient, key)
     if config.train.temperature is None:
-        return train.clean(made)
+        return train.clean(parts.process)
     (points, labels), log_weights = parts.splits.train, None
-    if label is not None:  # the law that the network is asked for has its label
+    if label is not None:  # a mean of the training points of this label alone
         among = (labels == label) | (label == parts.num_classes)
         log_weights = jnp.where(among, 0.0, -jnp.inf)
     if config.train.flip:
         points = jnp.concatenate([points, jnp.flip(points, -2)])
         log_weights = log_weights if label is None else jnp.tile(log_weights, 2)
-    temperature = config.train.temperature
-    return train.smoothed(
-        made,
-        empirical.denoiser(
-            points, made, log_weights=log_weights, temperature=temperature
-        ),
+    denoiser = empirical.denoiser(
+        points,
+        parts.process,
+        log_weights=log_weights,
+        temperature=config.train.temperature,
     )
-
-
-def make_step(config, parts, mesh):
-    """(state, batch: Dataset [b, ...], dataset) -> (state, metrics).
-
-    Args: dataset, all of it, where the loss looks at it (`train.temperature`).
-    """
-    key = build.keys(config.seed)
-
-    def step(state, batch, dataset):
-        # An argument, not a constant of the program.
-        own = parts._replace(splits=parts.splits._replace(train=dataset))
-        train_step = train.make_train_step(
-            loss(own, config),
-            parts.tx,
-            build.ema_decay(config),
-            config.train.accumulate,
-        )
-        batch = data.augment(batch, key.data, state.step, config.train.flip)
-        batch = jax.lax.with_sharding_constraint(batch, parallel.by_batch(mesh))
-        return train_step(state, batch, key.train)
-
-    return step
+    return train.smoothed(parts.process, denoiser)
 
 
 def make_steps(config, parts, mesh):
     """(state, dataset, rows [k, b], first, count) -> (state, metrics of the last step).
 
-    Takes `count` steps, at most k, in one call, which costs more than a step of a small
-    network: the program is the same for every count, and so is every bit. A step that
-    is refused leaves the state as it is, and so do all after it, in later calls too.
+    Takes `count` steps, at most k, in one call, since a call costs more than a step of
+    a small network. The program is the same for every count, and so is every bit. A
+    refused step leaves the state as it is, and so do all steps after it, in later calls
+    too.
 
     Args: rows of `order`, from step `first` on, which the state has come to; None where
       the dataset is the batch of one step.
@@ -147,7 +158,7 @@ def make_steps(config, parts, mesh):
 
         def body(_, carry):
             state, _ = carry
-            # By the state's step: one that is refused is not passed over.
+            # By the state's own step, so that a refused one is not passed over.
             return on_rows(state, dataset, rows, state.step - first)
 
         _, shapes = jax.eval_shape(on_rows, state, dataset, rows, first)
@@ -173,7 +184,3 @@ def flops(lowered) -> float:
 def count(params) -> int:
     """The number of parameters."""
     return sum(p.size for p in jax.tree.leaves(params))
-
-
-def _dropout(parts):
-    return getattr(parts.model, "dropout", 0.0) > 0

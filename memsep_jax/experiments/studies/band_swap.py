@@ -215,7 +215,7 @@ def _empirical(configs, built, session):
 def _trained(configs, built, session):
     with session.phase("train"):
         state, _ = ensemble.learn(configs, built)
-    weights = state.ema if configs[0].sampler.weights == "ema" else state.params
+    weights = training.sampled_weights(state, configs[0])
     failed = ensemble.failures(state.step, built[0].steps)
     each = [
         error or jax.tree.map(lambda a, i=i: a[i], weights)

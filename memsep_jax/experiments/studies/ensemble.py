@@ -59,7 +59,7 @@ def measure(points, session):
     with session.phase("train"):
         state, losses = learn(configs, built)
     seconds = (time.monotonic() - started) / len(points)
-    weights = state.ema if config.sampler.weights == "ema" else state.params
+    weights = training.sampled_weights(state, config)
     with session.phase("sample"):
         drawn = np.asarray(_samples(config, parts, weights, configs))
     likelihoods = [{}] * len(points)

@@ -50,7 +50,7 @@ def measure(points, session):
         built = [build.build(config) for config in configs]
     with session.phase("train"):
         state, losses = ensemble.learn(configs, built)
-    weights = state.ema if configs[0].sampler.weights == "ema" else state.params
+    weights = training.sampled_weights(state, configs[0])
     group, parts = configs[0].measure, built[0]
     times = jnp.asarray(group.times)
     look = jax.jit(

@@ -20,13 +20,13 @@ from memsep_jax import (
     parallel,
     process,
     prune,
-    sources,
     train,
 )
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.evaluate import place
+from memsep_jax.keys import BRANCH
 
 # Which units fall.
 
@@ -134,7 +134,7 @@ def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
         return measured[name]
 
     # A branch that no draw of an importance has.
-    key = jax.random.fold_in(build.keys(config.seed).prune, sources.BRANCH)
+    key = jax.random.fold_in(build.keys(config.seed).prune, BRANCH)
     if criterion == "random":
         return prune.keep_random(key, shape, ratio)
     if criterion == "random_per_layer":
@@ -271,7 +271,7 @@ def cut(config, params, stays, watch, tune) -> Pruned:
     weights = prune.apply_mask(params, mask)
     steps, found, state = [0], [watch(weights)], None
     for step, state in tune(params, mask) if tune else ():
-        weights = state.ema if config.sampler.weights == "ema" else state.params
+        weights = training.sampled_weights(state, config)
         steps.append(step)
         found.append(watch(weights))
     numbers = {name: np.array([row[name] for row in found]) for name in found[0]}

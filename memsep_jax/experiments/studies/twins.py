@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization
+from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
@@ -84,7 +85,7 @@ def measure(points, session):
         samples = []
         for config, parts in zip(twins, built, strict=True):
             state = networks.trained(config, parts, session, generate)
-            weights = state.ema if config.sampler.weights == "ema" else state.params
+            weights = training.sampled_weights(state, config)
             with session.phase("sample"):
                 drawn = generate(weights, 0, config.sampler.num_samples)
             samples.append(data.like(parts.splits.train.x, drawn))

@@ -1,0 +1,61 @@
+"""Training: the step, what a network learns to predict, and the optimizers."""
+
+from memsep_jax.train.objectives import (
+    Question,
+    Target,
+    ambient,
+    clean,
+    noise_loss,
+    prediction_loss,
+    smoothed,
+)
+from memsep_jax.train.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    WINDOW,
+    Skipping,
+    adam,
+    adamw,
+    constant,
+    cosine,
+    sgd,
+    skipped,
+    skipping,
+)
+from memsep_jax.train.step import (
+    NonFiniteError,
+    Params,
+    TrainState,
+    ema_decay,
+    example_keys,
+    init,
+    make_train_step,
+)
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "WINDOW",
+    "NonFiniteError",
+    "Params",
+    "Question",
+    "Skipping",
+    "Target",
+    "TrainState",
+    "adam",
+    "adamw",
+    "ambient",
+    "clean",
+    "constant",
+    "cosine",
+    "ema_decay",
+    "example_keys",
+    "init",
+    "make_train_step",
+    "noise_loss",
+    "prediction_loss",
+    "sgd",
+    "skipped",
+    "skipping",
+    "smoothed",
+]
