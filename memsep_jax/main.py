@@ -66,9 +66,12 @@ def main(argv) -> int:
             2,
         )
     code = _run(config, workdir)
-    if _DISTRIBUTED.value:  # at exit, jax would wait for processes that are gone
-        sys.stdout.flush()
-        os._exit(code)
+    # At exit, jax would wait for processes that are gone. After a signal (128 and its
+    # number), threads of XLA that still compile would crash.
+    if _DISTRIBUTED.value or code > 128:
+        from memsep_jax.experiments.runtime import signals
+
+        signals.leave(code)
     return code
 
 
