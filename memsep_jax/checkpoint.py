@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import time
 import zipfile
 from pathlib import Path
 
@@ -83,12 +82,15 @@ def steps(directory) -> list[int]:
 def save(directory, step: int, tree, keep: int | None = None) -> None:
     """Writes one step, whole or not at all, then drops all but the newest `keep`.
 
+    What an earlier save left behind that failed or was killed is removed first.
+
     Raises: StorageError with path, bytes needed and bytes free; earlier steps stay.
     """
     directory = Path(directory)
     path = directory / str(step)
     arrays = leaves(tree)
     manifest, needed = _manifest(step, arrays), _nbytes(arrays)
+    clean(directory)
     try:
         _make_room(directory, needed)
         if path.exists():
@@ -102,11 +104,9 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
                 ),
             )
     except Exception as error:  # a full disk is a ValueError or worse down there
-        for _ in range(20):  # its other threads may still write for a moment
-            clean(directory)
-            time.sleep(0.05)
-            if not any(directory.glob(f"*{TMP}*")):
-                break
+        # Threads of orbax that cannot be joined may write on for a moment, and so make
+        # their directories again: these go at the next save or start, as after a kill.
+        clean(directory)
         raise _not_saved(path, needed, error) from error
     if keep is not None:
         for old in steps(directory)[:-keep]:

@@ -538,3 +538,21 @@ def test_a_step_that_is_half_removed_is_no_step(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == [2]
     checkpoint.clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_what_a_failed_save_leaves_goes_at_the_next(tmp_path, monkeypatch):
+    """Also what a thread of it writes after it has failed."""
+    part = tmp_path / f"1{checkpoint.TMP}" / "state"
+
+    def fails(self, path, *args, **kwargs):
+        part.mkdir(parents=True)
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.Checkpointer, "save", fails)
+        with pytest.raises(checkpoint.StorageError, match="full"):
+            checkpoint.save(tmp_path, 1, {"x": jnp.ones(2)})
+    assert not list(tmp_path.iterdir())
+    part.mkdir(parents=True)
+    checkpoint.save(tmp_path, 2, {"x": jnp.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
