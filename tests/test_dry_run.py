@@ -8,7 +8,7 @@ from memsep_jax import defaults
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import dry_run, training_run
+from memsep_jax.experiments.studies import dry_run, stepper
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ class Clock:
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 600.0])
 def test_hours_are_those_of_the_steps_that_are_taken_here(seconds, config, monkeypatch):
     """Every step takes so long by this clock; 600 s: one is enough."""
-    taken, compiled = [], training_run.compiled
+    taken, compiled = [], stepper.compiled
 
     def counted(*args):
         state, take, most = compiled(*args)
@@ -64,7 +64,7 @@ def test_hours_are_those_of_the_steps_that_are_taken_here(seconds, config, monke
 
         return state, counting, most
 
-    monkeypatch.setattr(training_run, "compiled", counted)
+    monkeypatch.setattr(stepper, "compiled", counted)
     monkeypatch.setattr(dry_run, "time", Clock(seconds))
     found = cells(dry_run.dry_run(config, lambda line: None))
     (told,) = (text for name, text in found.items() if name.startswith("hours"))
@@ -91,7 +91,7 @@ def test_a_step_that_would_take_minutes_is_measured_on_fewer_examples(
 
 def test_what_does_not_fit_is_not_tried(config, monkeypatch):
     monkeypatch.setattr(record, "available", lambda: (1_000, ""))
-    monkeypatch.setattr(training_run, "compiled", None)
+    monkeypatch.setattr(stepper, "compiled", None)
     found = cells(dry_run.dry_run(config, lambda line: None))
     (told,) = (text for name, text in found.items() if name.startswith("hours"))
     assert told.startswith("not measured: a step takes ")

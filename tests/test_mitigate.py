@@ -14,7 +14,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
-from memsep_jax.experiments.studies import mitigate, networks
+from memsep_jax.experiments.studies import mitigate, networks, store
 from memsep_jax.experiments.studies import training_run as job
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mitigate_digits.py"
@@ -254,7 +254,7 @@ def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
     state, step = checkpoint.restore_newest(
         model / "checkpoints", job.initial_state(config, parts)
     )
-    job.pack(tmp_path / "state.npz", step, state, parts)
+    store.pack(tmp_path / "state.npz", step, state, parts)
     monkeypatch.setattr(job, "learn", None)
     for source in (model, tmp_path / "state.npz"):
         config.prune.source = str(source)

@@ -12,6 +12,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
+from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job
 
 SMOOTHED = {"train.temperature": 3.0}
@@ -165,7 +166,7 @@ def test_a_signal_at_the_evaluation_that_ends_it_changes_nothing(
 ):
     config = small(**STOPPING)
     last = rows(stopped)[-1]
-    look, looks = job._Watcher.losses, []
+    look, looks = monitor.Monitor.losses, []
 
     def interrupted(self, params):
         looks.append(params)
@@ -174,7 +175,7 @@ def test_a_signal_at_the_evaluation_that_ends_it_changes_nothing(
         return look(self, params)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(job._Watcher, "losses", interrupted)
+        patch.setattr(monitor.Monitor, "losses", interrupted)
         learn(config, tmp_path)
     assert rows(tmp_path)[-1]["step"] < last["step"]
     state = learn(config, tmp_path)
@@ -194,7 +195,7 @@ def test_the_gap_is_a_share_of_the_held_out_loss(tmp_path):
 
     def ends(step, gap):
         changed = small(**{"train.stop_gap": gap})
-        return job.early_stop(changed, tmp_path, step, 60)
+        return monitor.early_stop(changed, tmp_path, step, 60)
 
     assert "stopped early at step 20" in ends(20, 0.59)
     assert ends(20, 0.61) is None and ends(20, None) is None
@@ -213,7 +214,7 @@ def test_training_ends_where_the_higher_of_both_ratios_has_not_risen(tmp_path):
 
     def ends(step, patience):
         changed = small(**{"train.plateau": patience})
-        return job.early_stop(changed, tmp_path, step, 60)
+        return monitor.early_stop(changed, tmp_path, step, 60)
 
     assert "stopped early at step 30: the memorization ratio, 0.5, has" in ends(30, 2)
     assert ends(20, 2) is None and ends(40, 2) is None and ends(30, None) is None

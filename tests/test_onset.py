@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memsep_jax import checkpoint, experiments
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import onset, training_run
+from memsep_jax.experiments.studies import monitor, onset
 
 CONFIG = Path(__file__).parent.parent / "configs" / "onset_digits.py"
 STEPS = 2.0 ** np.arange(11)  # 1 .. 1024
@@ -202,9 +202,7 @@ def test_every_snapshot_is_looked_at_and_the_last_is_the_network(tmp_path):
     (point,) = grid.points(config)
     metrics = record.read_json(tmp_path / "metrics.json")
     (row,) = record.read_points(tmp_path, metrics)
-    assert row["steps"].tolist() == sorted(
-        training_run.snapshot_steps(point.config, 16)
-    )
+    assert row["steps"].tolist() == sorted(monitor.snapshot_steps(point.config, 16))
     assert row["ema_ratio"][-1] == row["ratio"]
     assert row["ema_frechet"][-1] == row["frechet"] > 0
     assert not np.array_equal(row["ema_frechet"], row["raw_frechet"])

@@ -21,7 +21,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
-from memsep_jax.experiments.studies import mitigate, networks
+from memsep_jax.experiments.studies import mitigate, monitor, networks
 from memsep_jax.experiments.studies import training_run as job
 
 # The chunk of a phase that never ends; {what} is the phase.
@@ -732,14 +732,14 @@ def test_a3_a_signal_in_an_evaluation_loses_no_step_and_no_number(
     args = ("--config.run.evaluate_every=6", "--config.run.snapshot_epochs=2")
     config = harness.config(*DIGITS, *MODELS["mlp"], *args)
     learn(config, tmp_path / "whole")
-    look = getattr(job._Watcher, at)
+    look = getattr(monitor.Monitor, at)
 
     def interrupted(self, *args):
         self.session.stop = signal.SIGTERM
         return look(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job._Watcher, at, interrupted)
+        patch.setattr(monitor.Monitor, at, interrupted)
         learn(config, tmp_path / "stopped")
     assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [6]
     assert learn(config, tmp_path / "stopped") == harness.digest(tmp_path / "whole")
@@ -841,7 +841,7 @@ def assert_looked_alike(workdir, looked):
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_h80_a_kill_in_a_look_loses_no_step(at, looked, tmp_path, monkeypatch):
     """At step 3, 6 or the last one, where nothing is left to train."""
-    looks, losses = [], job._Watcher.losses
+    looks, losses = [], monitor.Monitor.losses
 
     def killed(self, params):
         looks.append(params)
@@ -850,7 +850,7 @@ def test_h80_a_kill_in_a_look_loses_no_step(at, looked, tmp_path, monkeypatch):
         return losses(self, params)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(job._Watcher, "losses", killed)
+        patch.setattr(monitor.Monitor, "losses", killed)
         learn(harness.config(*LOOKED), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 3 * at
     assert harness.rows(tmp_path)[-1]["step"] < 3 * at  # a reader sees whole rows only

@@ -10,7 +10,7 @@ from memsep_jax import data, parallel, sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import emm, training_run
+from memsep_jax.experiments.studies import emm, stepper, training_run
 
 MEASURED = 2.0  # seconds of steps, from which hours are told
 TRAIN_NOTHING = ("loss_gap", "optimum")
@@ -110,7 +110,7 @@ def _measured(config, parts, mesh, state, flops):
     config = config.copy_and_resolve_references()
     config.train.batch_size = size
     state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
-    state, take, most = training_run.compiled(config, parts, mesh, state)
+    state, take, most = stepper.compiled(config, parts, mesh, state)
     taken, passed, count, first = 0, 0.0, 1, True
     while passed < MEASURED:
         began = time.monotonic()
@@ -120,7 +120,7 @@ def _measured(config, parts, mesh, state, flops):
         # The first step is slower, and counts only where it is long.
         if not first or seconds > MEASURED:
             taken, passed = taken + count, passed + seconds
-            count = max(1, min(int(training_run.CALL * taken / passed), most))
+            count = max(1, min(int(stepper.CALL * taken / passed), most))
         first = False
     return passed / taken, size
 

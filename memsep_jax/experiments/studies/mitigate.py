@@ -26,7 +26,7 @@ from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points, record
-from memsep_jax.experiments.studies import networks, results, training_run
+from memsep_jax.experiments.studies import networks, results, store, training_run
 from memsep_jax.experiments.studies.pruning import (
     Pruned,
     cost,
@@ -184,7 +184,7 @@ def _trained(config, parts, session, generate, source):
         state = networks.trained(config, parts, session, generate)
     else:
         state = source
-    return state.ema if config.sampler.weights == "ema" else state.params
+    return training.sampled_weights(state, config)
 
 
 def _source(config, parts, say=lambda text: None):
@@ -202,7 +202,7 @@ def _source(config, parts, say=lambda text: None):
 
 def _newest(path, like, parts):
     if path.is_file():
-        return training_run.unpack(path, like, parts)[0]
+        return store.unpack(path, like, parts)[0]
     steps = checkpoint.steps(path / "checkpoints")
     if not steps:
         raise build.ConfigError(

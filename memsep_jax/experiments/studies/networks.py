@@ -14,7 +14,7 @@ from memsep_jax import checkpoint, sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import pruning, training_run
+from memsep_jax.experiments.studies import monitor, pruning, training_run
 
 POLL = 1.0  # seconds between two looks at what another run has yet to write
 # The groups of a config that a trained network depends on, besides the seed.
@@ -91,9 +91,7 @@ def measured(config, session) -> dict:
     ratios = {which: numbers["ratio"] for which, numbers in found.items()}
     where = session.workdir / "models" / name(config)
     rows = record.read_metrics(where / "metrics.jsonl")
-    along = [
-        row[which] for row in rows for which in training_run.RATIOS if which in row
-    ]
+    along = [row[which] for row in rows for which in monitor.RATIOS if which in row]
     return (
         found[config.sampler.weights]
         | ratios

@@ -19,6 +19,7 @@ from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import (
     emm,
+    monitor,
     networks,
     pruning,
     results,
@@ -213,7 +214,7 @@ def measure(points, session):
             parts = build.build(config)
         generate = training_run.network_samples(config, parts, session)
         state = networks.trained(config, parts, session, generate)
-        steps = sorted(training_run.snapshot_steps(config, len(parts.splits.train.x)))
+        steps = sorted(monitor.snapshot_steps(config, len(parts.splits.train.x)))
         folder = session.workdir / "models" / networks.name(config) / "snapshots"
         _check_kept(folder, steps)
         like = {"params": state.params, "ema": state.ema}

@@ -9,10 +9,11 @@ from functools import partial
 import jax
 
 from memsep_jax import checkpoint, defaults
+from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import evaluate, training_run
+from memsep_jax.experiments.studies import evaluate, monitor, training_run
 
 KEPT = ("checkpoints", "snapshots")  # of weights along training
 
@@ -56,7 +57,7 @@ def run(config, session):
     }
     rows = record.read_metrics(session.workdir / "metrics.jsonl")
     if any("train_losses" in row for row in rows):
-        about["levels"] = training_run.last_losses(config, parts, session.workdir)
+        about["levels"] = monitor.last_losses(config, parts, session.workdir)
     numbers = evaluate.place(config, parts, session, weights)
     generate = training_run.network_samples(config, parts, session)
     evaluate.evaluate(config, parts, session, generate, weights, about, numbers)
@@ -76,5 +77,5 @@ def newest(config, parts, workdir):
         for name, like in zip(KEPT, (state, both), strict=True)
     ]
     tree, step = max((one for one in found if one), key=lambda pair: pair[1])
-    kept = tree if isinstance(tree, dict) else {"params": tree.params, "ema": tree.ema}
-    return kept["ema" if config.sampler.weights == "ema" else "params"], step
+    state = state.replace(**tree) if isinstance(tree, dict) else tree
+    return training.sampled_weights(state, config), step

@@ -1,0 +1,384 @@
+"""A training as it is watched: when, what is measured and logged, and when it ends."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsep_jax import (
+    checkpoint,
+    data,
+    gap,
+    memorization,
+    mixture,
+    neighbours,
+    parallel,
+    process,
+)
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
+from memsep_jax.experiments.reporting import figures
+from memsep_jax.experiments.runtime import record, trackers
+from memsep_jax.experiments.runtime.session import Interrupted
+
+LEVELS = 12  # noise levels of the held-out loss
+GRID = 64  # images in a grid of samples
+RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
+
+
+class Calendar(NamedTuple):
+    """The steps at which a training is logged, saved, evaluated or kept."""
+
+    steps: int  # of the whole training
+    log_every: int
+    save_every: int
+    evaluate_every: int
+    snapshots: set[int]
+
+    @classmethod
+    def of(cls, config, parts):
+        """The calendar of a config."""
+        group = config.run
+        every = group.log_every, group.save_every, group.evaluate_every
+        snapshots = snapshot_steps(config, len(parts.splits.train.x))
+        return cls(parts.steps, *every, snapshots)
+
+    def next(self, step: int) -> int:
+        """The first step after this one at which anything is due."""
+        every = (self.log_every, self.save_every, self.evaluate_every)
+        due = [step - step % k + k for k in every]
+        return min(self.steps, *due, *(s for s in self.snapshots if s > step))
+
+    def logs(self, step: int) -> bool:
+        """Whether a row is written."""
+        return step == self.steps or step % self.log_every == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved."""
+        return step == self.steps or step % self.save_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the losses are measured."""
+        return step == self.steps or step % self.evaluate_every == 0
+
+    def measures(self, step: int) -> bool:
+        """Whether anything of the network is measured, by itself or its samples."""
+        return self.evaluates(step) or step in self.snapshots
+
+
+def snapshot_steps(config, n: int) -> set[int]:
+    """The steps of snapshots: some on a log grid, one every snapshot_epochs."""
+    (last, _), steps = build.lengths(config, n), set()
+    if config.run.snapshots:
+        first = max(1, last / 2 ** (config.run.snapshots - 1))
+        steps |= set(np.geomspace(first, last, config.run.snapshots).round().tolist())
+    if config.run.snapshot_epochs:
+        epoch = n / config.train.batch_size
+        stride = max(1.0, config.run.snapshot_epochs * epoch)
+        steps |= set(np.arange(stride, last + 1, stride).round().tolist())
+    return {int(step) for step in steps}
+
+
+class Log:
+    """metrics.jsonl and the tracker of a training; of several processes 0 writes.
+
+    Attributes: unfinished, what is known of the row of the step that a run goes on
+      from, where it was stopped before that row was whole.
+    """
+
+    def __init__(self, config, session, workdir, start: int, steps: int):
+        self.config, self.session, self.workdir = config, session, workdir
+        self._steps, self._written, self._metrics = steps, -1, None
+        self.unfinished: dict = {}
+        if parallel.is_first():
+            self._metrics = record.Metrics(workdir / "metrics.jsonl", start)
+            self.unfinished = self._metrics.unfinished
+        whole = self._metrics is not None and start in self._metrics.steps
+        self.has_start = bool(session.share(whole))
+
+    @functools.cached_property
+    def _track(self):  # made with the first row: a run that is over starts no tracker
+        run, say = self.config.run, self.session.say
+        return trackers.tracker(run.tracker, self.workdir, self.config, say)
+
+    def write(self, row: dict):
+        """Writes a whole row; nothing where it is empty."""
+        if row and self._metrics is not None:
+            self._metrics.write(**row)
+            self._written = row["step"]
+            self._track(row)
+
+    def write_unfinished(self, row: dict):
+        """Writes what is known of a row before it is measured, unless it is whole."""
+        if row and self._metrics is not None and row["step"] != self._written:
+            self._metrics.write_unfinished(**row)
+
+    def ends(self, step: int) -> bool:
+        """Whether training ends at this step, before the last: `early_stop`."""
+        why = None
+        if self._metrics is not None:
+            why = early_stop(self.config, self.workdir, step, self._steps)
+        if why:
+            self.session.say(why)
+        return bool(self.session.share(why is not None))
+
+
+def early_stop(config, workdir, step, steps) -> str | None:
+    """Why training ends at a step before the last, or None where it goes on.
+
+    It ends where `gap_stop` or `plateau_stop` says so, by what metrics.jsonl has: a run
+    that is started again comes to the same end.
+
+    Args: steps, the last one.
+    """
+    gap, patience = config.train.stop_gap, config.train.plateau
+    if step >= steps or (gap is None and patience is None):
+        return None
+    rows = record.read_metrics(workdir / "metrics.jsonl")
+    rows = [row for row in rows if row["step"] <= step]
+    if not rows or rows[-1]["step"] != step:
+        return None  # nothing was measured here
+    why = gap_stop(gap, rows) or plateau_stop(patience, rows)
+    return why and f"stopped early at step {step}: {why}"
+
+
+def gap_stop(share, rows) -> str | None:
+    """Why the held-out eps-loss is too far above that of training points, or None.
+
+    Both are means over the noise levels.
+
+    Args: share, train.stop_gap, of the held-out loss.   rows, up to now.
+    """
+    if share is None or not rows[-1].get("held_out_losses"):
+        return None
+    seen, held_out = (
+        np.mean(np.array(rows[-1][f"{name}_losses"], float))
+        for name in ("train", "held_out")
+    )
+    gap = 1 - seen / held_out
+    if gap <= share:
+        return None
+    return (
+        f"the held-out loss, {held_out:.4g}, is above the training loss, {seen:.4g}, "
+        f"by {gap:.4g} of itself, more than train.stop_gap={share:g}"
+    )
+
+
+def plateau_stop(patience, rows) -> str | None:
+    """Why the ratio is on its plateau, by `memorization.plateaued`, or None.
+
+    The ratio at a snapshot is the higher of those by EMA and by raw weights.
+
+    Args: patience, train.plateau, in snapshots.   rows, up to now.
+    """
+    rows, last = [row for row in rows if RATIOS[0] in row], rows[-1]
+    if patience is None or not rows or rows[-1] is not last:
+        return None
+    best = [max(RATIOS, key=lambda name: row.get(name, 0.0)) for row in rows]
+    ratios = [row[name] for row, name in zip(rows, best, strict=True)]
+    intervals = [row[f"{name}_interval"] for row, name in zip(rows, best, strict=True)]
+    if not memorization.plateaued(ratios, intervals, patience):
+        return None
+    return (
+        f"the memorization ratio, {ratios[-1]:.4g}, has not risen for "
+        f"train.plateau={patience} snapshots"
+    )
+
+
+class Monitor:
+    """Measures the network of a training: losses per noise level, samples, their ratio.
+
+    It keeps weights too: snapshots/, and best/, those of the lowest held-out loss.
+    """
+
+    def __init__(self, config, parts, session, log, generate):
+        """Args: generate, (weights, start, stop) -> samples."""
+        self.config, self.parts, self.session, self.log = config, parts, session, log
+        self.generate, self.calendar = generate, Calendar.of(config, parts)
+        self._losses = make_losses(config, parts, session.pause)
+        rows = record.read_metrics(log.workdir / "metrics.jsonl")
+        losses = [r["held_out_losses"] for r in rows if r.get("held_out_losses")]
+        self._best = min(map(np.mean, losses), default=np.inf)
+
+    @functools.cached_property
+    def seen(self):
+        """The training points whose losses are measured."""
+        return first_points(self.parts.splits.train, self.config.run.evaluate_points)
+
+    @functools.cached_property
+    def held_out(self):
+        """The held-out points whose losses are measured, or None."""
+        points = self.parts.splits.held_out
+        if points is None or not len(points.x):
+            return None
+        points = first_points(points, self.config.run.evaluate_points)
+        if self.parts.num_classes and points.label is None:
+            # The network sees held-out points without a label as "no label".
+            none = jnp.full((len(points.x),), self.parts.num_classes, jnp.int32)
+            return points._replace(label=none)
+        return points
+
+    @functools.cached_property
+    def search(self):
+        """The search for nearest training points, made for the first snapshot."""
+        return neighbours.searcher(self.parts.splits.train.x)
+
+    def visit(self, state, step: int, row: dict) -> bool:
+        """Measures and logs what is due at a step.   Returns: whether training ends.
+
+        Where a signal comes, nothing is logged: the row is made when the run goes on.
+        Of several processes all call it, and the first one measures.
+
+        Args: row, what is known of the step so far.
+        """
+        weights = parallel.local({"params": state.params, "ema": state.ema})
+        if parallel.is_first():
+            with contextlib.suppress(Interrupted):
+                row = self._measured(step, row, weights)
+        self.session.poll(now=True)
+        if self.session.stop is not None:
+            return False
+        self.log.write(row)
+        return self.log.ends(step)
+
+    def _measured(self, step, row, weights):
+        if self.calendar.evaluates(step):
+            row = {"step": step} | row | self.losses(weights["ema"])
+            held_out = row.get("held_out_losses")
+            if held_out is not None and np.mean(held_out) < self._best:
+                self._best = np.mean(held_out)
+                checkpoint.save(self.log.workdir / "best", step, weights, keep=1)
+        if step in self.calendar.snapshots:
+            self.session.pause()
+            checkpoint.save(self.log.workdir / "snapshots", step, weights)
+            row = {"step": step} | row | self.snapshot(step, weights)
+        return row
+
+    def losses(self, params):
+        """The eps-loss per noise level, of training and of held-out points."""
+        losses = {"train_losses": self._losses(params, self.seen)}
+        if self.held_out is not None:
+            losses["held_out_losses"] = self._losses(params, self.held_out)
+        return losses
+
+    def snapshot(self, step, weights):
+        """A grid of samples, and the ratio of a few, with EMA and with raw weights."""
+        numbers = {}
+        for name, which in zip(RATIOS, ("ema", "params"), strict=True):
+            samples = self._samples(weights[which])
+            if name == RATIOS[0]:
+                path = self.session.workdir / "samples" / f"step_{step:08d}.png"
+                save = figures.save_samples
+                figures.quietly(self.session.say, save, path, samples[:GRID])
+            # The null level is measured once, at the end: the held-out points stay.
+            ratio = memorization.ratio_of(
+                self.search(data.like(self.parts.splits.train.x, samples)),
+                None,
+                0,
+                self.config.memorization.threshold,
+            )
+            numbers |= {name: ratio.value, f"{name}_interval": ratio.interval}
+        return numbers
+
+    def _samples(self, weights):
+        """A few samples, from the same noise for all weights."""
+        count, chunk = self.config.run.snapshot_samples, self.config.run.chunk
+        parts = []
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            parts.append(self.generate(weights, start, stop))
+        return np.concatenate(parts)
+
+
+def levels(config):
+    """The times at which the held-out loss is taken, over the sampler's range. [l]."""
+    return jnp.geomspace(config.sampler.t_min, config.sampler.t_max, LEVELS)
+
+
+def last_losses(config, parts, workdir) -> dict:
+    """The last losses per noise level, and their step, as metrics.jsonl has them."""
+    rows = record.read_metrics(workdir / "metrics.jsonl")
+    last = [row for row in rows if "train_losses" in row][-1]
+    noise = functools.partial(process.noise_to_signal, parts.process)
+    return {
+        "step": last["step"],
+        "t": levels(config),
+        "noise": jax.vmap(noise)(levels(config)),
+        "train": last["train_losses"],
+        "held_out": last.get("held_out_losses", []),
+    }
+
+
+def detector(config, parts, weights) -> dict:
+    """Where on the noise axis the network memorizes, by `gap.spectrum`.
+
+    Against the truth where it is known, else against held-out points; nothing for a
+    conditional network, whose loss needs the labels, or without held-out points.
+    """
+    splits, truth_score = parts.splits, None
+    if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
+        return {}
+    if build.has_truth(config):
+        truth_score = mixture.score(build.truth(config), parts.process)
+    points = config.run.evaluate_points
+    seen = first_points(splits.train, points).x
+    held_out, times = splits.held_out.x[:points], levels(config)
+    key = build.keys(config.seed).evaluate
+    draws = gap.spectrum_draws(len(seen), len(held_out), times, key, points)
+
+    def one(i, weights, seen, held_out, draws):
+        level, i = i // draws[0].shape[1], i % draws[0].shape[1]
+        row, new, eps_key = (a[level, i] for a in draws)
+        return gap.spectrum_losses(
+            training.score_fn(parts, weights),
+            parts.process,
+            seen[row],
+            held_out[new],
+            times[level],
+            eps_key,
+            truth_score,
+        )
+
+    each = record.mapped(one, gap.BATCH)
+    losses = each(draws.key.size, weights, seen, held_out, draws[:3])
+    losses = losses.reshape(*draws.key.shape, -1)
+    spectrum = gap.spectrum_of(times, losses, draws.pairs)
+    return {
+        "gap": spectrum.gap.value,
+        "gap_error": spectrum.gap.error,
+        "memorizes": spectrum.memorizes,
+        "against": "held-out points" if truth_score is None else "the true score",
+    }
+
+
+def first_points(points, count: int):
+    """The first `count` points, in memory."""
+    return data.read(jax.tree.map(lambda a: a[:count], points))
+
+
+def make_losses(config, parts, pause=lambda: None):
+    """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
+
+    The same noise for every call, so that differences are differences of networks.
+
+    Args: pause, as in `record.paced`.
+    """
+    times, key = levels(config), build.keys(config.seed).evaluate
+
+    def one(i, params, points, eps):
+        level, row = i // len(eps), i % len(eps)
+        x0, label = jax.tree.map(lambda a: a[row], points)
+        fn = training.score_fn(parts, params, label)
+        return gap.eps_loss(fn, parts.process, x0, times[level], eps[row])
+
+    each = record.mapped(one, config.run.chunk, pause)
+
+    def losses(params, points):
+        eps = jax.random.normal(key, points.x.shape, points.x.dtype)
+        found = each(LEVELS * len(eps), params, points, eps)
+        return found.reshape(LEVELS, -1).mean(axis=1)
+
+    return losses
