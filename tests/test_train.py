@@ -1,5 +1,6 @@
 """A step is its formula, ends on the mask, and is not taken where it is not finite."""
 
+import inspect
 from functools import partial
 
 import chex
@@ -106,7 +107,7 @@ def standard_errors(values):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_at_temperature_one_the_gradient_has_the_same_mean_and_less_variance(
+def test_temperature_one_has_the_same_mean_and_less_variance(
     temperature,
 ):
     """And at another temperature it has another mean: the minimiser has moved."""
@@ -199,7 +200,7 @@ def test_up_to_its_time_the_ambient_loss_is_the_ordinary_one(kind):
     assert one != other
 
 
-def test_with_fresh_noise_the_ambient_loss_is_least_at_the_true_denoiser():
+def test_fresh_noise_makes_ambient_least_at_the_true_denoiser():
     """Its slope there is 0 in every direction, for points -b and b: D = b tanh(...)."""
     made, b, t = process.ornstein_uhlenbeck(), 1.2, jnp.float32(0.8)
     a, v = made.alpha(t), made.sigma(t) ** 2
@@ -416,6 +417,16 @@ def test_the_count_of_skipped_steps_is_a_metric():
 def test_optimizers_refuse_numbers_that_mean_nothing(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_an_optimizer_shows_its_own_arguments_and_those_of_all():
+    """A config takes from the signature what it may set."""
+    shared = ["clip", "schedule", "warmup", "steps", "skip_spikes"]
+    for make, own in ((train.adamw, ["b1", "b2"]), (train.sgd, ["momentum"])):
+        names = list(inspect.signature(make).parameters)
+        assert names == ["lr", "weight_decay", *own, *shared]
+    with pytest.raises(TypeError, match="momentum"):
+        train.adam(0.1, momentum=0.9)
 
 
 def test_all_that_is_wrong_is_said_at_once():

@@ -12,35 +12,73 @@ from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import emm, stepper, training_run
 
-MEASURED = 2.0  # seconds of steps, from which hours are told
+MEASURED = 2.0  # seconds of steps from which hours are estimated
 TRAIN_NOTHING = ("loss_gap", "optimum")
 
 
 def dry_run(config, say) -> Table:
     """Parameters, memory, FLOPs and hours of a training; fetches and writes nothing.
 
-    Of a sweep, those of the network of its last point, which is the largest where axes
-    are written in increasing order; of a search for the EMM, those at emm.high. Hours
-    are told from steps that are compiled and taken here.
+    For a sweep, those of the network of its last point, which is the largest where axes
+    are written in increasing order; for a search for the EMM, those at emm.high. Hours
+    are estimated from steps that are compiled and taken here.
 
     Raises: sources.DataError where points are missing whose sizes are not known.
     """
-    if "model" not in config:
-        raise build.ConfigError(
-            "--dry_run tells what a training takes, and "
-            f"experiment={config.experiment} trains nothing: leave it out"
-        )
-    points = []
-    if config.experiment == "emm":
-        config = emm.at(config, config.emm.high)
-    if any(config.sweep[axis] for axis in grid.AXES):
-        points = grid.points(config)
-        config = points[-1].config
+    config, points = _network(config)
     parts = build.build(config, sources.at_hand)
     mesh = parallel.make_mesh()
     for note in (*parts.notes, *parts.splits.notes):
         say(f"note: {note}")
     state = jax.eval_shape(lambda: training_run.initial_state(config, parts))
+    flops, memory = _cost(config, parts, mesh, state)
+    table = Table(title="dry run: nothing is fetched or written", show_header=False)
+    if points:
+        each = " at each size" if config.experiment == "emm" else ""
+        table.add_row(f"points of the sweep{each}", f"{len(points):,}")
+        table.add_row("the last one", points[-1].name)
+    n, *shape = parts.splits.train.x.shape
+    table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
+    table.add_row("parameters", f"{training.count(state.params):,}")
+    for name, size in memory.items():
+        table.add_row(name, _mib(size))
+    table.add_row("memory, at most", _mib(sum(memory.values())))
+    table.add_row("FLOPs per step", f"{flops:.3g}")
+    total = f"{flops * parts.steps:.3g} ({parts.steps:,} steps)"
+    table.add_row("FLOPs of the training", total)
+    if config.experiment in TRAIN_NOTHING or jax.process_count() > 1:
+        return table  # several processes would have to take equally many steps
+    model_bytes, gradients, *_ = memory.values()
+    # A step makes a new state beside the old one.
+    needed, free = 2 * (model_bytes + gradients), record.available()[0]
+    if jax.default_backend() == "cpu" and needed > free:
+        text = f"not measured: a step takes {_mib(needed)} of memory, more than is free"
+    else:
+        text = _hours(config, parts, mesh, state, flops)
+        if points:
+            text += "; for each point of the sweep"
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    table.add_row(f"hours of the training on {device}", text)
+    return table
+
+
+def _network(config):
+    """The config of the network that is trained, and the points of its sweep."""
+    if "model" not in config:
+        raise build.ConfigError(
+            "--dry_run tells what a training takes, and "
+            f"experiment={config.experiment} trains nothing: leave it out"
+        )
+    if config.experiment == "emm":
+        config = emm.at(config, config.emm.high)
+    if not any(config.sweep[axis] for axis in grid.AXES):
+        return config, []
+    points = grid.points(config)
+    return points[-1].config, points
+
+
+def _cost(config, parts, mesh, state):
+    """FLOPs of a step, and bytes by what they hold, the state and gradients first."""
     # Points that stay on disk come as batches.
     streamed = isinstance(parts.splits.train.x, sources.Rows)
     dataset = None if streamed else jax.eval_shape(lambda: parts.splits.train)
@@ -50,57 +88,35 @@ def dry_run(config, say) -> Table:
         parts.splits.train,
     )
     step = jax.jit(training.make_step(config, parts, mesh))
-    with jax.disable_jit(False):  # or the program is another one, and so its FLOPs
+    with jax.disable_jit(False):  # or it is another program, with other FLOPs
         flops = training.flops(step.lower(state, batch, dataset))
-    activations = _activations(config, parts, state, batch)
-    model_bytes = _bytes(state)
-    data_bytes = _bytes(batch if streamed else dataset)
+    held, each = state, ""
     if config.run.shard:
-        places = parallel.sharded(state, mesh)
-        model_bytes = _bytes(jax.tree.map(_share, state, places))
-    gradients = _bytes(state.params)
-    steps = parts.steps
-    table = Table(title="dry run: nothing is fetched or written", show_header=False)
-    if points:
-        each = " at each size" if config.experiment == "emm" else ""
-        table.add_row(f"points of the sweep{each}", f"{len(points):,}")
-        table.add_row("the last one", points[-1].name)
-    n, *shape = parts.splits.train.x.shape
-    table.add_row("data", f"{config.data.name}, n = {n:,} of {tuple(shape)}")
-    table.add_row("parameters", f"{training.count(state.params):,}")
-    each = f" on each of {mesh.size}" if config.run.shard else ""
-    table.add_row(f"state (params, EMA, optimizer){each}", _mib(model_bytes))
-    table.add_row("gradients", _mib(gradients))
-    table.add_row("activations, at most", _mib(activations))
-    table.add_row("training set on the device", _mib(data_bytes))
-    total = model_bytes + gradients + activations + data_bytes
-    table.add_row("memory, at most", _mib(total))
-    table.add_row("FLOPs per step", f"{flops:.3g}")
-    table.add_row("FLOPs of the training", f"{flops * steps:.3g} ({steps:,} steps)")
-    if config.experiment in TRAIN_NOTHING or jax.process_count() > 1:
-        return table  # several processes would have to take equally many steps
-    # A step makes a new state beside the old one.
-    needed, free = 2 * (model_bytes + gradients), record.available()[0]
-    if jax.default_backend() == "cpu" and needed > free:
-        text = f"not measured: a step takes {_mib(needed)} of memory, more than is free"
-    else:
-        seconds, size = _measured(config, parts, mesh, state, flops)
-        hours = seconds * config.train.batch_size / size * steps / 3_600
-        text = f"{hours:.3g}, at {seconds:.3g} s for a step"
-        if size < config.train.batch_size:
-            text += f" of {size:,} instead of {config.train.batch_size:,} examples"
-        if points:
-            text += "; for each point of the sweep"
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    table.add_row(f"hours of the training on {device}", text)
-    return table
+        held = jax.tree.map(_share, state, parallel.sharded(state, mesh))
+        each = f" on each of {mesh.size}"
+    return flops, {
+        f"state (params, EMA, optimizer){each}": _bytes(held),
+        "gradients": _bytes(state.params),
+        "activations, at most": _activations(config, parts, state, batch),
+        "training set on the device": _bytes(batch if streamed else dataset),
+    }
+
+
+def _hours(config, parts, mesh, state, flops) -> str:
+    seconds, size = _measured(config, parts, mesh, state, flops)
+    batch = config.train.batch_size
+    hours = seconds * batch / size * parts.steps / 3_600
+    text = f"{hours:.3g}, at {seconds:.3g} s for a step"
+    return (
+        text if size == batch else f"{text} of {size:,} instead of {batch:,} examples"
+    )
 
 
 def _measured(config, parts, mesh, state, flops):
-    """Seconds of a step that is taken here, and of how many examples its batch was.
+    """Seconds of a step that is taken here, and the number of examples in its batch.
 
-    Fewer than config.train.batch_size where a step of so many would take minutes on a
-    slow device: the time of a large network grows with the examples.
+    They are fewer than config.train.batch_size where such a step would take minutes on
+    a slow device: the time of a large network grows with the examples.
 
     Args: state, its shapes: how long a step takes does not depend on the numbers.
     """

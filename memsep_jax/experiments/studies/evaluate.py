@@ -28,32 +28,71 @@ from memsep_jax.experiments.reporting import report, verdict
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import compare
 
-LOOKED = 256  # images that a network of features looks at together, at most
+LOOKED = 256  # the most images that a network of features takes at once
 
 
 def make_generate(config, parts, mesh, score_of, session=None):
     """(weights, start, stop) -> samples start .. stop, run.chunk of them at once.
 
-    Compiled for run.chunk samples; where fewer are asked, or a step of so many takes
-    too long (`record.at_once`), or memory ends, for a half of it, a quarter, ... Their
-    steps are `record.paced`.
+    Compiled for run.chunk samples, and for a half, a quarter, ... of it where fewer are
+    wanted, a step of a whole chunk takes too long (`record.at_once`) or memory ends.
+    The steps are `record.paced`.
 
     Args: score_of, (weights, label or None) -> score_fn; session, which is told where
       memory ends, and hears signals.
     Raises: record.OutOfMemoryError; Interrupted.
     """
+    # Labels are drawn from those of training points: of others nothing was learned.
+    labels = jnp.unique(parts.splits.train.label) if parts.num_classes else None
+    begin, advance = _programs(config, parts, mesh, score_of, labels)
+
+    @functools.cache
+    def pace(count):  # one for each count, since the rate depends on it
+        return record.paced(advance, session.pause if session else lambda: None)
+
+    def samples(weights, start, stop):
+        count = config.run.chunk
+        while stop - start <= (half := -(-count // 2)) < count:
+            count = half
+        count = -(-count // mesh.size) * mesh.size
+        x = begin(weights, start, count)
+        steps = len(parts.times)  # and the last one to 0
+        x = np.asarray(pace(count)(x, steps, weights, start))[: stop - start]
+        # Images as they would be saved: what is measured is what a person can see.
+        return data.to_uint8(x) if x.ndim == 4 and parts.splits.pixels else x
+
+    made: list = []  # at the first call, which brings the weights
+
+    def generate(weights, start, stop):
+        if not made:
+            label = None if labels is None else labels[0]
+            call = jax.jit(lambda weights, x, t: score_of(weights, label)(x, t))
+            x = jnp.zeros(parts.splits.train.x.shape[1:])
+            # A step of most samplers calls the score twice.
+            flops = 2 * training.flops(call.lower(weights, x, parts.times[0]))
+            most = record.at_once(flops / mesh.size, config.run.chunk)
+            say = session.say if session else lambda text: None
+            made.append(record.halving(samples, say, most, least=mesh.size))
+        return made[0](weights, start, stop)
+
+    return generate
+
+
+def _programs(config, parts, mesh, score_of, labels):
+    """The start of samples, and steps of them, each one program.
+
+    Returns: begin, (weights, start, count) -> x [count, *e]; advance, (x, weights,
+      start, first, last) -> x after the steps first .. last.
+    """
     key = build.keys(config.seed).sample
-    shape = parts.splits.train.x.shape[1:]
     split = parallel.by_batch(mesh)
-    # Of the labels of the training points, uniformly: of another nothing was learned.
-    present = jnp.unique(parts.splits.train.label) if parts.num_classes else None
 
     def stages(weights, i):
         # By its own key: sample i depends on the seed and on i, not on its chunk.
         sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
         label = None
-        if parts.num_classes:
-            label = present[jax.random.randint(label_key, (), 0, len(present))]
+        if labels is not None:
+            label = labels[jax.random.randint(label_key, (), 0, len(labels))]
         return training.stages(config, parts, score_of(weights, label)), sample_key
 
     @functools.partial(jax.jit, static_argnums=2, out_shardings=split)
@@ -76,38 +115,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
         body = jax.vmap(of, (0, 0, None))
         return jax.lax.fori_loop(first, last, lambda k, x: body(x, indices, k), x)
 
-    @functools.cache
-    def pace(count):  # of its own: the rate is one of so many samples
-        return record.paced(advance, session.pause if session else lambda: None)
-
-    def samples(weights, start, stop):
-        count = config.run.chunk
-        while stop - start <= (half := -(-count // 2)) < count:
-            count = half
-        count = -(-count // mesh.size) * mesh.size
-        x = begin(weights, start, count)
-        steps = len(parts.times)  # and the last one to 0
-        drawn = pace(count)(x, steps, weights, start)
-        drawn = np.asarray(drawn)[: stop - start]
-        # Images as they would be saved: what is measured is what a person can see.
-        seen = drawn.ndim == 4 and parts.splits.pixels
-        return data.to_uint8(drawn) if seen else drawn
-
-    made: list = []
-
-    def generate(weights, start, stop):
-        if not made:
-            label = None if present is None else present[0]
-            call = jax.jit(lambda weights, x, t: score_of(weights, label)(x, t))
-            lowered = call.lower(weights, jnp.zeros(shape), parts.times[0])
-            # A step of most samplers calls the score twice.
-            each = 2 * training.flops(lowered) / mesh.size
-            most = record.at_once(each, config.run.chunk)
-            say = session.say if session else lambda text: None
-            made.append(record.halving(samples, say, most, least=mesh.size))
-        return made[0](weights, start, stop)
-
-    return generate
+    return begin, advance
 
 
 def _on_host(x):
@@ -115,7 +123,7 @@ def _on_host(x):
 
 
 def place(config, parts, session, weights, groups=("sampler",)):
-    """The folder of what belongs to these weights, data and groups, and no others."""
+    """The folder of the numbers of these weights, data and groups, and of no others."""
     of = [checkpoint.digest(weights), parts.splits.fingerprint, config.seed]
     of += [build.to_json(config)[group] for group in groups]
     tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
@@ -152,7 +160,7 @@ def evaluate(config, parts, session, generate, weights, about: dict, workdir=Non
         near = min(config.memorization.near, distinct)
         search = neighbours.searcher(train_x, near, chunk)
 
-        def found_in(name, x):
+        def nearest(name, x):
             def work(start, stop):
                 return search(data.like(train_x, x[start:stop]))._asdict()
 
@@ -162,9 +170,9 @@ def evaluate(config, parts, session, generate, weights, about: dict, workdir=Non
 
         held_out = parts.splits.held_out
         held_out = None if held_out is None else _on_host(held_out.x)
-        null = None if held_out is None else found_in("held-out", np.asarray(held_out))
+        null = None if held_out is None else nearest("held-out", np.asarray(held_out))
         result = memorization.ratio_of(
-            found_in("neighbours", samples),
+            nearest("neighbours", samples),
             null,
             len(train_x) - distinct,
             config.memorization.threshold,
@@ -183,7 +191,7 @@ def _laws(sets, pixels, config, chunked):
     if not (pixels and some.samples.ndim == 4):
         return [compare.law(some, "Frechet distance")]
 
-    @functools.cache  # made where it is asked for: of few samples nothing is
+    @functools.cache  # not made where all chunks are on disk
     def space():
         shape, most = some.samples.shape[1:], min(LOOKED, config.run.chunk)
         return features.random_conv(shape, config.seed, most)
@@ -231,7 +239,7 @@ def _write(config, parts, workdir, samples, result, beside, about):
     record.write_npz(workdir / "pairs.npz", **shown)
     emitted = near.indices[result.memorized, 0]
     nearest = data.like(samples, np.asarray(train_x[near.indices[:, 0]]))
-    copies = np.all(nearest == samples, axis=_axes(samples))
+    copies = np.all(nearest == samples, axis=tuple(range(1, samples.ndim)))
     metrics = {
         "memorization": {
             "ratio": result.value,
@@ -281,20 +289,19 @@ def tell(session, numbers):
 
 def summary(numbers, seconds) -> Table:
     """The end of a run as a short table, of metrics.json and the seconds by phase."""
-    found, about = numbers["memorization"], numbers["data"]
-    model = numbers["model"]
+    copies, about, model = (numbers[k] for k in ("memorization", "data", "model"))
     table = Table(title=f"{about['name']}, n = {about['n']:,}", show_header=False)
 
-    table.add_row("memorized samples", verdict.share(found))
-    table.add_row("  of", f"{found['memorized']:,} of {found['samples']:,}")
-    if found["null"] is None:
+    table.add_row("memorized samples", verdict.share(copies))
+    table.add_row("  of", f"{copies['memorized']:,} of {copies['samples']:,}")
+    if copies["null"] is None:
         table.add_row("held-out null level", "no held-out data")
     else:
-        table.add_row("held-out null level", verdict.share(found, "null_"))
+        table.add_row("held-out null level", verdict.share(copies, "null_"))
     for text, cells in report.pruning(numbers)["rows"][1:]:
         table.add_row(text, cells[0])
-    table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
-    table.add_row("training points emitted", f"{found['distinct_emitted']:,}")
+    table.add_row("exact copies, to the last bit", f"{copies['exact_copies']:,}")
+    table.add_row("training points emitted", f"{copies['distinct_emitted']:,}")
     for name, text in verdict.quality_lines(numbers):
         table.add_row(name, text)
     table.add_row("model", model["name"])
@@ -305,7 +312,3 @@ def summary(numbers, seconds) -> Table:
     for name, spent in seconds.items():
         table.add_row(f"time: {name}", f"{spent:.1f} s")
     return table
-
-
-def _axes(x):
-    return tuple(range(1, x.ndim))

@@ -1,4 +1,4 @@
-"""One network of a sweep: trained, or taken from where it was kept, and looked at.
+"""One network of a sweep: trained, or read from where it was kept, and measured.
 
 models/ of a workdir has a folder for every network, named by its seed and by all else
 that a trained network depends on: all points and all starts that need it share it.
@@ -16,7 +16,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import monitor, pruning, training_run
 
-POLL = 1.0  # seconds between two looks at what another run has yet to write
+POLL = 1.0  # seconds between two tries to read what another run has yet to write
 # The groups of a config that a trained network depends on, besides the seed.
 TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
 
@@ -33,7 +33,7 @@ def tag(config, groups) -> str:
 
 
 def name(config) -> str:
-    """Of the folder of a trained network."""
+    """The name of the folder of a trained network."""
     return f"seed={config.seed}-{tag(config, TRAINING)}"
 
 
@@ -43,17 +43,17 @@ def trained(config, parts, session, generate=None):
     return training_run.learn(config, parts, session, None, generate, where)
 
 
-def awaited(look, where, seconds: float, say):
-    """look() once it finds a whole checkpoint, of a run that may still be on its way.
+def awaited(read, where, seconds: float, say):
+    """read() once it finds a whole checkpoint, of a run that may still be on its way.
 
     Raises: sources.DataError where none came to `where` within the seconds; with 0 of
-      them, what look() raises.
+      them, what read() raises.
     """
     end, said = time.monotonic() + seconds, False
     while True:
         left = end - time.monotonic()
         try:
-            return look()
+            return read()
         except (build.ConfigError, checkpoint.CorruptError) as error:
             if not seconds:
                 raise
@@ -69,7 +69,7 @@ def awaited(look, where, seconds: float, say):
 
 
 def measure(points, session):
-    """Yields, for each point of a sweep, what `measured` says of its network."""
+    """Yields the numbers of `measured` for each point of a sweep."""
     for point in points:
         yield measured(point.config, session)
 
@@ -79,7 +79,7 @@ def measured(config, session) -> dict:
 
     Returns: the numbers of `pruning.watcher` for the weights of sampler.weights; `raw`,
       `ema`: the ratio of either; `highest`: the largest along training, of either, as
-      Gu 2023 keeps it (the more it was looked at, the higher).
+      Gu 2023 keeps it (the more snapshots, the higher).
     """
     with session.phase("data"):
         parts = build.build(config)
@@ -87,13 +87,13 @@ def measured(config, session) -> dict:
     state = trained(config, parts, session, generate)
     with session.phase("sample"):
         watch = pruning.watcher(config, parts, generate)
-        found = {"raw": watch(state.params), "ema": watch(state.ema)}
-    ratios = {which: numbers["ratio"] for which, numbers in found.items()}
+        both = {"raw": watch(state.params), "ema": watch(state.ema)}
+    ratios = {which: numbers["ratio"] for which, numbers in both.items()}
     where = session.workdir / "models" / name(config)
     rows = record.read_metrics(where / "metrics.jsonl")
     along = [row[which] for row in rows for which in monitor.RATIOS if which in row]
     return (
-        found[config.sampler.weights]
+        both[config.sampler.weights]
         | ratios
         | {
             "highest": np.max([*ratios.values(), *along]),

@@ -1,4 +1,4 @@
-"""Prune a trained network in one shot, tune it on, and look at what it then draws.
+"""Prune a trained network in one shot, fine-tune it, and measure its samples.
 
 Algorithm 1 of Ye 2025, with other criteria beside the paper's: what happens to one
 trained network. The sweeps over criteria, ratios and seeds are in `mitigate`.
@@ -28,18 +28,18 @@ from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.evaluate import place
 from memsep_jax.keys import BRANCH
 
-# Which units fall.
+# Which units are removed.
 
 
 def importance(config, parts, params, criterion: str):
-    """What a criterion says of every unit.   Returns: [layers, units].
+    """The importance of every unit by a criterion.   Returns: [layers, units].
 
-    Args: criterion, one of prune.CRITERIA that is a measurement.
+    Args: criterion, one of prune.CRITERIA that is measured.
     Raises: NonFiniteError naming layer, unit and field.
     """
     group = config.prune.group
     if criterion == "magnitude":
-        found = np.asarray(prune.magnitude(params, group))
+        units = np.asarray(prune.magnitude(params, group))
     else:
         sizes = _sizes(config, parts, criterion)
 
@@ -48,9 +48,9 @@ def importance(config, parts, params, criterion: str):
 
         each = record.mapped(one, config.run.chunk)
         drawn = each(config.prune.draws, params, parts.splits.train)
-        found = np.asarray(prune.normalised(drawn.mean(axis=0, dtype=np.float64)))
-    if not np.isfinite(found).all():
-        layer, unit = np.argwhere(~np.isfinite(found))[0]
+        units = np.asarray(prune.normalised(drawn.mean(axis=0, dtype=np.float64)))
+    if not np.isfinite(units).all():
+        layer, unit = np.argwhere(~np.isfinite(units))[0]
         weights = [
             name
             for name, leaf in checkpoint.leaves(params).items()
@@ -58,12 +58,12 @@ def importance(config, parts, params, criterion: str):
         ]
         cause = f"the weights are not finite in {', '.join(weights[:5])}"
         if not weights:
-            cause = "the weights are finite: look at prune_times, the times of it"
+            cause = "the weights are finite: look at its times, prune_times"
         raise train.NonFiniteError(
             f"prune.criterion={criterion} is not finite at layer {layer}, unit {unit} "
             f"of {group}; nothing was pruned; {cause}"
         )
-    return found
+    return units
 
 
 def _sizes(config, parts, criterion):
@@ -100,7 +100,7 @@ def times(config, parts, criterion: str):
     """The law of t of a criterion: (key) -> t [], within the sampler's range.
 
     config.prune_times draws u, small more often than large, on the clock of a process
-    whose time means what the paper's does; "uniform_t" and "large_t" are its control.
+    whose time means what the paper's does; "uniform_t" and "large_t" are its controls.
     """
     end = config.prune_times.t_max or 1.0
     drawn = build.call(process.TIMES, config.prune_times, "prune_times")
@@ -120,7 +120,7 @@ def times(config, parts, criterion: str):
 def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
     """Which units stay by config.prune.   Returns: bool [layers, units].
 
-    Args: measured, what is known of these params already, by criterion; added to.
+    Args: measured, known importances of these params by criterion; others are added.
     """
     measured = {} if measured is None else measured
     criterion, ratio = config.prune.criterion, config.prune.ratio
@@ -145,11 +145,11 @@ def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
     return prune.keep_top(known(criterion), ratio)
 
 
-# What a network costs, draws, and becomes.
+# Cost, samples and fine-tuning of a network.
 
 
 def cost(parts, params, stays=None, group: str = "heads") -> dict:
-    """Parameters, and FLOPs of one call, of the network without what does not stay."""
+    """Parameters, and FLOPs of one call, of the network of the units that stay."""
     small = params if stays is None else prune.compact(params, stays, group)
     x = jnp.zeros(parts.splits.train.x.shape[1:])
     label = jnp.zeros((), jnp.int32) if parts.num_classes else None
@@ -164,8 +164,8 @@ def cost(parts, params, stays=None, group: str = "heads") -> dict:
 def watcher(config, parts, generate):
     """(weights, first=0, count=num_samples) -> numbers: copies and quality of samples.
 
-    Quality is against held-out points, which the network never saw, on pixels: copies
-    are no better there than any other sample that looks real.
+    Quality compares pixels with those of held-out points, which the network never saw:
+    there, copies are no better than any other sample that looks real.
 
     Args: generate, as `evaluate.make_generate` gives it.
     """
@@ -180,15 +180,15 @@ def watcher(config, parts, generate):
     def watch(weights, first=0, count=config.sampler.num_samples):
         weights = jax.device_put(weights, parallel.replicated(mesh))
         x = data.like(parts.splits.train.x, generate(weights, first, first + count))
-        found = memorization.ratio_of(search(x), null, 0, threshold)
-        low, high = found.interval
-        emitted = np.unique(found.neighbours.indices[found.memorized, 0])
+        result = memorization.ratio_of(search(x), null, 0, threshold)
+        low, high = result.interval
+        emitted = np.unique(result.neighbours.indices[result.memorized, 0])
         numbers = {
-            "ratio": found.value,
+            "ratio": result.value,
             "ratio_low": low,
             "ratio_high": high,
             "emitted": len(emitted) / parts.splits.num_distinct,
-            "null": np.nan if found.null is None else found.null,
+            "null": np.nan if result.null is None else result.null,
             "precision": np.nan,
             "recall": np.nan,
             "frechet": np.nan,
@@ -225,7 +225,7 @@ def tuner(config, parts):
         state = jax.device_put(state, parallel.replicated(mesh))
         fetched = None
         for step in range(1, config.prune.steps + 1):
-            # One late: the device has the next one waiting, and a signal no queue.
+            # One step late: the device has the next one waiting, a signal no queue.
             jax.block_until_ready(fetched)
             state, fetched = step_fn(
                 state, dataset, rows_of(step - 1)[None], step - 1, 1
@@ -244,7 +244,7 @@ def tuner(config, parts):
 
 
 def looks(config) -> list[int]:
-    """The steps of fine-tuning after which is looked: the last, and halves of it."""
+    """The steps of fine-tuning that are measured: the last, and halves of it."""
     steps = {config.prune.steps >> i for i in range(config.prune.looks)}
     return sorted(steps - {0})
 
@@ -263,18 +263,18 @@ class Pruned(NamedTuple):
 
 
 def cut(config, params, stays, watch, tune) -> Pruned:
-    """Masks what does not stay, fine-tunes, and looks along the way.
+    """Masks the units that do not stay, fine-tunes, and measures on the way.
 
     Args: watch, `watcher`.   tune, `tuner`; None for no fine-tuning.
     """
     mask = prune.group_mask(params, stays, config.prune.group)
     weights = prune.apply_mask(params, mask)
-    steps, found, state = [0], [watch(weights)], None
+    steps, rows, state = [0], [watch(weights)], None
     for step, state in tune(params, mask) if tune else ():
         weights = training.sampled_weights(state, config)
         steps.append(step)
-        found.append(watch(weights))
-    numbers = {name: np.array([row[name] for row in found]) for name in found[0]}
+        rows.append(watch(weights))
+    numbers = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return Pruned(stays, state, weights, np.array(steps), numbers)
 
 
@@ -306,6 +306,6 @@ def of_run(config, parts, session, params, generate) -> dict:
             f"{config.prune.criterion}, then {config.prune.steps:,} steps"
         )
         for name, its in {"pruned": stays, "control": np.ones_like(stays)}.items():
-            found = record.kept(folder / f"{name}.npz", partial(work, name, its))
-            numbers[name] = found | cost(parts, params, its, group)
+            kept = record.kept(folder / f"{name}.npz", partial(work, name, its))
+            numbers[name] = kept | cost(parts, params, its, group)
     return numbers
