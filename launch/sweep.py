@@ -53,7 +53,14 @@ from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.config.command import UsageError, load
 from memsep_jax.experiments.config.grid import Point
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record, session
+from memsep_jax.experiments.runtime import (
+    locks,
+    points,
+    record,
+    session,
+    signals,
+    terminal,
+)
 from memsep_jax.experiments.studies import results
 
 STATES = ("done", "failed", "running", "stopped", "waiting")
@@ -178,7 +185,7 @@ def _why(workdir, point):
 def state(workdir: Path, point: Point) -> str:
     """One of STATES."""
     claim = _claim(workdir, point)
-    if session.gone(claim) is None:
+    if locks.gone(claim) is None:
         return "running"
     outcome = _outcome(workdir, point)
     return "stopped" if outcome in OPEN and claim.exists() else outcome
@@ -218,7 +225,7 @@ def _try(workdir, point):
     """Runs a point, or leaves it to who was faster."""
     claim = _claim(workdir, point)
     try:
-        held = session.lock(claim)
+        held = locks.take(claim)
     except checkpoint.ConflictError:
         return
     try:
@@ -241,7 +248,7 @@ def _try(workdir, point):
 def _clear(workdir, points, retry):
     """What was killed may be done again, and what failed where that is asked for."""
     for point in points:
-        if session.gone(claim := _claim(workdir, point)) is not None:
+        if locks.gone(claim := _claim(workdir, point)) is not None:
             claim.unlink(missing_ok=True)
         if retry:
             _why(workdir, point).unlink(missing_ok=True)
@@ -569,7 +576,7 @@ def run(args, points) -> int:
     def stop(number, frame):
         for other in (signal.SIGTERM, signal.SIGINT):
             signal.signal(other, signal.SIG_DFL)
-        raise session.Interrupted(number)
+        raise signals.Interrupted(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -577,7 +584,7 @@ def run(args, points) -> int:
     at_work = start(workers)
     try:
         _follow(at_work, workdir, points)
-    except session.Interrupted as error:
+    except signals.Interrupted as error:
         at_work.close()
         print("stopped: the same command goes on", flush=True)
         return error.exit_code
@@ -635,7 +642,7 @@ def attend(args) -> int:
         threading.Thread(target=end_with_it, daemon=True).start()
     try:
         work(args.workdir, read(args.sweep))
-    except (session.Interrupted, checkpoint.StorageError) as error:
+    except (signals.Interrupted, checkpoint.StorageError) as error:
         print(f"ended: {error}", flush=True)
         return error.exit_code
     return 0
@@ -653,7 +660,7 @@ def _resources(text) -> dict[str, Any]:
 
 
 def _show(table):
-    session.Terminal(highlight=False, soft_wrap=True).print(table)
+    terminal.Terminal(highlight=False, soft_wrap=True).print(table)
 
 
 def main(argv=None) -> int:

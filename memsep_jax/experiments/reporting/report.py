@@ -15,7 +15,7 @@ from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments.reporting import figures, verdict
 from memsep_jax.experiments.reporting.verdict import between, percent
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.runtime.session import Terminal
+from memsep_jax.experiments.runtime.terminal import Terminal
 
 PHASES = (
     "data", "compile", "train", "prune", "sample", "neighbours", "quality",
