@@ -11,12 +11,11 @@ import pytest
 
 from configs import gmm_width_decay
 from faults import harness
-from launch import sweep as launch
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, grid, sweep_file
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points, record, runs
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import (
     capacity,
@@ -470,13 +469,13 @@ def test_h79_points_of_a_launched_sweep_never_share_a_workdir(tmp_path):
         f'CONFIG = "{harness.ROOT}/configs/mlp_mixture.py:smoke"\n'
         f"def points():\n    yield from {given!r}\n"
     )
-    points = launch.read(file)
-    places = [launch.place(workdir, point) for point in points]
+    points = sweep_file.read(file)
+    places = [runs.place(workdir, point) for point in points]
     assert len(set(places)) == len(given)
     assert [places[i].name for i in (1, 3)] == ["data.path=a_b", "data.path=a,seed=1"]
     # A run that has the former name goes on there, and no other point does.
     former = workdir / "points" / "data.path=a_b"
     record.write_json(former / "config.json", build.to_json(points[0].config))
-    assert launch.place(workdir, points[0]) == former
+    assert runs.place(workdir, points[0]) == former
     record.write_json(former / "config.json", build.to_json(points[1].config))
-    assert launch.place(workdir, points[0]) == places[0]
+    assert runs.place(workdir, points[0]) == places[0]
