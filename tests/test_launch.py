@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,6 +199,13 @@ def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
     assert [row["seeds"] for row in table] == [2, 2]
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert not list((workdir / "points").glob("*.claim"))
+    # What a worker recorded of itself can be given again.
+    known = record.read_json(runs.place(workdir, points[0]) / "run.json")["command"]
+    words = shlex.split(known)
+    assert words[0] == "python" and words[2] == "work", known
+    assert not any(Path(word.partition("=")[2] or word).is_absolute() for word in words)
+    again = subprocess.run([sys.executable, *words[1:]], timeout=100)
+    assert again.returncode == 0
     assert list((workdir / "compiled").iterdir()), "what all workers share"
 
 

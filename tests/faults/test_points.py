@@ -27,7 +27,7 @@ from memsep_jax.experiments.studies import (
 )
 from memsep_jax.train import NonFiniteError
 
-DIVERGES = "optimizer.lr=1e20"
+DIVERGES = "optimizer.lr=1e+20"
 NAME = f"setting={DIVERGES},seed=0"
 SETTINGS = ("", "optimizer.lr=0.01", DIVERGES, "optimizer.lr=0.1")
 
@@ -312,7 +312,7 @@ def test_g66_a_smallest_width_is_that_of_all_widths():
 def test_g66_a_frontier_without_some_of_its_points_is_compared_with_no_other():
     config = defaults.train()
     settings = defaults.prunings(("random", "small_t", "magnitude"), (0.2, 0.4))
-    config.sweep.update(seeds=2, setting=settings)
+    config.sweep.update(seeds=2, points=settings)
     lost = "prune.criterion=small_t; prune.ratio=0.4"
     rows = [
         {k: np.asarray(v) for k, v in point.values.items()}
@@ -358,7 +358,7 @@ def test_g66_a_search_ends_where_a_network_failed_and_others_go_on(
     assert second["ended"] == "1 failed networks of n = 16"
     assert third["ended"] == "2 failed networks of n = 16"
     assert third["ratio"]["beyond"] == "not known"
-    assert "EMM (optimizer.lr=1e20): not known" in capsys.readouterr().out
+    assert f"EMM ({DIVERGES}): not known" in capsys.readouterr().out
     assert [row["seeds"] for row in table(tmp_path)] == [2, 2, 1, 0]
 
 
@@ -370,7 +370,7 @@ REAL = (
     "--config.data.d=2",
     "--config.data.k=2",
     "--config.sweep.seeds=1",
-    f"--config.sweep.setting={SETTINGS}",
+    f"--config.sweep.points={tuple(map(grid.fields_of, SETTINGS))}",
 )
 
 
@@ -402,6 +402,38 @@ def test_g66_a_killed_sweep_goes_on_and_one_rate_that_diverges_is_all_that_fails
         assert result.stdout.count("compiling the train step") <= left
         assert len(done()) == 3 and reasons(workdir) == [f"{NAME}.failed.json"]
         assert kept.items() <= {p: p.stat().st_mtime_ns for p in done()}.items()
+
+
+@pytest.mark.slow
+def test_g66_two_processes_share_a_sweep_and_one_is_killed(tmp_path):
+    """Each does points that the other has not; what the killed one had is taken over.
+
+    The first one had the workdir: the second draws the report in its place.
+    """
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+
+    def taken():
+        return list(workdir.glob("points/*/*.claim"))
+
+    def done():
+        return list(workdir.glob("points/*/[!.]*.npz"))
+
+    with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as first:
+        harness.wait_for(first, taken, "a point that the first one has")
+        with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as second:
+            harness.wait_for(second, lambda: len(taken()) == 2, "two points at once")
+            harness.wait_for(second, done, "a point")
+            harness.kill(first)
+            result = harness.finish(second)
+    assert "this one joins it" in result.stdout
+    assert result.code == 4, result.output  # one of them diverges
+    assert "1 of 4 points failed, the others are finished" in result.stderr
+    assert len(done()) == 3 and not taken()
+    assert harness.run(*REAL, workdir=alone).code == 4
+    both = (record.read_json(place / "metrics.json") for place in (workdir, alone))
+    for a, b in zip(*(metrics["table"] for metrics in both), strict=True):
+        assert a == b
+    assert (workdir / "report.html").exists()
 
 
 # H79: two points never share a file.

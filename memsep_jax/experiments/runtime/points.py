@@ -27,8 +27,9 @@ from rich.table import Table
 
 from memsep_jax import defaults
 from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import locks, record
+from memsep_jax.experiments.runtime import locks
 
 # Exit codes of errors that are of no single point: what a person must change, a disk
 # that is full.

@@ -15,10 +15,11 @@ import jax
 from rich.table import Table
 
 from memsep_jax.checkpoint import StorageError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.config.command import UsageError, load
 from memsep_jax.experiments.config.grid import Point
-from memsep_jax.experiments.runtime import locks, points, record
+from memsep_jax.experiments.runtime import locks, points
 from memsep_jax.experiments.runtime.session import Session
 
 LONG = 150  # characters of why a point failed, in a table

@@ -10,9 +10,10 @@ import jax
 
 from memsep_jax import defaults, parallel
 from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import grid
 from memsep_jax.experiments.config.build import differences, looks, to_json
-from memsep_jax.experiments.runtime import circumstances, locks, record, terminal
+from memsep_jax.experiments.runtime import circumstances, locks, terminal
 from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
 from memsep_jax.experiments.runtime.terminal import Terminal

@@ -85,7 +85,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
             with Session(workdir, own) as session:
                 unfinished.run(own, session)
         elif status is None or (session.workdir / "metrics.json").exists():
-            experiment(config, workdir, DRAWINGS)
+            experiment(config, workdir, DRAWINGS, session.say)
         else:
             session.say("figures are drawn at the end of the sweep: give its command")
     elif session.is_complete() and resume_step is None:

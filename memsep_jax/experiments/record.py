@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding
 
 from memsep_jax import parallel
 from memsep_jax.checkpoint import StorageError
-from memsep_jax.experiments import training
 
 # A signal waits for the end of a call into XLA: so many seconds, by the measured rate.
 CALL = 2.0
@@ -323,7 +322,8 @@ def mapped(one, most: int, pause=lambda: None):
 
     def every(total, *args):
         if not known:  # traced once, not at every look
-            each = training.flops(jax.jit(one).lower(0, *args))
+            cost = jax.jit(one).lower(0, *args).cost_analysis() or {}
+            each = float(cost.get("flops", math.nan))  # XLA may not say
             place = _everywhere(args)  # what comes back goes in: one program
             program = jax.jit(advance, donate_argnums=0, out_shardings=place)
             known.extend([each, place, paced(program, pause)])
