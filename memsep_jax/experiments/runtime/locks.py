@@ -58,8 +58,11 @@ def take(path, about: str = "", tries: int = 5) -> int:
     return handle
 
 
-def release(handle: int):
-    """Gives a lock back."""
+def release(handle: int, path=None):
+    """Gives a lock back.   Args: path, of its file where that is to go too."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     os.close(handle)
 
 
@@ -100,5 +103,4 @@ def held(path, say=lambda text: None):
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        release(handle)
+        release(handle, path)
