@@ -29,7 +29,11 @@ def take(path, about: str = "", tries: int = 5) -> int:
     Args: about, a line for others to read, after the one that says whose the lock is.
     Raises: ConflictError where another process has it; StorageError.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StorageError(f"could not write {path}: {error.strerror}") from error
     try:
         # A lock of the kernel, not the existence of a file: SIGKILL frees it.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +94,6 @@ def about(path) -> str:
 def held(path, say=lambda text: None):
     """Waits until nobody else has the lock, and has it inside the block."""
     path, told = Path(path), False
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
             handle = take(path)

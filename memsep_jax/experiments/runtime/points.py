@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memsep_jax import defaults
-from memsep_jax.checkpoint import ConflictError, StorageError
+from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import locks
@@ -104,13 +104,10 @@ def taken(
 def _claimed(path):
     """Whether this process has a point; inside the block, nobody else takes it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle = locks.take(claim(path))
     except ConflictError:
         yield False
         return
-    except OSError as error:
-        raise StorageError(f"could not write {claim(path)}: {error}") from error
     try:
         yield True
     finally:

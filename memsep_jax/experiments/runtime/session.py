@@ -81,7 +81,6 @@ class Session:
         try:
             places = (self.workdir, *self.workdir.parents)
             self._made = [place for place in places if not place.exists()]
-            self.workdir.mkdir(parents=True, exist_ok=True)
             self._take()
         except OSError as error:
             raise ConflictError(f"{self.workdir} cannot be written: {error}") from error
