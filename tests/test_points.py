@@ -35,7 +35,7 @@ def run(config, workdir, work, **options):
         return points.run(config, session, work, **options)
 
 
-def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_everything():
+def test_a_point_is_a_value_of_every_axis_and_a_seed_moves_all():
     config = small_grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
     config.update(seed=5)
     config.data.update(seed=7, truth_seed=9)
@@ -234,7 +234,7 @@ def test_a_point_that_somebody_has_is_said_to_be_running(tmp_path):
     assert title == "factors: 4 done, 0 failed, 1 missing, 1 running"
 
 
-def test_a_second_process_joins_the_same_sweep_and_leads_after_the_first(
+def test_a_second_process_joins_a_sweep_and_leads_after_the_first(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(locks, "POLL", 0.0)

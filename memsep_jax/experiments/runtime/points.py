@@ -81,7 +81,7 @@ def state(path, done: bool, begun: bool = False) -> str:
 def taken(
     some: Iterable, path: Callable, is_open: Callable, most: int = 1
 ) -> Generator[list]:
-    """Takes the open points that nobody else has, at most so many together.
+    """Takes the open points that nobody else has, at most `most` together.
 
     Args: path, point -> Path; is_open, point -> bool, whether it is still to be done.
     Yields: lists of points, which are this process's own until the next one.
@@ -126,7 +126,7 @@ def run(
 ) -> list[dict]:
     """The results of all points, in their order; finished ones are not done again.
 
-    What another process is at is waited for.
+    It waits for points that another process is at.
 
     Args:
       work: some points -> for each a dict of numbers and arrays, or the error that it
@@ -137,15 +137,19 @@ def run(
     Raises:
       FailedError where all failed; else `finish` does, when the others are shown.
     """
-    every = grid.points(config)
+    every, told = grid.points(config), False
     with session.progress(what, len(every)) as update:
         sweep = _Sweep(config, session, every, update)
         while left := [point for point in every if sweep.is_open(point)]:
             groups: dict[Any, list[grid.Point]] = {}
             for point in left:
                 groups.setdefault(alike(point), []).append(point)
-            if not any([sweep.did(group, work) for group in groups.values()]):
-                time.sleep(locks.POLL)  # others are at all that is left
+            if any([sweep.did(group, work) for group in groups.values()]):
+                continue
+            if not told:
+                session.say(f"waiting: other processes are at {len(left)} {what}")
+            told = True
+            time.sleep(locks.POLL)
     if not sweep.results:
         raise failure([sweep.path(point) for point in every], len(every))
     return [sweep.results[p.name] for p in every if p.name in sweep.results]
@@ -157,9 +161,8 @@ class _Sweep:
     def __init__(self, config, session, every, update):
         self.results: dict[str, dict] = {}
         self._failed: set[str] = set()
-        self._together, self._session, self._update = (
-            config.sweep.together, session, update,
-        )  # fmt: skip
+        self._together, self._session = config.sweep.together, session
+        self._update = update
         self._paths = {p.name: path_of(session.workdir, config, p) for p in every}
         # What failed in a run before this one is tried again.
         self._before = {p.name: _written(why(self.path(p))) for p in every}
@@ -231,14 +234,14 @@ def attempt(work, *args):
 def _results(work, some, session) -> Iterator[tuple[grid.Point, dict | Exception]]:
     """Each of some points with its arrays, or with the error that it failed with.
 
-    Where an error ends the work on several, which one it belongs to is not known: those
-    that are left are done alone.
+    Where an error ends the work on several points, nobody knows whose it is: those that
+    are left are done one by one.
     """
     left = list(some)
     try:
         for _, result in zip(some, work(some), strict=True):
             if not isinstance(result, Exception):
-                # What a device could not do is said here, and not when it is fetched.
+                # An error of the device shows here, and not when arrays are fetched.
                 result = _arrays(jax.block_until_ready(result))
             yield left.pop(0), result
     except Exception as error:
@@ -261,13 +264,13 @@ def _arrays(values):
 
 
 def _note(path, error, session):
-    """Keeps why a point failed, and says it."""
+    """Writes and says why a point failed."""
     record.write_json(why(path), explained(error))
     session.say(f"warning: {path.stem} failed: {short(error)}")
 
 
 def explained(error) -> dict:
-    """What is kept of an error that a point failed with."""
+    """What the file of a point that failed says of its error."""
     return {
         "error": f"{type(error).__name__}: {error}",
         "exit_code": getattr(error, "exit_code", 1),
@@ -276,7 +279,10 @@ def explained(error) -> dict:
 
 
 def failure(failed: list[Path], total: int) -> FailedError:
-    """What is raised at the end.   Args: failed, where these points would be kept."""
+    """The error that a sweep ends with.
+
+    Args: failed, the paths at which the results of these points would be.
+    """
     known = [record.read_json(why(path)) or {} for path in failed]
     lines = [
         f"  {path.stem}: {about.get('error', 'unknown')}".splitlines()[0][:LONG]
@@ -353,7 +359,7 @@ def path_of(workdir, config, point) -> Path:
 
 
 def _folder(workdir, config) -> Path:
-    """Of the points; its name stands for all that is no axis."""
+    """The folder of the points; its name stands for all of the config but its axes."""
     rest = build.to_json(config)
     for group in ("sweep", "emm", "run"):
         rest.pop(group, None)
