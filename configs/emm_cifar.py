@@ -11,8 +11,8 @@ Variants: `full`, `tenth`, `small` (8 x 8, a narrow network, 2 CPU cores), `smok
 
 from memsep_jax import defaults
 
-SETTINGS = tuple(
-    f"data.resolution={side}; model.attention=({side // 2},)" for side in (8, 16, 32)
+POINTS = tuple(
+    {"data.resolution": side, "model.attention": (side // 2,)} for side in (8, 16, 32)
 )
 
 
@@ -21,14 +21,14 @@ def get_config(variant="full"):
     config.experiment = "emm"
     config.train.plateau = 4
     config.emm.update(low=1_000, high=8_000, tolerance=0.15, budget=6)
-    config.sweep.update(seeds=1, setting=SETTINGS)
+    config.sweep.update(seeds=1, points=POINTS)
     return defaults.variant_of(config, variant, tenth=tenth, small=small, smoke=smoke)
 
 
 def tenth(config):
     """A tenth of the length, two resolutions."""
     config.train.update(epochs=4_000.0, warmup_epochs=20.0)
-    config.sweep.setting = SETTINGS[:2]
+    config.sweep.points = POINTS[:2]
     config.run.snapshot_epochs = 500
     return config
 
@@ -37,7 +37,7 @@ def small(config):
     """8 x 8 pixels and a narrow network."""
     defaults.small_unet(config)
     config.emm.update(low=20, high=80, tolerance=0.3)
-    config.sweep.setting = SETTINGS[:1]
+    config.sweep.points = POINTS[:1]
     config.run.update(snapshot_epochs=500, snapshot_samples=200)
     return config
 
@@ -45,7 +45,7 @@ def small(config):
 def smoke(config):
     """A few steps of a tiny network."""
     defaults.smoke_unet(config)
-    config.sweep.setting = ("model.attention=(4,)",)
+    config.sweep.points = ({"model.attention": (4,)},)
     config.emm.budget = 2
     config.run.snapshot_epochs = 0
     return config

@@ -16,7 +16,8 @@ def get_config(variant="full"):
     config = defaults.copying()
     config.experiment = "emm"
     config.emm.update(low=32, high=128, tolerance=0.05)
-    config.sweep.update(seeds=5, setting=("data.resolution=8", "data.resolution=4"))
+    points = tuple({"data.resolution": side} for side in (8, 4))
+    config.sweep.update(seeds=5, points=points)
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 
 
@@ -28,7 +29,7 @@ def small(config):
 
 
 def smoke(config):
-    """Two sizes, one setting."""
+    """Two sizes, one network."""
     defaults.smoke(config)
-    config.sweep.update(seeds=2, setting=())
+    config.sweep.update(seeds=2, points=())
     return config

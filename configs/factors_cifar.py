@@ -4,9 +4,9 @@ python -m memsep_jax.main --config=configs/factors_cifar.py
 
 Around the base of the paper at n = 2,000 (61 % at 32 x 32): width, depth, time
 embedding, variant, dropout, batch, decay, EMA, optimizer, classes, labels. Intra-class
-diversity takes a second set of the same classes: --config.sweep.setting="('',
-'data.mix=0.2; data.mix_from=other.npz', 'data.mix=0.5; data.mix_from=other.npz')". The
-paper's length is 40,000 epochs, 156,250 steps; `tenth` has a tenth of it at 16 x 16.
+diversity takes a second set of the same classes: --config.sweep.points="({},
+{'data.mix': 0.2, 'data.mix_from': 'other.npz'})". The paper's length is 40,000 epochs,
+156,250 steps; `tenth` has a tenth of it at 16 x 16.
 
 Variants: `full`, `tenth`, `small` (8 x 8, a narrow network, 2 CPU cores), `smoke`.
 """
@@ -15,21 +15,32 @@ from memsep_jax import defaults
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 2e-2, 5e-2, 8e-2, 1e-1)
 EMAS = (0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0)
-SETTINGS = (
-    "",
-    *(f"model.width={width}" for width in (192, 256, 320)),
-    *(f"model.depth={depth}" for depth in (4, 6, 8, 12)),
-    "model.time_embedding=fourier",
-    "model.variant=ncsn",
-    *(f"model.dropout={rate}" for rate in (0.0, 0.3)),
-    *(f"train.batch_size={k}; optimizer.lr={2e-4 * k / 512}" for k in (128, 256, 896)),
-    *(f"optimizer.weight_decay={decay}" for decay in DECAYS),
-    *(f"train.ema_decay={decay}" for decay in EMAS),
-    "optimizer.name=sgd; optimizer.lr=0.1",
-    *(f"data.classes={tuple(range(count))}" for count in (1, 2, 5)),
-    "data.labels=true",
-    *(f"data.num_labels={c}; data.labels=random" for c in (1, 2, 10, 50, 100, 500)),
-    "prediction.name=edm; times.name=log_normal; times.clock=variance_exploding",
+EDM = {
+    "prediction.name": "edm",
+    "times.name": "log_normal",
+    "times.clock": "variance_exploding",
+}
+POINTS = (
+    {},
+    *({"model.width": width} for width in (192, 256, 320)),
+    *({"model.depth": depth} for depth in (4, 6, 8, 12)),
+    {"model.time_embedding": "fourier"},
+    {"model.variant": "ncsn"},
+    *({"model.dropout": rate} for rate in (0.0, 0.3)),
+    *(
+        {"train.batch_size": size, "optimizer.lr": 2e-4 * size / 512}
+        for size in (128, 256, 896)
+    ),
+    *({"optimizer.weight_decay": decay} for decay in DECAYS),
+    *({"train.ema_decay": decay} for decay in EMAS),
+    {"optimizer.name": "sgd", "optimizer.lr": 0.1},
+    *({"data.classes": tuple(range(count))} for count in (1, 2, 5)),
+    {"data.labels": "true"},
+    *(
+        {"data.num_labels": count, "data.labels": "random"}
+        for count in (1, 2, 10, 50, 100, 500)
+    ),
+    EDM,
 )
 
 
@@ -37,7 +48,7 @@ def get_config(variant="full"):
     config = defaults.unet()
     config.experiment = "factors"
     config.data.num_examples = 2_000
-    config.sweep.update(seeds=1, setting=SETTINGS)
+    config.sweep.update(seeds=1, points=POINTS)
     config.run.snapshot_epochs = 0
     return defaults.variant_of(config, variant, tenth=tenth, small=small, smoke=smoke)
 
@@ -53,13 +64,18 @@ def tenth(config):
 def small(config):
     """8 x 8 pixels, a narrow network, what a U-Net has and an MLP has not."""
     defaults.small_unet(config)
-    settings = ("", "model.width=16", "model.depth=2", "model.time_embedding=fourier")
-    config.sweep.setting = (*settings, "model.variant=ncsn")
+    config.sweep.points = (
+        {},
+        {"model.width": 16},
+        {"model.depth": 2},
+        {"model.time_embedding": "fourier"},
+        {"model.variant": "ncsn"},
+    )
     return config
 
 
 def smoke(config):
     """The variants of the network, a few steps."""
     defaults.smoke_unet(config)
-    config.sweep.setting = ("", "model.variant=ncsn")
+    config.sweep.points = ({}, {"model.variant": "ncsn"})
     return config

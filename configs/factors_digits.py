@@ -14,42 +14,39 @@ Variants: `full` (5 seeds), `small` (2 seeds, two values of each factor: 2 CPU c
 from memsep_jax import defaults
 
 
-def values(field, *some, rest=""):
-    return tuple(f"{field}={value}{rest}" for value in some)
+def values(field, *some, **others):
+    others = {name.replace("_", ".", 1): value for name, value in others.items()}
+    return tuple({field: value, **others} for value in some)
 
 
-ADAM = "; optimizer.name=adam"  # coupled decay, as in the paper
-SETTINGS = (
-    "",
+POINTS = (
+    {},
     *values("data.resolution", 4, 6),
-    "data.classes=(0,)",
-    "data.classes=(0, 1)",
-    "data.classes=(0, 1, 2, 3, 4)",
-    *values("data.duplicates", 0.1, 0.3, rest="; data.copies=4"),
+    *values("data.classes", (0,), (0, 1), (0, 1, 2, 3, 4)),
+    *values("data.duplicates", 0.1, 0.3, data_copies=4),
     *values("model.width", 64, 128, 512, 1_024),
     *values("model.depth", 1, 2, 6),
     *values("model.dropout", 0.1, 0.3),
     *values("train.steps", 1_250, 2_500, 10_000),
-    *(f"train.batch_size={16 * k}; optimizer.lr={2.5e-4 * k}" for k in (1, 2, 8)),
+    *({"train.batch_size": 16 * k, "optimizer.lr": 2.5e-4 * k} for k in (1, 2, 8)),
     *values("optimizer.lr", 2.5e-4, 5e-4, 2e-3),
-    *values("optimizer.weight_decay", 1e-4, 1e-3, 1e-2, rest=ADAM),
-    "optimizer.name=sgd; optimizer.lr=0.1",
-    "optimizer.name=adam",
+    # Adam: coupled decay, as in the paper.
+    *values("optimizer.weight_decay", 1e-4, 1e-3, 1e-2, optimizer_name="adam"),
+    {"optimizer.name": "sgd", "optimizer.lr": 0.1},
+    {"optimizer.name": "adam"},
     *values("train.ema_decay", 0.0, 0.9, 0.99, 0.9995),
     *values("data.labels", "true", "unique"),
-    "data.labels=random; data.num_labels=10",
+    {"data.labels": "random", "data.num_labels": 10},
 )
 FEW = (
-    "",
-    "data.resolution=4",
-    "data.classes=(0,)",
-    "model.width=128",
-    "model.width=512",
-    "model.dropout=0.1",
-    "train.steps=2500",
-    "optimizer.weight_decay=0.001; optimizer.name=adam",
-    "data.labels=true",
-    "data.labels=unique",
+    {},
+    {"data.resolution": 4},
+    {"data.classes": (0,)},
+    *values("model.width", 128, 512),
+    {"model.dropout": 0.1},
+    {"train.steps": 2_500},
+    {"optimizer.weight_decay": 1e-3, "optimizer.name": "adam"},
+    *values("data.labels", "true", "unique"),
 )
 
 
@@ -58,21 +55,20 @@ def get_config(variant="full"):
     config.experiment = "factors"
     config.data.num_examples = 100
     config.train.steps = 5_000
-    config.sweep.update(seeds=5, setting=SETTINGS)
+    config.sweep.update(seeds=5, points=POINTS)
     config.run.snapshots = 0
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 
 
 def small(config):
     """The factors that move the ratio most, fewer seeds."""
-    config.sweep.update(seeds=2, setting=FEW)
+    config.sweep.update(seeds=2, points=FEW)
     return config
 
 
 def smoke(config):
     """Two factors."""
     defaults.smoke(config)
-    config.sweep.update(
-        seeds=1, setting=("", "model.width=8", "optimizer.name=sgd; optimizer.lr=0.1")
-    )
+    points = {}, {"model.width": 8}, {"optimizer.name": "sgd", "optimizer.lr": 0.1}
+    config.sweep.update(seeds=1, points=points)
     return config

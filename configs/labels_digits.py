@@ -22,9 +22,9 @@ def get_config(variant="full"):
     config.sweep.update(
         seeds=5,
         num_examples=(100, 200),
-        setting=(
-            *(f"data.num_labels={c}; data.labels=random" for c in COUNTS),
-            *(f"data.labels={name}" for name in ("none", "true", "unique")),
+        points=(
+            *({"data.num_labels": c, "data.labels": "random"} for c in COUNTS),
+            *({"data.labels": name} for name in ("none", "true", "unique")),
         ),
     )
     config.run.snapshots = 0
@@ -40,6 +40,6 @@ def small(config):
 def smoke(config):
     """Few labels."""
     defaults.smoke(config)
-    few = ("data.num_labels=2; data.labels=random", "data.labels=unique")
-    config.sweep.update(seeds=2, num_examples=(), setting=few)
+    few = ({"data.num_labels": 2, "data.labels": "random"}, {"data.labels": "unique"})
+    config.sweep.update(seeds=2, num_examples=(), points=few)
     return config

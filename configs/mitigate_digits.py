@@ -16,19 +16,19 @@ Variants: `full`, `smoke`.
 
 from memsep_jax import defaults
 
-SETTINGS = (
-    "",
-    "optimizer.weight_decay=1.0",
-    "optimizer.weight_decay=10.0",
-    "train.stop_gap=0.1",
-    "train.stop_gap=0.3",
-    "train.ema_decay=0.9",
-    "train.temperature=4.0",
-    "train.ambient=0.5",
-    "data.deduplicate=True",
-    "model.dropout=0.2",
-    "prune.ratio=0.4",
-    "prune.ratio=0.4; prune.criterion=random",
+POINTS: tuple = (
+    {},
+    {"optimizer.weight_decay": 1.0},
+    {"optimizer.weight_decay": 10.0},
+    {"train.stop_gap": 0.1},
+    {"train.stop_gap": 0.3},
+    {"train.ema_decay": 0.9},
+    {"train.temperature": 4.0},
+    {"train.ambient": 0.5},
+    {"data.deduplicate": True},
+    {"model.dropout": 0.2},
+    {"prune.ratio": 0.4},
+    {"prune.ratio": 0.4, "prune.criterion": "random"},
 )
 
 
@@ -39,7 +39,7 @@ def get_config(variant="full"):
     config.data.update(duplicates=0.2, copies=4)
     config.train.update(steps=4_000)
     config.prune.update(steps=400, looks=1)
-    config.sweep.setting = SETTINGS
+    config.sweep.points = POINTS
     config.measure.update(targets=16, search=50)
     config.run.update(snapshots=0, evaluate_every=250)
     return defaults.variant_of(config, variant, smoke=smoke)
@@ -49,6 +49,6 @@ def smoke(config):
     """A switch and a pruning beside the control."""
     defaults.smoke(config)
     config.model.update(width=16, depth=2, num_heads=2)
-    settings = ("", "model.dropout=0.2", "prune.ratio=0.3")
-    config.sweep.update(seeds=1, setting=settings)
+    points = {}, {"model.dropout": 0.2}, {"prune.ratio": 0.3}
+    config.sweep.update(seeds=1, points=points)
     return config

@@ -25,7 +25,7 @@ def get_config(variant="full"):
     config = defaults.cifar()
     config.experiment = "prune"
     config.prune.update(steps=5_000, draws=10_000)
-    config.sweep.update(seeds=5, setting=defaults.prunings(prune.CRITERIA, (0.2,)))
+    config.sweep.update(seeds=5, points=defaults.prunings(prune.CRITERIA, (0.2,)))
     return defaults.variant_of(config, variant, smoke=smoke)
 
 
@@ -34,6 +34,6 @@ def smoke(config):
     defaults.smoke(config)
     config.data.name = "digits"
     config.model.update(width=16, depth=2, num_heads=2, dtype="float32")
-    settings = defaults.prunings(("small_t", "random"), (0.3,))
-    config.sweep.update(seeds=1, setting=settings)
+    points = defaults.prunings(("small_t", "random"), (0.3,))
+    config.sweep.update(seeds=1, points=points)
     return config

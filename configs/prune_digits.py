@@ -8,7 +8,7 @@ quality (small_t: -0.4 percentage points [-6.7, 6.0]); removing the heads that m
 *most* at small t may (7.6 [2.1, 13.1], one of seven comparisons). Fine-tuning brings
 the copies back: at a ratio of .4 from 25 % to 65 %, control 87 %.
 
-Variants: `full`, `small` (5 settings in place of 25), `smoke`.
+Variants: `full`, `small` (5 points in place of 25), `smoke`.
 """
 
 from memsep_jax import defaults, prune
@@ -21,8 +21,8 @@ def get_config(variant="full"):
     config.experiment = "prune"
     config.data.update(num_examples=100, num_held_out=1_000)
     config.prune.update(steps=800)
-    settings = defaults.prunings(prune.CRITERIA, RATIOS)
-    config.sweep.update(setting=settings, together=len(settings))
+    points = defaults.prunings(prune.CRITERIA, RATIOS)
+    config.sweep.update(points=points, together=len(points))
     config.run.update(snapshots=0)
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 
@@ -30,7 +30,7 @@ def get_config(variant="full"):
 def small(config):
     """The paper's criterion, both random ones and the negative control, one ratio."""
     few = ("small_t", "random", "random_per_layer", "highest_first")
-    config.sweep.setting = defaults.prunings(few, RATIOS[1:2])
+    config.sweep.points = defaults.prunings(few, RATIOS[1:2])
     return config
 
 
@@ -38,5 +38,5 @@ def smoke(config):
     """Two ways of pruning, beside the control."""
     defaults.smoke(config)
     config.model.update(width=16, depth=2, num_heads=2)
-    config.sweep.setting = defaults.prunings(("small_t", "random"), (0.3,))
+    config.sweep.points = defaults.prunings(("small_t", "random"), (0.3,))
     return config

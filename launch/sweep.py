@@ -4,20 +4,20 @@
     python launch/sweep.py status SWEEP.py --workdir=DIR
     python launch/sweep.py aggregate SWEEP.py --workdir=DIR
 
-SWEEP.py has a CONFIG, as --config takes it, FIELDS that all points have besides, where
-there are any, and a function points() that yields dicts of what differs: a value for a
-field, a list or range for a grid over it, and "seeds" for how many. Each point is a run
-of its own, in DIR/points/<point>:
+SWEEP.py has a CONFIG, as --config takes it, FIELDS that all points share, where there
+are any, and a function points() that yields dicts of what differs: a value for a field,
+a list or range for a grid over it, and "seeds" for their number. Each point is a run of
+its own, in DIR/points/<point>:
 
     CONFIG = "configs/digits.py"
     FIELDS = {"train.steps": 3_000}
     def points():
         yield {"data.num_examples": [50, 100], "model.width": [32, 64], "seeds": 4}
 
-An engine does no more than start workers, all with the same command; each takes the
-next point that nobody has, until none is left. So finished points are skipped, a killed
-worker costs what its point had not saved, and more workers may come at any time. A
-point that fails ends no other: it is listed, and done again by --retry.
+An engine does no more than start workers, all with the same command (`work`); each
+takes the next point that nobody has, until none is left. So finished points are
+skipped, a killed worker costs what its point had not saved, and more workers may come
+at any time. A point that fails ends no other: it is listed, and done again by --retry.
 
 Exit codes: 0 all done; 2 usage; 1 where points failed, or are left; 130 and 143 after a
 signal, with everything saved.
@@ -26,11 +26,8 @@ signal, with everything saved.
 import argparse
 import contextlib
 import importlib
-import itertools
-import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -38,223 +35,31 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from memsep_jax import checkpoint, experiments
-from memsep_jax.experiments import DRAWINGS
-from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.config.command import UsageError, load
-from memsep_jax.experiments.config.grid import Point
-from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record, session
-from memsep_jax.experiments.studies import results
+from memsep_jax.experiments.config import sweep_file
+from memsep_jax.experiments.config.command import UsageError
+from memsep_jax.experiments.runtime import runs, signals, terminal
+from memsep_jax.experiments.studies import overview
 
-STATES = ("done", "failed", "running", "stopped", "waiting")
-OPEN = ("stopped", "waiting")
-MEASURE = "memorization.ratio"  # what the picture shows, where runs have it
 LOOK_EVERY = 1.0  # seconds between looks at the points, where a sweep is waited for
 GRACE = 120.0  # seconds that a worker has for its last save
-LONG = 150  # characters of why a point failed, in a table
+ATTACHED = "MEMSEP_SWEEP_ATTACHED"  # in the environment of a worker: see `Worker`
 
 
-# What a sweep is.
-
-
-def read(file) -> list[Point]:
-    """All points of a sweep file.   Raises: UsageError with what is wrong in it."""
-    try:
-        names = runpy.run_path(str(file))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from error
-    except Exception as error:  # whatever a file of a person raises
-        raise UsageError(f"{file}: {type(error).__name__}: {error}") from error
-    if missing := {"CONFIG", "points"} - names.keys():
-        raise UsageError(
-            f"{file} defines no {' and no '.join(sorted(missing))}: give CONFIG = "
-            '"configs/digits.py" and a points() that yields dicts of fields'
-        )
-    try:
-        base = load(names["CONFIG"])
-        grid.override(base, names.get("FIELDS", {}))
-        found = [one for given in names["points"]() for one in _grid(given)]
-    except (UsageError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{file}: {error}") from error
-    points: list[Point] = []
-    known: dict[str, str] = {}
-    for values in found:
-        name = grid.listed(values)
-        try:
-            config = grid.seeded(base, values.get("seed", 0))
-            grid.override(config, {k: v for k, v in values.items() if k != "seed"})
-            build.check(config)
-        except build.ConfigError as error:
-            raise UsageError(f"{file}: point {name}: {error}") from error
-        text = json.dumps(build.to_json(config), sort_keys=True)
-        if text in known:
-            raise UsageError(
-                f"{file}: the points {known[text]} and {name} are one: they give the "
-                "same config. Leave one out"
-            )
-        known[text] = name
-        # With "=" in a value, one field could read as two.
-        unsure = "=" in "".join(map(str, values.values()))
-        known_by = grid.file_name(name or "all", repr(values) if unsure else None)
-        points.append(Point(known_by, values, config))
-    if not points:
-        raise UsageError(f"{file}: points() yields nothing: give at least one dict")
-    return points
-
-
-def _grid(given: dict):
-    """{"a": [1, 2], "b": 3, "seeds": 2} -> {"a": 1, "b": 3, "seed": 0}, ..."""
-    if not isinstance(given, dict):
-        raise TypeError(f"points() yields {given!r}: each must be a dict of fields")
-    given = dict(given)
-    seeds = given.pop("seeds", None)
-    if seeds is not None:
-        if not isinstance(seeds, int) or seeds < 1 or "seed" in given:
-            raise ValueError(
-                f"seeds={seeds!r} must be a number of seeds, at least 1, instead of "
-                'a "seed"'
-            )
-        given["seed"] = range(seeds)
-    axes = [v if isinstance(v, (list, range)) else [v] for v in given.values()]
-    for choice in itertools.product(*axes):
-        yield dict(zip(given, choice, strict=True))
-
-
-def check(file, points: list[Point]) -> None:
-    """Builds each config, once for all its seeds, as its run will.
-
-    Raises: UsageError, before anything is written.
-    """
-    built = set()
-    for point in points:
-        key = tuple((k, str(v)) for k, v in point.values.items() if k != "seed")
-        if key in built:
-            continue
-        built.add(key)
-        try:
-            if point.config.experiment == "train":
-                build.build(point.config)
-            elif point.config.experiment in DRAWINGS and "model" in point.config:
-                grid.check(point.config)
-        except (checkpoint.ConflictError, ValueError) as error:
-            raise UsageError(f"{file}: point {point.name}: {error}") from error
-
-
-# What is known of a point: its run, a claim while a worker has it, why it failed.
-
-
-def place(workdir: Path, point: Point) -> Path:
-    """The workdir of a point's run."""
-    folder = workdir / "points" / point.name
-    # As it was named before the names of two points could not be one.
-    plain = re.sub(r"[/\0]", "_", grid.listed(point.values)) or "all"
-    former = folder.with_name(grid.file_name(plain))
-    if former != folder and not folder.exists():
-        with contextlib.suppress(UsageError):
-            known = load(f"{former}/config.json")
-            if build.to_json(known) == build.to_json(point.config):
-                return former
-    return folder
-
-
-def _claim(workdir, point):
-    return workdir / "points" / f"{point.name}.claim"
-
-
-def _why(workdir, point):
-    return workdir / "points" / f"{point.name}.failed.json"
-
-
-def state(workdir: Path, point: Point) -> str:
-    """One of STATES."""
-    claim = _claim(workdir, point)
-    if session.gone(claim) is None:
-        return "running"
-    outcome = _outcome(workdir, point)
-    return "stopped" if outcome in OPEN and claim.exists() else outcome
-
-
-def _outcome(workdir, point):
-    folder = place(workdir, point)
-    if _why(workdir, point).exists():
-        return "failed"
-    if session.Session(folder, point.config).is_complete():
-        return "done"
-    return "stopped" if (folder / "run.json").exists() else "waiting"
-
-
-def _counted(states) -> str:
-    """ "3 done, 1 running"."""
-    counts = Counter(states)
-    return ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-
-
-def work(workdir: Path, points: list[Point]) -> None:
-    """Runs what nobody has, point by point, until nothing is left.
-
-    Raises: Interrupted, where a signal came and what was begun is saved; StorageError.
-    """
-    while left := [
-        point
-        for point in points
-        # A claim that nobody holds is of a worker that this point ended.
-        if not _claim(workdir, point).exists() and _outcome(workdir, point) in OPEN
-    ]:
-        for point in left:
-            _try(workdir, point)
-
-
-def _try(workdir, point):
-    """Runs a point, or leaves it to who was faster."""
-    claim = _claim(workdir, point)
-    try:
-        held = session.lock(claim)
-    except checkpoint.ConflictError:
-        return
-    try:
-        if _outcome(workdir, point) not in OPEN:
-            return
-        print(f"== {point.name}", flush=True)
-        try:
-            experiments.run(point.config, place(workdir, point))
-        except checkpoint.StorageError:  # of no single point
-            raise
-        except Exception as error:
-            print(f"failed: {points.short(error)}", flush=True)
-            record.write_json(_why(workdir, point), points.explained(error))
-        jax.clear_caches()
-    finally:
-        claim.unlink()
-        os.close(held)
-
-
-def _clear(workdir, points, retry):
-    """What was killed may be done again, and what failed where that is asked for."""
-    for point in points:
-        if session.gone(claim := _claim(workdir, point)) is not None:
-            claim.unlink(missing_ok=True)
-        if retry:
-            _why(workdir, point).unlink(missing_ok=True)
-
-
-# The engines. Each refuses what it cannot do, and gives start(workers), which yields
-# for as long as they are at work, and how many there are where nobody says.
+# The engines. Each refuses what it cannot do, and returns start(workers), which yields
+# for as long as they are at work, and how many workers there are by default.
 
 
 class Worker:
     """A worker as a process of its own, wherever an engine calls this.
 
-    It saves and ends when this process does: its input is closed then.
+    It is attached to this process: when this one ends, its input is closed, and it
+    saves and ends too.
     """
 
     def __init__(self, command: list[str], log: Path):
@@ -262,7 +67,7 @@ class Worker:
         self.child: Any = None
 
     def start(self, env=None, cores=()):
-        """Begins.   Args: env, what its environment has besides; cores, if not all."""
+        """Begins.   Args: env, more variables of its environment; cores, if not all."""
         with open(self.log, "ab") as log:
             self.child = subprocess.Popen(
                 self.command,
@@ -270,7 +75,7 @@ class Worker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.cwd,
-                env=os.environ | (env or {}),
+                env=os.environ | {ATTACHED: "1"} | (env or {}),
                 start_new_session=True,  # a Ctrl-C is for this process, once
             )
         if cores:  # before it has threads of its own
@@ -311,7 +116,7 @@ def local(resources):
         raise UsageError(
             f"--resources={','.join(resources)}: --engine=local knows devices=0+1 only"
         )
-    # Of macOS nobody may choose the cores.
+    # macOS lets nobody choose the cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
     def start(workers):
@@ -423,130 +228,6 @@ def _devices(given) -> list[str]:
     return [str(i) for i in range(len(listed.stdout.splitlines()))]
 
 
-# What comes out.
-
-
-def numbers(workdir: Path, point: Point) -> dict:
-    """The scalars of a finished run: {"memorization.ratio": 0.5, ...}."""
-
-    def scalars(value, name):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from scalars(inner, f"{name}.{key}" if name else key)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, value
-
-    return dict(scalars(record.read_json(place(workdir, point) / "metrics.json"), ""))
-
-
-def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
-    """All points as one table and picture, with gaps where one is not done.
-
-    Writes points.csv (a row a point), metrics.json (means over the seeds with 95 %
-    intervals) and sweep.png, of `measure` against the first axis.
-    Returns: the table for a person.   Raises: UsageError where nothing is done.
-    """
-    states = [state(workdir, point) for point in points]
-    found = [
-        numbers(workdir, point) if what == "done" else {}
-        for point, what in zip(points, states, strict=True)
-    ]
-    names = list(dict.fromkeys(itertools.chain(*found)))
-    if not names:
-        raise UsageError(f"{workdir}: no point is done yet: there is nothing to show")
-    measure = measure or (MEASURE if MEASURE in names else names[0])
-    if measure not in names:
-        raise UsageError(
-            f"--measure={measure}: no run has it; they have {', '.join(names)}"
-        )
-    fields = dict.fromkeys(k for p in points for k in p.values if k != "seed")
-    axes = [k for k in fields if len({str(p.values.get(k)) for p in points}) > 1]
-    columns = {k: [p.values.get(k, "") for p in points] for k in (*fields, "seed")}
-    columns["state"] = states
-    columns |= {name: [row.get(name, "") for row in found] for name in names}
-    record.write_csv(workdir / "points.csv", columns)
-    rows = [
-        {k: v for k, v in point.values.items() if k in (*axes, "seed")} | row
-        for point, row in zip(points, found, strict=True)
-        if row
-    ]
-    table = results.over_seeds(rows, points, axes)
-    metrics = {
-        "experiment": workdir.resolve().name,
-        "columns": [*axes, measure, "seeds"],
-        "states": Counter(states),
-        "table": table,
-    }
-    record.write_json(workdir / "metrics.json", metrics)
-    picture = figures.encode(draw(table, axes, measure), "png")
-    with record.replacing(workdir / "sweep.png") as path:
-        path.write_bytes(picture)
-    return results.summary(workdir)
-
-
-def draw(table, axes, measure):
-    """The measure against the first axis, a line for each value of the others."""
-    first, *others = axes or [None]
-    ticks = list(dict.fromkeys(row.get(first, "all") for row in table))
-    named = any(isinstance(x, str) or x is None for x in ticks)
-    if not named:
-        ticks.sort()
-    groups: dict[str, list[dict]] = {}
-    for row in table:
-        label = ", ".join(f"{_last(a)} = {row[a]}" for a in others if a in row)
-        groups.setdefault(label, []).append(row)
-
-    def at(row):
-        return ticks.index(row.get(first, "all")) if named else row[first]
-
-    def line(label, rows):
-        rows = sorted(rows, key=at)
-        names = ("mean", "low", "high")
-        gap = dict.fromkeys(names, np.nan)
-        mean, low, high = np.array(
-            [[row.get(measure, gap)[name] for row in rows] for name in names]
-        )
-        return figures.Line([at(row) for row in rows], mean, label, low, high)
-
-    lines = [line(label or None, rows) for label, rows in groups.items()]
-    ends = [row[measure] for row in table if measure in row]
-    share = all(0 <= value["mean"] <= 1 for value in ends)
-    if gaps := [at(row) for row in table if measure not in row]:
-        low = [-0.02 if share else min(value["mean"] for value in ends)] * len(gaps)
-        lines.append(figures.Line(gaps, low, "no result", style="x", color="0.5"))
-    wide = not named and ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]
-    return figures.curves(
-        [
-            figures.Panel(
-                "", lines, _last(first or "sweep"), measure.replace(".", " "),
-                xscale="log" if wide else "linear", yscale="linear", percent=share,
-                ticks=[str(tick) for tick in ticks] if named else None,
-            )
-        ]
-    )  # fmt: skip
-
-
-def _last(field):
-    """ "data.num_examples" -> "num examples"."""
-    return field.rpartition(".")[2].replace("_", " ")
-
-
-def status(workdir: Path, points: list[Point]) -> Table:
-    """Every point and what is known of it, as a table for a person."""
-    states = [state(workdir, point) for point in points]
-    shown = Table(title=_counted(states))
-    for name in ("point", "", "seconds", "why"):
-        shown.add_column(name, overflow="fold")
-    for point, what in zip(points, states, strict=True):
-        known = record.read_json(place(workdir, point) / "run.json") or {}
-        seconds = sum(known.get("seconds", {}).values())
-        why = (record.read_json(_why(workdir, point)) or {}).get("error", "")
-        about = why.partition("\n")[0][:LONG]
-        row = (point.name, what, f"{seconds:.0f}" if seconds else "", about)
-        shown.add_row(*map(escape, row))
-    return shown
-
-
 # The command.
 
 
@@ -555,29 +236,30 @@ def run(args, points) -> int:
     workdir = args.workdir
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers={args.workers} must be at least 1")
-    check(args.sweep, points)
+    sweep_file.check(args.sweep, points, experiments.DRAWINGS)
     start, count = ENGINES[args.engine](_resources(args.resources))
     count = min(args.workers or count, len(points))
     logs = workdir / "workers"
     for folder in (logs, workdir / "points"):
         folder.mkdir(parents=True, exist_ok=True)
-    _clear(workdir, points, args.retry)
-    command = [sys.executable, str(Path(__file__).resolve()), "work", str(args.sweep)]
-    command += [f"--workdir={workdir}", "--attached"]
+    runs.clear(workdir, points, args.retry)
+    # Seen from here, where all workers run: runs record it for others to give again.
+    script, sweep, place = map(os.path.relpath, (__file__, args.sweep, workdir))
+    command = [sys.executable, script, "work", sweep, f"--workdir={place}"]
     workers = [Worker(command, logs / f"{i}.log") for i in range(count)]
 
     def stop(number, frame):
-        for other in (signal.SIGTERM, signal.SIGINT):
+        for other in signals.ENDING:
             signal.signal(other, signal.SIG_DFL)
-        raise session.Interrupted(number)
+        raise signals.Interrupted(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.ENDING:
         signal.signal(number, stop)
     print(f"{len(points)} points, {count} workers ({args.engine}): {logs}", flush=True)
     at_work = start(workers)
     try:
         _follow(at_work, workdir, points)
-    except session.Interrupted as error:
+    except signals.Interrupted as error:
         at_work.close()
         print("stopped: the same command goes on", flush=True)
         return error.exit_code
@@ -590,8 +272,8 @@ def _follow(at_work, workdir, points):
     for _ in at_work:
         for point in points:
             if states[point.name] not in ("done", "failed"):
-                states[point.name] = state(workdir, point)
-        if said != (text := _counted(states.values())):
+                states[point.name] = runs.state(workdir, point)
+        if said != (text := runs.counted(states.values())):
             print(text, flush=True)
         said = text
         time.sleep(LOOK_EVERY)
@@ -599,13 +281,13 @@ def _follow(at_work, workdir, points):
 
 def finish(args, points) -> int:
     """Shows and writes what there is.   Returns: the exit code."""
-    left = [point for point in points if state(args.workdir, point) != "done"]
+    left = [point for point in points if runs.state(args.workdir, point) != "done"]
     if len(left) < len(points) or args.action == "aggregate":
-        _show(aggregate(args.workdir, points, args.measure))
+        _show(overview.aggregate(args.workdir, points, args.measure))
         print(f"{args.workdir}/points.csv, metrics.json, sweep.png")
     if args.action == "aggregate" or not left:
         return 0
-    _show(status(args.workdir, left))
+    _show(runs.status(args.workdir, left))
     print(
         f"{len(left)} of {len(points)} points are not done: the same command goes on, "
         "--retry does failed ones again; what workers said is in "
@@ -615,9 +297,9 @@ def finish(args, points) -> int:
 
 
 def attend(args) -> int:
-    """Is a worker.   Returns: the exit code."""
-    # By this signal SLURM tells a whole job of its end: submitit listens, and closes
-    # the input of this process.
+    """Does the points that nobody has, as a worker.   Returns: the exit code."""
+    # SLURM sends this signal to a whole job before its end: submitit listens, and
+    # closes the input of this process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     for name, value in {
         "jax_compilation_cache_dir": str(args.workdir / "compiled"),  # of all workers
@@ -626,7 +308,7 @@ def attend(args) -> int:
     }.items():
         if name.upper() not in os.environ:  # what a person chose stays
             jax.config.update(name, value)
-    if args.attached:
+    if os.environ.get(ATTACHED):
 
         def end_with_it():
             os.read(0, 1)  # returns when whoever started this is no more
@@ -634,8 +316,9 @@ def attend(args) -> int:
 
         threading.Thread(target=end_with_it, daemon=True).start()
     try:
-        work(args.workdir, read(args.sweep))
-    except (session.Interrupted, checkpoint.StorageError) as error:
+        points = sweep_file.read(args.sweep)
+        runs.work(args.workdir, points, experiments.run, _say)
+    except (signals.Interrupted, checkpoint.StorageError) as error:
         print(f"ended: {error}", flush=True)
         return error.exit_code
     return 0
@@ -643,17 +326,21 @@ def attend(args) -> int:
 
 def _resources(text) -> dict[str, Any]:
     """ "num_gpus=1,slurm_partition=a" -> {"num_gpus": 1, "slurm_partition": "a"}."""
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for part in filter(None, (text or "").split(",")):
         name, equals, value = part.partition("=")
         if not (name and equals):
             raise UsageError(f"--resources={text} must be name=value,name=value")
-        found[name] = int(value) if value.isdigit() else value
-    return found
+        known[name] = int(value) if value.isdigit() else value
+    return known
+
+
+def _say(text):
+    print(text, flush=True)
 
 
 def _show(table):
-    session.Terminal(highlight=False, soft_wrap=True).print(table)
+    terminal.Terminal(highlight=False, soft_wrap=True).print(table)
 
 
 def main(argv=None) -> int:
@@ -668,22 +355,22 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, help="by default as many as fit")
     parser.add_argument("--resources", help="of each worker, in the engine's own words")
     parser.add_argument("--retry", action="store_true", help="failed points again")
-    parser.add_argument("--measure", help=f"what sweep.png shows, such as {MEASURE}")
-    # Of a worker, from whoever starts it.
-    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure", help=f"what sweep.png shows, such as {overview.MEASURE}"
+    )
     args = parser.parse_args(argv)
     args.sweep = args.sweep.resolve()
     args.workdir = (args.workdir or Path("runs") / args.sweep.stem).resolve()
     try:
         if args.action == "work":
-            return attend(args)
+            signals.leave(attend(args))
         # Whoever waits takes no device from those who work.
         jax.config.update("jax_platforms", "cpu")
-        points = read(args.sweep)
+        points = sweep_file.read(args.sweep)
         if args.action == "run":
             return run(args, points)
         if args.action == "status":
-            _show(status(args.workdir, points))
+            _show(runs.status(args.workdir, points))
             return 0
         return finish(args, points)
     except UsageError as error:

@@ -156,7 +156,9 @@ def train() -> ConfigDict:
             width=(),
             depth=(),
             weight_decay=(),
-            setting=(),  # "optimizer.weight_decay=1.0; prune.ratio=0.2"; "": no change
+            # Dicts of any fields: ({}, {"model.dropout": 0.2}); {}: no change.
+            points=(),
+            setting=(),  # the same as strings, "a.b=1; c.d=2": for one more version
             together=16,  # networks, or points, in one compiled program
         ),
         measure=dict(  # what the sweeps measure
@@ -353,9 +355,9 @@ def copying() -> ConfigDict:
 
 
 def prunings(criteria, ratios) -> tuple:
-    """The settings of sweep.setting for the control and every way of pruning."""
-    return "", *(
-        f"prune.criterion={criterion}; prune.ratio={ratio}"
+    """The points of a sweep with the control and every way of pruning."""
+    return {}, *(
+        {"prune.criterion": criterion, "prune.ratio": ratio}
         for criterion in criteria
         for ratio in ratios
     )

@@ -19,7 +19,7 @@ def config(**changes):
     config.train.steps = 2
     config.sampler.num_samples = SAMPLES
     config.emm.update(low=16, high=32, tolerance=0.05, budget=None)
-    config.sweep.update(seeds=3, setting=())
+    config.sweep.update(seeds=3, points=())
     config.update_from_flattened_dict(changes)
     return config
 

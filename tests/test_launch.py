@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 import yaml
 
 from launch import sweep
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.config import sweep_file
+from memsep_jax.experiments.runtime import record, runs
+from memsep_jax.experiments.studies import overview
 
 ROOT = Path(__file__).parents[1]
 HEAD = f'CONFIG = "{ROOT}/configs/mlp_mixture.py:smoke"\n'
@@ -65,19 +68,19 @@ def wait_for(true, seconds=120):
 
 
 def states(workdir, points):
-    return [sweep.state(workdir, point) for point in points]
+    return [runs.state(workdir, point) for point in points]
 
 
 def digests(workdir, points):
     """What all finished runs found."""
-    found = [(sweep.place(workdir, p) / "samples.npz").read_bytes() for p in points]
+    found = [(runs.place(workdir, p) / "samples.npz").read_bytes() for p in points]
     return [*found, (workdir / "points.csv").read_bytes()]
 
 
 def slowed(file):
     """The same sweep, whose steps take a while."""
     text = (
-        "import time\nfrom memsep_jax.experiments import record\n"
+        "import time\nfrom memsep_jax.experiments.runtime import record\n"
         "_write = record.Metrics.write\n"
         "def write(self, **row):\n    _write(self, **row)\n    time.sleep(0.5)\n"
         "record.Metrics.write = write\n"
@@ -94,12 +97,12 @@ def whole(tmp_path_factory):
     file, workdir = describe(folder, TINY), folder / "out"
     code, said = launched("run", file, workdir, "--workers=2")
     assert code == 0, said
-    return file, sweep.read(file), workdir, said
+    return file, sweep_file.read(file), workdir, said
 
 
 def test_a_description_becomes_points_with_grids_and_seeds(tmp_path):
     grid = {"data.num_examples": [8, 16], "model.width": range(4, 6), "seeds": 2}
-    points = sweep.read(describe(tmp_path, grid, {"optimizer.weight_decay": 0.5}))
+    points = sweep_file.read(describe(tmp_path, grid, {"optimizer.weight_decay": 0.5}))
     assert len(points) == 2 * 2 * 2 + 1
     assert points[0].name == "data.num_examples=8,model.width=4,seed=0"
     assert points[-1].name == "optimizer.weight_decay=0.5"
@@ -129,7 +132,7 @@ BAD = {
 def test_a_wrong_sweep_is_refused_before_anything_is_written(case, tmp_path, capsys):
     points, said = BAD[case]
     if case == "duplicates":  # the second says what is so already
-        width = sweep.read(describe(tmp_path, {}))[0].config.model.width
+        width = sweep_file.read(describe(tmp_path, {}))[0].config.model.width
         points = ({"seed": 0}, {"model.width": width, "seed": 0})
     file = describe(tmp_path, *points)
     assert sweep.main(["run", str(file), f"--workdir={tmp_path / 'out'}"]) == 2
@@ -181,7 +184,7 @@ def test_an_engine_that_is_not_there_starts_nothing(
 
 
 @pytest.mark.slow
-def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
+def test_every_point_becomes_a_run_and_all_a_table_and_a_picture(whole):
     _, points, workdir, said = whole
     assert states(workdir, points) == ["done"] * 4
     assert "4 points, 2 workers (local)" in said and "4 done" in said
@@ -189,20 +192,27 @@ def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
         rows = list(csv.DictReader(file))
     assert [int(row["data.num_examples"]) for row in rows] == [8, 8, 16, 16]
     for row, point in zip(rows, points, strict=True):
-        own = record.read_json(sweep.place(workdir, point) / "metrics.json")
+        own = record.read_json(runs.place(workdir, point) / "metrics.json")
         ratio = own["memorization"]["ratio"]
         assert float(row["memorization.ratio"]) == ratio and row["state"] == "done"
     table = record.read_json(workdir / "metrics.json")["table"]
     assert [row["seeds"] for row in table] == [2, 2]
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert not list((workdir / "points").glob("*.claim"))
+    # What a worker recorded of itself can be given again.
+    known = record.read_json(runs.place(workdir, points[0]) / "run.json")["command"]
+    words = shlex.split(known)
+    assert words[0] == "python" and words[2] == "work", known
+    assert not any(Path(word.partition("=")[2] or word).is_absolute() for word in words)
+    again = subprocess.run([sys.executable, *words[1:]], timeout=100)
+    assert again.returncode == 0
     assert list((workdir / "compiled").iterdir()), "what all workers share"
 
 
 @pytest.mark.slow
 def test_finished_points_are_not_done_again(whole):
     file, points, workdir, _ = whole
-    runs = [sweep.place(workdir, point) / "run.json" for point in points]
+    runs = [runs.place(workdir, point) / "run.json" for point in points]
     before = [path.stat().st_mtime_ns for path in runs]
     code, said = launched("run", file, workdir)
     assert code == 0, said
@@ -220,16 +230,12 @@ def test_status_says_what_is_known_of_each_point(whole, capsys):
     assert not (workdir.parent / "no").exists()
 
 
-def test_what_fails_ends_no_other_and_is_done_again_on_request(
-    tmp_path, capsys, monkeypatch
-):
+def test_what_fails_ends_no_other_and_is_done_again_on_request(tmp_path, capsys):
     """Here in this process: the second of three points fails once."""
-    from memsep_jax import experiments
-
     fields = 'FIELDS = {"optimizer.schedule": "constant"}\n'
     more = {"model.width": [4, 5, 6], "train.order": "fixed"}
     file = describe(tmp_path, more, head=HEAD + fields)
-    points, workdir = sweep.read(file), tmp_path / "out"
+    points, workdir = sweep_file.read(file), tmp_path / "out"
     args = [str(file), f"--workdir={workdir}"]
     begun = []
 
@@ -242,11 +248,10 @@ def test_what_fails_ends_no_other_and_is_done_again_on_request(
         record.write_json(place / "config.json", json.loads(config.to_json()))
         record.write_json(place / "run.json", {"status": "complete"})
 
-    monkeypatch.setattr(experiments, "run", run)
     (workdir / "points").mkdir(parents=True)
-    sweep.work(workdir, points)
+    runs.work(workdir, points, run, print)
     assert begun == [4, 5, 6] and states(workdir, points) == ["done", "failed", "done"]
-    sweep.work(workdir, points)
+    runs.work(workdir, points, run, print)
     assert begun == [4, 5, 6], "what failed is not done again unasked"
     assert sweep.main(["status", *args]) == 0
     assert "RuntimeError: no luck" in capsys.readouterr().out
@@ -255,8 +260,8 @@ def test_what_fails_ends_no_other_and_is_done_again_on_request(
         ratios = [row["memorization.ratio"] for row in csv.DictReader(rows)]
     assert ratios == ["0.5", "", "0.5"], "a gap is a gap"
     assert "n/a" in capsys.readouterr().out
-    sweep._clear(workdir, points, retry=True)
-    sweep.work(workdir, points)
+    runs.clear(workdir, points, retry=True)
+    runs.work(workdir, points, run, print)
     assert begun[3:] == [5] and states(workdir, points) == ["done"] * 3
 
 
@@ -269,13 +274,13 @@ def test_the_picture_marks_what_has_no_result():
         for width in (4, 8)
     ]
     del table[2]["r"]
-    (panel,) = sweep.draw(table, axes, "r").axes
+    (panel,) = overview.draw(table, axes, "r").axes
     labels = [line.get_label() for line in panel.lines]
     assert labels == ["width = 4", "width = 8", "no result"]
     assert list(panel.lines[2].get_xdata()) == [100]
     assert panel.get_xscale() == "log" and panel.get_xlabel() == "num examples"
     named = [{"data.name": name, "seeds": 1, "r": share} for name in ("a", "b")]
-    (panel,) = sweep.draw(named, ["data.name"], "r").axes
+    (panel,) = overview.draw(named, ["data.name"], "r").axes
     assert [text.get_text() for text in panel.get_xticklabels()] == ["a", "b"]
 
 
@@ -283,13 +288,13 @@ def test_fields_of_several_values_have_rows_of_their_own(tmp_path, monkeypatch):
     """As the classes of a subset have: their text is what a row is known by."""
     head = HEAD.replace("mlp_mixture", "digits")
     grid = {"data.classes": [(0, 1), (2, 3)], "seeds": 2}
-    points = sweep.read(describe(tmp_path, grid, head=head))
+    points = sweep_file.read(describe(tmp_path, grid, head=head))
     for point in points:
         (tmp_path / "out" / "points" / point.name).mkdir(parents=True)
         found = {"memorization": {"ratio": 0.5}}
-        record.write_json(sweep.place(tmp_path / "out", point) / "metrics.json", found)
-    monkeypatch.setattr(sweep, "state", lambda workdir, point: "done")
-    sweep.aggregate(tmp_path / "out", points)
+        record.write_json(runs.place(tmp_path / "out", point) / "metrics.json", found)
+    monkeypatch.setattr(runs, "state", lambda workdir, point: "done")
+    overview.aggregate(tmp_path / "out", points)
     table = record.read_json(tmp_path / "out" / "metrics.json")["table"]
     assert [row["data.classes"] for row in table] == ["(0, 1)", "(2, 3)"]
     assert [row["seeds"] for row in table] == [2, 2]
@@ -298,7 +303,7 @@ def test_fields_of_several_values_have_rows_of_their_own(tmp_path, monkeypatch):
 def test_nothing_is_shown_of_a_sweep_without_a_result(tmp_path, capsys):
     file = describe(tmp_path, {"seed": 0})
     with pytest.raises(sweep.UsageError, match="no point is done yet"):
-        sweep.aggregate(tmp_path / "out", sweep.read(file))
+        overview.aggregate(tmp_path / "out", sweep_file.read(file))
 
 
 @pytest.mark.slow
@@ -307,7 +312,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_was_not(how, whole, tm
     file, points, undisturbed, _ = whole
     workdir = tmp_path / "out"
     with launching(slowed(file), workdir, "--workers=2") as child:
-        some = [sweep.place(workdir, point) / "metrics.jsonl" for point in points]
+        some = [runs.place(workdir, point) / "metrics.jsonl" for point in points]
         wait_for(lambda: any(path.exists() for path in some))
         if how == "worker":
             claims = list((workdir / "points").glob("*.claim"))
@@ -384,10 +389,10 @@ def test_a_job_whose_time_ends_is_saved_and_queued_again(whole, tmp_path):
     file, points, *_ = whole
     workdir = tmp_path / "out"
     (workdir / "points").mkdir(parents=True)
-    words = command("work", slowed(file), workdir, "--attached")
+    words = command("work", slowed(file), workdir)
     worker = sweep.Worker(words, workdir / "log")
     worker.start()
-    place = sweep.place(workdir, points[0])
+    place = runs.place(workdir, points[0])
     wait_for((place / "metrics.jsonl").exists)
     os.kill(worker.child.pid, signal.SIGUSR2)
     again = worker.checkpoint()
@@ -437,7 +442,7 @@ def test_what_is_there_to_start_elsewhere_can_be_read():
 
 def test_the_sweep_of_64_points_can_be_run(monkeypatch):
     monkeypatch.chdir(ROOT)
-    points = sweep.read("launch/digits_64.py")
+    points = sweep_file.read("launch/digits_64.py")
     assert points[0].name == "data.num_examples=25,model.width=16,seed=0"
     assert {point.config.model.depth for point in points} == {2}
     assert len(points) == 64 == len({point.name for point in points})

@@ -33,6 +33,18 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"experiments"},
     {"main"},
 ]
+# Inside experiments, rooms and modules beside them: what each may import of the others.
+# record is atomic files, which runtime writes and reporting reads.
+BASE = {"config", "record"}
+INSIDE: dict[str, set] = {
+    "__init__": {"studies"},  # run(config, workdir)
+    "config": set(),
+    "record": set(),
+    "training": BASE,
+    "runtime": BASE,
+    "reporting": BASE,
+    "studies": BASE | {"training", "runtime", "reporting"},
+}
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
 OWNERS = {  # package: rooms that may import it
     "flax.linen": {"models"},
@@ -100,6 +112,11 @@ def floor(room):
     return found
 
 
+def wing(name):
+    """The room inside experiments that a module's full name stands for."""
+    return (name.split(".") + ["", ""])[2]
+
+
 def violations(room, tree):
     top = room.split(".")[0]
     for name, line, inside in imports(tree):
@@ -113,6 +130,10 @@ def violations(room, tree):
                 top in ALONE and other not in (top, "checks", "keys")
             ):
                 yield f"{where}: upward"
+            if top == other == "experiments":
+                mine, its = wing(f"memsep_jax.{room}"), wing(name)
+                if its in INSIDE and its != mine and its not in INSIDE[mine]:
+                    yield f"{where}: not from here"
             continue
         if any(within(name, gone) for gone in GONE):
             yield f"{where}: not here"
@@ -150,6 +171,13 @@ def test_imports_go_down_and_packages_have_owners(room):
             "import matplotlib.pyplot as plt\nimport torch",
             2,
         ),
+        (
+            "experiments.runtime.points",
+            "from memsep_jax.experiments.reporting import report\n"
+            "from memsep_jax.experiments import studies, training, record",
+            3,
+        ),
+        ("experiments.config.grid", "from memsep_jax.experiments import runtime", 1),
     ],
 )
 def test_the_rule_itself_sees_what_it_must(room, source, count):

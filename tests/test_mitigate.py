@@ -233,7 +233,7 @@ def test_a_sweep_that_goes_on_trains_nothing_again(done, monkeypatch):
     monkeypatch.setattr(job, "learn", None)
     before = (done / "metrics.json").read_text()
     config = smoke(**{"run.chunk": 16})
-    config.sweep.setting = config.sweep.setting[:2]  # points that are there
+    config.sweep.points = config.sweep.points[:2]  # points that are there
     experiments.run(config, done)
     assert len(record.read_json(done / "metrics.json")["table"]) == 2
     (done / "metrics.json").write_text(before)

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections.config_flags import tuple_parser
 
 from memsep_jax import defaults
+from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import locks, points, signals
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import results
 
@@ -32,7 +35,7 @@ def run(config, workdir, work, **options):
         return points.run(config, session, work, **options)
 
 
-def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_everything():
+def test_a_point_is_a_value_of_every_axis_and_a_seed_moves_all():
     config = small_grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
     config.update(seed=5)
     config.data.update(seed=7, truth_seed=9)
@@ -108,12 +111,154 @@ def test_points_that_are_alike_are_worked_on_together(tmp_path):
 
 def test_networks_of_two_settings_are_not_trained_as_one():
     """A setting may change anything, and an ensemble has the config of its first."""
-    config = small_grid(weight_decay=(0.0, 0.1), setting=("", "optimizer.lr=0.5"))
+    config = small_grid(weight_decay=(0.0, 0.1), points=({}, {"optimizer.lr": 0.5}))
     shapes = {p.values["setting"]: set() for p in grid.points(config)}
     for point in grid.points(config):
         shapes[point.values["setting"]].add(grid.shape(point))
     (plain,), (changed,) = shapes.values()
     assert plain != changed
+
+
+DICTS = (
+    {},
+    {"model.dropout": 0.2},
+    {"train.steps": 7, "data.classes": (0, 1)},
+    {"data.labels": "true", "data.deduplicate": True},
+)
+TEXTS = (
+    "",
+    "model.dropout=0.2",
+    "train.steps=7; data.classes=(0, 1)",
+    "data.labels=true; data.deduplicate=True",
+)
+
+
+def test_points_as_dicts_have_the_files_that_strings_had(tmp_path):
+    ours, former = small_grid(points=DICTS), small_grid(setting=TEXTS)
+    assert grid.outdated(ours) is None
+    assert "sweep.points=({}, {'model.dropout': 0.2})" in grid.outdated(former)
+    for a, b in zip(grid.points(ours), grid.points(former), strict=True):
+        assert a.values == b.values
+        assert points.path_of(tmp_path, ours, a) == points.path_of(tmp_path, former, b)
+        changes = build.differences(build.to_json(a.config), build.to_json(b.config))
+        assert {name for name, _, _ in changes} == {"sweep.points", "sweep.setting"}
+
+
+def test_points_come_back_from_a_command_and_from_json():
+    config = small_grid(points=tuple_parser.TupleParser().parse(str(DICTS)))
+    assert config.sweep.points == DICTS
+    again = defaults.restored(json.loads(json.dumps(build.to_json(config))))
+    for a, b in zip(grid.points(config), grid.points(again), strict=True):
+        assert a.name == b.name and a.config.data == b.config.data
+
+
+def test_strings_take_the_place_of_the_points_of_a_file():
+    """A command of an earlier version gives them beside those of its config file."""
+    config = small_grid(points=DICTS, setting=TEXTS[:2])
+    config.sweep.seeds = 1
+    assert [point.values["setting"] for point in grid.points(config)] == [*TEXTS[:2]]
+
+
+@pytest.mark.parametrize("bad", [("a.b=1",), ({1: 2},), (1,)])
+def test_points_that_are_no_dicts_of_fields_are_refused(bad):
+    with pytest.raises(build.ConfigError, match="sweep.points=.* must be of the form"):
+        build.build(small_grid(points=bad))
+
+
+def test_a_study_that_was_done_with_strings_goes_on_with_dicts(tmp_path):
+    """However the numbers were written, and in names that were cut."""
+    long = "optimizer.lr=1e-5; data.path=" + "a" * 200
+    texts = ("", "optimizer.lr=1e20", long)
+    width = [{"y": 1.0}]
+    run(small_grid(setting=texts, width=(4,)), tmp_path, lambda some: width * len(some))
+    kept = set(tmp_path.rglob("*.npz"))
+    dicts = {}, {"optimizer.lr": 1e20}, {"optimizer.lr": 1e-5, "data.path": "a" * 200}
+    config = small_grid(points=dicts, width=(4,))
+    rows = run(config, tmp_path, None)
+    assert len(rows) == len(kept) == 6 and set(tmp_path.rglob("*.npz")) == kept
+    assert str(rows[2]["setting"]) == "optimizer.lr=1e+20"
+    assert points.status(tmp_path).title.endswith("6 done, 0 failed, 0 missing")
+    other = small_grid(points=({"optimizer.lr": 1e19},), width=(4,))
+    with pytest.raises(TypeError):  # there is work to do
+        run(other, tmp_path, None)
+
+
+# Several processes.
+
+
+def others_of(config, workdir, *names):
+    """The claims of some points, held as another process would."""
+    held = {}
+    for point in grid.points(config):
+        if point.name in names:
+            path = points.path_of(workdir, config, point)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held[point.name] = path, locks.take(points.claim(path))
+    return held
+
+
+@pytest.mark.parametrize("ends", ["done", "failed", "killed"])
+def test_what_another_process_has_is_waited_for_or_taken_over(
+    ends, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(locks, "POLL", 0.0)
+    config, worked = small_grid(width=(4, 8)), []
+    ((path, handle),) = others_of(config, tmp_path, "width=4,seed=0").values()
+    assert points.status(tmp_path) is None  # without a config, nobody knows the points
+
+    def work(some):
+        worked.append(some[0].name)
+        if len(worked) == 3:
+            if ends == "done":
+                record.write_npz(path, width=4, seed=0, y=7.0)
+            elif ends == "failed":
+                record.write_json(points.why(path), points.explained(ValueError("no")))
+            locks.release(handle)  # the kernel does so too where a process is killed
+        return square(some)
+
+    rows = run(config, tmp_path, work)
+    assert worked[:3] == ["width=4,seed=1", "width=8,seed=0", "width=8,seed=1"]
+    assert worked[3:] == (["width=4,seed=0"] if ends == "killed" else [])
+    first = {"done": [7], "failed": [], "killed": [16]}[ends]
+    assert [row["y"].item() for row in rows] == [*first, 16, 64, 64]
+
+
+def test_a_point_that_somebody_has_is_said_to_be_running(tmp_path):
+    config = small_grid(width=(4, 8))
+    config.experiment = "factors"
+    run(config, tmp_path, square)
+    config.sweep.width = (4, 8, 16)
+    others_of(config, tmp_path, "width=16,seed=0")
+    record.write_json(tmp_path / "config.json", build.to_json(config))
+    title = points.status(tmp_path).title
+    assert title == "factors: 4 done, 0 failed, 1 missing, 1 running"
+
+
+def test_a_second_process_joins_a_sweep_and_leads_after_the_first(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(locks, "POLL", 0.0)
+    config = small_grid(width=(4,))
+    monkeypatch.setattr(signals.Signals, "listen", lambda self: None)
+    first = Session(tmp_path, config, shared=True).__enter__()
+    first.begin("0" * 64)
+    first.status["seconds"]["train"] = 2.0
+    with Session(tmp_path, config, shared=True) as second:
+        assert "this one joins it" in capsys.readouterr().out
+        second.begin("0" * 64)
+        second.status["seconds"]["train"] = 1.0
+        before = (tmp_path / "run.json").read_bytes()
+        second.write_status()  # is not its own to write
+        assert (tmp_path / "run.json").read_bytes() == before
+        other = config.copy_and_resolve_references()
+        other.sweep.width = (8,)
+        for args in ((other, False, True), (config,)):
+            refused = Session(tmp_path, *args)
+            with pytest.raises(ConflictError, match="in use by process"), refused:
+                pass
+        first.__exit__(None, None, None)
+        second.lead()
+        assert record.read_json(tmp_path / "run.json")["seconds"] == {"train": 3.0}
 
 
 def test_the_interval_is_students():

@@ -54,7 +54,7 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
     if saved:  # made by the command above it
         from memsep_jax import defaults
         from memsep_jax.experiments.config.build import to_json
-        from memsep_jax.experiments.runtime.record import write_json
+        from memsep_jax.experiments.record import write_json
 
         write_json(tmp_path / "config.json", to_json(defaults.train()))
         words[words.index(saved[0])] = f"--config={tmp_path / 'config.json'}"

@@ -272,6 +272,7 @@ FOUND = {
     "train.ema_decay": None,
     "train.steps": 2**31,
     "sweep.seeds": 2**31,
+    "sweep.points": (1,),
     "sweep.setting": (1,),
     "sweep.width": (1.5,),
     "sweep.weight_decay": ("a",),
@@ -295,7 +296,7 @@ def test_fuzz_what_was_found_is_refused(field):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("sweep.seeds", 0), ("sweep.width", (1.5,)), ("sweep.setting", (1,))],
+    [("sweep.seeds", 0), ("sweep.width", (1.5,)), ("sweep.points", (1,))],
 )
 def test_fuzz_a_sweep_refuses_what_its_points_could_not_be(
     field, value, door, tmp_path

@@ -11,12 +11,11 @@ import pytest
 
 from configs import gmm_width_decay
 from faults import harness
-from launch import sweep as launch
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, grid, sweep_file
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points, record, runs
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import (
     capacity,
@@ -28,7 +27,7 @@ from memsep_jax.experiments.studies import (
 )
 from memsep_jax.train import NonFiniteError
 
-DIVERGES = "optimizer.lr=1e20"
+DIVERGES = "optimizer.lr=1e+20"
 NAME = f"setting={DIVERGES},seed=0"
 SETTINGS = ("", "optimizer.lr=0.01", DIVERGES, "optimizer.lr=0.1")
 
@@ -313,7 +312,7 @@ def test_g66_a_smallest_width_is_that_of_all_widths():
 def test_g66_a_frontier_without_some_of_its_points_is_compared_with_no_other():
     config = defaults.train()
     settings = defaults.prunings(("random", "small_t", "magnitude"), (0.2, 0.4))
-    config.sweep.update(seeds=2, setting=settings)
+    config.sweep.update(seeds=2, points=settings)
     lost = "prune.criterion=small_t; prune.ratio=0.4"
     rows = [
         {k: np.asarray(v) for k, v in point.values.items()}
@@ -359,7 +358,7 @@ def test_g66_a_search_ends_where_a_network_failed_and_others_go_on(
     assert second["ended"] == "1 failed networks of n = 16"
     assert third["ended"] == "2 failed networks of n = 16"
     assert third["ratio"]["beyond"] == "not known"
-    assert "EMM (optimizer.lr=1e20): not known" in capsys.readouterr().out
+    assert f"EMM ({DIVERGES}): not known" in capsys.readouterr().out
     assert [row["seeds"] for row in table(tmp_path)] == [2, 2, 1, 0]
 
 
@@ -371,7 +370,7 @@ REAL = (
     "--config.data.d=2",
     "--config.data.k=2",
     "--config.sweep.seeds=1",
-    f"--config.sweep.setting={SETTINGS}",
+    f"--config.sweep.points={tuple(map(grid.fields_of, SETTINGS))}",
 )
 
 
@@ -403,6 +402,38 @@ def test_g66_a_killed_sweep_goes_on_and_one_rate_that_diverges_is_all_that_fails
         assert result.stdout.count("compiling the train step") <= left
         assert len(done()) == 3 and reasons(workdir) == [f"{NAME}.failed.json"]
         assert kept.items() <= {p: p.stat().st_mtime_ns for p in done()}.items()
+
+
+@pytest.mark.slow
+def test_g66_two_processes_share_a_sweep_and_one_is_killed(tmp_path):
+    """Each does points that the other has not; what the killed one had is taken over.
+
+    The first one had the workdir: the second draws the report in its place.
+    """
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+
+    def taken():
+        return list(workdir.glob("points/*/*.claim"))
+
+    def done():
+        return list(workdir.glob("points/*/[!.]*.npz"))
+
+    with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as first:
+        harness.wait_for(first, taken, "a point that the first one has")
+        with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as second:
+            harness.wait_for(second, lambda: len(taken()) == 2, "two points at once")
+            harness.wait_for(second, done, "a point")
+            harness.kill(first)
+            result = harness.finish(second)
+    assert "this one joins it" in result.stdout
+    assert result.code == 4, result.output  # one of them diverges
+    assert "1 of 4 points failed, the others are finished" in result.stderr
+    assert len(done()) == 3 and not taken()
+    assert harness.run(*REAL, workdir=alone).code == 4
+    both = (record.read_json(place / "metrics.json") for place in (workdir, alone))
+    for a, b in zip(*(metrics["table"] for metrics in both), strict=True):
+        assert a == b
+    assert (workdir / "report.html").exists()
 
 
 # H79: two points never share a file.
@@ -470,13 +501,13 @@ def test_h79_points_of_a_launched_sweep_never_share_a_workdir(tmp_path):
         f'CONFIG = "{harness.ROOT}/configs/mlp_mixture.py:smoke"\n'
         f"def points():\n    yield from {given!r}\n"
     )
-    points = launch.read(file)
-    places = [launch.place(workdir, point) for point in points]
+    points = sweep_file.read(file)
+    places = [runs.place(workdir, point) for point in points]
     assert len(set(places)) == len(given)
     assert [places[i].name for i in (1, 3)] == ["data.path=a_b", "data.path=a,seed=1"]
     # A run that has the former name goes on there, and no other point does.
     former = workdir / "points" / "data.path=a_b"
     record.write_json(former / "config.json", build.to_json(points[0].config))
-    assert launch.place(workdir, points[0]) == former
+    assert runs.place(workdir, points[0]) == former
     record.write_json(former / "config.json", build.to_json(points[1].config))
-    assert launch.place(workdir, points[0]) == places[0]
+    assert runs.place(workdir, points[0]) == places[0]

@@ -255,8 +255,8 @@ def test_f62_points_on_disk_give_two_processes_the_same_network(tmp_path):
 
 # A step fails before the look at the other that says why, and with either error.
 FAILS_FIRST = """
-from memsep_jax.experiments.runtime import session
-session.WATCH_EVERY = 3.0
+from memsep_jax.experiments.runtime import processes, session
+processes.WATCH_EVERY = 3.0
 _poll = session.Session.poll
 def poll(self):
     try:
@@ -312,7 +312,8 @@ def test_f64_a_signal_to_one_stops_both_at_the_same_saved_step(to, whole, tmp_pa
 def test_f65_a_workdir_that_is_not_shared_is_refused_at_the_start(tmp_path):
     places = [tmp_path / name for name in ("here", "there")]
     patch = (
-        "from memsep_jax.experiments.runtime import session\nsession.SHARED_IN = 1.0"
+        "from memsep_jax.experiments.runtime import processes\n"
+        "processes.SHARED_IN = 1.0"
     )
     with together(workdirs=places, patch=patch) as children:
         results = ends(children)

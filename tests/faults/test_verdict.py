@@ -12,7 +12,7 @@ from configs import audit as configs
 from faults import harness
 from memsep_jax import experiments, sources
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments.runtime import record, session
+from memsep_jax.experiments.runtime import locks, record, signals
 
 IMAGES = ("--config.run.snapshots=2", "--config.run.snapshot_samples=4")
 
@@ -36,7 +36,7 @@ def stopped(workdir, monkeypatch, args=harness.TINY, row=12):
 
     with monkeypatch.context() as patch:
         patch.setattr(record.Metrics, "write", hear)
-        with pytest.raises(session.Interrupted):
+        with pytest.raises(signals.Interrupted):
             experiments.run(harness.config(*args), workdir)
 
 
@@ -178,7 +178,7 @@ def test_h82_a_longer_run_that_was_stopped_is_not_shown_by_its_old_numbers(
 def test_h82_a_run_at_work_is_left_alone(tmp_path, monkeypatch):
     stopped(tmp_path, monkeypatch)
     before = harness.files(tmp_path)
-    handle = session.lock(tmp_path / ".lock")
+    handle = locks.take(tmp_path / ".lock")
     with pytest.raises(ConflictError, match="is in use by process"):
         drawn_again(tmp_path)
     os.close(handle)

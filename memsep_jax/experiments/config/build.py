@@ -26,7 +26,6 @@ from memsep_jax import (
     sources,
     train,
 )
-from memsep_jax.experiments.runtime.trackers import TRACKERS
 from memsep_jax.models import MODELS
 
 
@@ -82,6 +81,7 @@ LOOKS = {  # the fields that such a rule depends on
 TOGETHER = ("band_swap", "capacity", "ensemble", "lipschitz")
 
 MOST_COPIES = 10_000  # of a training point
+TRACKERS = ("none", "tensorboard", "wandb")  # the functions of runtime/trackers
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that a network computes in
 KINDS: dict[type, tuple[tuple, str]] = {  # of a field: what it takes, in words
     bool: ((bool,), "True or False"),
@@ -94,6 +94,10 @@ KINDS: dict[type, tuple[tuple, str]] = {  # of a field: what it takes, in words
 
 def _all_integers(values, low=1):
     return all(type(value) is int and low <= value < 2**31 for value in values)
+
+
+def _is_text(value):
+    return isinstance(value, str)
 
 
 # What a plain number must satisfy; the rest is checked by the constructors.
@@ -147,6 +151,10 @@ RULES = {
     "sweep.width": (_all_integers, "integers, at least 1"),
     "sweep.depth": (_all_integers, "integers, at least 1"),
     "sweep.weight_decay": (lambda v: all(decay >= 0 for decay in v), "at least 0"),
+    "sweep.points": (
+        lambda v: all(type(p) is dict and all(map(_is_text, p)) for p in v),
+        'of the form ({}, {"group.field": value}, ...)',
+    ),
     "sweep.setting": (
         lambda v: all(isinstance(text, str) for text in v),
         'of the form ("group.field=value; group.field=value", ...)',
@@ -413,7 +421,8 @@ def looks(config) -> dict:
     if "model" not in config:  # nothing is trained
         return {}
     rules = [config.train.get(rule) for rule in STOPPING]
-    settings = " ".join(config.get("sweep", {}).get("setting", ()))
+    sweep = config.get("sweep", {})
+    settings = str((*sweep.get("points", ()), *sweep.get("setting", ())))
     if all(rule is None for rule in rules) and not any(
         f"train.{rule}" in settings for rule in STOPPING
     ):

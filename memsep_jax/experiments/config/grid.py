@@ -1,12 +1,16 @@
 """A config and its sweep become points, each with a config and a seed of its own.
 
-`config.sweep` names the axes; a point is one value of each, and a seed.
+`config.sweep` names the axes; a point is one value of each, and a seed. The axis of
+`sweep.points` has dicts of any fields, {"model.dropout": 0.2}; {} changes none. Names,
+tables and files show such a dict as its text, "model.dropout=0.2".
 """
 
 import ast
 import hashlib
 import itertools
+import json
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +23,11 @@ AXES = {  # axis of config.sweep -> the field of the config that it varies
     "width": ("model", "width"),
     "depth": ("model", "depth"),
     "weight_decay": ("optimizer", "weight_decay"),
-    "setting": None,  # any fields: "optimizer.weight_decay=1.0; model.dropout=0.1"
+    "setting": None,  # the text of one of sweep.points
 }
-
-
 LABELS = {axis: axis.replace("_", " ") for axis in AXES} | {"num_examples": "n"}
-
-
 # Axes that change the shape of a network; a setting may change anything.
 SHAPE = ("d", "width", "depth", "setting")
-
-
 LONG_NAME = 150  # characters of a point's name: file systems take 255
 
 
@@ -54,23 +52,49 @@ def label(row: dict, axes=tuple(AXES)) -> str | None:
     return ", ".join([*named, *([setting] if setting else [])]) or None
 
 
+def axes(config) -> dict[str, tuple]:
+    """The axes that have values, of which the setting has those of sweep.points.
+
+    Strings in sweep.setting, the form of an earlier version, take their place, and stay
+    as they are.
+    """
+    sweep = config.sweep
+    plain = {axis: tuple(sweep[axis]) for axis in AXES if AXES[axis] and sweep[axis]}
+    given = tuple(sweep.get("setting") or sweep.get("points", ()))
+    return plain | ({"setting": given} if given else {})
+
+
+def narrowed(config, values: dict[str, Any]):
+    """The config with one value on each of its axes; an axis without a value has none.
+
+    Args: values, some of `axes`.
+    """
+    one = config.copy_and_resolve_references()
+    one.sweep.update({axis: () for axis in AXES if axis in one.sweep}, points=())
+    for axis, value in values.items():
+        name = "points" if isinstance(value, dict) else axis
+        one.sweep[name] = (value,)
+    return one
+
+
 def points(config) -> list[Point]:
     """All points of config.sweep, the seeds of each side by side.
 
     A seed moves the truth, the draws, the initial weights and the batches alike.
     """
-    axes = {axis: tuple(config.sweep[axis]) for axis in AXES if config.sweep[axis]}
-    found = []
-    for choice in itertools.product(*axes.values(), range(config.sweep.seeds)):
-        values = dict(zip([*axes, "seed"], choice, strict=True))
+    known = axes(config)
+    made = []
+    for choice in itertools.product(*known.values(), range(config.sweep.seeds)):
+        values = dict(zip([*known, "seed"], choice, strict=True))
         one = seeded(config, values["seed"])
-        for axis in axes:
-            if place := AXES[axis]:
-                one[place[0]][place[1]] = values[axis]
-            else:
-                _apply(one, values[axis])
-        found.append(Point(file_name(listed(values)), values, one))
-    return found
+        for axis, value in values.items():
+            if place := AXES.get(axis):
+                one[place[0]][place[1]] = value
+        if "setting" in values:
+            _apply(one, values["setting"])
+            values["setting"] = text_of(values["setting"])
+        made.append(Point(file_name(listed(values)), values, one))
+    return made
 
 
 def listed(values: dict) -> str:
@@ -91,6 +115,41 @@ def file_name(name: str, whole: str | None = None) -> str:
     return f"{safe[:LONG_NAME]}-{digest}"
 
 
+def former_paths(path, values: dict) -> Iterator:
+    """Where else a point may be kept: under names that it had in earlier versions.
+
+    Args: path, its place today; values, those of the point.
+    Yields: candidates, of which `same` says whether they hold the point.
+    """
+    # As it was named before the names of two points could not be one.
+    former = path.with_name(f"{listed(values).replace('/', '_')}.npz")
+    if former != path:
+        yield former
+    if not values.get("setting"):
+        return
+    # Its fields were once written by hand: 1e-5 and 0.00001 are one value.
+    before, _, _ = listed(values).partition("setting=")
+    field = next(iter(parse(values["setting"])))
+    for other in path.parent.glob(f"{before}setting={field}=*.npz"):
+        whole = re.fullmatch(r".*?setting=(.*),seed=(\d+)", other.stem)
+        if other != path and (
+            re.search(r"-[0-9a-f]{8}$", other.stem)  # cut: its name does not say it
+            or (whole and same({"setting": whole[1], "seed": int(whole[2])}, {
+                name: values[name] for name in ("setting", "seed")
+            }))
+        ):  # fmt: skip
+            yield other
+
+
+def same(row: dict, values: dict) -> bool:
+    """Whether a row is of the point that has these values, however they are written."""
+    a, b = dict(values_of(row)), dict(values_of(values))
+    for known in (a, b):
+        if "setting" in known:
+            known["setting"] = fields_of(known["setting"])
+    return a == b
+
+
 def seeded(config, seed: int):
     """The config of a seed of the sweep, before any axis is set."""
     one = config.copy_and_resolve_references()
@@ -101,26 +160,82 @@ def seeded(config, seed: int):
     return one
 
 
-def parse(setting: str) -> dict[str, str]:
-    """ "a.b=1; c.d=2" -> {"a.b": "1", "c.d": "2"}."""
-    parts = (part.partition("=") for part in setting.split(";") if part.strip())
+def text_of(fields) -> str:
+    """{"a.b": 1, "c.d": 2} -> "a.b=1; c.d=2", as names and tables show a point."""
+    if isinstance(fields, str):  # the form of an earlier version, as it is written
+        return fields
+    return "; ".join(f"{name}={_word(value)}" for name, value in fields.items())
+
+
+def _word(value) -> str:
+    plain = str(value)
+    if isinstance(value, str) and (
+        ";" in value or value != value.strip() or _value(value) != value
+    ):
+        return repr(value)  # "1" is no number
+    return plain
+
+
+def parse(text: str) -> dict[str, str]:
+    """ "a.b=1; c.d=2" -> {"a.b": "1", "c.d": "2"}: what `text_of` says."""
+    parts = (part.partition("=") for part in text.split(";") if part.strip())
     return {name.strip(): value.strip() for name, _, value in parts}
 
 
-def _apply(config, setting):
-    """Sets the fields of a setting.   Raises: build.ConfigError."""
-    values: dict[str, Any] = {}
-    for name, text in parse(setting).items():
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text  # a name
+def fields_of(given) -> dict[str, Any]:
+    """The fields and values of a point, given as a dict or as its text."""
+    if isinstance(given, str):
+        return {name: _value(word) for name, word in parse(given).items()}
+    return {name: _tuples(value) for name, value in given.items()}
+
+
+def _value(word):
     try:
-        override(config, values)
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word  # a name
+
+
+def _tuples(value):
+    """JSON knows no tuples, and a config no lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def modernize(values: dict) -> dict:
+    """The values of a config.json whose points stand in sweep.setting, as of today."""
+    sweep = values.get("sweep", {})
+    texts = sweep.get("setting", ()) if isinstance(sweep, dict) else ()
+    if texts and all(isinstance(text, str) for text in texts):
+        made = json.loads(json.dumps(list(map(fields_of, texts)), default=str))
+        sweep.update(points=made, setting=[])
+    return values
+
+
+def outdated(config) -> str | None:
+    """What is said where a config has strings for points."""
+    texts = config.get("sweep", {}).get("setting", ())
+    if not texts:
+        return None
+    example = next((fields for fields in map(fields_of, texts) if fields), {})
+    return (
+        "warning: sweep.setting is read for one more version: give dicts, such as "
+        f"sweep.points=({{}}, {example})"
+    )
+
+
+def _apply(config, given):
+    """Sets the fields of a point.   Raises: build.ConfigError."""
+    try:
+        override(config, fields_of(given))
     except build.ConfigError as error:
+        name = "setting" if isinstance(given, str) else "points"
+        form = (
+            '"group.field=value; group.field=value"'
+            if isinstance(given, str)
+            else '{"group.field": value}'
+        )
         raise build.ConfigError(
-            f'sweep.setting={setting!r}: {error}; write it as "group.field=value; '
-            'group.field=value"'
+            f"sweep.{name}={given!r}: {error}; write it as {form}"
         ) from error
 
 
@@ -146,10 +261,11 @@ def check(config) -> build.Parts:
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
-    if not any(config.sweep[axis] for axis in AXES):
+    if not axes(config):
         raise build.ConfigError(
             "sweep: no axis has a value: give one, such as "
-            f"--config.sweep.num_examples='(100,)', of {', '.join(AXES)}"
+            "--config.sweep.num_examples='(100,)', of "
+            + ", ".join([*(axis for axis in AXES if AXES[axis]), "points"])
         )
     first, *others = (p for p in points(config) if p.values["seed"] == 0)
     parts = build.build(first.config)

@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 )
 from PIL import Image
 
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 # Colours that colour-blind readers tell apart (Okabe and Ito; red and more are Tol's).
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#CC3311", "#8c8c8c"

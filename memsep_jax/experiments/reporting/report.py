@@ -12,10 +12,9 @@ import numpy as np
 
 from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.reporting import figures, verdict
 from memsep_jax.experiments.reporting.verdict import between, percent
-from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.runtime.session import Terminal
 
 PHASES = (
     "data", "compile", "train", "prune", "sample", "neighbours", "quality",
@@ -43,10 +42,11 @@ def write(workdir, say, place=None, config=None):
     _write(Path(workdir), attempt, config, place)
 
 
-def run(config, workdir, drawings=None):
+def run(config, workdir, drawings=None, say=print):
     """Experiment `report`: draws again, without training; a full disk is an error.
 
-    Args: drawings, by the name of a sweeping experiment: see `write_sweep`.
+    Args: drawings, by the name of a sweeping experiment: see `write_sweep`; say, a line
+      to the person.
     """
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
@@ -56,9 +56,8 @@ def run(config, workdir, drawings=None):
         _write_audit(workdir, lambda draw, *args: draw(*args), config)
     else:
         _write(workdir, lambda draw, *args: draw(*args), config)
-    console = Terminal(highlight=False, soft_wrap=True)
-    with contextlib.suppress(OSError):  # a full disk, where that is where it goes
-        console.print(f"report: {workdir / 'report.html'}", markup=False)
+    with contextlib.suppress(OSError):  # a full disk, where the line goes to one
+        say(f"report: {workdir / 'report.html'}")
 
 
 def _write(workdir, attempt, config=None, place=None):

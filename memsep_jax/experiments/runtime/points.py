@@ -1,15 +1,22 @@
-"""A grid of points, each with its own config and seed: what sweeps share.
+"""A grid of points: each is done once, by whichever process takes it first, and kept.
 
 `config.sweep` names the axes; a point is one value of each, and a seed. A finished
 point is kept as points/<tag>/<name>.npz, where the tag stands for the rest of the
 config, and is read instead of done again. One that fails ends no other: why it failed
 is kept as <name>.failed.json beside them, and the same command tries it again.
+
+While a process works on a point it holds the lock <name>.claim, so that several
+processes, on several machines with one file system, share a sweep: each takes what
+nobody has. The lock of a process that was killed is free.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +26,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from memsep_jax import defaults
+from memsep_jax.checkpoint import ConflictError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime import locks
 
 # Exit codes of errors that are of no single point: what a person must change, a disk
 # that is full.
 ENDS_ALL = (2, 5)
 LISTED, LONG = 10, 400  # failed points in a message, characters of each
+STATES = ("done", "failed", "running", "stopped", "waiting")
 
 
 class FailedError(RuntimeError):
@@ -34,6 +44,77 @@ class FailedError(RuntimeError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# Points that several processes share.
+
+
+def why(path) -> Path:
+    """The file that says why a point failed."""
+    return _beside(path, ".failed.json")
+
+
+def claim(path) -> Path:
+    """The lock of whoever works on a point."""
+    return _beside(path, ".claim")
+
+
+def _beside(path, suffix):
+    return path.with_name(path.name.removesuffix(".npz") + suffix)
+
+
+def state(path, done: bool, begun: bool = False) -> str:
+    """One of STATES.
+
+    Args: path, of the point; done, whether its result is there; begun, whether there is
+      something to go on with.
+    """
+    if done:
+        return "done"
+    if locks.gone(claim(path)) is None:
+        return "running"
+    if why(path).exists():
+        return "failed"
+    return "stopped" if begun or claim(path).exists() else "waiting"
+
+
+def taken(
+    some: Iterable, path: Callable, is_open: Callable, most: int = 1
+) -> Generator[list]:
+    """Takes the open points that nobody else has, at most `most` together.
+
+    Args: path, point -> Path; is_open, point -> bool, whether it is still to be done.
+    Yields: lists of points, which are this process's own until the next one.
+    """
+    left = list(some)
+    while left:
+        with contextlib.ExitStack() as claims:
+            own: list = []
+            while left and len(own) < most:
+                point = left.pop(0)
+                if is_open(point):
+                    mine = claims.enter_context(_claimed(path(point)))
+                    # Again: another process may have done it just now.
+                    own += [point] if mine and is_open(point) else []
+            if own:
+                yield own
+
+
+@contextlib.contextmanager
+def _claimed(path):
+    """Whether this process has a point; inside the block, nobody else takes it."""
+    try:
+        handle = locks.take(claim(path))
+    except ConflictError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        locks.release(handle, claim(path))
+
+
+# The points of one config, whose results are arrays.
 
 
 def run(
@@ -45,6 +126,8 @@ def run(
 ) -> list[dict]:
     """The results of all points, in their order; finished ones are not done again.
 
+    It waits for points that another process is at.
+
     Args:
       work: some points -> for each a dict of numbers and arrays, or the error that it
         alone failed with.
@@ -54,36 +137,88 @@ def run(
     Raises:
       FailedError where all failed; else `finish` does, when the others are shown.
     """
-    todo: dict[Any, list[grid.Point]] = {}
-    found: dict[str, dict] = {}
-    every = grid.points(config)
+    every, told = grid.points(config), False
     with session.progress(what, len(every)) as update:
-        for point in every:
-            known = record.read_npz(path_of(session.workdir, config, point))
-            if known is None:
-                todo.setdefault(alike(point), []).append(point)
-            else:
-                found[point.name] = known
-        count = len(found)
-        update(count)
-        for group in todo.values():
-            for start in range(0, len(group), config.sweep.together):
-                some = group[start : start + config.sweep.together]
-                for point, result in _results(work, some, session):
-                    path = path_of(session.workdir, config, point)
+        sweep = _Sweep(config, session, every, update)
+        while left := [point for point in every if sweep.is_open(point)]:
+            groups: dict[Any, list[grid.Point]] = {}
+            for point in left:
+                groups.setdefault(alike(point), []).append(point)
+            if any([sweep.did(group, work) for group in groups.values()]):
+                continue
+            if not told:
+                session.say(f"waiting: other processes are at {len(left)} {what}")
+            told = True
+            time.sleep(locks.POLL)
+    if not sweep.results:
+        raise failure([sweep.path(point) for point in every], len(every))
+    return [sweep.results[p.name] for p in every if p.name in sweep.results]
+
+
+class _Sweep:
+    """What is known of the points of a config while this process is at work."""
+
+    def __init__(self, config, session, every, update):
+        self.results: dict[str, dict] = {}
+        self._failed: set[str] = set()
+        self._together, self._session = config.sweep.together, session
+        self._update = update
+        self._paths = {p.name: path_of(session.workdir, config, p) for p in every}
+        # What failed in a run before this one is tried again.
+        self._before = {p.name: _written(why(self.path(p))) for p in every}
+
+    def path(self, point) -> Path:
+        return self._paths[point.name]
+
+    def is_open(self, point) -> bool:
+        """Whether a point is still to be done; reads it where it is there."""
+        if point.name in self.results or point.name in self._failed:
+            return False
+        path = self.path(point)
+        if (known := record.read_npz(path)) is not None:
+            self._keep(point, known)
+        elif _written(why(path)) not in (None, self._before[point.name]):
+            self._fail(point)  # to another process, just now
+        else:
+            return True
+        return False
+
+    def did(self, group, work) -> bool:
+        """Works on those of a group that nobody else has; whether there were any."""
+        batches = taken(group, self.path, self.is_open, self._together)
+        some = False
+        with contextlib.closing(batches):
+            for own in batches:
+                some = True
+                for point, result in _results(work, own, self._session):
                     if isinstance(result, Exception):
-                        _note(path, result, session)
+                        _note(self.path(point), result, self._session)
+                        self._fail(point)
                     else:
-                        found[point.name] = _arrays(point.values) | result
-                        record.write_npz(path, **found[point.name])
-                        why(path).unlink(missing_ok=True)
-                    count += 1
-                    update(count, point.name)
-    if not found:
-        raise failure(
-            [path_of(session.workdir, config, point) for point in every], len(every)
-        )
-    return [found[point.name] for point in every if point.name in found]
+                        arrays = _arrays(point.values) | result
+                        record.write_npz(self.path(point), **arrays)
+                        why(self.path(point)).unlink(missing_ok=True)
+                        self._keep(point, arrays)
+        return some
+
+    def _keep(self, point, arrays):
+        # The values as this config writes them.
+        self.results[point.name] = arrays | _arrays(point.values)
+        self._count(point)
+
+    def _fail(self, point):
+        self._failed.add(point.name)
+        self._count(point)
+
+    def _count(self, point):
+        self._update(len(self.results) + len(self._failed), point.name)
+
+
+def _written(path) -> int | None:
+    """When a file was written; None where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 def attempt(work, *args):
@@ -99,14 +234,14 @@ def attempt(work, *args):
 def _results(work, some, session) -> Iterator[tuple[grid.Point, dict | Exception]]:
     """Each of some points with its arrays, or with the error that it failed with.
 
-    Where an error ends the work on several, which one it belongs to is not known: those
-    that are left are done alone.
+    Where an error ends the work on several points, nobody knows whose it is: those that
+    are left are done one by one.
     """
     left = list(some)
     try:
         for _, result in zip(some, work(some), strict=True):
             if not isinstance(result, Exception):
-                # What a device could not do is said here, and not when it is fetched.
+                # An error of the device shows here, and not when arrays are fetched.
                 result = _arrays(jax.block_until_ready(result))
             yield left.pop(0), result
     except Exception as error:
@@ -129,13 +264,13 @@ def _arrays(values):
 
 
 def _note(path, error, session):
-    """Keeps why a point failed, and says it."""
+    """Writes and says why a point failed."""
     record.write_json(why(path), explained(error))
     session.say(f"warning: {path.stem} failed: {short(error)}")
 
 
 def explained(error) -> dict:
-    """What is kept of an error that a point failed with."""
+    """What the file of a point that failed says of its error."""
     return {
         "error": f"{type(error).__name__}: {error}",
         "exit_code": getattr(error, "exit_code", 1),
@@ -144,7 +279,10 @@ def explained(error) -> dict:
 
 
 def failure(failed: list[Path], total: int) -> FailedError:
-    """What is raised at the end.   Args: failed, where these points would be kept."""
+    """The error that a sweep ends with.
+
+    Args: failed, the paths at which the results of these points would be.
+    """
     known = [record.read_json(why(path)) or {} for path in failed]
     lines = [
         f"  {path.stem}: {about.get('error', 'unknown')}".splitlines()[0][:LONG]
@@ -173,24 +311,34 @@ def status(workdir) -> Table | None:
         return None
     config = defaults.restored(values)
     paths = [path_of(workdir, config, point) for point in grid.points(config)]
-    if config.experiment == "emm":  # that chooses its sizes as it goes
+    if config.experiment == "emm":  # which chooses its sizes as it goes
         folder = _folder(workdir, config)
-        files = [path.name for path in folder.glob("[!.]*")]
-        names = [f.removesuffix(".npz").removesuffix(".failed.json") for f in files]
-        paths = [folder / f"{name}.npz" for name in sorted(set(names))]
+        names = {_name(path) for path in folder.glob("[!.]*")}
+        paths = [folder / f"{name}.npz" for name in sorted(names)]
     rows = []
     for path in paths:
-        reason = record.read_json(why(path))
-        if path.is_file():
-            rows.append((path.stem, "done", ""))
-        elif reason is not None:
-            rows.append((path.stem, "failed", reason["error"].splitlines()[0][:100]))
-        else:
-            rows.append((path.stem, "missing", ""))
-    states = [state for _, state, _ in rows]
-    counts = [f"{states.count(s)} {s}" for s in ("done", "failed", "missing")]
-    shown = Table(title=f"{config.experiment}: {', '.join(counts)}")
-    columns = ("point", "", "why") if "failed" in states else ("point", "")
+        known = state(path, path.is_file())
+        shown = "missing" if known in ("stopped", "waiting") else known
+        reason = (record.read_json(why(path)) or {}) if known == "failed" else {}
+        about = reason.get("error", "").partition("\n")[0][:100]
+        rows.append((path.stem, shown, about))
+    counts = Counter(known for _, known, _ in rows)
+    words = ("done", "failed", "missing", *(["running"] if counts["running"] else []))
+    title = ", ".join(f"{counts[word]} {word}" for word in words)
+    columns = ("point", "", "why")[: 3 if counts["failed"] else 2]
+    return table(f"{config.experiment}: {title}", columns, rows)
+
+
+def _name(path):
+    name = path.name
+    for suffix in (".npz", ".failed.json", ".claim"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def table(title: str, columns, rows) -> Table:
+    """Points as a table for a person; of each row as many cells as columns."""
+    shown = Table(title=title)
     for name in columns:
         shown.add_column(name, overflow="fold")
     for row in rows:
@@ -201,17 +349,17 @@ def status(workdir) -> Table | None:
 def path_of(workdir, config, point) -> Path:
     """Where a point is kept."""
     path = _folder(workdir, config) / f"{point.name}.npz"
-    # As it was named before the names of two points could not be one.
-    former = path.with_name(f"{grid.listed(point.values).replace('/', '_')}.npz")
-    if former != path and not path.exists():
-        known = record.read_npz(former)
-        if known is not None and grid.values_of(known) == grid.values_of(point.values):
-            return former
+    if path.exists():
+        return path
+    for other in grid.former_paths(path, point.values):
+        known = record.read_npz(other)
+        if known is not None and grid.same(known, point.values):
+            return other
     return path
 
 
 def _folder(workdir, config) -> Path:
-    """Of the points; its name stands for all that is no axis."""
+    """The folder of the points; its name stands for all of the config but its axes."""
     rest = build.to_json(config)
     for group in ("sweep", "emm", "run"):
         rest.pop(group, None)
@@ -219,11 +367,6 @@ def _folder(workdir, config) -> Path:
     text = json.dumps(rest, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Path(workdir) / "points" / tag
-
-
-def why(path) -> Path:
-    """Where it is kept why a point failed."""
-    return path.with_suffix(".failed.json")
 
 
 def short(error) -> str:

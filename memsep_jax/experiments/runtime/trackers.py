@@ -1,4 +1,4 @@
-"""metrics.jsonl to TensorBoard or Weights & Biases as well, where a person asks."""
+"""The rows of metrics.jsonl in TensorBoard or Weights & Biases too, on request."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def tensorboard(workdir, config):
 
 
 def wandb(workdir, config):
-    """A run of Weights & Biases (extra `wandb`); offline where nobody is logged in."""
+    """A run in Weights & Biases (extra `wandb`); offline where nobody is logged in."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
@@ -57,7 +57,7 @@ TRACKERS = {"none": none, "tensorboard": tensorboard, "wandb": wandb}
 
 
 def tracker(name, workdir, config, say):
-    """(row) -> None. A tracker that fails is one warning and is not asked again."""
+    """(row) -> None. A tracker that fails gets one warning, and no more rows."""
     track = None
 
     def fail(error):
@@ -87,7 +87,7 @@ def tracker(name, workdir, config, say):
 
 
 def _flat(row):
-    """Scalars by name; of a list of losses, the mean."""
+    """Scalars by name, with the mean of a list of losses."""
     for name, value in row.items():
         if isinstance(value, (int, float)) and name != "step":
             yield name, value

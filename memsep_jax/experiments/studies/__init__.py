@@ -57,6 +57,8 @@ DRAWINGS = {  # of the sweeps: what `report` draws again
     "prune": mitigate.draw,
     "twins": twins.draw,
 }
+# Studies whose points several processes may share.
+SHARED = DRAWINGS.keys() - {"calibrate"}
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
@@ -72,7 +74,8 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
       FailedError and Interrupted, each with the `exit_code` of the command line.
     """
     experiment = build.look_up(EXPERIMENTS, config.experiment, "experiment")
-    session = Session(workdir, config, allow_config_change)
+    shared = config.experiment in SHARED
+    session = Session(workdir, config, allow_config_change, shared)
     if config.experiment == "report":
         status = points.status(workdir)
         if status is not None:
@@ -82,7 +85,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
             with Session(workdir, own) as session:
                 unfinished.run(own, session)
         elif status is None or (session.workdir / "metrics.json").exists():
-            experiment(config, workdir, DRAWINGS)
+            experiment(config, workdir, DRAWINGS, session.say)
         else:
             session.say("figures are drawn at the end of the sweep: give its command")
     elif session.is_complete() and resume_step is None:

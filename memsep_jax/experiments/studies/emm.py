@@ -53,15 +53,12 @@ def run(config, session, resume_step=None):
 
 def choices(config) -> list:
     """A config for every setting of the sweep, without the sizes."""
-    axes = {axis: tuple(config.sweep[axis]) for axis in OTHER if config.sweep[axis]}
-    found = []
-    for values in itertools.product(*axes.values()):
-        one = config.copy_and_resolve_references()
-        one.sweep.num_examples = ()
-        for axis, value in zip(axes, values, strict=True):
-            one.sweep[axis] = (value,)
-        found.append(one)
-    return found
+    axes = grid.axes(config)
+    axes.pop("num_examples", None)
+    return [
+        grid.narrowed(config, dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+    ]
 
 
 def at(choice, n: int):
@@ -182,9 +179,8 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
     """
     level, samples = _level(choice), choice.sampler.num_samples
     sizes = list(rows)
-    axes = {axis: choice.sweep[axis][0] for axis in OTHER if choice.sweep[axis]}
     found = {
-        "setting": grid.label(axes),
+        "setting": grid.label(grid.points(choice)[0].values, OTHER),
         "sizes": sizes,
         "seeds": choice.sweep.seeds,
         "ended": ended,

@@ -1,6 +1,6 @@
 """What drives memorization: a grid over any fields, one picture and table a factor.
 
-Each setting of sweep.setting changes some fields of the config; "" is the base. What
+Each of sweep.points changes some fields of the config; {} is the base. What
 differs in the value of the same fields is one factor (Gu 2023, sections 4 to 6).
 """
 
@@ -57,7 +57,8 @@ def value_of(setting: str) -> Value:
 
 def base_values(config) -> dict:
     """What the config itself has for each factor; None where it is not set."""
-    factors = {value_of(s).factor for s in config.sweep.setting if grid.parse(s)}
+    settings = map(grid.fields_of, grid.axes(config).get("setting", ()))
+    factors = {next(iter(fields)) for fields in settings if fields}
     places = {factor: factor.partition(".") for factor in factors}
     return {factor: config[group][name] for factor, (group, _, name) in places.items()}
 

@@ -53,6 +53,7 @@ def run(config, session, resume_step=None):
 
     rows = points.run(config, session, work)
     table = results.over_seeds(rows)
+    session.lead()
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
     session.say(_ratios(table))
     results.finish(config, session, rows, draw)

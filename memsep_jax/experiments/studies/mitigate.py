@@ -1,9 +1,9 @@
 """What helps against memorization, on one frontier, and whether it comes back.
 
-Experiments `prune` and `mitigate`: every point of sweep.setting is a network that is
+Experiments `prune` and `mitigate`: every one of sweep.points is a network that is
 trained with some switches of the config (or taken from models/, or from prune.source),
-pruned where prune.ratio asks for it, fine-tuned, and looked at on the way. The setting
-"" is the control: neither switches nor pruning, and the same extra steps.
+pruned where prune.ratio asks for it, fine-tuned, and looked at on the way. The point
+{} is the control: neither switches nor pruning, and the same extra steps.
 
 The re-test, where measure.targets asks for it: what the final network emits in more
 samples, what a gradient search for an initial noise finds, and what it emits after

@@ -13,7 +13,7 @@ import numpy as np
 from memsep_jax import checkpoint, sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.runtime import locks, record
 from memsep_jax.experiments.studies import monitor, pruning, training_run
 
 POLL = 1.0  # seconds between two tries to read what another run has yet to write
@@ -40,7 +40,9 @@ def name(config) -> str:
 def trained(config, parts, session, generate=None):
     """The train.TrainState of a network, trained here unless it already was."""
     where = session.workdir / "models" / name(config)
-    return training_run.learn(config, parts, session, None, generate, where)
+    # Points that other processes do may need the same network.
+    with locks.held(where.with_name(f".{where.name}.lock"), session.say):
+        return training_run.learn(config, parts, session, None, generate, where)
 
 
 def awaited(read, where, seconds: float, say):

@@ -47,6 +47,7 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
       their order: those that the rows have.
     Raises: FailedError at the end, where points failed.
     """
+    session.lead()  # one process alone writes what is of all points
     every = grid.points(config) if every is None else every
     known = {grid.values_of(row): row for row in rows}
     done: list[Path] = []

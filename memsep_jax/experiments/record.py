@@ -23,20 +23,19 @@ from jax.sharding import NamedSharding
 
 from memsep_jax import parallel
 from memsep_jax.checkpoint import StorageError
-from memsep_jax.experiments import training
 
-# A signal waits for the end of a call into XLA: so many seconds, by the measured rate.
+# Seconds of a call into XLA, by the measured rate: a signal waits for its end.
 CALL = 2.0
-# FLOPs of the least that is done in a call: 10 s where a second has so many tenths.
+# The most FLOPs that one call does where it can do less: 10 s of a slow device.
 LEAST = {"cpu": 1e11}  # 1e10 FLOP/s, a slow core
 LEAST_ELSEWHERE = 1e14  # 1e13, a slow accelerator
 GIB = 2**30
-# What XLA says of it, also through a computation that waited for the one that failed.
+# What XLA says of full memory, also through a computation that waited for another one.
 FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 class OutOfMemoryError(RuntimeError):
-    """The memory does not suffice for the least that can be done at once."""
+    """Memory does not suffice for the smallest piece of work."""
 
     exit_code = 1
 
@@ -48,7 +47,8 @@ def replacing(path):
     Raises: StorageError naming the file where the disk does not take it.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    # Processes that share a sweep may write one name at the same time.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -92,8 +92,8 @@ def read_npz(path):
 
 
 def write_csv(path, columns: dict):
-    """Writes equally long columns, one row each."""
-    # A file may have a name that is no text: its bytes are shown then.
+    """Writes columns of one length."""
+    # The name of a file may be no text: then its bytes are shown.
     with (
         replacing(path) as part,
         open(
@@ -109,7 +109,7 @@ UNFINISHED = "unfinished"
 
 
 class Metrics:
-    """metrics.jsonl: one row per logged step, each step once, through any restarts.
+    """metrics.jsonl: one row for each logged step, once, through any restarts.
 
     `unfinished` is what is known of a last step that was stopped before all of its row
     was measured; a row of that step takes its place.
@@ -167,36 +167,32 @@ def _rows(path):
 
 
 def read_points(workdir, metrics) -> list[dict]:
-    """The points of a sweep, as `sweep.run` kept them: what metrics.json lists."""
-    found = []
-    for name in metrics["points"]:
-        arrays = read_npz(Path(workdir) / name)
-        if arrays is not None:
-            found.append(arrays)
-    return found
+    """The points of a sweep that metrics.json lists, as `points.run` kept them."""
+    every = (read_npz(Path(workdir) / name) for name in metrics["points"])
+    return [arrays for arrays in every if arrays is not None]
 
 
 def kept(path, work) -> dict:
-    """The arrays of work(), a dict; read where they are there whole, else kept there.
+    """The arrays of work(), a dict: read from a file that has them, else written there.
 
-    So an interrupted run goes on where it stopped: no other work is kept.
+    So an interrupted run goes on where it stopped.
     """
-    found = read_npz(path)
-    if found is None:
+    arrays = read_npz(path)
+    if arrays is None:
         _trim()(0)
-        # np.asarray of what failed on its way would end the process.
+        # np.asarray of a computation that failed later would end the process.
         done = jax.block_until_ready(work())
-        found = {name: np.asarray(value) for name, value in done.items()}
-        write_npz(path, **found)
-    return found
+        arrays = {name: np.asarray(value) for name, value in done.items()}
+        write_npz(path, **arrays)
+    return arrays
 
 
 @functools.cache
 def _trim():
     """malloc_trim of glibc, which gives freed memory back; elsewhere, nothing.
 
-    Of its own glibc keeps what was freed in pieces below 32 MB: after the searches of
-    1,000 images of 256 x 256, 0.3 GiB that no array takes.
+    By itself glibc keeps pieces below 32 MB that were freed: 0.3 GiB after the searches
+    of 1,000 images of 256 x 256.
     """
     try:
         return ctypes.CDLL(None).malloc_trim
@@ -207,30 +203,30 @@ def _trim():
 def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
     """work(start, stop) -> dict of arrays, over range(total), each chunk `kept`.
 
-    Where memory ends, a chunk is done in halves, and kept as the one that it is.
+    Where memory ends, a chunk is done in halves, and kept as one all the same.
 
     Returns: the dict of concatenated arrays.   Raises: OutOfMemoryError.
     """
-    directory, found = Path(directory), {}
+    directory, whole = Path(directory), {}
     work = halving(work, session.say)
     with session.progress(what, total) as update:
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             path = directory / f"{start:08d}-{stop:08d}.npz"
             for name, part in kept(path, functools.partial(work, start, stop)).items():
-                if not start:  # in place: a list to be joined would be all once more
-                    found[name] = np.empty((total, *part.shape[1:]), part.dtype)
-                found[name][start:stop] = part
+                if not start:  # in place: joining a list would take twice the memory
+                    whole[name] = np.empty((total, *part.shape[1:]), part.dtype)
+                whole[name][start:stop] = part
             update(stop)
-    return found
+    return whole
 
 
 def halving(work, say, most: float = math.inf, least: int = 1):
     """work(..., start, stop) -> arrays of a range, for ranges of any length.
 
-    Args: say, to tell of memory that ended; most, that are done at once, and half as
-      many for good from there on; least, of which no half is taken.
-    Raises: OutOfMemoryError with what was asked of the memory.
+    Args: say, a line to the person where memory ends; most, the size of a piece, which
+      is halved for good each time; least, the size that is not halved any more.
+    Raises: OutOfMemoryError with the size that did not fit.
     """
 
     def halved(*args):
@@ -262,9 +258,9 @@ def halving(work, say, most: float = math.inf, least: int = 1):
 
 
 def at_once(flops: float, most: int) -> int:
-    """How many things of so many FLOPs each are batched: most, its half, its quarter...
+    """The size of a batch of things with these FLOPs each: most, its half, its quarter.
 
-    That many take 10 seconds at most, down to one, on a slow device of the kind. It is
+    It takes 10 seconds at most, down to one thing, on a slow device of the kind. It is
     not measured: a batch of another size may round otherwise, and a run that is stopped
     and goes on, in a busier hour, comes to the same bits.
     """
@@ -277,12 +273,12 @@ def at_once(flops: float, most: int) -> int:
 def paced(advance, pause=lambda: None):
     """(state, total, *args) -> the state after all of range(total).
 
-    A call does as many as take CALL seconds by the rate of the one before it.
+    A call does what takes CALL seconds at the rate of the call before it.
 
     Args:
       advance: (state, *args, first, last) -> state, one program for every first and
         last: then no bit depends on the rate.
-      pause: is called between the calls, and may raise.
+      pause: called between the calls; it may raise.
     """
     most = 1
 
@@ -323,7 +319,8 @@ def mapped(one, most: int, pause=lambda: None):
 
     def every(total, *args):
         if not known:  # traced once, not at every look
-            each = training.flops(jax.jit(one).lower(0, *args))
+            cost = jax.jit(one).lower(0, *args).cost_analysis() or {}
+            each = float(cost.get("flops", math.nan))  # XLA may not say
             place = _everywhere(args)  # what comes back goes in: one program
             program = jax.jit(advance, donate_argnums=0, out_shardings=place)
             known.extend([each, place, paced(program, pause)])
@@ -357,7 +354,7 @@ GROUPS = (  # of control groups, version 2 and 1: the limit, what is taken, a ca
 
 
 def available(root=Path("/")) -> tuple[float, str]:
-    """Bytes that the machine, or the container, has free, and how that is known.
+    """Bytes that the machine or its container has free, and whose word that is.
 
     Args: root, of the file system, for tests.
     """

@@ -1,0 +1,122 @@
+"""Points that are runs of their own, each in a workdir, by any number of workers.
+
+The mechanism is that of `points`: a worker takes the next point that nobody has. The
+claim of a worker that was killed stays, until the command is given again: what ended
+one worker might end all of them.
+"""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from memsep_jax.checkpoint import StorageError
+from memsep_jax.experiments import record
+from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config.command import UsageError, load
+from memsep_jax.experiments.config.grid import Point
+from memsep_jax.experiments.runtime import locks, points
+from memsep_jax.experiments.runtime.session import Session
+
+LONG = 150  # characters of why a point failed, in a table
+
+
+def place(workdir: Path, point: Point) -> Path:
+    """The workdir of a point's run."""
+    folder = _path(workdir, point)
+    # As it was named before the names of two points could not be one.
+    plain = re.sub(r"[/\0]", "_", grid.listed(point.values)) or "all"
+    former = folder.with_name(grid.file_name(plain))
+    if former != folder and not folder.exists():
+        with contextlib.suppress(UsageError):
+            known = load(f"{former}/config.json")
+            if build.to_json(known) == build.to_json(point.config):
+                return former
+    return folder
+
+
+def _path(workdir, point):
+    return workdir / "points" / point.name
+
+
+def state(workdir: Path, point: Point) -> str:
+    """One of points.STATES."""
+    folder = place(workdir, point)
+    done = Session(folder, point.config).is_complete()
+    return points.state(_path(workdir, point), done, (folder / "run.json").exists())
+
+
+def _is_open(workdir, point):
+    """Whether a point neither failed nor is done."""
+    if points.why(_path(workdir, point)).exists():
+        return False
+    return not Session(place(workdir, point), point.config).is_complete()
+
+
+def counted(states) -> str:
+    """ "3 done, 1 running"."""
+    counts = Counter(states)
+    return ", ".join(f"{counts[name]} {name}" for name in points.STATES if counts[name])
+
+
+def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> None:
+    """Runs what nobody has, point by point, until nothing is left.
+
+    Args: run, (config, workdir) of a point; say, a line to whoever reads the log.
+    Raises: Interrupted, where a signal came and what was begun is saved; StorageError.
+    """
+
+    def path(point):
+        return _path(workdir, point)
+
+    def is_open(point):
+        return _is_open(workdir, point)
+
+    while left := [p for p in every if not points.claim(path(p)).exists()]:
+        some = False
+        with contextlib.closing(points.taken(left, path, is_open)) as batches:
+            for (point,) in batches:
+                some = True
+                _try(workdir, point, run, say)
+        if not some:
+            return
+
+
+def _try(workdir, point, run, say):
+    say(f"== {point.name}")
+    try:
+        run(point.config, place(workdir, point))
+    except StorageError:  # is of no single point
+        raise
+    except Exception as error:
+        say(f"failed: {points.short(error)}")
+        known = points.explained(error)
+        record.write_json(points.why(_path(workdir, point)), known)
+    jax.clear_caches()
+
+
+def clear(workdir: Path, every: list[Point], retry: bool) -> None:
+    """Lets what was killed be done again, and with `retry` what failed."""
+    for point in every:
+        path = _path(workdir, point)
+        if locks.gone(points.claim(path)) is not None:
+            points.claim(path).unlink(missing_ok=True)
+        if retry:
+            points.why(path).unlink(missing_ok=True)
+
+
+def status(workdir: Path, every: list[Point]) -> Table:
+    """Every point and what is known of it, as a table for a person."""
+    states = [state(workdir, point) for point in every]
+    rows = []
+    for point, what in zip(every, states, strict=True):
+        known = record.read_json(place(workdir, point) / "run.json") or {}
+        seconds = sum(known.get("seconds", {}).values())
+        reason = record.read_json(points.why(_path(workdir, point))) or {}
+        about = reason.get("error", "").partition("\n")[0][:LONG]
+        rows.append((point.name, what, f"{seconds:.0f}" if seconds else "", about))
+    return points.table(counted(states), ("point", "", "seconds", "why"), rows)

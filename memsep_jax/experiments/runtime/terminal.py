@@ -1,0 +1,64 @@
+"""Where a run speaks: lines, tables, and a bar of progress."""
+
+import contextlib
+import os
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
+
+
+class Terminal(Console):
+    """A console that goes on when nobody listens any more (`| head`)."""
+
+    def on_broken_pipe(self):
+        """Rich would end the process here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def progress(console, say, what: str, total: int, done: int = 0):
+    """A live bar, or plain lines where there is no terminal.
+
+    Yields: update(done, text), to be called as often as one likes.
+    """
+    if not console.is_terminal:
+        yield _plain(say, what, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, completed=done, text="")
+        yield lambda done, text="": bar.update(task, completed=done, text=text)
+
+
+def _plain(say, what, total, first):
+    started, last = time.monotonic(), 0.0
+
+    def update(done, text=""):
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_EVERY and done < total:
+            return
+        last = now
+        rate = (done - first) / max(now - started, 1e-9)
+        eta = f"{(total - done) / rate:.0f} s" if rate else "?"
+        say(f"{what} {done}/{total}  {text}  ETA {eta}")
+
+    return update
