@@ -17,8 +17,8 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
     {"models"},
-    {"readers"},
-    {"data", "sources", "train", "prune", "parallel", "checkpoint", "defaults"},
+    {"data", "train", "prune", "parallel", "checkpoint", "defaults"},
+    {"sources", "readers"},  # older names of two rooms of data
     {"weights", "features"},
     {"experiments"},
     {"main"},
@@ -29,11 +29,11 @@ OWNERS = {  # package: rooms that may import it
     "flax.struct": {"train"},
     "optax": {"train"},
     "orbax": {"checkpoint"},
-    "tensorflow_datasets": {"data", "sources"},
+    "tensorflow_datasets": {"data"},
     "safetensors": {"weights"},
-    "sklearn": {"data", "sources", "experiments.studies.compare"},
+    "sklearn": {"data", "experiments.studies.compare"},
     "scipy": {"experiments.studies.results"},
-    "PIL": {"data", "readers", "sources", "experiments"},
+    "PIL": {"data", "experiments"},
     "ml_collections": {"main", "experiments.config", "defaults"},
     "matplotlib": {"experiments.reporting.figures"},
     "jinja2": {"experiments.reporting.report"},
@@ -41,7 +41,6 @@ OWNERS = {  # package: rooms that may import it
     # Warnings of what is wrong with the data or the disk, and nothing else.
     "absl.logging": {
         "data",
-        "sources",
         "checkpoint",
         "fidelity",
         "main",
@@ -109,7 +108,7 @@ def violations(room, tree):
         owners = set().union(*(OWNERS[p] for p in OWNERS if within(name, p)))
         if not any(within(room, owner) for owner in owners):
             yield f"{where}: owned by {sorted(owners) or 'nobody'}"
-        if package in LAZY and top in ("data", "sources") and not inside:
+        if package in LAZY and top == "data" and not inside:
             yield f"{where}: inside the function that needs it"
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memsep_jax import data, mixture, sources
+from memsep_jax import data, mixture
+from memsep_jax.data import archives, sources
 
 
 def pool(n=60):
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (n + 5, 4, 4, 1), np.uint8)
     labels = np.arange(n + 5, dtype=np.int32) % 3
-    return sources.Source(images[:n], labels[:n], images[n:], labels[n:])
+    return data.Source(images[:n], labels[:n], images[n:], labels[n:])
 
 
 def test_digits():
@@ -66,7 +67,7 @@ def test_what_a_law_does_not_take_is_refused():
 
 def test_npz_reads_images_vectors_and_labels(tmp_path):
     source, path = pool(), tmp_path / "set.npz"
-    np.savez(path, **dict(zip(sources.KEYS, source[:4], strict=True)))
+    np.savez(path, **dict(zip(archives.KEYS, source[:4], strict=True)))
     for got, stored in zip(sources.npz(path), source, strict=True):
         np.testing.assert_array_equal(got, stored)
     np.savez(path, train_images=np.full((4, 3), 7, np.float32))
@@ -153,12 +154,10 @@ def test_damaged_npz_files_are_refused(tmp_path):
 
 def test_rows_on_disk_are_those_in_memory(tmp_path):
     path, source = tmp_path / "x.npz", pool()._replace(test_labels=None)
-    arrays = zip(sources.KEYS, source[:4], strict=True)
+    arrays = zip(archives.KEYS, source[:4], strict=True)
     np.savez(path, **{key: array for key, array in arrays if array is not None})
     got = sources.npz(path, stream=True)
-    assert isinstance(got.images, sources.Rows) and len(got.images) == len(
-        source.images
-    )
+    assert isinstance(got.images, data.Rows) and len(got.images) == len(source.images)
     assert not got.images.array.flags.owndata  # a map of the file
     np.testing.assert_array_equal(got.images, source.images)
     np.testing.assert_array_equal(got.labels, source.labels)
@@ -260,7 +259,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 # CIFAR-10 and TensorFlow Datasets: the true route on a small archive.
 
-BATCHES = sources.CIFAR_TRAIN + sources.CIFAR_TEST
+BATCHES = archives.CIFAR_TRAIN + archives.CIFAR_TEST
 
 
 def records(name, n=4):
@@ -289,8 +288,8 @@ def pack(monkeypatch, root, members=(), without=()):
 
 def expect(monkeypatch, path):
     content = path.read_bytes()
-    monkeypatch.setattr(sources, "CIFAR_BYTES", len(content))
-    monkeypatch.setattr(sources, "CIFAR_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(archives, "CIFAR_BYTES", len(content))
+    monkeypatch.setattr(archives, "CIFAR_SHA256", hashlib.sha256(content).hexdigest())
     return path
 
 
@@ -323,7 +322,7 @@ def test_cifar10_is_prepared_read_and_cached(tmp_path, monkeypatch):
     builder = tensorflow_datasets.builder("cifar10", data_dir=tmp_path)
     stock = builder.as_data_source(split="train")
     np.testing.assert_array_equal(stock[0]["image"], first.images[0])
-    assert builder.info.features["label"].names == sources.CIFAR_NAMES
+    assert builder.info.features["label"].names == archives.CIFAR_NAMES
 
 
 def member(name, size=0, kind=tarfile.REGTYPE):
@@ -344,7 +343,7 @@ def member(name, size=0, kind=tarfile.REGTYPE):
     ],
 )
 def test_a_hostile_archive_is_refused(bad, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CIFAR_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(archives, "CIFAR_UNPACKED_BYTES", 1_000_000)
     pack(monkeypatch, tmp_path, members=[bad])
     with pytest.raises(data.DataError, match=message):
         sources.cifar10(tmp_path)
@@ -366,7 +365,7 @@ def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
     expect(monkeypatch, path)
     with pytest.raises(data.DataError, match="damaged"):
         sources.cifar10(tmp_path)
-    pack(monkeypatch, tmp_path, without=[sources.CIFAR_TEST[0]])
+    pack(monkeypatch, tmp_path, without=[archives.CIFAR_TEST[0]])
     with pytest.raises(data.DataError, match="test_batch.bin is missing"):
         sources.cifar10(tmp_path)
 
@@ -422,7 +421,7 @@ def test_tfds_reads_what_is_prepared(tmp_path):
     assert got.images.shape == (5, 4, 4, 1)
     assert sorted(got.test_labels) == [3, 4]  # its validation split
     streamed = sources.tfds("tiny_set", tmp_path, stream=True)
-    assert isinstance(streamed.images, sources.Rows)
+    assert isinstance(streamed.images, data.Rows)
     for one, two in zip(got[:4], streamed[:4], strict=True):
         np.testing.assert_array_equal(one, two)
     with pytest.raises(ValueError, match="neither known"):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memsep_jax import data, empirical, parallel, sampling, score, sources, train
+from memsep_jax import data, empirical, parallel, sampling, score, train
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.config.build import Parts
 
@@ -82,7 +82,7 @@ def _ask(parts, config, label):
     made = parts.process
     if config.train.ambient is not None:
         # One key for all seeds: the noisy copies belong to the data.
-        return train.ambient(made, config.train.ambient, jax.random.key(sources.BRANCH))
+        return train.ambient(made, config.train.ambient, jax.random.key(data.BRANCH))
     if config.train.temperature is None:
         return train.clean(made)
     (points, labels), log_weights = parts.splits.train, None

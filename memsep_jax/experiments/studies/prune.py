@@ -20,7 +20,6 @@ from memsep_jax import (
     parallel,
     process,
     prune,
-    sources,
     train,
 )
 from memsep_jax.experiments import training
@@ -134,7 +133,7 @@ def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
         return measured[name]
 
     # A branch that no draw of an importance has.
-    key = jax.random.fold_in(build.keys(config.seed).prune, sources.BRANCH)
+    key = jax.random.fold_in(build.keys(config.seed).prune, data.BRANCH)
     if criterion == "random":
         return prune.keep_random(key, shape, ratio)
     if criterion == "random_per_layer":

@@ -24,7 +24,6 @@ from memsep_jax import (
     neighbours,
     parallel,
     process,
-    sources,
     train,
 )
 from memsep_jax.experiments import training
@@ -327,7 +326,7 @@ def _feeder(config, parts, mesh):
     """How many steps one call may take, and (step, count) -> its dataset and rows."""
     points = parts.splits.train
     rows_of = training.order(config, len(points.x))
-    if isinstance(points.x, sources.Rows):
+    if isinstance(points.x, data.Rows):
         batch = data.stream(points, rows_of, parallel.by_batch(mesh))
         return 1, lambda step, count: (batch(step), None)
     points = parallel.place(points, parallel.replicated(mesh))
