@@ -52,6 +52,7 @@ from memsep_jax import (
     process,
     train,
 )
+from memsep_jax.data import batches
 from memsep_jax.models import DiT
 
 SPEC = importlib.util.spec_from_file_location(
@@ -687,7 +688,7 @@ def host_rates(d, quick):
         del kept
     host = Host(*seconds, *beside, d / digest)
     sizes = [2**p for p in ((8, 10) if quick else (14, 16, 18, 20))]
-    order, key = jax.jit(data._permutations, static_argnums=2), jax.random.key(0)
+    order, key = jax.jit(batches._permutations, static_argnums=2), jax.random.key(0)
     epoch = np.zeros(1, np.uint32)
     taken = best([partial(order, key, epoch, n) for n in sizes], 2)
     slope, error = fit_exponent(sizes, taken)

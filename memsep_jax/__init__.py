@@ -25,11 +25,10 @@ Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
                 inception and alexnet, which only look
 Learning:
-  readers       images as people keep them: folders, zips, arrays; what is refused,
-                converted, counted and told
-  sources       where data come from: digits, mixture, npz, latents, folder, cifar10,
-                tfds; in memory, or rows of a file
-  data          a data set is an array: load, subset, label, duplicate, draw, stream
+  data          a data set is an array: load, subset, label, duplicate, draw, stream.
+                arrays (what they may hold), readers (folders and zips of images),
+                archives (.npz, CIFAR-10, TensorFlow Datasets), sources (one function
+                each), subsets (what a run trains on and never sees), batches
   train         step (TrainState, one train step), objectives (what a network learns
                 to predict), optimizers
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks

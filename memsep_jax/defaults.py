@@ -1,7 +1,7 @@
 """Every field of a config with its default; a file in configs/ says what differs.
 
 Fields that are None by default are placeholders with a type. A group is the `name` of
-a constructor and its arguments: sources.SOURCES and data.select, process.PROCESSES and
+a constructor and its arguments: data.SOURCES and data.select, process.PROCESSES and
 TIMES, score.PREDICTIONS, models.MODELS, train.OPTIMIZERS, sampling.TIME_GRIDS.
 """
 

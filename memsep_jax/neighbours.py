@@ -62,7 +62,7 @@ def searcher(
 
     Args:
       data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1; or what stays
-        on disk (sources.Rows): then PART bytes at a time are read, for all samples.
+        on disk (data.Rows): then PART bytes at a time are read, for all samples.
       chunk, block: samples and training points looked at together, at most.
       memory: bytes that a search may take beyond the data. Of few, chunks and blocks
         are smaller, and the answer is the same.

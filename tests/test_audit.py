@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from configs import audit as configs
-from memsep_jax import data, defaults, experiments, sources, weights
+from memsep_jax import data, defaults, experiments, weights
+from memsep_jax.data import DataError, sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
-from memsep_jax.sources import DataError
 
 DIGITS = sources.digits().images
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsep_jax import data, parallel
+from memsep_jax.data import batches
 
 KEY = jax.random.key(0)
 
@@ -413,7 +414,7 @@ def test_a_late_step_is_exact(n, size):
 def test_the_host_has_the_order_of_the_device(n, size, reshuffle):
     """Also where a batch holds several of the blocks that are made at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "KEPT", 50)
+        patch.setattr(batches, "KEPT", 50)
         rows_of = data.order(n, KEY, size, reshuffle)
     for step in (0, 1, 7, 3):
         expected = data.indices(n, KEY, step, size, reshuffle)

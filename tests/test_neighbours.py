@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memsep_jax import data as images
 from memsep_jax import neighbours
-from memsep_jax.sources import Rows
+from memsep_jax.data import Rows
 
 RNG = np.random.default_rng(0)
 FEW = settings(deadline=None, max_examples=8)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from memsep_jax import checkpoint, defaults, experiments, sources
+from memsep_jax import checkpoint, defaults, experiments
+from memsep_jax.data import sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import training_run as job

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from memsep_jax import data, features, memorization, mixture, neighbours, sources
+from memsep_jax import data, features, memorization, mixture, neighbours
 from memsep_jax.experiments.reporting import verdict
 from memsep_jax.experiments.studies import compare
 
@@ -182,7 +182,7 @@ def test_of_points_on_disk_only_those_that_are_compared_are_read():
             Disk.read += np.size(rows)
             return np.asarray(self)[rows]
 
-    stored = sources.Rows(np.arange(900.0).reshape(300, 3).view(Disk))
+    stored = data.Rows(np.arange(900.0).reshape(300, 3).view(Disk))
     few = np.zeros((60, 3))
     found = compare.equal(compare.Sets(few, stored, few), seed=0)
     assert Disk.read == 60 and found.train.shape == (60, 3)

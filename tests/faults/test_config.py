@@ -24,14 +24,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from faults import harness
-from memsep_jax import (
-    checkpoint,
-    defaults,
-    experiments,
-    features,
-    sources,
-    weights,
-)
+from memsep_jax import checkpoint, defaults, experiments, features, weights
+from memsep_jax.data import archives, sources
 from memsep_jax.experiments.config import build, command
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import record
@@ -540,7 +534,7 @@ def test_h81_a_set_that_is_here_is_read(tmp_path):
     place = tmp_path / "some_set" / "8x8" / "1.0.0"
     place.mkdir(parents=True)
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
-    np.savez(place / sources.DECODED, train_images=images)
+    np.savez(place / archives.DECODED, train_images=images)
     fields = {"dataset": "some_set/8x8", "data_dir": str(tmp_path)}
     np.testing.assert_array_equal(sources.at_hand("tfds", **fields).images, images)
     fields["dataset"] = "some_set/8x8:1.0.0"
@@ -583,7 +577,7 @@ def test_d50_without_archive_and_network_it_says_what_to_put_where(tmp_path):
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(b"half")  # is not mistaken for the archive
     told = refused(*cifar_arguments(tmp_path), tmp_path=tmp_path, code=3, patch=OFFLINE)
-    assert sources.CIFAR_URL in told and sources.CIFAR_SHA256 in told
+    assert archives.CIFAR_URL in told and archives.CIFAR_SHA256 in told
     assert f" at {path}" in told and part.read_bytes() == b"half"
 
 
@@ -595,7 +589,7 @@ def test_d50_a_page_in_place_of_an_archive_is_refused(tmp_path):
     told = str(caught.value)
     assert caught.value.exit_code == 3
     assert f"{path}: an HTML page, not an archive: expected" in told
-    assert sources.CIFAR_SHA256 in told and "got 37 bytes, " in told
+    assert archives.CIFAR_SHA256 in told and "got 37 bytes, " in told
 
 
 def test_d51_a_hostile_archive_leaves_nothing_outside(tmp_path):
@@ -606,10 +600,10 @@ def test_d51_a_hostile_archive_leaves_nothing_outside(tmp_path):
         archive.addfile(info, io.BytesIO(b"evil"))
     trusted = f"""
 import hashlib
-from memsep_jax import sources
+from memsep_jax.data import archives, sources
 from pathlib import Path
 raw = Path({str(path)!r}).read_bytes()
-sources.CIFAR_BYTES, sources.CIFAR_SHA256 = len(raw), hashlib.sha256(raw).hexdigest()
+archives.CIFAR_BYTES, archives.CIFAR_SHA256 = len(raw), hashlib.sha256(raw).hexdigest()
 """
     told = refused(*cifar_arguments(tmp_path), tmp_path=tmp_path, code=3, patch=trusted)
     assert "refused member '../../../escaped'" in told
@@ -622,12 +616,12 @@ def test_d51_ten_gigabytes_of_zeros_are_refused_at_once(tmp_path, monkeypatch):
     info.size = 10 * 2**30
     path.write_bytes(gzip.compress(info.tobuf() + bytes(2**20)))
     raw = path.read_bytes()
-    monkeypatch.setattr(sources, "CIFAR_BYTES", len(raw))
+    monkeypatch.setattr(archives, "CIFAR_BYTES", len(raw))
     digest = hashlib.sha256(raw).hexdigest()
-    monkeypatch.setattr(sources, "CIFAR_SHA256", digest)
+    monkeypatch.setattr(archives, "CIFAR_SHA256", digest)
     started = time.monotonic()
     with pytest.raises(sources.DataError, match="refused, too large"):
-        sources._cifar_batches(path)
+        archives._cifar_batches(path)
     assert time.monotonic() - started < 5
 
 

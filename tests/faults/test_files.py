@@ -12,11 +12,11 @@ from PIL import Image
 
 from configs import audit as audit_configs
 from faults import harness
-from memsep_jax import data, defaults, experiments, readers, sources
+from memsep_jax import data, defaults, experiments
+from memsep_jax.data import DataError, readers, sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
-from memsep_jax.readers import DataError
 
 SIDE = 12
 

@@ -17,7 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from faults import harness
-from memsep_jax import experiments, sources
+from memsep_jax import experiments
+from memsep_jax.data import sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import training_run

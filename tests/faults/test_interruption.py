@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from faults import harness
-from memsep_jax import checkpoint, experiments, sources
+from memsep_jax import checkpoint, experiments
 from memsep_jax.checkpoint import ConflictError
+from memsep_jax.data import sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record

@@ -13,14 +13,8 @@ import pytest
 from configs import audit as configs
 from configs import calibrate_cifar
 from faults import harness, rows
-from memsep_jax import (
-    experiments,
-    features,
-    fidelity,
-    memorization,
-    neighbours,
-    sources,
-)
+from memsep_jax import experiments, features, fidelity, memorization, neighbours
+from memsep_jax.data import sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import compare

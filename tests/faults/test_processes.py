@@ -211,7 +211,7 @@ def test_f62_each_example_is_seen_once_in_an_epoch_whoever_sees_it():
 
 STREAM = """
 import json
-from memsep_jax import data, parallel, sources
+from memsep_jax import data, parallel
 parallel.join(sys.argv[-1])
 import jax, numpy as np
 class Watched(np.ndarray):
@@ -219,7 +219,7 @@ class Watched(np.ndarray):
         seen.extend(np.atleast_1d(rows).tolist())
         return np.asarray(self).__getitem__(rows)
 seen = []
-points = sources.Rows(np.arange(45, dtype=np.uint8).reshape(15, 3, 1, 1).view(Watched))
+points = data.Rows(np.arange(45, dtype=np.uint8).reshape(15, 3, 1, 1).view(Watched))
 rows_of = data.order(15, jax.random.key(0), 6)
 split = parallel.by_batch(parallel.make_mesh())
 batch = data.stream(data.Dataset(points), rows_of, split)(4)

@@ -25,7 +25,8 @@ from test_report import read as read_page
 
 from faults import harness
 from faults.test_config import Payload
-from memsep_jax import checkpoint, experiments, sources
+from memsep_jax import checkpoint, experiments
+from memsep_jax.data import archives, sources
 from memsep_jax.experiments.config import command
 from memsep_jax.experiments.reporting import figures, report
 from memsep_jax.experiments.runtime import record
@@ -323,7 +324,7 @@ RULES = {
         "import socket\nsocket.gethostname()\ntensorflow_datasets.download.Config()",
         EVERYWHERE,
         # Both are held to a digest: test_security_nothing_is_fetched_without_a_digest.
-        allowed={"sources.py": 2},
+        allowed={"archives.py": 2},
     ),
     "tools": Rule(
         never("tools", "convert_checkpoint", "convert_inception", "sys.path"),
@@ -529,11 +530,11 @@ def test_security_nothing_is_fetched_without_a_digest(tmp_path, monkeypatch):
 
     builder = Remote(data_dir=tmp_path, file_format="array_record")
     with pytest.raises(sources.DataError, match="Missing checksums .*example.invalid"):
-        sources._prepared(builder, "")
+        archives._prepared(builder, "")
     from tensorflow_datasets.image_classification import cifar
 
     (known,) = cifar.Cifar10.url_infos.values()
-    assert known.checksum == sources.CIFAR_SHA256
+    assert known.checksum == archives.CIFAR_SHA256
 
 
 # Pages: what is shown of a run is text, and no more than may be shown.

@@ -10,8 +10,9 @@ from test_report import read
 
 from configs import audit as configs
 from faults import harness
-from memsep_jax import experiments, sources
+from memsep_jax import experiments
 from memsep_jax.checkpoint import ConflictError
+from memsep_jax.data import sources
 from memsep_jax.experiments.runtime import locks, record, signals
 
 IMAGES = ("--config.run.snapshots=2", "--config.run.snapshot_samples=4")

@@ -16,16 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax import (
-    data,
-    defaults,
-    process,
-    prune,
-    sampling,
-    score,
-    sources,
-    train,
-)
+from memsep_jax import data, defaults, process, prune, sampling, score, train
+from memsep_jax.data import sources
 from memsep_jax.models import MODELS
 
 
@@ -280,14 +272,14 @@ def build(config, read=sources.source) -> Parts:
     Args: read, the reader of the data, or `sources.at_hand`.
     Raises:
       ConfigError: with every violation, a line each.
-      sources.DataError: data that cannot be read, where the config itself is right.
+      data.DataError: data that cannot be read, where the config itself is right.
     """
     wrong: list[str] = []
 
     def attempt(make, *args, **kwargs):
         try:
             return make(*args, **kwargs)
-        except sources.DataError:
+        except data.DataError:
             raise
         except (ValueError, TypeError) as error:
             wrong.extend(str(error).splitlines())
@@ -332,7 +324,7 @@ def build(config, read=sources.source) -> Parts:
     if not (wrong and named & set(REMOTE)):
         try:
             splits = attempt(_splits, config.data, read)
-        except sources.DataError:
+        except data.DataError:
             if not wrong:
                 raise
     steps, num_classes = config.train.steps, 0
@@ -352,7 +344,7 @@ def build(config, read=sources.source) -> Parts:
     if model is not None and shape is not None and hasattr(model, "check"):
         attempt(model.check, shape)
     attempt(_check_mitigations, config, splits, num_classes)
-    if splits is not None and isinstance(splits.train.x, sources.Rows):
+    if splits is not None and isinstance(splits.train.x, data.Rows):
         attempt(_check_stream, config)
     if model is not None and shape is not None and not wrong:
         attempt(_check_prune, config.prune, model, shape, num_classes)

@@ -177,7 +177,7 @@ class Session:
     def begin(self, fingerprint: str, read=None):
         """From here on, the run is on disk.
 
-        Args: read, the data.Splits or sources.Source of its data: its notes are said,
+        Args: read, the data.Splits or data.Source of its data: its notes are said,
           and the folder of each class is kept in run.json.
         Raises: ConflictError, as `expect`.
         """

@@ -17,23 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import (
-    data,
-    defaults,
-    features,
-    memorization,
-    neighbours,
-    readers,
-    sources,
-    weights,
-)
+from memsep_jax import data, defaults, features, memorization, neighbours, weights
+from memsep_jax.data import DataError, Source, arrays, readers, sources
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, verdict
 from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
 from memsep_jax.fidelity import SMALL
-from memsep_jax.readers import DataError
-from memsep_jax.sources import Source
 
 WORKING = 2e8  # bytes of temporaries at least: of a compiler, a search, a network
 ROOM = 2**30  # bytes of them beyond which nothing is faster
@@ -289,12 +279,12 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
 
 def unlike(sets) -> list[str]:
     """What tells samples or held-out images grossly from training ones, a note each."""
-    known, notes = readers.histogram(sets.train), []
+    known, notes = arrays.histogram(sets.train), []
     for name in ("samples", "held_out"):
         x = sets._asdict()[name]
         if x is None:
             continue
-        gap = readers.apart(readers.histogram(x), known)
+        gap = arrays.apart(arrays.histogram(x), known)
         if gap > APART:
             low, high = int(x.min()), int(x.max())
             notes.append(

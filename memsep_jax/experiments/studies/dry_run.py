@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from memsep_jax import data, parallel, sources
+from memsep_jax import data, parallel
+from memsep_jax.data import sources
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
@@ -23,7 +24,7 @@ def dry_run(config, say) -> Table:
     are written in increasing order; for a search for the EMM, those at emm.high. Hours
     are estimated from steps that are compiled and taken here.
 
-    Raises: sources.DataError where points are missing whose sizes are not known.
+    Raises: data.DataError where points are missing whose sizes are not known.
     """
     config, points = _network(config)
     parts = build.build(config, sources.at_hand)
@@ -80,7 +81,7 @@ def _network(config):
 def _cost(config, parts, mesh, state):
     """FLOPs of a step, and bytes by what they hold, the state and gradients first."""
     # Points that stay on disk come as batches.
-    streamed = isinstance(parts.splits.train.x, sources.Rows)
+    streamed = isinstance(parts.splits.train.x, data.Rows)
     dataset = None if streamed else jax.eval_shape(lambda: parts.splits.train)
     size = config.train.batch_size
     batch = jax.tree.map(

@@ -13,15 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from memsep_jax import (
-    checkpoint,
-    data,
-    features,
-    memorization,
-    neighbours,
-    parallel,
-    sources,
-)
+from memsep_jax import checkpoint, data, features, memorization, neighbours, parallel
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, verdict
@@ -119,7 +111,7 @@ def _programs(config, parts, mesh, score_of, labels):
 
 
 def _on_host(x):
-    return x if isinstance(x, sources.Rows) else np.asarray(x)
+    return x if isinstance(x, data.Rows) else np.asarray(x)
 
 
 def place(config, parts, session, weights, groups=("sampler",)):

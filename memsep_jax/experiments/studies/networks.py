@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from memsep_jax import checkpoint, sources
+from memsep_jax import checkpoint, data
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import locks, record
@@ -48,7 +48,7 @@ def trained(config, parts, session, generate=None):
 def awaited(read, where, seconds: float, say):
     """read() once it finds a whole checkpoint, of a run that may still be on its way.
 
-    Raises: sources.DataError where none came to `where` within the seconds; with 0 of
+    Raises: data.DataError where none came to `where` within the seconds; with 0 of
       them, what read() raises.
     """
     end, said = time.monotonic() + seconds, False
@@ -60,7 +60,7 @@ def awaited(read, where, seconds: float, say):
             if not seconds:
                 raise
             if left <= 0:
-                raise sources.DataError(
+                raise data.DataError(
                     f"watched {where} for run.wait={seconds:g} s, and no whole "
                     f"checkpoint came: {error}"
                 ) from error

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from memsep_jax import checkpoint, data, parallel, sources, train
+from memsep_jax import checkpoint, data, parallel, train
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.runtime import record
@@ -144,7 +144,7 @@ def _feeder(config, parts, mesh):
     """The most steps of one call, and (step, count) -> its dataset and rows."""
     points = parts.splits.train
     rows_of = training.order(config, len(points.x))
-    if isinstance(points.x, sources.Rows):
+    if isinstance(points.x, data.Rows):
         batch = data.stream(points, rows_of, parallel.by_batch(mesh))
         return 1, lambda step, count: (batch(step), None)
     points = parallel.place(points, parallel.replicated(mesh))

@@ -1,14 +1,10 @@
-"""A data set is an array: read a source, choose a subset, label it, draw batches.
+"""From the pools of a source to what a run trains on: choose, label, repeat, split.
 
-`source` reads decoded pools, `select` is pure in the arrays, `splits` is both. A
-batch is a function of (key, step) alone, so a resumed run sees the same batches.
+`select` is pure in the arrays; `splits` reads a source first.
 """
 
-import functools
-import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +12,23 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from memsep_jax.keys import BRANCH
-from memsep_jax.readers import (
-    BLOCK,
+from memsep_jax.data.arrays import (
     DataError,
-    Preparation,
-    check_preparation,
-    listed,
-)
-from memsep_jax.sources import (
-    MAX_HELD_OUT,
     Rows,
     Source,
     check_source,
-    second,
-    source,
+    digests,
+    fingerprint,
+    from_uint8,
+    listed,
 )
+from memsep_jax.data.batches import Dataset
+from memsep_jax.data.readers import Preparation, check_preparation
+from memsep_jax.data.sources import MAX_HELD_OUT, second, source
+from memsep_jax.keys import BRANCH
 
 LABELS = ("none", "true", "random", "unique")
-AHEAD = 2  # batches that are read while the device is at work
-KEPT = 2**17  # numbers of the epochs' permutations that are made at once
 HELD_OUT_SHARE = 0.165  # of a source without a test split: 297 of the 1,797 digits
-
-
-class Dataset(NamedTuple):
-    """Training points and, for a conditional model, their labels."""
-
-    # [n, *event] float32; images in [-1, 1]. On disk: Rows, uint8 pixels or float32.
-    x: jax.Array | Rows
-    label: jax.Array | None = None  # [n] int32
 
 
 class Splits(NamedTuple):
@@ -58,9 +42,6 @@ class Splits(NamedTuple):
     files: np.ndarray | None = None  # [n] where each training image was read
     classes: tuple[str, ...] | None = None  # the folder of each true label
     notes: tuple[str, ...] = ()  # what a person should know of the files
-
-
-# From pools to what a run trains on.
 
 
 def splits(
@@ -245,24 +226,6 @@ def select(
 CHOICE = select.__kwdefaults__ or {}  # keywords of select; the rest are the source's
 
 
-def from_uint8(u):
-    """Pixels 0..255 to [-1, 1]: u / 127.5 - 1.   u [...] -> [...] float32."""
-    return u.astype(np.float32) / 127.5 - 1
-
-
-def to_uint8(x):
-    """The pixels nearest to x, clipped; inverts `from_uint8`.   x [...] -> [...]."""
-    xp = jnp if isinstance(x, jax.Array) else np
-    return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def like(points, x):
-    """x in the units of these points: floats, or the pixels of an image."""
-    if x.dtype == points.dtype:
-        return x
-    return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
-
-
 def random_labels(key, n: int, classes: int):
     """Labels without meaning, uniform on 0..classes-1.   Returns: [n] int32."""
     if n < 1 or classes < 1:
@@ -279,141 +242,6 @@ def read(data: Dataset) -> Dataset:
 def deduplicate(data: Dataset) -> Dataset:
     """The first occurrence of each point, in the original order."""
     return Dataset(*_take(*data, _first_rows(np.asarray(data.x))))
-
-
-# Batches.
-
-
-def indices(n: int, key, step, size: int, reshuffle: bool = True):
-    """Which examples batch `step` holds: each epoch is a permutation of all n.
-
-    Example j = step * size + i is number j % n of epoch j // n, so batches straddle
-    epochs and a batch larger than n runs through several. Exact for step < 2**32.
-
-    Args:
-      n, size: Python integers, n < 2**27.   step []: may be traced.
-      reshuffle: False: every epoch has the permutation of the first.
-    Returns: [size] int32 in 0..n-1.
-    """
-    _check_batch(n, size)
-    # step * size overflows 32 bits, so it is summed over the bits of step from
-    # exact quotients and remainders; an epoch wraps, a remainder never does.
-    powers = [divmod(size << bit, n) for bit in range(32)]
-    quotients = jnp.array([q % 2**32 for q, _ in powers], jnp.uint32)
-    remainders = jnp.array([r for _, r in powers], jnp.uint32)
-    bits = (jnp.asarray(step, jnp.uint32) >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    total = jnp.sum(bits * remainders, dtype=jnp.uint32)
-    epoch = jnp.sum(bits * quotients, dtype=jnp.uint32) + total // n
-    place = total % n + jnp.arange(size, dtype=jnp.uint32)
-    # A batch starts at a multiple of gcd(n, size): if size divides n, one epoch.
-    touched = (n - math.gcd(n, size) + size - 1) // n + 1
-    epochs = epoch + jnp.arange(touched, dtype=jnp.uint32)
-    if not reshuffle:
-        epochs = jnp.zeros_like(epochs)
-    return _permutations(key, epochs, n)[place // n, place % n].astype(jnp.int32)
-
-
-def order(n: int, key, size: int, reshuffle: bool = True):
-    """(step) -> what `indices` says, on the host.   Returns: [size] int32.
-
-    A step sorts n random numbers for every epoch that it touches, if it asks `indices`:
-    here an epoch's are sorted once.
-    """
-    _check_batch(n, size)
-    together = max(1, KEPT // n)
-    permutations = jax.jit(_permutations, static_argnums=2)
-
-    @functools.lru_cache(maxsize=2)  # a batch may begin in one and end in the next
-    def block(number):
-        epochs = np.arange(number * together, (number + 1) * together) % 2**32
-        return np.asarray(permutations(key, epochs.astype(np.uint32), n))
-
-    def rows(step):
-        epoch, place = divmod(np.arange(step * size, (step + 1) * size), n)
-        if not reshuffle:
-            epoch = np.zeros_like(epoch)
-        number, epoch = divmod(epoch, together)
-        found = np.empty(size, np.int32)
-        for i in np.unique(number):
-            here = number == i
-            found[here] = block(int(i))[epoch[here], place[here]]
-        return found
-
-    return rows
-
-
-def _check_batch(n, size):
-    if not (0 < n < 2**27 and 0 < size < 2**27):
-        raise ValueError(f"n={n} and batch size={size} must be in 1 .. 2**27 - 1")
-
-
-def _permutations(key, epochs, n):
-    """That of each epoch.   epochs [k] uint32 -> [k, n]."""
-    return jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(key, e), n))(
-        epochs
-    )
-
-
-def draw(
-    data: Dataset, key, step, size: int, flip: bool = False, reshuffle: bool = True
-) -> Dataset:
-    """Batch `step`: a function of (key, step) alone, each epoch without replacement.
-
-    Args:
-      key, step []: may be traced.   flip: mirror images left-right half the time.
-      reshuffle: as in `indices`.
-    Returns: Dataset of [size, *event] and [size] labels.
-    """
-    rows = indices(len(data.x), key, step, size, reshuffle)
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
-    return augment(batch, key, step, flip)
-
-
-def stream(data: Dataset, rows_of, sharding):
-    """(step) -> batch `step` of points that stay on disk, where a sharding says.
-
-    The next AHEAD are read meanwhile; each process reads its own part of each. Pixels
-    stay uint8: `augment` makes floats of them.
-
-    Args: rows_of, as `order` gives it.
-    """
-    pool, ahead = ThreadPoolExecutor(1), {}
-
-    def read_batch(step):
-        rows = rows_of(step)
-        return jax.tree.map(
-            lambda a: jax.make_array_from_callback(
-                (len(rows), *a.shape[1:]),
-                sharding,
-                lambda at: np.asarray(a[rows[at[0]]]),
-            ),
-            data,
-        )
-
-    def batch(step):
-        for k in range(step, step + AHEAD + 1):
-            if k not in ahead:
-                ahead[k] = pool.submit(read_batch, k)
-        return ahead.pop(step).result()
-
-    return batch
-
-
-def augment(batch: Dataset, key, step, flip: bool = False) -> Dataset:
-    """What `draw` does with the examples of a batch; uint8 pixels become floats."""
-    x: Any = batch.x
-    if flip and x.ndim != 4:
-        raise ValueError(f"flip=True mirrors images; x has shape {x.shape}")
-    if x.dtype == np.uint8:
-        # Looked up: compiled, a division may be rounded in another way.
-        x = jnp.asarray(from_uint8(np.arange(256)))[x]
-    if flip:
-        branch = jax.random.fold_in(key, BRANCH)  # fold_in(key, step) is an epoch's
-        flips = jax.random.bernoulli(
-            jax.random.fold_in(branch, step), shape=x.shape[:1]
-        )
-        x = jnp.where(flips[:, None, None, None], x[:, :, ::-1], x)
-    return batch._replace(x=x)
 
 
 # Checks.
@@ -626,24 +454,3 @@ def _resize(x, size):
 def _first_rows(x):
     """Of each distinct point its first occurrence, in order."""
     return np.sort(np.unique(digests(x), return_index=True)[1])
-
-
-def digests(x) -> list[str]:
-    """What tells each point from every other one.   x [n, *e] -> [n]."""
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in x]
-
-
-def fingerprint(*arrays) -> str:
-    """What tells these arrays, or None, from all others."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        if array is None:
-            digest.update(b"none;")
-            continue
-        if array.ndim == 1:
-            array = np.asarray(array, np.int32)
-        digest.update(f"{array.dtype.str}{array.shape};".encode())
-        for start in range(0, len(array), BLOCK):
-            block = np.asarray(array[start : start + BLOCK])
-            digest.update(np.ascontiguousarray(block).data)
-    return digest.hexdigest()

@@ -1,0 +1,472 @@
+"""Sets that come in one archive: .npz files, CIFAR-10, TensorFlow Datasets.
+
+Nothing is unpickled, no archive is extracted, and TensorFlow is never needed.
+"""
+
+import hashlib
+import mmap
+import os
+import re
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from memsep_jax.data.arrays import (
+    DataError,
+    Rows,
+    Source,
+    check_source,
+    listed,
+    native,
+    refuse,
+)
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+DECODED = "memsep_jax.npz"  # beside a prepared set: its images and labels
+CIFAR_VERSION = "3.0.2"  # of TensorFlow Datasets, which gives its examples this order
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_BYTES = 170_052_171
+CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR_UNPACKED_BYTES = 256 * 2**20  # the true archive holds 184 million
+CIFAR_RECORD = 1 + 32 * 32 * 3  # a label, then the red, green and blue planes
+CIFAR_TRAIN = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
+CIFAR_TEST = ("cifar-10-batches-bin/test_batch.bin",)
+KNOWN = {  # images to train on and to test, their shape and their classes
+    "cifar10": (50_000, 10_000, (32, 32, 3), 10),
+}
+
+
+# .npz files.
+
+
+def npz(path, stream: bool = False) -> Source:
+    """The .npz layout: train_images and, optional, train_labels, test_images, ...
+
+    Images are uint8 or float32 in [-1, 1], [n, h, w, c]; vectors float32 [n, d].
+
+    Args:
+      path: an .npz file, or a folder with an .npy file of each of these names.
+      stream: images stay on disk, as Rows of what np.save or np.savez wrote.
+    Raises:
+      DataError: the file is missing, damaged, or holds anything else.
+    """
+    return _pools(path, stream, pixels=True)
+
+
+def latents(path, stream: bool = False) -> Source:
+    """An .npz as `npz`, of what an autoencoder made of images: float32 [n, h, w, c].
+
+    They may have any finite values; a spread near `prediction.sigma_data` is best.
+    """
+    return _pools(path, stream, pixels=False)
+
+
+def _pools(path, stream, pixels):
+    path = os.path.expanduser(path)
+
+    def chosen(names):
+        return [key for key in KEYS[stream :: 2 if stream else 1] if key in names]
+
+    found, names = read_arrays(path, chosen)
+    if stream:
+        found |= {key: Rows(_mapped(path, key)) for key in KEYS[::2] if key in names}
+    if "train_images" not in found:
+        raise DataError(
+            f"{path}: not a readable .npz (no 'train_images' among {listed(names)}); "
+            "write it again by np.savez(path, train_images=...)"
+        )
+    pools = Source(*(found.get(key) for key in KEYS), pixels)
+    if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
+        raise DataError(
+            f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
+            "latents: float32 [n, h, w, c]; data.name=npz reads images and vectors"
+        )
+    return pools._replace(notes=check_source(pools, str(path)))
+
+
+def _mapped(path, name):
+    """An array as a map of its file: nothing of it is read.
+
+    Raises: DataError where it is compressed, or of no plain numbers.
+    """
+    try:
+        if os.path.isdir(path):
+            file = os.path.join(path, f"{name}.npy")
+            x = np.load(file, mmap_mode="r", allow_pickle=False)
+        else:
+            x = _mapped_member(path, f"{name}.npy")
+        if not (x.flags.c_contiguous and x.dtype.isnative):
+            raise ValueError(
+                "it is stored by columns, or in the byte order of another machine"
+            )
+        return x
+    except (OSError, TypeError, ValueError, OverflowError, struct.error) as error:
+        raise DataError(
+            f"{path}: {name} cannot be read in place, as stream=True does "
+            f"({error}); write it again by np.savez, not np.savez_compressed"
+        ) from error
+
+
+def _mapped_member(path, name):
+    """A map of one .npy file inside an .npz, which numpy itself always reads whole."""
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        member = archive.getinfo(name)
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed")
+        # A member that is not compressed is the file itself, behind a header of 30
+        # bytes and two texts, whose lengths are the last four of these bytes.
+        file.seek(member.header_offset + 26)
+        texts = sum(struct.unpack("<HH", file.read(4)))
+        file.seek(member.header_offset + 30 + texts)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("it is of no plain numbers")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError("it is of objects")
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        order = "F" if by_columns else "C"
+        return np.ndarray(shape, dtype, whole, file.tell(), order=order)
+
+
+def read_arrays(path, choose):
+    """(arrays by name, all names) of an .npz, or of a folder of .npy files.
+
+    A single .npy is one array called "array".   Args: choose, names -> those to read.
+    """
+    try:
+        if os.path.isdir(path):
+            files = {file.stem: file for file in Path(path).glob("*.npy")}
+            found = {
+                name: np.load(files[name], allow_pickle=False) for name in choose(files)
+            }
+            return {name: native(x) for name, x in found.items()}, sorted(files)
+        # Opened here: np.load leaves the file of a damaged .npz open.
+        with open(path, "rb") as file:
+            read = np.load(file, allow_pickle=False)
+            read = {"array": read} if isinstance(read, np.ndarray) else read
+            names = sorted(read)
+            return {name: native(read[name]) for name in choose(names)}, names
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of an .npz") from None
+    except Exception as error:  # numpy, zipfile and zlib each fail in their own way
+        way_out = "write it again by np.savez(path, train_images=...)"
+        if "pickle" in str(error) or "Object arrays" in str(error):
+            way_out = "allow_pickle is never used: save plain uint8 or float32 arrays"
+        raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
+
+
+# CIFAR-10.
+
+
+def cifar10(data_dir=None, stream: bool = False) -> Source:
+    """CIFAR-10's 50,000 + 10,000 images, in the order of TensorFlow Datasets.
+
+    A local archive `<data_dir>/downloads/manual/cifar-10-binary.tar.gz` is taken
+    first; else it is fetched once. What it holds is kept in `<data_dir>/cifar10`. A
+    set that TensorFlow Datasets prepared there is read as `tfds` reads it.
+
+    Args: stream: the images stay on disk.
+    Raises:
+      DataError: no archive and no network, or an archive that is not the true one.
+    """
+    root = _data_dir(data_dir)
+    prepared = root / "cifar10" / CIFAR_VERSION
+    if (prepared / "dataset_info.json").exists():
+        builder = _builder(f"cifar10:{CIFAR_VERSION}", root)
+        return _prepared(builder, _cifar_way(root), stream)
+    cache = prepared / DECODED
+    if not cache.exists():
+        # Not in `prepared`: TensorFlow Datasets would take that for its own files.
+        cache = root / "cifar10" / "memsep_jax" / CIFAR_VERSION / DECODED
+    return _kept(cache, lambda path: _decode_cifar(_cifar_archive(root), path), stream)
+
+
+def _cifar_manual(root):
+    return root / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+
+
+def _cifar_way(root):
+    return (
+        f"put {CIFAR_URL} ({CIFAR_BYTES} bytes, SHA-256 {CIFAR_SHA256}) at "
+        f"{_cifar_manual(root)}"
+    )
+
+
+def _cifar_archive(root):
+    """The path of the archive: the local one, or what is fetched to downloads."""
+    if (manual := _cifar_manual(root)).exists():
+        return manual
+    try:
+        import tensorflow_datasets
+        from tensorflow_datasets.core.download import checksums
+
+        _fail_soon()
+        known = checksums.UrlInfo(CIFAR_BYTES, CIFAR_SHA256, manual.name)
+        manager = tensorflow_datasets.download.DownloadManager(
+            download_dir=root / "downloads",
+            dataset_name="cifar10",
+            url_infos={CIFAR_URL: known},
+            force_checksums_validation=True,
+        )
+        return Path(manager.download(CIFAR_URL))
+    except Exception as error:  # no network, no space, another file, ...
+        raise DataError(
+            f"cifar10: cannot be fetched ({type(error).__name__}: "
+            f"{str(error)[:300]}); {_cifar_way(root)}"
+        ) from error
+
+
+def _decode_cifar(archive, path):
+    """Writes the images and labels of the archive as an .npz."""
+    *train, test = _cifar_batches(archive)
+    arrays = {}
+    for split, records in (("train", np.concatenate(train)), ("test", test)):
+        order = _tfds_order(split, len(records))
+        planes = records[order, 1:].reshape(-1, 3, 32, 32)
+        arrays[f"{split}_images"] = planes.transpose(0, 2, 3, 1)
+        arrays[f"{split}_labels"] = records[order, 0].astype(np.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez(file, **{k: np.ascontiguousarray(a) for k, a in arrays.items()})
+
+
+def _tfds_order(split, n):
+    """The order of TensorFlow Datasets: by the MD5 of split and number."""
+
+    def key(i):
+        return hashlib.md5(f"{split}{i}".encode(), usedforsecurity=False).digest()
+
+    return sorted(range(n), key=key)
+
+
+def _cifar_batches(path):
+    """The records [n, 3073] of the five training batches and the test batch.
+
+    Nothing is extracted: the six members are read from the stream of the archive,
+    once its size and digest are those of the true one.
+    """
+    found, total = {}, 0
+    try:
+        _check_cifar(path)
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                total += member.size
+                parts = Path(member.name).parts
+                if not (member.isfile() or member.isdir()) or (
+                    member.name.startswith("/") or ".." in parts
+                ):
+                    raise DataError(f"{path}: refused member {member.name!r}")
+                if total > CIFAR_UNPACKED_BYTES:
+                    raise DataError(f"{path}: refused, too large at {member.name!r}")
+                content = archive.extractfile(member)
+                if content is not None and member.name in CIFAR_TRAIN + CIFAR_TEST:
+                    found[member.name] = np.frombuffer(content.read(), np.uint8)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
+    batches = []
+    for name in CIFAR_TRAIN + CIFAR_TEST:
+        if name not in found or not found[name].size or found[name].size % CIFAR_RECORD:
+            raise DataError(f"{path}: {name} is missing or damaged; fetch it again")
+        batches.append(found[name].reshape(-1, CIFAR_RECORD))
+        refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
+    return batches
+
+
+def _check_cifar(path):
+    """Refuses any file but the true archive, by size and digest."""
+    with path.open("rb") as file:
+        page = file.read(64).lstrip().lower().startswith((b"<!doctype", b"<html"))
+        file.seek(0)
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if (size, digest) != (CIFAR_BYTES, CIFAR_SHA256):
+        raise DataError(
+            f"{path}: {'an HTML page, not an archive' if page else 'a wrong archive'}: "
+            f"expected {CIFAR_BYTES} bytes, SHA-256 {CIFAR_SHA256}, got {size} bytes, "
+            f"{digest}; delete it and fetch {CIFAR_URL} again"
+        )
+
+
+# TensorFlow Datasets.
+
+
+def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
+    """An image set of TensorFlow Datasets that is, or can be, prepared without TF.
+
+    Its array_record is decoded once, beside it. Its test split, or else its validation
+    split, is what is held out.
+
+    Args: stream: the images stay on disk.
+    Raises:
+      DataError: not prepared as array_record, and cannot be prepared here.
+    """
+    # "namespace:name" would fetch and run code from elsewhere.
+    if not re.fullmatch(r"\w+(/[\w.\-]+)*(:\d+\.\d+\.\d+)?", dataset):
+        raise ValueError(f"tfds: dataset={dataset!r} must be name[/config][:version]")
+    root = _data_dir(data_dir)
+    if dataset in ("cifar10", f"cifar10:{CIFAR_VERSION}"):
+        return cifar10(root, stream)
+    way_out = (
+        "prepare it where TensorFlow and a network are at hand "
+        f"(tfds build {dataset} --file_format=array_record) and copy it below {root}"
+    )
+    return _prepared(_builder(dataset, root), way_out, stream)
+
+
+def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
+    """A set that an earlier run decoded; nothing is fetched, prepared or written.
+
+    Noise of the same sizes stands for a set in KNOWN that is not there.
+
+    Raises: DataError: any other set that is not there.
+    """
+    root = _data_dir(data_dir)
+    place, _, version = dataset.partition(":")
+    found = sorted(
+        (root / place).glob(f"**/{version or '*'}/{DECODED}"),
+        key=lambda path: [int(n) for n in re.findall(r"\d+", path.parent.name)],
+    )
+    if found:
+        return npz(found[-1], bool(stream))
+    if dataset not in KNOWN:
+        raise DataError(
+            f"{dataset} is not below {root}, or was not decoded there by a run yet, "
+            "and a dry run fetches and writes nothing. Start the run, which prepares "
+            "it, or give data.data_dir, where it is, or points of the same size: "
+            "--config.data.name=npz --config.data.path=FILE.npz"
+        )
+    train, test, shape, classes = KNOWN[dataset]
+    rng = np.random.default_rng(0)
+
+    def noise(count):
+        images = rng.integers(0, 256, (count, *shape), np.uint8)
+        return Rows(images) if stream else images, np.arange(count) % classes
+
+    note = f"{dataset} is not below {root}: noise of the same sizes stands for it"
+    return Source(*noise(train), *noise(test))._replace(notes=(note,))
+
+
+def _data_dir(data_dir):
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(data_dir or default).expanduser()
+
+
+def _builder(dataset, root):
+    import tensorflow_datasets
+
+    try:
+        return tensorflow_datasets.builder(
+            dataset, data_dir=root, file_format="array_record"
+        )
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        raise ValueError(
+            f"tfds: dataset={dataset!r} is neither known to TensorFlow Datasets nor "
+            f"prepared below {root}; tensorflow_datasets.list_builders() lists them"
+        ) from None
+
+
+def _fail_soon():
+    """No bar of progress, and an offline machine says so before 205 s have passed."""
+    import tensorflow_datasets
+    from tensorflow_datasets.core.download import downloader
+
+    tensorflow_datasets.disable_progress_bar()
+    downloader.MAX_RETRIES = 0
+
+
+def _prepared(builder, way_out, stream=False):
+    """Prepares a TFDS builder if need be, and decodes it once."""
+    import tensorflow_datasets
+
+    def decode(path):
+        _fail_soon()
+        try:
+            builder.download_and_prepare(
+                download_config=tensorflow_datasets.download.DownloadConfig(
+                    try_download_gcs=False,
+                    force_checksums_validation=True,  # no digest known: no fetching
+                ),
+            )
+            read = builder.as_data_source()
+        except Exception as error:  # no network, no TensorFlow, another format, ...
+            raise DataError(
+                f"{builder.name}: cannot be prepared or read below "
+                f"{builder.data_path} ({type(error).__name__}: {str(error)[:300]}); "
+                f"{way_out}"
+            ) from error
+        _decode(read, builder.name, path)
+
+    return _kept(Path(builder.data_path) / DECODED, decode, stream)
+
+
+def _kept(cache, decode, stream):
+    """The .npz that decode(path) writes, kept for later runs where it can be."""
+    if cache.exists():
+        try:
+            return npz(cache, stream)
+        except DataError as error:
+            logging.warning("%s; decoding again", error)
+    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
+    try:
+        decode(part)
+        os.replace(part, cache)
+        return npz(cache, stream)
+    except OSError as error:
+        logging.warning("%s: not cached (%s)", cache, error)
+    finally:
+        part.unlink(missing_ok=True)
+    if stream:
+        raise DataError(f"{cache}: stream=True needs it: free some space for it")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / cache.name
+        decode(path)
+        return npz(path)
+
+
+def _decode(read, name, path):
+    """Writes the splits of a prepared TFDS set as an .npz, image by image."""
+    if "train" not in read:
+        raise DataError(f"{name}: no split 'train' among {sorted(read)}")
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, role in (("train", "train"), (_tested(read), "test")):
+            if split not in read:
+                continue
+            examples = read[split]
+            if not len(examples) or "image" not in examples[0]:
+                raise DataError(
+                    f"{name}: no images in split {split!r}; take another set"
+                )
+            first = examples[0]["image"]
+            header = {
+                "descr": np.lib.format.dtype_to_descr(first.dtype),
+                "fortran_order": False,
+                "shape": (len(examples), *first.shape),
+            }
+            labels = []
+            with archive.open(f"{role}_images.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for example in examples:
+                    image = example["image"]
+                    if image.shape != first.shape:
+                        raise DataError(
+                            f"{name}: images differ in size ({first.shape}, "
+                            f"{image.shape} ...); save them as files and use the "
+                            "source 'folder'"
+                        )
+                    file.write(np.ascontiguousarray(image, first.dtype).data)
+                    labels.append(example.get("label"))
+            if "label" in examples[0]:
+                with archive.open(f"{role}_labels.npy", "w") as file:
+                    labels = np.array(labels, np.int32)
+                    np.lib.format.write_array(file, labels, allow_pickle=False)
+
+
+def _tested(read):
+    """The split that is held out."""
+    return "test" if "test" in read else "validation"

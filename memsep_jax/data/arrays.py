@@ -1,0 +1,345 @@
+"""Points as arrays, in memory or on disk: their units, names, and what they may hold.
+
+Images are uint8, or float32 in [-1, 1]. Rooms that read files call these checks, so
+that the same is refused, converted and told for training and for audits.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 1_024  # rows that are looked at together
+LISTED, LONG = 10, 60  # names in a message or a note, letters of each
+# Values in [0, 1] with a little noise below 0 have next to none below NOISE; images in
+# [-1, 1] have their shadows there.
+NOISE, RARE, HALF = -0.1, 1e-3, 0.5
+FILLED = 0.75  # of [-1, 1]: what is all within it was scaled to less
+ROUNDED = 1e-3  # beyond [-1, 1] is rounding, far below a level of 255
+DARK = 64  # of 255: where all pixels are below, another range may have been meant
+
+
+class DataError(ValueError):
+    """Data that are missing, damaged or unreadable; wrong arguments: ValueError."""
+
+    exit_code = 3
+
+
+def listed(names, most: int = LISTED) -> str:
+    """The first ten names of many, and how many more there are."""
+    names = [_short(str(name)) for name in names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _short(name):
+    return name if len(name) <= LONG else f"{name[: LONG // 2]}...{name[-LONG // 2 :]}"
+
+
+# What is read, and what stays on disk.
+
+
+class Rows:
+    """Rows of an array that stays on disk, in an order: read where they are asked for.
+
+    rows[i], of a slice or of integers [k], are Rows too; np.asarray(rows) reads them.
+    """
+
+    def __init__(self, array, rows=None):
+        self.array, self.dtype, self.ndim = array, array.dtype, array.ndim
+        self.rows = np.arange(len(array)) if rows is None else rows
+        self.shape = len(self.rows), *array.shape[1:]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return Rows(self.array, self.rows[index])
+
+    def __iter__(self):
+        return (self.array[row] for row in self.rows)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array[self.rows], dtype)
+
+
+class Source(NamedTuple):
+    """The pools of a source as read, before any choice."""
+
+    images: np.ndarray | Rows  # uint8 or float32 [n, h, w, c], or float32 [n, d]
+    labels: np.ndarray | None = None  # [n] integer
+    test_images: np.ndarray | Rows | None = None
+    test_labels: np.ndarray | None = None
+    pixels: bool = True  # [n, h, w, c] are images; else latents, of any values
+    files: np.ndarray | None = None  # [n] paths, of a folder or an archive
+    classes: tuple[str, ...] | None = None  # the folder of each label
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
+    # By field of readers.Preparation: files that another choice would change.
+    altered: dict[str, np.ndarray] | None = None
+
+
+def check_source(source, where) -> tuple[str, ...]:
+    """Refuses what training would only fail on later; `where` names the file.
+
+    Returns: notes, of what is allowed and may not be meant.   Raises: DataError.
+    """
+    notes = _check_points(source.images, f"{where}: train_images", source.pixels)
+    check_labels(source.labels, len(source.images), f"{where}: train_labels")
+    test = source.test_images
+    if test is None:
+        if source.test_labels is not None:
+            raise DataError(f"{where}: test_labels without test_images")
+        return notes
+    notes += _check_points(test, f"{where}: test_images", source.pixels)
+    check_labels(source.test_labels, len(test), f"{where}: test_labels")
+    if (test.shape[1:], test.dtype) != (source.images.shape[1:], source.images.dtype):
+        raise DataError(
+            f"{where}: test_images {test.dtype}{test.shape} do not fit train_images "
+            f"{source.images.dtype}{source.images.shape}"
+        )
+    return notes
+
+
+def _check_points(x, where, pixels):
+    if (x.dtype.name, x.ndim) not in {("uint8", 4), ("float32", 4), ("float32", 2)}:
+        raise DataError(
+            f"{where} is {x.dtype}{x.shape}; it must be uint8 or float32 [n, h, w, c], "
+            "or float32 [n, d]"
+        )
+    if 0 in x.shape:
+        raise DataError(f"{where} is empty: {x.shape}")
+    if x.ndim == 4:
+        check_layout(x, where)
+    low, high, below = limits(x)
+    refuse(np.isnan(low), where, "NaN or Inf")
+    if x.ndim != 4:
+        return ()
+    notes = []
+    if pixels:
+        notes = check_range(x, where, low, high, below)
+    return tuple(notes)
+
+
+def check_labels(labels, n, where):
+    """Refuses labels that are neither None nor integers [n] in 0 .. 2**31 - 1."""
+    if labels is None:
+        return
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        raise DataError(
+            f"{where} is {labels.dtype}{labels.shape}; it must be integers [{n}]"
+        )
+    refuse((labels < 0) | (labels >= 2**31), where, "a label outside 0 .. 2**31 - 1")
+
+
+# Units and names of points.
+
+
+def from_uint8(u):
+    """Pixels 0..255 to [-1, 1]: u / 127.5 - 1.   u [...] -> [...] float32."""
+    return u.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(x):
+    """The pixels nearest to x, clipped; inverts `from_uint8`.   x [...] -> [...]."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def like(points, x):
+    """x in the units of these points: floats, or the pixels of an image."""
+    if x.dtype == points.dtype:
+        return x
+    return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
+
+
+def digests(x) -> list[str]:
+    """What tells each point from every other one.   x [n, *e] -> [n]."""
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in x]
+
+
+def fingerprint(*arrays) -> str:
+    """What tells these arrays, or None, from all others."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is None:
+            digest.update(b"none;")
+            continue
+        if array.ndim == 1:
+            array = np.asarray(array, np.int32)
+        digest.update(f"{array.dtype.str}{array.shape};".encode())
+        for start in range(0, len(array), BLOCK):
+            block = np.asarray(array[start : start + BLOCK])
+            digest.update(np.ascontiguousarray(block).data)
+    return digest.hexdigest()
+
+
+# What an array of images may hold.
+
+
+def joined(arrays: dict, where):
+    """Images, and labels or None, of what np.savez(path, *arrays) wrote.
+
+    Args: arrays, {"arr_0": ..., "arr_1": ...}: batches of images, images, or images and
+      their labels.
+    Raises: DataError where they are none of these.
+    """
+    values = [arrays[f"arr_{i}"] for i in sorted(int(name[4:]) for name in arrays)]
+    first = values[0]
+    if len(values) == 1:
+        return first, None
+    labels = values[1]
+    if (
+        len(values) == 2
+        and labels.dtype.kind in "iu"
+        and labels.shape == first.shape[:1]
+    ):
+        return first, labels
+    alike = {(x.ndim, x.dtype) for x in values} == {(first.ndim, first.dtype)}
+    if alike and len({x.shape for x in values}) == 1 and _is_image(first):
+        return np.stack(values), None
+    if alike and first.ndim >= 3 and len({x.shape[1:] for x in values}) == 1:
+        return np.concatenate(values), None
+    shapes = (f"arr_{i} {x.dtype}{list(x.shape)}" for i, x in enumerate(values))
+    raise DataError(
+        f"{where} holds {listed(shapes)}, which are neither batches of images nor "
+        "images of one size; write it again by np.savez(path, images=...)"
+    )
+
+
+def _is_image(x):
+    """Whether an array is one image and not several."""
+    if x.ndim == 2:  # of floats it may be features
+        return x.dtype == np.uint8
+    return x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] > 4
+
+
+def native(x):
+    """An array in the byte order of this machine."""
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
+
+
+def check_layout(x, where):
+    """Refuses [n, c, h, w], where [n, h, w, c] are meant.   Raises: DataError."""
+    _, h, w, c = x.shape
+    if h < w == c or h <= 4 < min(w, c):
+        raise DataError(
+            f"{where} is {x.shape}, channels first; save x.transpose(0, 2, 3, 1)"
+        )
+
+
+def check_range(x, where, lowest, highest, below: float):
+    """Refuses images that do not fill the range of their dtype.
+
+    Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
+      share of floats that are under NOISE.
+    Returns: notes of what is allowed and may not be meant.   Raises: DataError.
+    """
+    low, high = lowest.min(), highest.max()
+    notes = []
+    if len(constant := np.flatnonzero(lowest == highest)):
+        notes.append(
+            f"{where}: {len(constant)} constant images, the first at {constant[0]}"
+        )
+    if x.dtype == np.uint8:
+        if (low, high) == (0, 1):
+            raise DataError(
+                f"{where} has pixels of 0 and 1 only, which are black in uint8; save "
+                "255 * x"
+            )
+        if 0 < high < DARK:
+            notes.append(
+                f"{where}: the brightest pixel is {high:.0f} of 255: is white there?"
+            )
+        return notes
+    refuse(
+        (lowest < -1 - ROUNDED) | (highest > 1 + ROUNDED),
+        where,
+        f"values outside [-1, 1], in [{low:.9g}, {high:.9g}]",
+        "save uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little",
+    )
+    unit, centred = low > -HALF and below < RARE, low > -FILLED and high < FILLED
+    if low < high and (unit or centred):
+        kind, way = "[0, 1]", "255 * x"
+        if not unit:
+            kind, way = "[-0.5, 0.5]", "255 * (x + 0.5)"
+        raise DataError(
+            f"{where} has floats in [{low:.3g}, {high:.3g}], as images in {kind} have; "
+            "floats must fill [-1, 1], so save uint8 pixels 0 .. 255: "
+            f"({way}).round().clip(0, 255).astype('uint8')"
+        )
+    return notes
+
+
+def pixels(x, where):
+    """(uint8 [n, h, w, c], notes) of what an array may hold.
+
+    Args: x, uint8 or floats in [-1, 1]: [n, h, w, c], [n, h, w] or one [h, w, 3].
+    Raises: DataError.
+    """
+    x = native(x)
+    if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
+        raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
+    if x.ndim == 3 and x.shape[0] in (3, 4) and min(x.shape[1:]) > 4:
+        raise DataError(
+            f"{where} is {x.shape}: one image, channels first, or {len(x)} grey ones? "
+            "save x.transpose(1, 2, 0) or x[..., None]"
+        )
+    if x.ndim == 3:
+        x = x[None] if _is_image(x) else x[..., None]
+    if x.ndim != 4 or not x.size:
+        raise DataError(f"{where} is {x.dtype}{x.shape}, not images [n, h, w, c]")
+    check_layout(x, where)
+    if x.shape[3] not in (1, 3, 4):
+        raise DataError(
+            f"{where} is {x.shape}, of {x.shape[3]} channels: images have 1, 3 or 4; "
+            "of latents, give what they decode to"
+        )
+    low, high, below = limits(x)
+    if x.dtype != np.uint8:
+        refuse(~np.isfinite(low), where, "NaN or Inf")
+    notes = tuple(check_range(x, where, low, high, below))
+    if x.dtype == np.uint8:
+        return x, notes
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8), notes
+
+
+def limits(x):
+    """(lowest [n], highest [n]) of each row, NaN where one is not finite, and the share
+    of all values below NOISE.   Args: x [n, ...], in memory or on disk.
+    """
+    low, high = np.empty(len(x), np.float64), np.empty(len(x), np.float64)
+    below = 0
+    for start in range(0, len(x), BLOCK):  # what is on disk may be larger than memory
+        rows = np.asarray(x[start : start + BLOCK])
+        rows = rows.reshape(len(rows), -1)
+        part = slice(start, start + len(rows))
+        low[part], high[part] = rows.min(axis=1), rows.max(axis=1)
+        if rows.dtype.kind == "f":
+            below += int((rows < NOISE).sum())
+    infinite = ~(np.isfinite(low) & np.isfinite(high))
+    low[infinite] = high[infinite] = np.nan
+    return low, high, below / max(1, int(np.prod(x.shape)))
+
+
+def refuse(bad, where, what, way_out="repair it"):
+    """Names the first of the rows that are bad [n].   Raises: DataError."""
+    if bad.any():
+        first = np.flatnonzero(bad)[0]
+        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); {way_out}")
+
+
+def histogram(x):
+    """How many pixels each level has, of a thousand images at most.   -> [256]."""
+    some = x[:: max(1, len(x) // 1_000)]
+    counts = np.zeros(256, np.int64)
+    for one in some:  # bincount takes 8 bytes for each pixel that it looks at
+        counts += np.bincount(one.reshape(-1), minlength=256)
+    return counts
+
+
+def apart(one, other) -> float:
+    """The largest distance of two distribution functions, from `histogram`."""
+    gaps = np.cumsum(one) / one.sum() - np.cumsum(other) / other.sum()
+    return float(np.abs(gaps).max())
