@@ -16,9 +16,7 @@ from memsep_jax import (
     fidelity,
     gap,
     lipschitz,
-    memorization,
     mixture,
-    neighbours,
     process,
     prune,
     sampling,
@@ -232,42 +230,6 @@ def moved_exactly(points, seed):
 
 @FEW
 @given(SEEDS)
-def test_memorization_sees_no_move_and_no_order(seed):
-    """Distances scale; the ratio, AuthPct and twins stay what they are."""
-    rng, data = np.random.default_rng(seed), lattice(seed, 16)
-    near = data[:8] + rng.integers(-1, 2, (8, D)) / 8
-    samples, held_out = np.concatenate([near, data[8:]]), lattice(seed + 1, 16)
-    (far, at, new), s = moved_exactly((data, samples, held_out), seed)
-
-    one = memorization.ratio(samples, data, held_out)
-    other = memorization.ratio(at, far, new)
-    np.testing.assert_array_equal(
-        other.neighbours.distances, np.float32(s) * one.neighbours.distances
-    )
-    np.testing.assert_array_equal(other.neighbours.indices, one.neighbours.indices)
-    np.testing.assert_array_equal(other.memorized, one.memorized)
-    assert other[:4] == one[:4] and one.memorized.sum() >= 8
-
-    own, far_own = (neighbours.nearest(a, a).distances[:, 1] for a in (data, far))
-    authentic = memorization.authentic(one.neighbours, own)
-    found = memorization.authentic(other.neighbours, far_own)
-    np.testing.assert_array_equal(found, authentic)
-    for alike in (memorization.calibrated_l2, lambda d: memorization.quotient(*d.T)):
-        close(alike(other.neighbours.distances), alike(one.neighbours.distances))
-
-    rows, points = rng.permutation(16), rng.permutation(16)
-    mixed = memorization.ratio(samples[rows], data[points], held_out[::-1])
-    np.testing.assert_array_equal(mixed.memorized, one.memorized[rows])
-    assert mixed[:4] == one[:4]
-
-    twins = memorization.reproducibility(samples, data)
-    again = memorization.reproducibility(at, far)
-    np.testing.assert_array_equal(again.close, twins.close)
-    np.testing.assert_allclose(again.cosine, twins.cosine, atol=1e-5)
-
-
-@FEW
-@given(SEEDS)
 def test_balls_see_no_move(seed):
     a, b = lattice(seed, 14), lattice(seed + 1, 11)
     (c, d), _ = moved_exactly((a, b), seed)
@@ -293,76 +255,6 @@ def test_distances_of_features_scale_and_see_no_rotation(seed, s):
     assert fidelity.vendi(s * a @ q.T) == pytest.approx(fidelity.vendi(a))
     twice = np.concatenate([a, 3 * a[::-1]])  # as diverse as once
     assert fidelity.vendi(twice) == pytest.approx(fidelity.vendi(a))
-
-
-@FEW
-@given(SEEDS, SCALES)
-def test_the_worst_tile_moves_with_its_images(seed, s):
-    a, b = drawn(seed, 2, 6, 4, 8, 3)
-    truth = memorization.tiled_l2(a, b)
-    close(memorization.tiled_l2(s * a + 2, s * b + 2), s * truth)
-    for turn in (
-        lambda x: x.swapaxes(1, 2),
-        lambda x: x[:, ::-1],
-        lambda x: x[:, :, ::-1],
-    ):
-        np.testing.assert_allclose(memorization.tiled_l2(turn(a), turn(b)), truth)
-    # A larger tile is no nearer than the worst of the small ones in it.
-    assert np.all(memorization.tiled_l2(a, b, 2) >= truth)
-
-
-@FEW
-@given(SEEDS)
-def test_c_t_sees_ranks_alone(seed):
-    """Of any increasing function of the distances; two samples exchanged: its sign."""
-    x, y = np.abs(drawn(seed, 30)).round(1), np.abs(drawn(seed, 25)).round(1)
-    cells = np.arange(30) % 2, np.arange(25) % 2
-    value = memorization.copying_test(x, cells[0], y, cells[1], least=5)
-    for rise in (np.log1p, lambda d: 7 * d**3 + 1):
-        again = memorization.copying_test(rise(x), cells[0], rise(y), cells[1], least=5)
-        np.testing.assert_array_equal(again.scores, value.scores)
-    rows = np.random.default_rng(seed).permutation(30)
-    again = memorization.copying_test(x[rows], cells[0][rows], y, cells[1], least=5)
-    assert again.value == pytest.approx(value.value)
-    one = memorization.copying_test(x, 0 * cells[0], y, 0 * cells[1])
-    other = memorization.copying_test(y, 0 * cells[1], x, 0 * cells[0])
-    assert other.value == pytest.approx(-one.value)
-
-
-@FEW
-@given(SEEDS)
-def test_fld_sees_no_order(seed):
-    """Of generated and held-out points; that of the training set cuts its halves."""
-    sets = drawn(seed, 12, 2), drawn(seed, 9, 2), drawn(seed, 5, 2)
-    rng = np.random.default_rng(seed)
-    rows = rng.permutation(5)
-    one = memorization.feature_likelihood(*sets)
-    other = memorization.feature_likelihood(
-        sets[0], rng.permutation(sets[1]), sets[2][rows]
-    )
-    np.testing.assert_allclose(other[:4], one[:4], rtol=1e-6)
-    np.testing.assert_allclose(other.log_variances, one.log_variances[rows], atol=1e-5)
-
-
-@FEW
-@given(SEEDS, st.sampled_from([0.5, 3.0, 1_000.0]))
-def test_how_many_points_are_memorized_has_the_unit_of_a_size(seed, s):
-    sizes, rng = np.array([100.0, 200.0, 400.0, 800.0]), np.random.default_rng(seed)
-    ratios = np.sort(rng.random(4))[::-1] * [1, 1, 1, 0] + [1, 0, 0, 0]
-    found = memorization.effective_memorization(sizes, np.minimum(ratios, 1))
-    again = memorization.effective_memorization(s * sizes, np.minimum(ratios, 1))
-    assert again == pytest.approx(s * found)
-    counts = rng.binomial(50, [[1.0] * 2, [0.95] * 2, [0.6] * 2, [0.1] * 2])
-    ends = memorization.effective_interval(sizes, counts, 50, draws=50)
-    again = memorization.effective_interval(s * sizes, counts, 50, draws=50)
-    assert again == pytest.approx(tuple(s * end for end in ends))
-
-    values, weights = rng.normal(size=6), rng.random(6) + 0.1
-    once = memorization.decreasing(values, weights)
-    np.testing.assert_allclose(memorization.decreasing(once, weights), once)
-    np.testing.assert_allclose(once @ weights, values @ weights)
-    moved = memorization.decreasing(s * values + 1, 7 * weights)
-    np.testing.assert_allclose(moved, s * once + 1)
 
 
 # Masks.

@@ -32,7 +32,7 @@ OWNERS = {  # package: rooms that may import it
     "tensorflow_datasets": {"data", "sources"},
     "safetensors": {"weights"},
     "sklearn": {"data", "sources", "experiments.studies.compare"},
-    "scipy": {"experiments.studies.results"},
+    "scipy": {"memorization", "experiments.studies.results"},
     "PIL": {"data", "readers", "sources", "experiments"},
     "ml_collections": {"main", "experiments.config", "defaults"},
     "matplotlib": {"experiments.reporting.figures"},

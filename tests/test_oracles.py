@@ -22,7 +22,6 @@ from memsep_jax import (
     empirical,
     gap,
     lipschitz,
-    memorization,
     mixture,
     process,
     sampling,
@@ -101,41 +100,6 @@ ORACLES = {  # room: {test: the functions that it is the oracle of}
         "test_sampling.py::test_the_stages_of_a_sampler_are_the_sampler": "stages",
         "test_sampling.py::test_the_search_in_steps_is_the_search": """
             search_stages best_noise""",
-    },
-    "memorization": {
-        "test_the_ratio_is_a_loop_over_samples": """
-            nearest_two memorized ratio ratio_of copied quotient""",
-        "test_memorization.py::test_wilson_is_the_published_table": "wilson",
-        "test_memorization.py::test_the_excess_is_the_published_table": "excess",
-        "test_memorization.py::"
-        "test_so_many_copies_by_chance_are_as_probable_as_fisher_says": "by_chance",
-        "test_memorization.py::"
-        "test_a_mirrored_copy_is_found_and_a_symmetric_one_is_not_flipped": """
-            with_flips""",
-        "test_memorization.py::test_calibrated_l2_by_hand": "calibrated_l2",
-        "test_memorization.py::test_the_nearest_tiled_one_is_so_for_every_chunk": """
-            nearest_tiled""",
-        "test_memorization.py::test_authentic_samples_by_hand": "authentic",
-        "test_memorization.py::test_the_tiled_distance_is_that_of_the_worst_tile": """
-            tiled_l2""",
-        "test_memorization.py::test_the_score_of_a_cell_is_that_of_scipy": """
-            copying_test""",
-        "test_memorization.py::test_fld_is_the_density_of_its_mixture": """
-            feature_likelihood""",
-        "test_memorization.py::test_emission_by_hand": "emitted",
-        "test_memorization.py::test_fewer_samples_emit_the_mean_over_all_subsets": """
-            rarefaction""",
-        "test_memorization.py::test_emm_is_linear_in_log_n_between_the_sizes": """
-            effective_memorization""",
-        "test_memorization.py::test_the_interval_of_emm_covers_as_often_as_it_says": """
-            effective_interval""",
-        "test_memorization.py::"
-        "test_the_nearest_non_increasing_curve_pools_what_rises": "decreasing",
-        "test_memorization.py::"
-        "test_the_search_finds_the_crossing_of_any_decreasing_curve": "next_size",
-        "test_memorization.py::"
-        "test_a_plateau_is_where_nothing_beats_the_best_before": "plateaued",
-        "test_twins_are_loops_over_pairs": "reproducibility cosine",
     },
     "fidelity": {
         "test_fidelity.py::test_it_is_the_matrix_square_root_of_the_definition": """
@@ -837,83 +801,3 @@ def test_flows_are_loops_over_their_steps(bits, real):
         gained += (later - t) * (trace(t) + trace(later)) / 2
     prior = scipy.stats.norm.logpdf(x, 0, formula.sigma(times[0])).sum()
     close(log_p, prior + gained, bits)
-
-
-# Memorization.
-
-
-def two_nearest(x, data):
-    """d1, d2 and the index of the nearest: the second is another point, not a copy."""
-    distances = [np.sqrt(np.sum((x - y) ** 2)) for y in data]
-    first = int(np.argmin(distances))
-    others = [
-        distance
-        for distance, y in zip(distances, data, strict=True)
-        if not np.array_equal(y, data[first])
-    ]
-    return distances[first], min(others), first
-
-
-def test_the_ratio_is_a_loop_over_samples(bits, real):
-    """Copies of points that occur twice, near copies, and points of their own."""
-    data = real(9, 2, 2)
-    data[7] = data[2]
-    near = np.float64(np.float32(data[4] + 0.125 * real(2, 2)))
-    samples = np.concatenate([data[[2, 5]], near[None], real(40, 2, 2)])
-    held_out = real(43, 2, 2)
-    truth = np.array([two_nearest(x, data) for x in samples])
-    flags = truth[:, 0] < 0.4 * truth[:, 1]
-    assert 3 < flags.sum() < 40
-
-    @jax.jit
-    def each(samples, data):
-        return jax.vmap(
-            lambda x: (
-                memorization.nearest_two(x, data),
-                memorization.memorized(x, data, 0.4),
-            )
-        )(samples)
-
-    distances, same = each(samples, data)
-    close(distances, truth[:, :2], bits)
-    np.testing.assert_array_equal(same, flags)
-    found = memorization.ratio(samples, data, held_out, threshold=0.4)
-    close(found.neighbours.distances.astype(np.float32), truth[:, :2], 32)
-    np.testing.assert_array_equal(found.neighbours.indices[:, 0], truth[:, 2])
-    nulls = [two_nearest(x, data) for x in held_out]
-    null = np.mean([d1 < 0.4 * d2 for d1, d2, _ in nulls])
-    for one in (found, memorization.ratio_of(found.neighbours, None, 1, 0.4)):
-        np.testing.assert_array_equal(one.memorized, flags)
-        assert (one.value, one.duplicates) == (flags.mean(), 1)
-        assert one.interval == memorization.wilson(int(flags.sum()), 43)
-    assert (found.null, one.null) == (null, None)
-    np.testing.assert_array_equal(memorization.copied(found.neighbours, 0.4), flags)
-    d1, d2 = np.append(truth[:, 0], 0), np.append(truth[:, 1], 0)
-    wanted = [a / b if b else 1 for a, b in zip(d1, d2, strict=True)]
-    np.testing.assert_allclose(memorization.quotient(d1, d2), wanted, rtol=1e-15)
-
-
-def test_twins_are_loops_over_pairs(real):
-    b = real(8, 2, 2)
-    b[6] = b[1]
-    a = np.float64(np.float32(b + np.linspace(0, 1, 8)[:, None, None] * real(8, 2, 2)))
-    moved, centre = b[[-1, *range(7)]], (sum(a) + sum(b)) / 16
-
-    def angle(x, y):
-        x, y = (x - centre).ravel(), (y - centre).ravel()
-        return x @ y / np.sqrt((x @ x) * (y @ y))
-
-    def close_to(x, y):
-        d1, d2, first = two_nearest(x, b)
-        return d1 < d2 / 3 and np.array_equal(b[first], y)
-
-    found = memorization.reproducibility(a, b)
-    flags = [close_to(x, y) for x, y in zip(a, b, strict=True)]
-    null = np.mean([close_to(x, y) for x, y in zip(a, moved, strict=True)])
-    np.testing.assert_array_equal(found.close, flags)
-    assert (found.share, found.null) == (np.mean(flags), null)
-    assert 2 <= sum(flags) < 8
-    for got, other in ((found.cosine, b), (found.cosine_null, moved)):
-        want = [angle(x, y) for x, y in zip(a, other, strict=True)]
-        np.testing.assert_allclose(got, want, atol=1e-5)
-        np.testing.assert_allclose(memorization.cosine(a, other, centre), want)
