@@ -12,7 +12,9 @@ ROOMS = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ALONE = {"process", "neighbours", "fidelity", "defaults", "parallel", "checkpoint"}
+FREE = {"__version__", "arrays"}  # a room that stands alone may import these too
 FLOORS = [  # a room imports from its own row and those above it here
+    {"arrays"},
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
@@ -25,6 +27,7 @@ FLOORS = [  # a room imports from its own row and those above it here
 ]
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
 OWNERS = {  # package: rooms that may import it
+    "jaxtyping": {"arrays"},
     "flax.linen": {"models"},
     "flax.struct": {"train"},
     "optax": {"train"},
@@ -97,7 +100,7 @@ def violations(room, tree):
         where = f"{room}:{line} imports {name}"
         if within(name, "memsep_jax"):
             other = (name.split(".") + [""])[1]
-            if top == "__init__" or other == "__version__":
+            if top == "__init__" or other in FREE:
                 continue
             if floor(other) > floor(room) or (top in ALONE and other != top):
                 yield f"{where}: upward"
@@ -213,3 +216,28 @@ def test_np_load_always_says_that_it_reads_no_pickles():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
                 said = {keyword.arg for keyword in node.keywords}
                 assert "allow_pickle" in said, f"{room}:{node.lineno}"
+
+
+MATHEMATICS = sorted(
+    {room for room in ROOMS if room.split(".")[0] in set().union(*FLOORS[1:4])}
+    - {"memorization.__init__"}
+)
+
+
+@pytest.mark.parametrize("room", MATHEMATICS)
+def test_every_public_function_of_floor_0_is_in_its_tests(room):
+    """By its name in the tests of its room: a new function needs a test of its own."""
+    tests = Path(__file__).parent / f"test_{room.split('.')[-1]}.py"
+    used = {
+        getattr(node, "attr", getattr(node, "value", None))  # by a table's name, too
+        for path in (tests, tests.with_name("oracles.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    }
+    public = {
+        node.name
+        for node in ast.parse(ROOMS[room].read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+    assert not public - used
