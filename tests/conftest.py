@@ -3,6 +3,7 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 
 # A test compiles for longer than it computes, and each worker has one core. jax below
@@ -26,6 +27,20 @@ def key():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(params=[64, 32])
+def bits(request):
+    """Both widths of floats: users run float32."""
+    with jax.enable_x64(request.param == 64):
+        yield request.param
+
+
+@pytest.fixture
+def real():
+    """Normal numbers that float32 represents too: both widths get the same question."""
+    rng = np.random.default_rng(7)
+    return lambda *shape: np.float64(np.float32(rng.normal(size=shape)))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import scipy.special
 from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import FEW, SCALES, SEEDS, D, alike, drawn, lattice, moved_exactly, turned
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
@@ -390,3 +391,32 @@ def test_balls_are_both_of_their_metrics():
     a, b = rng.normal(size=(30, 4)), rng.normal(0.3, 1, (40, 4))
     both = (*fidelity.precision_recall(a, b), *fidelity.density_coverage(a, b))
     assert fidelity.balls(a, b) == both
+
+
+@FEW
+@given(SEEDS)
+def test_balls_see_no_move(seed):
+    a, b = lattice(seed, 14), lattice(seed + 1, 11)
+    (c, d), _ = moved_exactly((a, b), seed)
+    for of in (fidelity.precision_recall, fidelity.density_coverage):
+        assert of(c, d, 3) == of(a, b, 3)
+
+
+@FEW
+@given(SEEDS, SCALES)
+def test_distances_of_features_scale_and_see_no_rotation(seed, s):
+    """Frechet by s^2; the kernel distance and Vendi see angles about 0, so no shift."""
+    a, b, q = drawn(seed, 9, D), 0.5 + drawn(seed, 12, D), turned(seed)
+    c, d = (s * x @ q.T + 40 * s for x in (a, b))
+
+    def frechet(a, b):
+        return fidelity.frechet(a, b, warn=False)
+
+    alike(frechet(c, d), s**2 * frechet(a, b))
+    alike(frechet(b[::-1], a), frechet(a, b))
+    squares = fidelity.squared_distances(a, b)
+    alike(fidelity.squared_distances(c, d), s**2 * squares)
+    alike(fidelity.kid(a @ q.T, b @ q.T), fidelity.kid(a, b))
+    assert fidelity.vendi(s * a @ q.T) == pytest.approx(fidelity.vendi(a))
+    twice = np.concatenate([a, 3 * a[::-1]])  # as diverse as once
+    assert fidelity.vendi(twice) == pytest.approx(fidelity.vendi(a))

@@ -24,8 +24,9 @@ ALONE = {
     "parallel",
     "checkpoint",
 }
+FREE = {"__version__", "arrays", "checks", "keys"}  # what stands alone may import them
 FLOORS = [  # a room imports from its own row and those above it here
-    {"checks", "keys"},
+    {"arrays", "checks", "keys"},
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
@@ -50,6 +51,7 @@ INSIDE: dict[str, set] = {
 }
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
 OWNERS = {  # package: rooms that may import it
+    "jaxtyping": {"arrays"},
     "flax.linen": {"models"},
     "flax.struct": {"train"},
     "optax": {"train"},
@@ -57,7 +59,7 @@ OWNERS = {  # package: rooms that may import it
     "tensorflow_datasets": {"data"},
     "safetensors": {"weights"},
     "sklearn": {"data", "experiments.studies.compare"},
-    "scipy": {"experiments.studies.results"},
+    "scipy": {"memorization", "experiments.studies.results"},
     "PIL": {"data", "experiments"},
     "ml_collections": {"main", "experiments.config", "defaults"},
     "matplotlib": {"experiments.reporting.figures"},
@@ -126,11 +128,9 @@ def violations(room, tree):
         where = f"{room}:{line} imports {name}"
         if within(name, "memsep_jax"):
             other = (name.split(".") + [""])[1]
-            if top == "__init__" or other == "__version__":
+            if top == "__init__" or other in FREE:
                 continue
-            if floor(other) > floor(room) or (
-                top in ALONE and other not in (top, "checks", "keys")
-            ):
+            if floor(other) > floor(room) or (top in ALONE and other != top):
                 yield f"{where}: upward"
             if top == other == "experiments":
                 mine, its = wing(f"memsep_jax.{room}"), wing(name)
@@ -184,3 +184,28 @@ def test_imports_go_down_and_packages_have_owners(room):
 )
 def test_the_rule_itself_sees_what_it_must(room, source, count):
     assert len(list(violations(room, ast.parse(source)))) == count
+
+
+MATHEMATICS = sorted(
+    {room for room in ROOMS if room.split(".")[0] in set().union(*FLOORS[1:4])}
+    - {"memorization.__init__"}
+)
+
+
+@pytest.mark.parametrize("room", MATHEMATICS)
+def test_every_public_function_of_floor_0_is_in_its_tests(room):
+    """By its name in the tests of its room: a new function needs a test of its own."""
+    tests = Path(__file__).parent / f"test_{room.split('.')[-1]}.py"
+    used = {
+        getattr(node, "attr", getattr(node, "value", None))  # by a table's name, too
+        for path in (tests, tests.with_name("oracles.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    }
+    public = {
+        node.name
+        for node in ast.parse(ROOMS[room].read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+    assert not public - used

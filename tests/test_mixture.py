@@ -4,14 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 from numpy.polynomial.legendre import leggauss
-from scipy.stats import multivariate_normal, multivariate_t, norm
+from oracles import (
+    FEW,
+    FORMULAS,
+    OU,
+    PROCESSES,
+    SCALES,
+    SEEDS,
+    SLOW_32,
+    VE,
+    D,
+    T,
+    alike,
+    check_slopes,
+    close,
+    drawn,
+    known,
+    moved_law,
+    normals,
+)
+from scipy.stats import multivariate_t, norm, uniform
 from scipy.stats import t as student
 
 from memsep_jax import mixture, process, score
-
-OU = process.ornstein_uhlenbeck()
-PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
 
 
 def uneven():
@@ -23,70 +40,9 @@ def uneven():
     )
 
 
-def densities(truth, x):
-    """w_k N(x; mu_k, S_k) in NumPy."""
-    weights, means, variances = np.exp(truth[0]), *map(np.asarray, truth[1:3])
-    exponents = np.sum((x - means) ** 2 / variances, axis=1) / 2
-    return weights * np.exp(-exponents) / np.sqrt(np.prod(2 * np.pi * variances, 1))
-
-
-def test_log_prob_is_the_log_of_the_sum_of_densities(x64):
-    truth, x = uneven(), np.array([0.2, 1.1])
-    np.testing.assert_allclose(
-        mixture.log_prob(truth, jnp.asarray(x)),
-        np.log(densities(truth, x).sum()),
-        rtol=1e-13,
-    )
-
-
 def test_log_prob_is_finite_far_from_every_component():
     far = jnp.array([1e4, -1e4])
     assert jnp.isfinite(mixture.log_prob(uneven(), far))
-
-
-def test_the_density_integrates_to_one(x64):
-    truth = mixture.Mixture(
-        jnp.log(jnp.array([0.2, 0.8])),
-        jnp.array([[-2.0], [1.0]]),
-        jnp.array([[0.3], [2.0]]),
-    )
-    x = jnp.linspace(-20, 20, 4_001)
-    log_prob = jax.jit(jax.vmap(lambda x: mixture.log_prob(truth, x[None])))(x)
-    assert float(jnp.sum(jnp.exp(log_prob)) * 0.01) == pytest.approx(1, abs=1e-10)
-
-
-@pytest.mark.parametrize("t", [1e-3, 0.3, 0.9])
-@pytest.mark.parametrize("name", PROCESSES)
-def test_the_score_is_the_posterior_mean_of_the_component_scores(name, t, x64):
-    """sum_k r_k(x) (alpha mu_k - x) / (alpha^2 s_k + sigma^2)."""
-    made, truth, x = PROCESSES[name], uneven(), np.array([0.7, -0.4])
-    a, v = float(made.alpha(jnp.asarray(t))), float(made.sigma(jnp.asarray(t))) ** 2
-    means, variances = a * np.asarray(truth.means), a**2 * truth.variances + v
-    shares = densities(mixture.Mixture(truth.log_weights, means, variances), x)
-    shares /= shares.sum()
-    closed = np.sum(shares[:, None] * (means - x) / np.asarray(variances), axis=0)
-    found = jax.jit(mixture.score(truth, made))(jnp.asarray(x), jnp.asarray(t))
-    np.testing.assert_allclose(found, closed, rtol=1e-10)
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_one_gaussian_diffuses_to_one_gaussian(name, x64):
-    """N(mu, S) -> N(alpha mu, alpha^2 S + sigma^2)."""
-    made, t = PROCESSES[name], jnp.asarray(0.6)
-    one = jax.tree.map(lambda leaf: leaf[:1], uneven())
-    law = mixture.diffuse(one, made, t)
-    a, v = made.alpha(t), made.sigma(t) ** 2
-    np.testing.assert_allclose(law.means, a * one.means, rtol=1e-14)
-    np.testing.assert_allclose(law.variances, a**2 * one.variances + v, rtol=1e-14)
-
-
-def test_diffusing_twice_is_diffusing_once(x64):
-    """The OU process is Markov: 0.2 and then 0.5 is 0.7."""
-    s, t = jnp.asarray(0.2), jnp.asarray(0.5)
-    twice = mixture.diffuse(mixture.diffuse(uneven(), OU, s), OU, t)
-    once = mixture.diffuse(uneven(), OU, s + t)
-    np.testing.assert_allclose(twice.means, once.means, rtol=1e-13)
-    np.testing.assert_allclose(twice.variances, once.variances, rtol=1e-13)
 
 
 def test_samples_have_the_mean_and_covariance_of_the_mixture(key):
@@ -103,13 +59,6 @@ def test_samples_have_the_mean_and_covariance_of_the_mixture(key):
     products = np.einsum("ni,nj->nij", x - mean, x - mean)
     error = products.std(axis=0) / np.sqrt(n)
     assert np.all(abs(products.mean(axis=0) - covariance) < 4 * error)
-
-
-def test_samples_choose_components_by_weight(key):
-    far = uneven()._replace(means=jnp.array([[-50.0, 0.0], [50.0, 0.0]]))
-    n = 10_000
-    share = float(jnp.mean(mixture.sample(key, far, n)[:, 0] < 0))
-    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
 
 
 def test_separated_means_have_the_papers_scale(key):
@@ -129,13 +78,13 @@ def test_the_score_of_samples_has_mean_zero(key):
 
 # Every law: the density, score, diffused law and samples are of one measure.
 
-LAWS = {
+EXAMPLES = {
     "separated": lambda key, d: mixture.separated(key, 3, d),
     "low_rank": lambda key, d: mixture.low_rank(key, 3, d, rank=1, noise=0.4),
     "student_t": lambda key, d: mixture.student_t(key, 2, d, 1.0, 3.0, nodes=12),
     "boxes": lambda key, d: mixture.boxes(key, 3, d, width=2.5),
 }
-every_law = pytest.mark.parametrize("law", LAWS)
+every_law = pytest.mark.parametrize("law", EXAMPLES)
 
 
 def densities_1d(law):
@@ -152,7 +101,7 @@ def slack(law):
 
 @every_law
 def test_every_law_has_mass_one(law, key, x64):
-    truth = LAWS[law](key, 1)
+    truth = EXAMPLES[law](key, 1)
     assert abs(jnp.sum(densities_1d(truth)[1]) - 1) < slack(law)
     noisy = mixture.diffuse(truth, OU, jnp.asarray(0.05))
     assert abs(jnp.sum(densities_1d(noisy)[1]) - 1) < 1e-9
@@ -161,7 +110,7 @@ def test_every_law_has_mass_one(law, key, x64):
 @every_law
 def test_the_diffused_law_is_that_of_alpha_x0_plus_sigma_eps(law, key, x64):
     """p_t(x) = int p(x0) N(x; alpha x0, sigma^2) dx0, by quadrature in 1-D."""
-    truth, t = LAWS[law](key, 1), jnp.asarray(0.4)
+    truth, t = EXAMPLES[law](key, 1), jnp.asarray(0.4)
     (x0, mass), x = densities_1d(truth), np.array([-3.0, -0.6, 0.4, 1.7, 4.0])
     kernel = norm(OU.alpha(t) * x0, OU.sigma(t)).pdf(x[:, None])
     log_prob = jax.vmap(lambda x: mixture.log_prob(mixture.diffuse(truth, OU, t), x))
@@ -171,7 +120,7 @@ def test_the_diffused_law_is_that_of_alpha_x0_plus_sigma_eps(law, key, x64):
 
 @every_law
 def test_every_law_diffuses_in_two_steps_as_in_one(law, key, x64):
-    truth, s, t = LAWS[law](key, 2), jnp.asarray(0.2), jnp.asarray(0.5)
+    truth, s, t = EXAMPLES[law](key, 2), jnp.asarray(0.2), jnp.asarray(0.5)
     twice = mixture.diffuse(mixture.diffuse(truth, OU, s), OU, t)
     once = mixture.diffuse(truth, OU, s + t)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), twice, once)
@@ -180,7 +129,7 @@ def test_every_law_diffuses_in_two_steps_as_in_one(law, key, x64):
 @every_law
 def test_the_score_is_the_gradient_of_the_log_density(law, key, x64):
     """By central differences in d = 3, near and 30 away."""
-    truth, t, step = LAWS[law](key, 3), jnp.asarray(0.1), 1e-5
+    truth, t, step = EXAMPLES[law](key, 3), jnp.asarray(0.1), 1e-5
     made = mixture.diffuse(truth, OU, t)
     log_prob = jax.jit(jax.vmap(lambda x: mixture.log_prob(made, x)))
     score_fn = jax.jit(mixture.score(truth, OU))
@@ -194,7 +143,7 @@ def test_the_score_is_the_gradient_of_the_log_density(law, key, x64):
 @every_law
 def test_draws_have_the_characteristic_function_of_the_density(law, key):
     """E cos(w X), E sin(w X) of X_0 and of X_t, in 1-D."""
-    truth, n = LAWS[law](key, 1), 20_000
+    truth, n = EXAMPLES[law](key, 1), 20_000
     for made in (truth, mixture.diffuse(truth, OU, jnp.float32(0.5))):
         drawn = np.float64(mixture.sample(jax.random.key(3), made, n))[:, 0]
         with jax.enable_x64(True):
@@ -225,19 +174,6 @@ def dense(law):
     """The [k, d, d] covariances."""
     low = np.einsum("kir,kjr->kij", law.factors, law.factors)
     return low + np.stack([np.diag(v) for v in np.asarray(law.variances)])
-
-
-def test_low_rank_is_the_dense_normal(key, x64):
-    law, x = planes(key), jnp.arange(5.0) - 2
-    logs = [
-        multivariate_normal(mean, covariance).logpdf(x)
-        for mean, covariance in zip(np.asarray(law.means), dense(law), strict=True)
-    ]
-    np.testing.assert_allclose(
-        jax.jit(mixture.log_prob)(law, x),
-        np.logaddexp.reduce(np.asarray(law.log_weights) + logs),
-        rtol=1e-12,
-    )
 
 
 def test_the_jacobian_of_one_plane_is_minus_its_precision(key, x64):
@@ -440,7 +376,7 @@ def test_draws_of_a_diagonal_mixture_never_change(key):
     np.testing.assert_array_equal(mixture.sample(key, truth, n), expected)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", EXAMPLES)
 def test_a_mixture_of_nothing_is_refused(law, key):
     with pytest.raises(ValueError, match="k=0"):
         mixture.LAWS[law](key, 0, 2)
@@ -466,7 +402,77 @@ def test_a_shape_that_no_law_has_is_refused(law, wrong, key):
 
 @pytest.mark.parametrize("law", ["separated", "boxes"])
 def test_a_point_of_another_shape_is_refused(law, key):
-    truth = LAWS[law](key, 2)
+    truth = EXAMPLES[law](key, 2)
     for x in (jnp.zeros(3), jnp.zeros((4, 2)), jnp.zeros(())):
         with pytest.raises(ValueError, match="one vector"):
             mixture.log_prob(truth, x)
+
+
+def test_boxes_are_cubes_about_the_means_of_separated(key):
+    @jax.jit
+    def ours(key):
+        laws = mixture.boxes(key, 5, 3, 1.5, 0.75), mixture.boxes(key, 5, 3)
+        return laws, mixture.separated(key, 5, 3, 1.5).means
+
+    (law, default), centres = jax.tree.map(np.asarray, ours(key))
+    np.testing.assert_allclose((law.low + law.high) / 2, centres, atol=1e-6)
+    np.testing.assert_allclose(law.high - law.low, 0.75, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(law.log_weights), np.full(5, 0.2), rtol=1e-6)
+    assert law.sigma == default.sigma == 0
+    width = (default.high - default.low)[0, 0]
+    assert uniform(0, width).var() == pytest.approx(1, rel=1e-5)
+
+
+@SLOW_32
+def test_a_diffused_mixture_is_a_sum_of_dense_normals(bits, real):
+    """With planes, and without."""
+    weights, means, factors = np.array([0.5, 0.25, 0.25]), real(3, 4), real(3, 4, 2)
+    variances, x = np.array([0.25, 0.5, 1.0, 4.0]) * np.ones((3, 4)), real(4)
+    made, formula = PROCESSES["variance_preserving"], FORMULAS["variance_preserving"]
+
+    @jax.jit
+    def ours(means, variances, factors, x, t):
+        law = mixture.Mixture(jnp.log(weights), means, variances, factors)
+        return [
+            (
+                mixture.log_prob(mixture.diffuse(law, made, t), x),
+                mixture.score(law, made)(x, t),
+            )
+            for law in (law, law._replace(factors=None))
+        ]
+
+    planes, plain = ours(means, variances, factors, x, T)
+    a, v = formula.alpha(T), formula.sigma(T) ** 2
+    for found, low in ((planes, factors), (plain, 0 * factors)):
+        covariances = [
+            a**2 * (np.diag(s) + f @ f.T) + v * np.eye(4)
+            for s, f in zip(variances, low, strict=True)
+        ]
+        log_p, slope = normals(weights, a * means, covariances, x)
+        close(found[0], log_p, bits)
+        close(found[1], slope, bits)
+
+
+@jax.jit
+def true_law(law, x, t):
+    noised = mixture.log_prob(mixture.diffuse(law, VE, t), x)
+    return mixture.log_prob(law, x), noised, mixture.score(law, VE)(x, t)
+
+
+@pytest.mark.parametrize("name", ["normals", "planes", "boxes"])
+@FEW
+@given(SEEDS, SCALES)
+def test_a_known_law_moves_with_its_parameters(x64, name, seed, s):
+    """Scaled by `moved` and shifted; before any noise, too."""
+    law, x, c = known(name, seed), drawn(seed, D), 2.0
+    log_p, noised, slope = true_law(law, x, 0.5)
+    found = true_law(moved_law(law, s, c), s * x + c, 0.5 * s)
+    volume = D * np.log(s)
+    np.testing.assert_allclose(found[:2], (log_p - volume, noised - volume), 1e-9)
+    alike(found[2], slope / s)
+
+
+def test_a_known_density_has_the_slopes_of_its_differences(x64):
+    """In every parameter of the law, too."""
+    law = mixture.low_rank(jax.random.key(0), 2, D, noise=0.5)
+    check_slopes(mixture.log_prob, law, drawn(1, D))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import VE, check_slopes, drawn
 
+from memsep_jax import train
 from memsep_jax.models import MLP, MODELS, DiT, UNet, dit
 from memsep_jax.models.layers import Conv, Dense, time_features
 
@@ -442,3 +444,35 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
     for weight in net.parameters():  # now ours, beside their own gradient
         error = float(abs(weight.detach() - weight.grad).max())
         assert error < 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    "model, step",
+    [
+        pytest.param(MLP(width=4, depth=1), 1e-5, id="mlp"),
+        pytest.param(  # the softmax of its attention is of float32
+            DiT(patch=2, width=8, depth=1, num_heads=2, dtype="float64"),
+            1e-3,
+            id="dit",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            UNet(width=4, depth=1, multipliers=(1,), attention=(), dtype="float64"),
+            1e-5,
+            id="unet",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_loss_has_the_gradient_of_its_differences(model, step, x64):
+    x0, eps = jnp.asarray(drawn(0, 2, 4, 4, 1))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x0, 0.5)["params"]
+    params = jax.tree.map(lambda p: 0.3 * drawn(p.size, *p.shape), shapes)
+
+    def loss(params):
+        def apply(params, x, t):
+            return model.apply({"params": params}, x, t)
+
+        return train.noise_loss(apply, params, VE, x0, jnp.asarray(0.5), eps)
+
+    check_slopes(loss, params, step=step, rtol=1e-6 if step < 1e-4 else 1e-3)

@@ -4,71 +4,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import FORMULAS, OU, OU_FORMULA, PROCESSES, T, close
 
 from memsep_jax import defaults, process
 from memsep_jax.experiments.config import build
 
-OU = process.ornstein_uhlenbeck()
-VP = process.variance_preserving()
-VE = process.variance_exploding()
-FLOW = process.rectified_flow()
-TIMES = [1e-4, 0.1, 0.5, 0.9]
+VP = PROCESSES["variance_preserving"]
 N = 10_000
 
 
-def vp_beta(t):
-    return 0.1 + 19.9 * t
+def test_alpha_sigma_drift_and_diffusion_are_the_formulas(x64):
+    times = np.array([1e-4, 0.1, 0.5, 0.9])
 
+    @jax.jit
+    @jax.vmap
+    def values(t):
+        return {
+            name: (
+                made.alpha(t),
+                made.sigma(t),
+                process.drift(made, t),
+                process.diffusion2(made, t),
+            )
+            for name, made in PROCESSES.items()
+        }
 
-def vp_integral(t):
-    return 0.1 * t + 9.95 * t**2
-
-
-FORMULAS = {  # process, alpha, sigma, drift, diffusion^2
-    "ou": (
-        OU,
-        lambda t: np.exp(-t / 2),
-        lambda t: np.sqrt(1 - np.exp(-t)),
-        lambda t: -0.5,
-        lambda t: 1.0,
-    ),
-    "vp": (
-        VP,
-        lambda t: np.exp(-vp_integral(t) / 2),
-        lambda t: np.sqrt(1 - np.exp(-vp_integral(t))),
-        lambda t: -vp_beta(t) / 2,
-        vp_beta,
-    ),
-    "ve": (VE, lambda t: 1.0, lambda t: t, lambda t: 0.0, lambda t: 2 * t),
-    "flow": (
-        FLOW,
-        lambda t: 1 - t,
-        lambda t: t,
-        lambda t: -1 / (1 - t),
-        lambda t: 2 * t / (1 - t),
-    ),
-}
-
-
-@pytest.mark.parametrize("t", TIMES)
-@pytest.mark.parametrize("name", FORMULAS)
-def test_alpha_sigma_drift_and_diffusion_are_the_formulas(name, t, x64):
-    made, *formulas = FORMULAS[name]
-    at = jnp.asarray(t)
-    found = (
-        made.alpha(at),
-        made.sigma(at),
-        process.drift(made, at),
-        process.diffusion2(made, at),
-    )
-    truth = [formula(t) for formula in formulas]
-    np.testing.assert_allclose(np.stack(found), truth, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("made", [OU, VP])
-def test_variance_is_preserved(made, x64):
-    t = jnp.asarray(0.3)
-    np.testing.assert_allclose(made.alpha(t) ** 2 + made.sigma(t) ** 2, 1, rtol=1e-14)
+    for name, columns in values(times).items():
+        for column, formula in zip(columns, FORMULAS[name], strict=False):
+            truth = [formula(t) for t in times]
+            np.testing.assert_allclose(column, truth, rtol=1e-9, atol=1e-12)
 
 
 def test_sigma_keeps_its_digits_in_float32_at_small_t():
@@ -85,16 +49,6 @@ def test_vp_runs_through_edms_range_of_noise(x64):
     np.testing.assert_allclose(s, truth, rtol=1e-12)
     low, _, high = np.asarray(s)
     assert f"{low:.7f}" == "0.0010005" and f"{high:.3f}" == "152.167"
-
-
-@pytest.mark.parametrize("made", [OU, VP, VE, FLOW])
-def test_perturb_is_alpha_x0_plus_sigma_eps(made, key, x64):
-    x0, eps = jax.random.normal(key, (2, 3, 4))
-    t = jnp.asarray(0.4)
-    found = process.perturb(made, x0, t, eps)
-    np.testing.assert_allclose(
-        found, made.alpha(t) * x0 + made.sigma(t) * eps, rtol=1e-14
-    )
 
 
 # Laws of t. The empirical CDF has standard error at most 1 / (2 sqrt(n)) anywhere.
@@ -150,25 +104,17 @@ def test_log_normal_has_edms_moments(key):
         (lambda: process.log_normal(std=0.0), "std=0.0"),
     ],
 )
-def test_a_law_that_does_not_exist_is_refused_with_its_numbers(make, words):
+def test_a_law_that_does_not_exist_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.parametrize("name", process.PROCESSES)
-@pytest.mark.parametrize("noise", [0.01, 0.3, 5.0])
-def test_a_time_is_found_by_its_noise(name, noise, x64):
-    made = process.PROCESSES[name]()
-    t = jax.jit(lambda s: process.time_of(made, s))(noise)
-    assert process.noise_to_signal(made, t) == pytest.approx(noise, rel=1e-6)
 
 
 @pytest.mark.parametrize("made", [OU, process.rectified_flow()])
 def test_the_time_of_a_noise_has_the_slope_of_the_inverse(made, x64):
     """d t / d noise = 1 / (d noise / d t), at t = 0.3."""
     noise, slope = jax.value_and_grad(lambda t: process.noise_to_signal(made, t))(0.3)
-    found = jax.jit(jax.grad(lambda s: process.time_of(made, s)))(noise)
-    np.testing.assert_allclose(found, 1 / slope, rtol=1e-10)
+    inverse = jax.jit(jax.grad(lambda s: process.time_of(made, s)))(noise)
+    np.testing.assert_allclose(inverse, 1 / slope, rtol=1e-10)
 
 
 def test_a_law_on_another_clock_keeps_its_noise(x64):
@@ -216,3 +162,44 @@ def test_a_config_trains_on_the_clock_that_it_names():
 def test_a_clock_that_cannot_tell_the_time_is_refused(changes, words):
     with pytest.raises(build.ConfigError, match=words):
         build.build(on_the_vp_clock(**changes))
+
+
+def test_a_process_is_its_formulas_and_their_inverse(bits, real):
+    (x0, eps), noises = real(2, 3), np.array([0.0078125, 0.75, 5.0])
+
+    @jax.jit
+    def ours(x0, eps, t, noises):
+        return {
+            name: (
+                process.perturb(made, x0, t, eps),
+                process.noise_to_signal(made, t),
+                jax.vmap(lambda noise, made=made: process.time_of(made, noise))(noises),
+                process.on_clock(lambda key: t, made, OU)(None),
+            )
+            for name, made in PROCESSES.items()
+        }
+
+    results = ours(x0, eps, T, noises)
+    for name, made in FORMULAS.items():
+        perturbed, ratio, time, moved = results[name]
+        close(perturbed, made.alpha(T) * x0 + made.sigma(T) * eps, bits)
+        close(ratio, made.noise(T), bits)
+        close(time, made.time(noises), bits)
+        close(moved, OU_FORMULA.time(made.noise(T)), bits)
+
+
+def test_a_time_is_known_and_positive_or_refused():
+    for t in (1e-30, 3, np.float32(0.1), np.ones(()), jnp.ones(())):
+        assert process.is_known(t)
+        process.check_time(t)
+    for t in (0, -1.0, np.inf, -np.inf, np.nan, jnp.zeros(())):
+        with pytest.raises(ValueError, match=f"t={t} must be positive and finite"):
+            process.check_time(t)
+
+    @jax.jit
+    def traced(t):
+        assert not process.is_known(t) and not process.is_known(1.0, t)
+        process.check_time(t)
+        return t
+
+    assert traced(-1.0) == -1

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from oracles import FEW, SEEDS, drawn
 
 from memsep_jax import process, prune, train
 from memsep_jax.models import MLP, DiT
@@ -329,3 +330,60 @@ def test_a_mask_of_another_network_is_refused_by_the_name_of_the_leaf(params):
         train.init(params, tx, other)
     with pytest.raises(ValueError, match="another network, with block_1/"):
         train.init({k: v for k, v in params.items() if k != "block_1"}, tx, mask)
+
+
+def random_network(seed):
+    """The parameters of a DiT, as far as they differ: some of heads, some of none."""
+
+    def weights(*shape):
+        return np.float32(drawn(seed, *shape))
+
+    block = {
+        "attention": {
+            "query": {"kernel": weights(5, 4, 3)},
+            "out": {"kernel": weights(4, 3, 5), "bias": weights(5)},
+        }
+    }
+    return {"patches": {"bias": weights(5)}, "block_0": block, "block_1": block}
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@FEW
+@given(SEEDS)
+def test_masks_compose(seed):
+    """Two after another, in any order, are their product, and the mask of both."""
+    rng, params = np.random.default_rng(seed), random_network(seed)
+    keeps = rng.random((2, 2, 4)) < 0.6
+    one, other = (prune.head_mask(params, keep) for keep in keeps)
+    both = prune.head_mask(params, keeps[0] & keeps[1])
+    equal(both, prune.apply_mask(one, other))
+    twice = prune.apply_mask(prune.apply_mask(params, one), other)
+    equal(twice, prune.apply_mask(params, both))
+    equal(twice, prune.apply_mask(prune.apply_mask(params, other), one))
+    equal(twice, prune.apply_mask(twice, both))  # once is enough
+    equal(twice, prune.apply_mask(twice, prune.full_mask(params)))
+    # The out bias and the patches belong to no head.
+    for layer, keep in enumerate(keeps[0] & keeps[1]):
+        left = twice[f"block_{layer}"]["attention"]
+        np.testing.assert_array_equal(np.any(left["query"]["kernel"], (0, 2)), keep)
+        np.testing.assert_array_equal(np.any(left["out"]["kernel"], (1, 2)), keep)
+        assert np.all(left["out"]["bias"]) and np.all(twice["patches"]["bias"])
+
+
+@FEW
+@given(
+    st.lists(st.integers(0, 5), min_size=12, max_size=12),
+    st.lists(st.floats(0, 0.99), min_size=2, max_size=2).map(sorted),
+    st.integers(1, 3),
+)
+def test_more_pruning_takes_more_of_the_same_heads(importance, ratios, least):
+    """Nested in the ratio, and by ranks alone; ties too."""
+    importance = np.reshape(importance, (3, 4))
+    few, many = (prune.keep_top(importance, ratio, least) for ratio in ratios)
+    assert not np.any(many & ~few)
+    assert few.sum(axis=1).min() >= least
+    ranks = prune.keep_top(np.exp(3.0 * importance) - 2, ratios[1], least)
+    np.testing.assert_array_equal(ranks, many)

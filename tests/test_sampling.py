@@ -4,6 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from hypothesis import given
+from oracles import (
+    FEW,
+    FORMULAS,
+    OU,
+    PROCESSES,
+    SCALES,
+    SEEDS,
+    SLOW_32,
+    VE,
+    D,
+    alike,
+    check_slopes,
+    close,
+    drawn,
+)
 
 from memsep_jax import (
     data,
@@ -18,9 +35,6 @@ from memsep_jax import (
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 
-OU = process.ornstein_uhlenbeck()
-VE = process.variance_exploding()
-PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
 RANGES = {  # where each process is a process
     "ornstein_uhlenbeck": (0.05, 4.0),
     "variance_preserving": (0.01, 0.8),
@@ -81,40 +95,39 @@ def test_a_grid_that_does_not_fall_is_refused(name, grid, words):
 
 
 def test_an_unknown_method_names_the_known_ones():
-    with pytest.raises(ValueError, match="'rk4' is not one of .*ddim.*euler.*heun"):
-        sampling.ode(lambda x, t: x, OU, jnp.ones(2), method="rk4")
+    for flow in (sampling.ode, sampling.path):
+        with pytest.raises(ValueError, match="'rk4' is not one of .*ddim.*euler.*heun"):
+            flow(lambda x, t: x, OU, jnp.ones(2), method="rk4")
 
 
 # The probability flow of one Gaussian.
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("ddim", 1)])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_solvers_converge_to_the_exact_flow_at_their_order(name, method, order, x64):
+def test_solvers_converge_to_the_exact_flow_at_their_order(name, x64):
     made, (low, high) = PROCESSES[name], RANGES[name]
+    score_fn = mixture.score(gaussian(), made)
+    orders = {"euler": 1, "heun": 2, "ddim": 1}
+
+    @jax.jit
+    def ends(x, times):
+        return [
+            sampling.ode(score_fn, made, times, method, denoise=False)(x)
+            for method in orders
+        ]
+
     x = jnp.array([0.4, 1.5])
     truth = exact_flow(made, x, jnp.asarray(high), jnp.asarray(low))
-    score_fn = mixture.score(gaussian(), made)
-    errors = []
-    for steps in (100, 200):
-        times = sampling.log_times(low, high, steps)
-        flow = sampling.ode(score_fn, made, times, method, denoise=False)
-        errors.append(jnp.linalg.norm(jax.jit(flow)(x) - truth))
-    assert errors[1] < 0.1 * 10 ** (-order) * 5
-    assert float(jnp.log2(errors[0] / errors[1])) == pytest.approx(order, abs=0.2)
-
-
-def test_the_last_step_of_tweedie_is_the_posterior_mean(x64):
-    """Gaussian: E[X_0 | x] = mu + alpha S / (alpha^2 S + v) (x - alpha mu)."""
-    times, x = sampling.log_times(0.05, 4.0, 10), jnp.array([0.4, 1.5])
-    score_fn = mixture.score(gaussian(), OU)
-    raw = jax.jit(sampling.ode(score_fn, OU, times, denoise=False))(x)
-    found = jax.jit(sampling.ode(score_fn, OU, times))(x)
-    truth, law = gaussian(), mixture.diffuse(gaussian(), OU, times[-1])
-    gain = OU.alpha(times[-1]) * truth.variances[0] / law.variances[0]
-    np.testing.assert_allclose(
-        found, truth.means[0] + gain * (raw - law.means[0]), rtol=1e-12
+    coarse, fine = (
+        jnp.linalg.norm(
+            jnp.stack(ends(x, sampling.log_times(low, high, steps))) - truth[None],
+            axis=1,
+        )
+        for steps in (100, 200)
     )
+    for order, one, other in zip(orders.values(), coarse, fine, strict=True):
+        assert other < 0.5 * 10.0**-order
+        assert float(jnp.log2(one / other)) == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -131,24 +144,6 @@ def test_ddim_is_exact_when_the_denoiser_does_not_move(name, x64):
     )
     done = sampling.ode(score_fn, made, times, "ddim")(x)
     np.testing.assert_allclose(done, point, rtol=1e-10)
-
-
-@pytest.mark.parametrize("method", sampling.ODE_METHODS)
-def test_a_path_starts_at_x_and_ends_where_the_flow_does(method, key):
-    """And each point between is the end of the shorter flow; to rounding, as jitted."""
-    score_fn, times = mixture.score(gaussian(), OU), sampling.log_times(0.05, 4.0, 6)
-    x = jnp.array([0.4, 1.5])
-    found = jax.jit(sampling.path(score_fn, OU, times, method))(x)
-    assert found.shape == (7, 2)
-    np.testing.assert_array_equal(found[0], x)
-    for i in (1, 3, 6):
-        flow = sampling.ode(score_fn, OU, times[: i + 1], method, denoise=False)
-        np.testing.assert_allclose(found[i], jax.jit(flow)(x), rtol=1e-5, atol=1e-6)
-
-
-def test_a_path_of_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="'rk4' is not one of"):
-        sampling.path(lambda x, t: x, OU, jnp.ones(2), method="rk4")
 
 
 # The reverse SDE.
@@ -634,3 +629,107 @@ def test_the_search_in_steps_is_the_search(key):
         state = step(state, i)
     found = sampling.search_noise(flow, x, 1.0, steps=5)(key)
     np.testing.assert_allclose(sampling.best_noise(state), found, rtol=1e-6)
+
+
+@SLOW_32
+def test_flows_are_loops_over_their_steps(bits, real):
+    """One Gaussian, -(x - alpha mu) / (alpha^2 s + v), with few and large steps."""
+    made, formula = PROCESSES["variance_preserving"], FORMULAS["variance_preserving"]
+    mean, variance, x = real(3), np.array([0.25, 1.0, 3.0]), real(3)
+    times = np.array([0.75, 0.5, 0.25, 0.125, 0.0625])
+
+    @jax.jit
+    def ours(mean, variance, x, times):
+        law = mixture.Mixture(jnp.zeros(1), mean[None], variance[None])
+        score_fn = mixture.score(law, made)
+        flows = [
+            (
+                sampling.path(score_fn, made, times, method)(x),
+                sampling.ode(score_fn, made, times, method)(x),
+            )
+            for method in ("euler", "heun", "ddim")
+        ]
+        return flows, sampling.log_likelihood(score_fn, made, times)(x)
+
+    def spread(t):
+        return formula.alpha(t) ** 2 * variance + formula.sigma(t) ** 2
+
+    def score_of(x, t):
+        return -(x - formula.alpha(t) * mean) / spread(t)
+
+    def slope(x, t):
+        return formula.drift(t) * x - formula.rate(t) * score_of(x, t) / 2
+
+    def trace(t):
+        return 3 * formula.drift(t) + np.sum(formula.rate(t) / spread(t)) / 2
+
+    def euler(x, t, later):
+        return x + (later - t) * slope(x, t)
+
+    def heun(x, t, later):
+        return x + (later - t) * (slope(x, t) + slope(euler(x, t, later), later)) / 2
+
+    def ddim(x, t, later):  # x0 and eps as they are believed to be, mixed again
+        eps = -formula.sigma(t) * score_of(x, t)
+        x0 = (x - formula.sigma(t) * eps) / formula.alpha(t)
+        return formula.alpha(later) * x0 + formula.sigma(later) * eps
+
+    flows, log_p = ours(mean, variance, x, times)
+    assert sampling.ODE_METHODS == ("euler", "heun", "ddim")
+    for step, found in zip((euler, heun, ddim), flows, strict=True):
+        walk = [x]
+        for t, later in zip(times[:-1], times[1:], strict=True):
+            walk.append(step(walk[-1], t, later))
+        v = formula.sigma(times[-1]) ** 2
+        end = (walk[-1] + v * score_of(walk[-1], times[-1])) / formula.alpha(times[-1])
+        for got, want in zip(found, (np.array(walk), end), strict=True):
+            close(got, want, bits)
+
+    gained, up = 0.0, times[::-1]
+    for t, later in zip(up[:-1], up[1:], strict=True):
+        x = heun(x, t, later)
+        gained += (later - t) * (trace(t) + trace(later)) / 2
+    prior = scipy.stats.norm.logpdf(x, 0, formula.sigma(times[0])).sum()
+    close(log_p, prior + gained, bits)
+
+
+@jax.jit
+def flows(mean, variance, x, times, key):
+    law = mixture.Mixture(jnp.zeros(1), mean[None], variance[None])
+    score_fn = mixture.score(law, VE)
+    return (
+        sampling.path(score_fn, VE, times)(x),
+        sampling.ode(score_fn, VE, times, "ddim")(x),
+        sampling.sde(score_fn, VE, times)(x, key),
+        sampling.edm(score_fn, VE, times, churn=1.0)(x, key),
+    ), sampling.log_likelihood(score_fn, VE, times)(x)
+
+
+@FEW
+@given(SEEDS, SCALES)
+def test_flows_move_with_their_start(x64, seed, s):
+    """The noise that is added on the way scales with the times; the prior is at 0."""
+    mean, variance, key = drawn(seed, D), drawn(seed, D) ** 2, jax.random.key(seed)
+    times, x = np.array([3.0, 1.0, 0.5, 0.25]), 3 * drawn(seed + 1, D)
+    ends, log_p = flows(mean, variance, x, times, key)
+    for c in (0.0, 2.0):
+        moved, there = flows(s * mean + c, s**2 * variance, s * x + c, s * times, key)
+        alike(moved, jax.tree.map(lambda end, c=c: s * end + c, ends), 1e-8)
+        if not c:
+            alike(there, log_p - D * np.log(s), 1e-8)
+
+
+def test_flows_have_the_gradients_of_their_differences(x64):
+    """In the parameters of a score and in the start: for training through a sampler."""
+    times = jnp.array([2.0, 0.9, 0.4, 0.1])
+
+    def ends(matrix, x):
+        def score_fn(x, t):
+            return -jnp.tanh(matrix @ x) - x / (1 + t)
+
+        return (
+            sampling.ode(score_fn, OU, times)(x),
+            sampling.log_likelihood(score_fn, OU, times)(x),
+        )
+
+    check_slopes(ends, drawn(2, D, D), drawn(0, D))

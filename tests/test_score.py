@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import FORMULAS, PROCESSES, SLOW_32, T, close
 
 from memsep_jax import empirical, process, score, train
 
-PROCESSES = {name: make() for name, make in process.PROCESSES.items()}
 EACH = pytest.mark.parametrize("name", PROCESSES)
-EVERY = pytest.mark.parametrize("kind", score.PREDICTIONS)
 DATA = np.random.default_rng(0).normal(size=(5, 3))
 X = np.array([0.3, -0.8, 1.1])
 STEPS = np.sqrt(1 / np.cumprod(1 - np.linspace(1e-4, 0.02, 1_000)) - 1)  # of DDPM
@@ -26,39 +25,6 @@ def truth(made):
 
 
 @EACH
-def test_noise_and_denoiser_round_trip(name, x64):
-    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
-    score_fn = truth(made)
-    want = score_fn(x, t)
-    denoise = score.to_denoiser(score_fn, made)
-    np.testing.assert_allclose(
-        denoise(x, t), empirical.denoiser(jnp.asarray(DATA), made)(x, t), rtol=1e-10
-    )
-    found = score.from_denoiser(denoise, made)(x, t)
-    np.testing.assert_allclose(found, want, rtol=1e-10)
-
-    def noise(x, t):  # E[eps | x]
-        return (x - made.alpha(t) * denoise(x, t)) / made.sigma(t)
-
-    np.testing.assert_allclose(score.from_noise(noise, made)(x, t), want, rtol=1e-10)
-
-
-@EACH
-def test_velocity_round_trips(name, x64):
-    """v = alpha' E[x0 | x] + sigma' E[eps | x]."""
-    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
-    denoise = empirical.denoiser(jnp.asarray(DATA), made)
-
-    def velocity(x, t):
-        noise = (x - made.alpha(t) * denoise(x, t)) / made.sigma(t)
-        rate_a, rate_s = jax.grad(made.alpha)(t), jax.grad(made.sigma)(t)
-        return rate_a * denoise(x, t) + rate_s * noise
-
-    found = score.from_velocity(velocity, made)(x, t)
-    np.testing.assert_allclose(found, truth(made)(x, t), rtol=1e-10)
-
-
-@EACH
 def test_velocity_is_the_slope_of_the_flow(name, x64):
     """dx/dt = f x - g^2 score / 2 = E[alpha' x0 + sigma' eps | x]."""
     made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
@@ -69,56 +35,46 @@ def test_velocity_is_the_slope_of_the_flow(name, x64):
     np.testing.assert_allclose(found, truth(made)(x, t), rtol=1e-10)
 
 
-@pytest.mark.parametrize("t", [1e-4, 0.1, 0.9])
-@EVERY
 @EACH
-def test_a_network_that_answers_the_target_has_the_score_of_the_noise(
-    name, kind, t, x64
-):
-    """score = -eps / sigma, whatever the units and the process."""
-    made, t = PROCESSES[name], jnp.asarray(t)
-    prediction = score.PREDICTIONS[kind](made)
-    x0, eps = jnp.asarray(DATA[0]), jnp.asarray(X)
-    answer = score.target(prediction, made, x0, t, eps)
-    seen = []
+def test_a_network_that_answers_the_target_has_the_score(name, x64):
+    """score = -eps / sigma, in all units; targets are what their names say."""
+    made, (x0, eps) = PROCESSES[name], jnp.asarray([DATA[0], X])
 
-    def network(x, level):
-        seen.append((x, level))
-        return answer
+    @jax.jit
+    @jax.vmap
+    def at(t):
+        predictions = {}
+        for kind, make in score.PREDICTIONS.items():
+            of, shown = make(made), []
+            target = score.target(of, made, x0, t, eps)
 
-    x_t = process.perturb(made, x0, t, eps)
-    found = score.from_network(network, prediction, made)(x_t, t)
-    np.testing.assert_allclose(found, -eps / made.sigma(t), rtol=1e-6)
-    (x, level), noise = seen[0], made.sigma(t) / made.alpha(t)
-    level_of = LEVELS.get(kind, lambda s: np.log(s) / 4)
-    np.testing.assert_allclose(level, level_of(np.asarray(noise)), rtol=1e-9)
-    np.testing.assert_allclose(x, prediction.scale(t) * x_t, rtol=1e-12)
+            def network(x, level, target=target, shown=shown):
+                shown.extend([x, level])
+                return target
 
-
-def test_targets_are_what_their_names_say(x64):
-    x0, eps, t = jnp.asarray(DATA[0]), jnp.asarray(X), jnp.asarray(0.4)
-    for made in PROCESSES.values():
+            x = process.perturb(made, x0, t, eps)
+            slope = score.from_network(network, of, made)(x, t)
+            predictions[kind] = target, slope, *shown, of.scale(t) * x
         rates = jax.grad(made.alpha)(t), jax.grad(made.sigma)(t)
-        wanted = {
-            "noise": eps,
-            "denoiser": x0,
-            "velocity": rates[0] * x0 + rates[1] * eps,
-            "score": -eps / made.sigma(t),
-            "vp": eps,
-            "ve": -eps,
-        }
-        for kind, want in wanted.items():
-            prediction = score.PREDICTIONS[kind](made)
-            found = score.target(prediction, made, x0, t, eps)
-            np.testing.assert_allclose(found, want, rtol=1e-9, err_msg=kind)
+        sigma, s = made.sigma(t), process.noise_to_signal(made, t)
+        return predictions, rates[0] * x0 + rates[1] * eps, -eps / sigma, s
 
-
-def test_the_velocity_of_the_rectified_flow_is_noise_minus_data(x64):
-    made = process.rectified_flow()
-    found = score.target(
-        score.velocity(made), made, jnp.asarray(DATA[0]), jnp.asarray(0.7), X
-    )
-    np.testing.assert_allclose(found, X - DATA[0], rtol=1e-12)
+    predictions, velocity, truth, s = at(jnp.array([1e-4, 0.1, 0.9]))
+    named = {
+        "noise": jnp.broadcast_to(eps, truth.shape),
+        "denoiser": jnp.broadcast_to(x0, truth.shape),
+        "velocity": velocity,
+        "score": truth,
+        "vp": jnp.broadcast_to(eps, truth.shape),
+        "ve": jnp.broadcast_to(-eps, truth.shape),
+    }
+    for kind, (target, slope, x, level, scaled) in predictions.items():
+        np.testing.assert_allclose(slope, truth, rtol=1e-6, err_msg=kind)
+        level_of = LEVELS.get(kind, lambda s: np.log(s) / 4)
+        np.testing.assert_allclose(level, level_of(np.asarray(s)), rtol=1e-9)
+        np.testing.assert_allclose(x, scaled, rtol=1e-12)
+        if kind in named:
+            np.testing.assert_allclose(target, named[kind], rtol=1e-6, err_msg=kind)
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.3, 0.95])
@@ -136,49 +92,6 @@ def test_edm_gives_inputs_and_targets_unit_variance(name, sigma_data, t, x64):
     asked = variance(lambda x0, eps: score.target(edm, made, x0, t, eps))
     shown = variance(lambda x0, eps: edm.scale(t) * process.perturb(made, x0, t, eps))
     np.testing.assert_allclose([asked, shown], [1, 1], rtol=1e-9)
-
-
-def test_edm_is_the_table_of_its_paper(x64):
-    """c_skip, c_out, c_in, c_noise of Karras 2022, table 1, in EDM's own frame."""
-    edm, s, d = score.edm(process.variance_exploding()), jnp.asarray(0.7), 0.5
-    root = np.sqrt(0.7**2 + d**2)
-    found = [edm.skip(s), edm.out(s), edm.scale(s), edm.level(s)]
-    truth = [d**2 / root**2, 0.7 * d / root, 1 / root, np.log(0.7) / 4]
-    np.testing.assert_allclose(np.stack(found), truth, rtol=1e-12)
-
-
-@pytest.mark.parametrize("s", [0.002, 0.7, 80.0])
-def test_vp_and_ve_are_the_table_of_its_paper(s, x64):
-    """The columns VP and VE of Karras 2022, table 1, in EDM's own frame."""
-    truth = {
-        "vp": [1, -s, 1 / np.sqrt(s**2 + 1), LEVELS["vp"](s)],
-        "ve": [1, s, 1, np.log(s / 2)],
-    }
-    for kind, want in truth.items():
-        made = score.PREDICTIONS[kind](process.variance_exploding())
-        found = [f(jnp.asarray(s)) for f in (made.skip, made.out, made.scale)]
-        found.append(made.level(jnp.asarray(s)))
-        np.testing.assert_allclose(np.stack(found), want, rtol=1e-9, err_msg=kind)
-
-
-@EACH
-def test_a_denoiser_of_vp_and_ve_is_that_of_the_table(name, x64):
-    """D = x - s F(x / sqrt(s^2 + 1); t(s)) and x + s F(x; ln(s/2)), of x/alpha."""
-    made, t, x = PROCESSES[name], jnp.asarray(0.4), jnp.asarray(X)
-    s, z = made.sigma(t) / made.alpha(t), x / made.alpha(t)
-
-    def network(x, level):
-        return jnp.sin(x) + level * x
-
-    time, log = LEVELS["vp"](np.asarray(s)), np.log(s / 2)
-    truth = {
-        "vp": z - s * network(z / jnp.sqrt(s**2 + 1), time),
-        "ve": z + s * network(z, log),
-    }
-    for kind, want in truth.items():
-        score_fn = score.from_network(network, score.PREDICTIONS[kind](made), made)
-        found = score.to_denoiser(score_fn, made)(x, t)
-        np.testing.assert_allclose(found, want, rtol=1e-10, err_msg=kind)
 
 
 @EACH
@@ -215,8 +128,9 @@ def test_the_level_of_ddpm_is_a_thousandth_of_its_step(x64):
         np.testing.assert_allclose(scale, 1 / np.hypot(1, STEPS[steps]), rtol=1e-6)
 
 
-@EVERY
-@EACH
+@pytest.mark.parametrize(
+    "name, kind", [*zip(2 * [*PROCESSES], score.PREDICTIONS, strict=True)]
+)
 def test_the_posterior_mean_minimises_every_loss(name, kind, x64):
     """Data {-b, b}: at F of the true denoiser the loss is stationary, to 1e-9.
 
@@ -307,3 +221,80 @@ def test_a_banded_score_is_one_inside_the_band_and_the_other_outside():
         (0.3, 0.3, [False] * 5),
     ):
         assert [bool(is_inside(low, high, t)) for t in times] == want
+
+
+BETAS = np.linspace(1e-4, 0.02, 1_000)  # of DDPM's 1,000 steps
+
+
+def ddpm_step(s):
+    """Ho 2020: 1 / alpha_bar - 1 = s^2 at the step; linear in log s in between."""
+    noise = [np.sqrt(1 / kept - 1) for kept in np.cumprod(1 - BETAS)]
+    return np.interp(np.log(s), np.log(noise), np.arange(1_000))
+
+
+def table(made, t, spread=0.5):
+    """skip, out, scale, level, weight of each prediction."""
+    a, sigma, s = made.alpha(t), made.sigma(t), made.noise(t)
+    rise, root = made.drift(t) * a, np.sqrt(s**2 + spread**2)
+    grow = (made.rate(t) / 2 + made.drift(t) * sigma**2) / sigma  # sigma'
+    det, level = a * grow - rise * sigma, np.log(s) / 4
+    unit = 1 / np.hypot(a, sigma)
+    time = FORMULAS["variance_preserving"].time(s)
+    return {
+        score.noise: (1 / a, -s, 1, level, 1),
+        score.denoiser: (0, 1, 1, level, 1),
+        score.velocity: (grow / det, -sigma / det, 1, level, 1),
+        score.score: (1 / a, sigma**2 / a, 1, level, sigma**2),
+        score.edm: (
+            spread**2 / root**2 / a, s * spread / root, 1 / root / a, level, 1,
+        ),
+        score.vp: (1 / a, -s, unit, time, 1),
+        score.ddpm: (1 / a, -s, unit, ddpm_step(s) / 1_000, 1),
+        score.ve: (1 / a, s, 1 / a, np.log(s / 2), 1),
+    }  # fmt: skip
+
+
+def network(x, level):
+    return 3 * x + level  # the same in NumPy and jax
+
+
+@SLOW_32
+def test_all_units_of_a_score_are_those_of_the_table(bits, real):
+    made, formula = PROCESSES["variance_preserving"], FORMULAS["variance_preserving"]
+    truth, (x, x0, eps) = table(formula, T), real(3, 4)
+    assert set(truth) == set(score.PREDICTIONS.values())
+
+    @jax.jit
+    def ours(x, x0, eps, t):
+        predictions = [
+            (
+                jnp.stack([value(t) for value in of]),
+                score.target(of, made, x0, t, eps),
+                score.from_network(network, of, made)(x, t),
+            )
+            for of in (make(made) for make in truth)
+        ]
+        return predictions, (
+            score.from_noise(network, made)(x, t),
+            score.from_denoiser(network, made)(x, t),
+            score.from_velocity(network, made)(x, t),
+            score.to_denoiser(network, made)(x, t),
+        )
+
+    found, units = ours(x, x0, eps, T)
+    a, sigma = formula.alpha(T), formula.sigma(T)
+    for (values, target, slope), column in zip(found, truth.values(), strict=True):
+        skip, out, scale, level, _ = column
+        close(values, np.float64(column), bits)
+        close(target, (x0 - skip * (a * x0 + sigma * eps)) / out, bits)
+        answer = skip * x + out * network(scale * x, level)
+        close(slope, (a * answer - x) / sigma**2, bits)
+    (skip, out, *_), f = truth[score.velocity], network(x, T)
+    formulas = (
+        -f / sigma,
+        (a * f - x) / sigma**2,
+        (a * (skip * x + out * f) - x) / sigma**2,
+        (x + sigma**2 * f) / a,
+    )
+    for got, want in zip(units, formulas, strict=True):
+        close(got, want, bits)

@@ -15,7 +15,6 @@ import numpy as np
 from memsep_jax.data import archives, readers
 from memsep_jax.data.archives import cifar10, latents, npz, read_arrays, tfds
 from memsep_jax.data.arrays import (
-    BRANCH,
     DataError,
     Source,
     check_labels,
@@ -24,6 +23,7 @@ from memsep_jax.data.arrays import (
     listed,
     pixels,
 )
+from memsep_jax.keys import BRANCH
 from memsep_jax.mixture import LAWS, Law, sample
 
 MAX_HELD_OUT = 10_000

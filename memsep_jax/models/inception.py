@@ -11,26 +11,14 @@ from memsep_jax.checks import check_leaves
 
 SIDE = 299  # pixels
 WAYS = {"pytorch-fid": (0.5, 127.5), "torch-fidelity": (0.0, 128.0)}  # of `prepared`
-
-# A block is its branches, their ends concatenated; a branch, its name and its steps: a
-# pool, or a convolution as channels@size, /2 where it has that stride and no padding.
-A = "1x1 64@1, 5x5 48@1 64@5, 3x3dbl 64@1 96@3 96@3, _pool average {}@1"
-B = "3x3 384@3/2, 3x3dbl 64@1 96@3 96@3/2, _pool halved"
-C = "1x1 192@1, 7x7 {0}@1 {0}@1x7 192@7x1, "
-C += "7x7dbl {0}@1 {0}@7x1 {0}@1x7 {0}@7x1 192@1x7, _pool average 192@1"
-D = "3x3 192@1 320@3/2, 7x7x3 192@1 192@1x7 192@7x1 192@3/2, _pool halved"
-E = "1x1 320@1, 3x3 384@1 fork, 3x3dbl 448@1 384@3 fork, _pool {} 192@1"
-BLOCKS = [A.format(32), A.format(64), A.format(64), B]
-BLOCKS += [*map(C.format, (128, 160, 160, 192)), D]
-BLOCKS += [E.format("average"), E.format("largest")]  # a slip that is a part of FID
-NAMES = "5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"
-FORK = {"a": "384@1x3", "b": "384@3x1"}  # side by side
-POOLS = {
-    "average": partial(nn.avg_pool, padding="SAME", count_include_pad=False),
-    "largest": partial(nn.max_pool, padding="SAME"),
-    "halved": partial(nn.max_pool, strides=(2, 2)),
-}
 STATISTICS = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+
+halved = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+largest = partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
+# A mean over the pixels inside the image: TensorFlow does not count its padding.
+average = partial(
+    nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
+)
 
 
 class Inception(nn.Module):
@@ -47,51 +35,108 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x [h, w, 3] of 0 .. 255 -> features [2048], logits [1008]."""
-        x = self._conv(prepared(x, self.like), "Conv2d_1a_3x3", "32@3/2")
-        x = self._conv(x, "Conv2d_2a_3x3", "32@3", "VALID")
-        x = POOLS["halved"](self._conv(x, "Conv2d_2b_3x3", "64@3"), (3, 3))
-        x = self._conv(x, "Conv2d_3b_1x1", "80@1")
-        x = POOLS["halved"](self._conv(x, "Conv2d_4a_3x3", "192@3", "VALID"), (3, 3))
-        for name, block in zip(NAMES, BLOCKS, strict=True):
-            branches = [f"Mixed_{name}.branch{branch}" for branch in block.split(", ")]
-            x = jnp.concatenate([self._branch(x, branch) for branch in branches], -1)
+        conv = self._conv
+        x = conv(prepared(x, self.like), "Conv2d_1a_3x3", 32, 3, halve=True)
+        x = conv(x, "Conv2d_2a_3x3", 32, 3, padding="VALID")
+        x = halved(conv(x, "Conv2d_2b_3x3", 64, 3))
+        x = conv(x, "Conv2d_3b_1x1", 80, 1)
+        x = halved(conv(x, "Conv2d_4a_3x3", 192, 3, padding="VALID"))
+        x = self._block_a(x, "Mixed_5b", 32)
+        x = self._block_a(x, "Mixed_5c", 64)
+        x = self._block_a(x, "Mixed_5d", 64)
+        x = self._block_b(x, "Mixed_6a")
+        x = self._block_c(x, "Mixed_6b", 128)
+        x = self._block_c(x, "Mixed_6c", 160)
+        x = self._block_c(x, "Mixed_6d", 160)
+        x = self._block_c(x, "Mixed_6e", 192)
+        x = self._block_d(x, "Mixed_7a")
+        x = self._block_e(x, "Mixed_7b", average)
+        x = self._block_e(x, "Mixed_7c", largest)  # a slip that is a part of FID
         features, init = jnp.mean(x, (0, 1)), nn.initializers.lecun_normal(1, 0)
         weight = self.param("fc.weight", init, (1008, 2048))
         bias = self.param("fc.bias", nn.initializers.zeros, (1008,))
         return features, jnp.matmul(weight, features, precision="highest") + bias
 
-    def _branch(self, x, branch):
-        name, *steps = branch.split()
-        numbered = len(steps) > 1 and steps[0] not in POOLS
-        for number, step in enumerate(steps, 1):
-            if step in POOLS:
-                x = POOLS[step](x, (3, 3))
-                continue
-            end = f"{name}_{number}" if numbered else name
-            sides = FORK if step == "fork" else {"": step}
-            ends = [self._conv(x, end + suffix, one) for suffix, one in sides.items()]
-            x = jnp.concatenate(ends, axis=-1)
-        return x
+    # The blocks of Szegedy 2015, figures 5 to 7, under their names in torchvision: each
+    # concatenates the ends of its branches.
 
-    def _conv(self, x, name, step, padding="SAME"):
-        """Convolution, batch normalisation with stored statistics, ReLU."""
-        halved, (channels, size) = "/" in step, step.removesuffix("/2").split("@")
-        sides = np.broadcast_to([int(n) for n in size.split("x")], 2)
-        shape, init = (
-            (int(channels), x.shape[-1], *sides),
-            nn.initializers.he_normal(1, 0),
+    def _block_a(self, x, name, pooled):
+        conv = partial(self._conv, block=name)
+        one = conv(x, "branch1x1", 64, 1)
+        five = conv(conv(x, "branch5x5_1", 48, 1), "branch5x5_2", 64, 5)
+        three = conv(x, "branch3x3dbl_1", 64, 1)
+        three = conv(three, "branch3x3dbl_2", 96, 3)
+        three = conv(three, "branch3x3dbl_3", 96, 3)
+        pool = conv(average(x), "branch_pool", pooled, 1)
+        return jnp.concatenate([one, five, three, pool], axis=-1)
+
+    def _block_b(self, x, name):
+        conv = partial(self._conv, block=name)
+        three = conv(x, "branch3x3", 384, 3, halve=True)
+        double = conv(x, "branch3x3dbl_1", 64, 1)
+        double = conv(double, "branch3x3dbl_2", 96, 3)
+        double = conv(double, "branch3x3dbl_3", 96, 3, halve=True)
+        return jnp.concatenate([three, double, halved(x)], axis=-1)
+
+    def _block_c(self, x, name, inner):
+        conv = partial(self._conv, block=name)
+        one = conv(x, "branch1x1", 192, 1)
+        seven = conv(x, "branch7x7_1", inner, 1)
+        seven = conv(seven, "branch7x7_2", inner, (1, 7))
+        seven = conv(seven, "branch7x7_3", 192, (7, 1))
+        double = conv(x, "branch7x7dbl_1", inner, 1)
+        double = conv(double, "branch7x7dbl_2", inner, (7, 1))
+        double = conv(double, "branch7x7dbl_3", inner, (1, 7))
+        double = conv(double, "branch7x7dbl_4", inner, (7, 1))
+        double = conv(double, "branch7x7dbl_5", 192, (1, 7))
+        pool = conv(average(x), "branch_pool", 192, 1)
+        return jnp.concatenate([one, seven, double, pool], axis=-1)
+
+    def _block_d(self, x, name):
+        conv = partial(self._conv, block=name)
+        three = conv(x, "branch3x3_1", 192, 1)
+        three = conv(three, "branch3x3_2", 320, 3, halve=True)
+        seven = conv(x, "branch7x7x3_1", 192, 1)
+        seven = conv(seven, "branch7x7x3_2", 192, (1, 7))
+        seven = conv(seven, "branch7x7x3_3", 192, (7, 1))
+        seven = conv(seven, "branch7x7x3_4", 192, 3, halve=True)
+        return jnp.concatenate([three, seven, halved(x)], axis=-1)
+
+    def _block_e(self, x, name, pool):
+        conv = partial(self._conv, block=name)
+
+        def fork(x, branch):  # two convolutions side by side
+            wide = conv(x, f"{branch}a", 384, (1, 3))
+            return [wide, conv(x, f"{branch}b", 384, (3, 1))]
+
+        one = conv(x, "branch1x1", 320, 1)
+        three = fork(conv(x, "branch3x3_1", 384, 1), "branch3x3_2")
+        double = conv(conv(x, "branch3x3dbl_1", 448, 1), "branch3x3dbl_2", 384, 3)
+        double = fork(double, "branch3x3dbl_3")
+        pooled = conv(pool(x), "branch_pool", 192, 1)
+        return jnp.concatenate([one, *three, *double, pooled], axis=-1)
+
+    def _conv(self, x, name, channels, size, halve=False, padding="SAME", block=""):
+        """Convolution, batch normalisation with stored statistics, ReLU.
+
+        A convolution that halves the resolution has stride 2 and no padding.
+        """
+        name = f"{block}.{name}" if block else name
+        shape = channels, x.shape[-1], *np.broadcast_to(size, 2).tolist()
+        kernel = self.param(
+            f"{name}.conv.weight", nn.initializers.he_normal(1, 0), shape
         )
-        kernel = self.param(f"{name}.conv.weight", init, shape)
         scale, bias, mean, variance = (
             self.param(f"{name}.bn.{leaf}", nn.initializers.constant(value), shape[:1])
             for leaf, value in STATISTICS.items()
         )
+        # Folded into the kernel: one product fewer for each pixel.
         scale = scale * jax.lax.rsqrt(variance + 1e-3)
         x = jax.lax.conv_general_dilated(
             x[None],
             kernel * scale[:, None, None, None],
-            (2, 2) if halved else (1, 1),
-            "VALID" if halved else padding,
+            (2, 2) if halve else (1, 1),
+            "VALID" if halve else padding,
             dimension_numbers=("NHWC", "OIHW", "NHWC"),
             precision="highest",
         )[0]
