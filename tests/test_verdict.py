@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import data, features, memorization, mixture, neighbours, sources
-from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.reporting import tables, verdict
 from memsep_jax.experiments.studies import compare
 
 
@@ -170,7 +170,7 @@ def test_a_law_that_cannot_be_measured_says_why(change, words):
     assert words in row["left_out"] and "samples" not in row
     metrics = plain() | {"frechet": [row]}
     assert verdict.verdict(metrics)["name"] == "no sign of copying"
-    ((name, cells),) = verdict.quality(metrics)[1]
+    ((name, cells),) = tables.quality(metrics)[1]
     assert name == "FD" and cells[0] == f"not measured: {row['left_out']}"
 
 
@@ -245,4 +245,4 @@ def test_numbers_of_an_older_version_get_their_verdict():
     assert verdict.verdict(plain())["name"] == "no sign of copying"
     copied = plain(ratio=0.5, interval=memorization.wilson(500, 1_000))
     assert verdict.verdict(copied)["alarm"] is True
-    assert verdict.quality(plain())[1] == []
+    assert tables.quality(plain())[1] == []
