@@ -3,11 +3,11 @@
 python benchmarks/empirical_score.py [--parts speed memory rounding] [--n=5000]
     [--batch=256] [--rounds=15] [--data=FILE.npz] [--json=FILE.json]
 
-Needs the extra `dev` (torch). Everything is float32 on images of 32 x 32 x 3: those of
-an npz (`train_images`), or uniform noise where none is given. All forms of a table
-take turns in one run, and the ratios are of their fastest times. On a GPU the sizes are
-others by default, PyTorch goes through torch.compile, and no product is TF32. Memory is
-resident memory, so it is measured on a CPU only.
+Needs the extra `dev` (torch). Everything is float32, on images of 32 x 32 x 3 from an
+npz (`train_images`), or on uniform noise where none is given. All forms of a table take
+turns in one run, and the ratios compare their fastest times. On a GPU the default sizes
+differ, PyTorch goes through torch.compile, and no product is TF32. Memory is resident
+memory, so it is measured only on a CPU.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def speed(path, n, batch, rounds):
 
 
 def cases(found, n, batch):
-    """What run.py makes its table of: the least FLOPs and bytes are known."""
+    """Rows for the table of run.py, with the smallest possible FLOPs and bytes."""
     own, *peers = found
     return [
         {

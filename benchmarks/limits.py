@@ -2,11 +2,11 @@
 
 python benchmarks/limits.py [--side=N] [--megabytes=N] [--seconds=1] [--json=FILE.json]
 
-What the other benchmarks can reach at most, by all cores of a CPU or one device of
-another kind. A product is of two square matrices: "float32" at precision "highest",
-"default" at that of networks (TF32 on a GPU, float32 on a CPU), and "bfloat16". Memory
-is y <- a x + y, which reads two arrays and writes one. Each is repeated for so many
-seconds, at least three times, and the fastest counts.
+The upper bounds for the other benchmarks, on all cores of a CPU or one device of
+another kind. A product multiplies two square matrices: "float32" at precision
+"highest", "default" at that of networks (TF32 on a GPU, float32 on a CPU), and
+"bfloat16". Memory is y <- a x + y, which reads two arrays and writes one. Each is
+repeated for --seconds, at least three times, and the fastest counts.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PRODUCTS = {  # name: (dtype, precision)
 
 
 def fastest(call, carry, calls, seconds):
-    """Seconds of one carry -> call(carry), of as many in a row as there are calls."""
+    """Seconds of each carry -> call(carry), run one after another."""
     carry = jax.block_until_ready(call(carry))  # compiles
     best, turns, end = float("inf"), 0, time.perf_counter() + seconds
     while turns < 3 or time.perf_counter() < end:
@@ -48,7 +48,7 @@ def fastest(call, carry, calls, seconds):
 
 
 def product(name, side, calls, seconds):
-    """FLOP/s of one matrix product after the other, each with the answer before."""
+    """FLOP/s of successive matrix products, each of the previous result."""
     dtype, precision = PRODUCTS[name]
     a = jax.random.normal(jax.random.key(0), (side, side)) / side**0.5
     a = a.astype(dtype)  # of this scale, the answers stay as large as they are

@@ -4,15 +4,15 @@ python benchmarks/lipschitz.py [--n=5000] [--d=3072] [--probes=16] [--iters=10]
     [--size=16] [--dit_width=128] [--dit_depth=4] [--dit_heads=4] [--patch=2]
     [--rounds=3] [--json=FILE.json]
 
-Needs the extra `dev` (torch). The spectral norm at each probe, by as many products with
-J and J' from the same directions, float32. The empirical score of n points of uniform
-noise is asked midway between random pairs; both take J' = J. Ours streams over the
-points and goes forward, so it finds the weights of the points anew for each product;
-theirs is dense and goes backward, so it keeps them. The other score is that of a DiT,
-with the same weights. For PyTorch a batch of probes is one input of torch.func.jvp and
-vjp, which is faster than vmap, and nothing is compiled. They take turns; the ratio is
-theirs / ours, of the fastest times and of the medians. The last column is the largest
-relative difference.
+Needs the extra `dev` (torch). Both find the spectral norm at each probe with equally
+many products with J and J', from the same directions, in float32. The probes of the
+empirical score of n points of uniform noise lie midway between random pairs; both use
+J' = J. Ours streams over the points and goes forward, so it computes the weights of the
+points for each product; theirs is dense and goes backward, so it keeps them. The other
+score is that of a DiT with the same weights. In PyTorch a batch of probes is one input
+of torch.func.jvp and vjp, which is faster than vmap, and nothing is compiled. They take
+turns; the ratio is theirs / ours, of the fastest times and of the medians. The last
+column is the largest relative difference.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def measure(args, device):
 
 
 def cases(rows, args, peer):
-    """What run.py makes its table of."""
+    """Rows for the table of run.py."""
     return [
         {
             "case": f"{row['score']}, {args.probes} probes, {args.iters} iterations",

@@ -3,18 +3,18 @@
 python benchmarks/neighbours.py [--data=FILE.npz] [--n=50000] [--m=4096] [--k=2]
     [--size=32] [--rounds=5] [--json=FILE.json]
 
-Needs the extra `dev` (faiss-cpu, torch). Images are those of an npz (`train_images`,
-queries of `test_images`), or smooth random ones of a spectrum like that of CIFAR. All
-search the same images, float32 in [-1, 1], and ours the uint8 ones too, on a CPU with
-as many threads as cores. faiss is its exact IndexFlatL2; PyTorch is cdist and topk,
-512 queries at a time. They take turns; the ratio is faiss's time / theirs, of the
-fastest times and of the medians, so above 1 it is faster than faiss. On a GPU ours and
-PyTorch are there, and faiss-cpu stays on the CPU.
+Needs the extra `dev` (faiss-cpu, torch). The images come from an npz (`train_images`,
+with queries from `test_images`), or are smooth and random with a spectrum like that of
+CIFAR. All search the same images, float32 in [-1, 1], and ours also the uint8 ones, on
+a CPU with as many threads as cores. faiss is its exact IndexFlatL2; PyTorch is cdist
+and topk, 512 queries at a time. They take turns; the ratio is the time of faiss over
+that of the row, of the fastest times and of the medians, so above 1 the row is faster
+than faiss. On a GPU, ours and PyTorch run there, and faiss-cpu stays on the CPU.
 
-The first 64 queries are copies of training images, at distance 0, and the next 64 are
-copies but for one pixel value that is off by one: the largest errors of the distance,
-and how many are given another image. Memory is the peak of a process of its own that
-searches the uint8 images, beyond its peak before it has any.
+The first 64 queries are copies of training images, at distance 0, and the next 64
+differ from copies by one level of one pixel. The table shows the largest errors of
+their distances, and how many get another image. Memory is the peak of a separate
+process that searches the uint8 images, above its peak before it has any.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def peak():
 
 
 def memory(args):
-    """Of a search of uint8 images, beyond the interpreter, jax, faiss and PyTorch."""
+    """MB of a search of uint8 images, above the interpreter, jax, faiss and PyTorch."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_memory, (args,))
 
@@ -144,7 +144,7 @@ def searches(points, queries, k):
 
 
 def errors(distances, indices, points, queries):
-    """Of copies and of those off by one: the largest error, and other images given."""
+    """Largest error and number of wrong images, for copies and those off by one."""
     row = {}
     for name, start, truth in (("copy", 0, 0), ("near", COPIES, 1 / 127.5)):
         of = slice(start, start + COPIES)
@@ -186,7 +186,7 @@ def measure(args):
 
 
 def cases(rows, k):
-    """What run.py makes its table of; the least is one product and the images once."""
+    """Rows for the table of run.py; the minimum is one product and the images once."""
     n, m, d = (rows[0][name] for name in ("n", "m", "d"))
     found = {row["search"]: row for row in rows}
     return [

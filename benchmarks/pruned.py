@@ -1,15 +1,15 @@
-"""The compact network against the masked one and the dense one: what pruning saves.
+"""Compact against masked and dense networks: the savings of pruning.
 
 python benchmarks/pruned.py [--width=256] [--depth=5] [--num_heads=8] [--patch=4]
     [--size=32] [--batch=16] [--dtype=float32] [--ratios 0.2 0.5] [--rounds=3]
     [--json=FILE.json]
 
-A DiT on images of size x size x 3; random units of a random network, since speed does
-not depend on values. The parameters of a masked network are 0 beforehand, and its train
-step ends on the mask. All networks take turns in one run, and the ratios are of their
-fastest times. The last column is the largest difference of the outputs over the largest
-output: of masked from dense, and of compact from masked. On a GPU the network is
-DiT-S/2 by default, on 64 images.
+A DiT on images of size x size x 3; random units of a random network, because speed does
+not depend on values. The parameters of a masked network are 0 from the start, and its
+train step ends with the mask. All networks take turns in one run, and the ratios
+compare their fastest times. The last column is the largest difference of the outputs
+over the largest output: of masked from dense, and of compact from masked. On a GPU the
+network is DiT-S/2 by default, on 64 images.
 """
 
 import argparse
@@ -50,7 +50,7 @@ COLUMNS = {  # number: (title, unit, digits); temporary bytes of the compiled pr
 
 
 def random_params(model, size):
-    """Off zero everywhere, since adaLN-zero starts every block as the identity."""
+    """Moves all parameters off zero: adaLN-zero starts every block as the identity."""
     key, x = jax.random.key(0), jnp.zeros((size, size, 3))
     params = jax.jit(model.init)(key, x, jnp.zeros(()))["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -141,7 +141,7 @@ def measure(model, size, batch, ratios, rounds):
 
 
 def cases(rows, batch, dtype):
-    """What run.py makes its table of: the dense network alone, compact to masked."""
+    """Rows for the table of run.py: dense alone, and compact against masked."""
     found = []
     for i, row in enumerate(rows):
         if row["form"] == "masked":

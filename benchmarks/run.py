@@ -3,15 +3,16 @@
 python benchmarks/run.py [--only NAME ...] [--quick] [--json=FILE.json]
     [--markdown=FILE.md]
 
-Needs the extra `dev` (torch, faiss-cpu). First limits.py measures what the machine can
-do; then each benchmark is a process of its own, one after the other, on sizes of its
-own for a CPU or a GPU (`--quick`: of sizes that take little and say little). One that
-fails is a row that says why, and the exit code is 1. Of several GPUs, show it one.
+Needs the extra `dev` (torch, faiss-cpu). First limits.py measures the limits of the
+machine. Then the benchmarks run in separate processes, one after another, with sizes
+for a CPU or a GPU (`--quick`: small sizes, which take little time and say little). A
+benchmark that fails becomes a row with the reason, and the exit code is 1. With several
+GPUs, make only one visible.
 
-A ratio is the peer's time over ours, of the fastest times: above 1 ours is faster. The
-share is of a limit: the least time in which the machine could do it, over ours. That is
-the time of its FLOPs at the rate of a large matrix product, or of the bytes that it
-must read and write at the rate of memory, whichever is longer.
+A ratio is the peer's fastest time over ours: above 1 ours is faster. The limit reached
+is the shortest possible time on this machine over ours: the time of the FLOPs at the
+rate of a large matrix product, or of the bytes that must be read and written at the
+rate of memory, whichever is longer.
 """
 
 import argparse
@@ -51,7 +52,7 @@ LIMITS = {
 
 
 def start(script, flags):
-    """What a benchmark writes as JSON, or {"failed": why}."""
+    """The JSON of a benchmark, or {"failed": why}."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, str(HERE / f"{script}.py"), *flags, f"--json={path}"]
@@ -95,7 +96,7 @@ def rows(found, limits):
     ]
 
 
-TITLES = ("benchmark", "case", "ours, ms", "a second", "peer", "peer, ms", "ratio",
+TITLES = ("benchmark", "case", "ours, ms", "per second", "peer", "peer, ms", "ratio",
           "limit reached")  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def cells(row):
 
 
 def _digits(value):
-    """Three digits, or all before the point."""
+    """A number with three digits, or with all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -131,7 +132,7 @@ def rates(limits):
 
 
 def show(found):
-    """The tables for a person."""
+    """The tables for a terminal."""
     table = Table(title=f"{found['device']}; ratio: the peer's time / ours")
     for title in TITLES:
         table.add_column(title)
@@ -150,12 +151,12 @@ PAGE = """# Speed: ours, the peers, and what the machine can do
 
 `{command}`: {date}, {device}, {versions}. Seeds are fixed in the scripts{more}.
 
-A ratio is the peer's time over ours, of the fastest times of calls that take turns:
-above 1 ours is faster; below, it is bold. The limit reached is the share of the one
-that binds: the least time for the FLOPs at the rate of a large product, or for the
-bytes that must move at the rate of memory, whichever is longer, over our time. The
-limits were measured in the same run (`benchmarks/limits.py`), and vary by some percent
-from minute to minute where a machine is shared: a share may be just above 100 %.
+A ratio is the peer's time over ours, each the fastest of calls that take turns: above 1
+ours is faster, and below 1 the ratio is bold. The limit reached is the shortest
+possible time over our time: the time of the FLOPs at the rate of a large product, or of
+the bytes that must move at the rate of memory, whichever is longer. The limits were
+measured in the same run (`benchmarks/limits.py`) and vary by some percent from minute
+to minute on a shared machine, so a share may be just above 100 %.
 
 {limits}
 
@@ -164,7 +165,7 @@ from minute to minute where a machine is shared: a share may be just above 100 %
 
 
 def markdown(found, json_name=None):
-    """All that was measured as a page."""
+    """All measurements as a page."""
     rows = []
     for row in found["rows"]:
         texts = [text.replace("|", "\\|") for text in cells(row)]
@@ -188,7 +189,7 @@ def _grid(titles, rows):
 
 
 def versions():
-    """{package: version}, of those that are installed."""
+    """{package: version} of the installed packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What more points, pixels, width and devices cost: measured, modelled, planned.
+"""The cost of more points, pixels, width and devices: measured, modelled, planned.
 
 python benchmarks/scaling.py [--quick] [--json=FILE.json] [--markdown=FILE.md]
 
@@ -10,14 +10,15 @@ Model: seconds = FLOPs of the matrix products / rate of a product + bytes / band
 with both limits measured in the same run, and each array that must pass through memory
 counted by hand. All products are float32 (precision "highest" on any device).
 
-Devices: the same on 1, 2 and 4 devices, which on a CPU are fake ones: they share its
-cores, so what is looked at is not their seconds but that the answers are those of one
-device, what each device computes, holds and sends, as the compiled program says.
+Devices: the same on 1, 2 and 4 devices. Those of a CPU are fake and share its cores, so
+the interesting numbers are not their seconds, but that the results equal those of one
+device, and what each device computes, holds and sends according to the compiled
+program.
 
-Plan: memory, seconds and communication of 10^8 images on 256 devices that are assumed,
-the work on a host by its measured rate, and the n at which each part breaks.
+Plan: memory, seconds and communication of 10^8 images on 256 assumed devices, the work
+of a host by its measured rate, and the n at which each part breaks.
 
-With --markdown, the tables in FILE.md between its marks are replaced by these.
+With --markdown, these tables replace those between the marks in FILE.md.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def machine_limits(quick=False):
 
 
 def best(calls, turns):
-    """The fastest seconds of each call; they take turns."""
+    """The fastest seconds of each call; the calls take turns."""
     seconds = [math.inf] * len(calls)
     for turn in range(turns + 1):
         for i, call in enumerate(calls):
@@ -95,7 +96,7 @@ def best(calls, turns):
 
 
 class Work(NamedTuple):
-    """One call, and what it takes by count."""
+    """One call, with its counted FLOPs and bytes."""
 
     call: Callable[[], Any]
     flops: float  # of matrix products
@@ -141,7 +142,7 @@ def search_counts(n, d, m):
 
 
 def norm_work(probes, iters, n=1_024, d=256):
-    """Power iteration on the empirical score: two products with J an iteration."""
+    """Power iteration on the empirical score: two products with J per iteration."""
 
     def run(x0, x):
         score_fn = empirical.score(x0, OU)
@@ -198,7 +199,7 @@ def applied(model):
 
 
 def dit_flops(tokens, width, depth, patch=PATCH):
-    """Of the products of one image, forward and backward (three times forward)."""
+    """FLOPs of the products of one image: three times those of the forward pass."""
     attended = 4 * tokens * width  # scores, and the mean of values
     block = tokens * (24 * width**2 + attended) + 12 * width**2
     ends = 4 * tokens * 3 * patch**2 * width + 8 * width**2
@@ -210,7 +211,7 @@ def count(tree):
 
 
 class Case(NamedTuple):
-    """What is varied around its sizes, and how the cost goes in the limit."""
+    """The sizes that are varied, and the exponent of the cost in the limit."""
 
     work: Callable[..., Work]
     sizes: dict
@@ -265,7 +266,7 @@ def fit_exponent(sizes, seconds):
 
 
 def costs(quick, turns):
-    """A dict for each call, and one for each exponent."""
+    """One dict for each call, and one for each exponent."""
     # Measured again around each of what they are compared with.
     measured, rows = [machine_limits(quick)], []
     for name, case in CASES.items():
@@ -326,7 +327,7 @@ KINDS = (
 
 
 def communicated(text):
-    """Bytes of what the collectives of a compiled program give to each device.
+    """Bytes that the collectives of a compiled program give to each device.
 
     Args: text, of the program; those inside of a loop count once.
     Returns: {kind: bytes}, of the kinds that there are.
@@ -365,7 +366,7 @@ def shared_score(devices, size, d=256, batch=32):
 
 
 def shared_sums(batch, d):
-    """Bytes of one device's sums: two points and two numbers a query."""
+    """Bytes of one device's sums: two points and two numbers per query."""
     return FLOAT * batch * (2 * d + 2)
 
 
@@ -382,7 +383,7 @@ def shared_search(devices, size, d=256, m=256, k=2):
 
 
 def shared_step(devices, size, split, width=128, depth=2):
-    """size: the batch. Gradients are summed; of a split state, parameters gathered."""
+    """size: the batch. Gradients are summed, and parameters gathered where split."""
     mesh = parallel.make_mesh(devices)
     step, state = train_step(dit(width, depth))
     everywhere = parallel.replicated(mesh)
@@ -425,7 +426,7 @@ def devices(quick, turns):
 
 
 def scaled(name, make, total, present, counts, turns):
-    """Strong: of one size in all; weak: of one size for each device."""
+    """Strong: one size in total; weak: one size for each device."""
     ways = {
         "strong": [(k, total) for k in counts],
         "weak": [(k, total * k // counts[-1]) for k in counts],
@@ -476,7 +477,7 @@ def difference(some, other):
 
 
 class Machine(NamedTuple):
-    """What is assumed of a cluster; rates are those that are reached."""
+    """The assumptions about a cluster; the rates are those in practice."""
 
     devices: int = 256
     memory: float = 80e9  # bytes of a device
@@ -488,7 +489,7 @@ class Machine(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What a network takes."""
+    """The cost of a network."""
 
     parameters: int
     flops: float  # of an image, forward and backward
@@ -496,7 +497,7 @@ class Network(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a host takes: a point's seconds on one core, its bytes beside the data."""
+    """The cost of a host: seconds of a point on one core, bytes beside the data."""
 
     digests: float
     fingerprint: float
@@ -508,7 +509,7 @@ class Host(NamedTuple):
 
 
 def dit_network(patch, side, width, depth, num_heads) -> Network:
-    """A DiT in bfloat16, by shapes alone: blocks are alike, so two depths tell of all.
+    """A DiT in bfloat16, by shapes alone: all blocks are alike, so two depths suffice.
 
     Args: side, of its images [side, side, 3].
     """
@@ -540,7 +541,7 @@ def dit_network(patch, side, width, depth, num_heads) -> Network:
 
 
 def plan(n, d, batch, queries, machine: Machine, net: Network, k=2):
-    """What n points of size d take on a machine: a dict for each part of the work.
+    """The cost of n points of size d on a machine: one dict for each part of the work.
 
     Args: batch, of training; queries, of the score and of the search, for k neighbours.
     Returns: rows of bytes of a device's memory ("memory"), seconds of its work ("s"),
@@ -612,7 +613,7 @@ def plan(n, d, batch, queries, machine: Machine, net: Network, k=2):
 
 
 def host_plan(n, d, host: Host, net: Network):
-    """What n points, and a state, take on a host: seconds of one core, and bytes."""
+    """The cost of n points and a state on a host: seconds of one core, and bytes."""
     kept = n * d  # of the data, uint8
     parts = {
         "the pool, and the choice from it, in memory": (0, 2 * kept),
@@ -635,7 +636,7 @@ def host_plan(n, d, host: Host, net: Network):
 
 
 def breaks(d, batch, machine: Machine, net: Network, host: Host, patience=3_600):
-    """The largest n that each part takes, smallest first, in the order of breaking.
+    """The largest possible n of each part, smallest first: the order of breaking.
 
     Args: patience, seconds that a start may take.
     """
@@ -667,7 +668,7 @@ def breaks(d, batch, machine: Machine, net: Network, host: Host, patience=3_600)
 
 
 def host_rates(d, quick):
-    """The rates of a host, of random pixels; and seconds of the order of an epoch."""
+    """The rates of a host on random pixels, and seconds of the order of an epoch."""
     n = 256 if quick else 4_096
     x = np.random.default_rng(0).integers(0, 256, (n, d), np.uint8)
     calls = [
@@ -826,7 +827,7 @@ def plan_table(rows):
 
 
 def write_markdown(path, marked):
-    """Replaces what stands between <!-- name --> and <!-- end --> in a file."""
+    """Replaces the text between <!-- name --> and <!-- end --> in a file."""
     text = Path(path).read_text()
     for name, new in marked.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"

@@ -3,11 +3,11 @@
 python benchmarks/step_profile.py [--config=configs/digits.py] [--steps=100]
     [--json=FILE.json]
 
-A kernel belongs to the part of the step whose operations it computes, as the compiled
-program says: the network forward, its backward pass, times and noise, and the update
-(clipping, optimizer, mask, EMA, norms, and the guard that leaves the state as it is
-where something is not finite). Beside it the kinds: products, copies, selects. Kernels
-may run side by side, so shares are of the sum of their times, not of the clock.
+A kernel belongs to the part of the step whose operations it computes, according to the
+compiled program: the forward pass, the backward pass, times and noise, and the update
+(clipping, optimizer, mask, EMA, norms, and the guard that keeps the state where a value
+is not finite). The kinds are products, copies and selects. Kernels may run at the same
+time, so the shares are of the sum of their times, not of the clock.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KINDS = ("products", "copies", "selects")
 
 
 def part(scope: str) -> str:
-    """The part of a step of an operation, by its name in the program."""
+    """The part of the step that an operation belongs to, by its name in the program."""
     if "transpose(jvp(" in scope:
         return "backward"
     if "jvp(" not in scope:
@@ -41,7 +41,7 @@ def part(scope: str) -> str:
 
 
 def kinds(kernel: str, scope: str) -> list[str]:
-    """What sort of work a kernel is; of most, none."""
+    """The kind of work of a kernel; most have none."""
     found = {
         # "ynn" is the library of a CPU: a product, with what follows it.
         "products": kernel.startswith(("dot", "ynn"))
@@ -63,7 +63,7 @@ def shares(kernels) -> dict[str, float]:
 
 
 def traced(config, steps):
-    """(name, scope, nanoseconds) of every kernel of some steps, and how many a step."""
+    """(name, scope, nanoseconds) of the kernels of steps; their number per step."""
     parts, mesh = build.build(config), parallel.make_mesh()
     state = training_run.initial_state(config, parts)
     size = config.train.batch_size

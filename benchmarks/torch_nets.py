@@ -1,7 +1,7 @@
 """U-Net and DiT as batches of images in PyTorch, written from the papers.
 
-What `benchmarks/train_step.py` times ours against, and what the tests compare ours
-with. Modules are named as the leaves of our parameters, so that `load` can copy them.
+`benchmarks/train_step.py` and the tests compare ours with these. Modules have the names
+of the leaves of our parameters, so that `load` can copy them.
 """
 
 # ruff: noqa: D101, D102
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def load(module, params):
-    """Copies a tree of our parameters into a module of the same names."""
+    """Copies a tree of our parameters into a module with the same names."""
     for name, value in params.items():
         if isinstance(value, dict):
             load(module[name] if isinstance(module, nn.ModuleDict) else

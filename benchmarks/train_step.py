@@ -7,14 +7,14 @@ python benchmarks/train_step.py [--nets unet dit] [--size=16] [--batch=32]
 
 Both have the same weights and see the same images, times and noise. A step is EDM's
 loss with its gradient, Adam and the EMA; the sampler is Heun's with 18 steps (35
-calls), one compiled program here and a loop in Python there. In bfloat16 are the blocks
-of ours, and what autocast takes of PyTorch's. On a CPU, PyTorch is eager with as many
-threads as cores, and jax splits the batch over as many devices; on a GPU, PyTorch goes
-through torch.compile, the sampler's network too, and by default the DiT is DiT-S/2 on
-256 images of 32 x 32 x 3. They take turns; the ratio is theirs / ours, of the fastest
-times and of the medians, so above 1 ours is faster. GFLOP/s are of the FLOPs that XLA
-counts before it optimizes. The last column is the largest difference over the largest
-value: of the losses of all steps, and of the samples.
+calls), one compiled program here and a loop in Python there. With --dtype=bfloat16, our
+blocks and PyTorch's autocast compute in bfloat16. On a CPU, PyTorch is eager with as
+many threads as cores, and jax splits the batch over as many devices. On a GPU, PyTorch
+goes through torch.compile, also for the network of the sampler, and the default DiT is
+DiT-S/2 on 256 images of 32 x 32 x 3. They take turns; the ratio is theirs / ours, of
+the fastest times and of the medians, so above 1 ours is faster. GFLOP/s count the FLOPs
+of the program before XLA optimizes it. The last column is the largest difference over
+the largest value: of the losses of all steps, and of the samples.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def networks(args):
 
 
 def random_params(model, x):
-    """Off zero, since a new network answers zero."""
+    """Moves parameters off zero, because a new network predicts zero."""
     params = jax.jit(model.init)(jax.random.key(0), x, jnp.zeros(()))["params"]
     draw = np.random.default_rng(0)
     return jax.tree.map(
@@ -167,7 +167,7 @@ def our_sampler(model, params, x):
 
 
 def forward_flops(model, params, x):
-    """Of one call; of a loop, XLA would count what is in it once."""
+    """FLOPs of one call; XLA would count the body of a loop once."""
     apply = jax.jit(lambda params, x, t: model.apply({"params": params}, x, t))
     return training.flops(apply.lower(params, x, jnp.zeros(())))
 
@@ -197,7 +197,7 @@ def on_gpu(net):
 
 
 def race(ours, theirs, our_input, their_input, rounds):
-    """The row of two calls that take turns, and what they answered, ours and theirs."""
+    """The row of two calls that take turns, and the results of ours and theirs."""
     times, answers = ([], []), ([], [])
     for turn in range(rounds + 1):
         pairs = ((ours, our_input), (theirs, their_input))
@@ -220,7 +220,7 @@ def difference(one, other):
 
 
 def measure(args, device):
-    """A dict for each network, of its step and of its sampler."""
+    """One dict for the step and one for the sampler of each network."""
     x0, eps = jax.random.normal(
         jax.random.key(2), (2, args.batch, args.size, args.size, 3)
     )
@@ -272,7 +272,7 @@ def measure(args, device):
 
 
 def cases(rows, args, peer):
-    """What run.py makes its table of."""
+    """Rows for the table of run.py."""
     found = []
     for row in rows:
         step = row["what"] == "step"

@@ -1,10 +1,10 @@
-"""What the verdict says of images that are known: fresh, distorted, and garbage.
+"""The verdict on images of known kinds: fresh, distorted, and garbage.
 
 python benchmarks/verdict.py cifar10.npz
 
 The .npz has train_images and test_images, uint8 [n, h, w, c]. The last 1,000 training
-images are the fresh ones, the others are the training set; the test images are held
-out. A markdown table on stdout, a row a kind.
+images are the fresh ones, the others are the training set, and the test images are held
+out. Prints a markdown table with one row per kind.
 """
 
 import io
@@ -71,7 +71,7 @@ def main(path):
 
 
 def kinds(fresh, train):
-    """Name -> uint8 images [m, h, w, c]."""
+    """{name: uint8 images [m, h, w, c]}."""
     rng = np.random.default_rng(0)
     n, h, w, c = fresh.shape
     few = rng.integers(0, 2, fresh.shape, np.uint8)  # so that all are different
@@ -105,14 +105,14 @@ def kinds(fresh, train):
 
 
 def jpeg(x, quality):
-    """An image as JPEG keeps it."""
+    """An image after JPEG compression."""
     file = io.BytesIO()
     Image.fromarray(x).save(file, "jpeg", quality=quality)
     return np.asarray(Image.open(file))
 
 
 def blurred(x, radius):
-    """By a Gaussian, in pixels."""
+    """Images blurred by a Gaussian of this width in pixels."""
     return np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(radius)))
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from configs import audit as configs
 from memsep_jax import data, defaults, experiments, weights
 from memsep_jax.data import DataError, sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
 
 DIGITS = sources.digits().images

@@ -6,8 +6,8 @@ import pytest
 
 from configs import band_swap as configs
 from memsep_jax import experiments, sampling, score
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import band_swap
 
 

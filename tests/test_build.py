@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from memsep_jax import data, defaults, parallel, process, sampling, score, train
 from memsep_jax.checkpoint import ConflictError
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks
 from memsep_jax.models import MLP

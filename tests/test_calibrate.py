@@ -5,8 +5,8 @@ import pytest
 
 from configs import calibrate_cifar
 from memsep_jax import experiments
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import calibrate
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from configs import gmm_capacity as configs
 from memsep_jax import empirical, experiments, gap, mixture, process
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import capacity
 from memsep_jax.models import exact
 

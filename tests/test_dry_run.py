@@ -5,9 +5,8 @@ import pytest
 
 from configs import digits, emm_digits, gmm_size
 from memsep_jax import defaults
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import dry_run, stepper
 
 

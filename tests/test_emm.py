@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, experiments
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import emm, networks
 
 SAMPLES = 400

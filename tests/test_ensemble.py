@@ -7,8 +7,8 @@ import pytest
 
 from configs import gmm_width_decay
 from memsep_jax import experiments
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import ensemble
 
 

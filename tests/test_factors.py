@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, experiments
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 from memsep_jax.experiments.studies import factors, networks
 
 SETTINGS = (

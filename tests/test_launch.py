@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from launch import sweep
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import sweep_file
-from memsep_jax.experiments.runtime import record, runs
+from memsep_jax.experiments.runtime import runs
 from memsep_jax.experiments.studies import overview
 
 ROOT = Path(__file__).parents[1]

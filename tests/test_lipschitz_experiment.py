@@ -9,9 +9,8 @@ import pytest
 
 from configs import gmm_lipschitz
 from memsep_jax import empirical, experiments, lipschitz, mixture
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import lipschitz as experiment
 from memsep_jax.models import mlp
 

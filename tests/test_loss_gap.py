@@ -10,8 +10,8 @@ import pytest
 
 from configs import gmm_loss_gap
 from memsep_jax import empirical, experiments, gap, mixture, process
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import loss_gap
 
 OU = process.ornstein_uhlenbeck()

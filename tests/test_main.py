@@ -10,7 +10,7 @@ import pytest
 from faults import harness
 from faults.conftest import compilation_cache  # noqa: F401
 
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 COMMAND = (sys.executable, "-m", "memsep_jax.main")
 # A few seconds: an MLP on digits, two steps, eight samples.

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, defaults, experiments, sampling
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import mitigate, networks, store
 from memsep_jax.experiments.studies import training_run as job

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from memsep_jax import checkpoint, data, defaults, experiments, parallel
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job

@@ -3,7 +3,7 @@
 import numpy as np
 
 from memsep_jax import defaults
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks
 

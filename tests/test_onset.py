@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsep_jax import checkpoint, experiments
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import monitor, onset
 
 CONFIG = Path(__file__).parent.parent / "configs" / "onset_digits.py"

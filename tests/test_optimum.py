@@ -7,8 +7,8 @@ import pytest
 
 from configs import optimum as configs
 from memsep_jax import data, empirical, experiments, process, sampling
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import optimum
 
 VE = process.variance_exploding()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import defaults, experiments, parallel, train
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 from memsep_jax.models import MLP
 
 MODEL = MLP(width=16, depth=1)

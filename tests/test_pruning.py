@@ -15,9 +15,8 @@ from memsep_jax import (
     prune,
     train,
 )
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import pruning
 from memsep_jax.experiments.studies.evaluate import make_generate
 from memsep_jax.experiments.studies.training_run import initial_state

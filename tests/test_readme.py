@@ -1,37 +1,48 @@
-"""The README's python runs, and its commands parse."""
+"""The python of README and docs runs, and their commands parse."""
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
-from memsep_jax import experiments, main
+from configs import digits, onset_digits
+from memsep_jax import defaults, experiments, main, models, process, sources
+from memsep_jax.experiments import record
+from memsep_jax.experiments.config import build
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    (path.name, language, block)
+    for path in PAGES
+    for language, block in FENCE.findall(path.read_text())
+]
 COMMANDS = [
     line.partition("-m memsep_jax.main")[2]
-    for language, block in BLOCKS
+    for _, language, block in BLOCKS
     if language == "bash"
     for line in block.splitlines()
     if "-m memsep_jax.main" in line
 ]
+USERS = sorted((ROOT / "docs" / "extending").glob("*.py"))
 
 
 def test_the_prompt_examples_show_what_they_say(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
     names, printed = {}, []
-    for code in [block for language, block in BLOCKS if language == "python"]:
-        assert len([line for line in code.splitlines() if line.strip()]) <= 12
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(code, "README.md", "exec"), names)
-        printed.append(out.getvalue())
+    for page in ("README.md", "prompt.md"):
+        for code in [b for name, kind, b in BLOCKS if (name, kind) == (page, "python")]:
+            assert len([line for line in code.splitlines() if line.strip()]) <= 12
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(code, page, "exec"), names)
+            printed.append(out.getvalue())
     truth, copies = [
         [float(word) for word in re.findall(r"\d\.\d+(?:e-\d+)?", line)]
         for line in printed[0].splitlines()
@@ -44,28 +55,82 @@ def test_the_prompt_examples_show_what_they_say(monkeypatch, tmp_path):
     assert printed[2].endswith("(8, 8, 1)\n")
     copied, authentic, *quality = map(float, printed[3].split())
     assert copied == 0.5 and authentic < 0.5 and min(quality) > 0
+    assert round(float(printed[4].split()[0]), 1) == 82.8
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_its_commands_parse(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_a_command_of_the_docs_parses(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     saved = [w for w in words if w.endswith("config.json")]
-    if saved:  # made by the command above it
-        from memsep_jax import defaults
-        from memsep_jax.experiments.config.build import to_json
-        from memsep_jax.experiments.record import write_json
-
-        write_json(tmp_path / "config.json", to_json(defaults.train()))
+    if saved:  # made by another command
+        record.write_json(tmp_path / "config.json", build.to_json(defaults.train()))
         words[words.index(saved[0])] = f"--config={tmp_path / 'config.json'}"
     monkeypatch.setattr("sys.argv", ["main", *words])
     flags.FLAGS.unparse_flags()
     for field in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, field)  # of the command before
     assert main.parse_flags(["main", *words]) == ["main"]
-    assert flags.FLAGS.config.experiment in experiments.EXPERIMENTS
+    name = flags.FLAGS.config.experiment
+    assert name in experiments.EXPERIMENTS or ":" in name
 
 
-def test_every_config_is_in_the_readme():
+def test_every_config_is_on_its_page():
+    page = (ROOT / "docs" / "configs.md").read_text()
     for path in (ROOT / "configs").glob("*.py"):
-        assert f"configs/{path.name}" in README
+        assert path.name in page
+
+
+def test_every_link_of_the_docs_leads_somewhere():
+    for page in [*PAGES, *(ROOT / "docs" / "results").glob("*.md")]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_a_users_file_is_short_and_is_shown_whole():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    assert len(USERS) == 4
+    for path in USERS:
+        assert f"```python\n{path.read_text()}```" in page
+        assert len(path.read_text().splitlines()) <= 40
+
+
+def of_user(name, table, monkeypatch):
+    """A name of the form file:function, known also where `look_up` does not import."""
+    file, _, function = name.partition(":")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extending")
+    try:
+        build.look_up({}, name, "name")
+    except build.ConfigError:
+        monkeypatch.setitem(
+            table, name, getattr(importlib.import_module(file), function)
+        )
+    return name
+
+
+def test_a_users_process_network_and_data_make_a_run(monkeypatch, tmp_path):
+    config = digits.get_config("smoke")
+    known = (models.MODELS, process.PROCESSES, sources.SOURCES)
+    names = ("my_network:ConvNet", "my_process:cosine", "my_data:rings")
+    model, cosine, rings = map(of_user, names, known, [monkeypatch] * 3)
+    config.model.update(name=model, width=8, depth=1, patch=None, num_heads=None)
+    config.process.name, config.prediction.name = cosine, "noise"
+    config.times.update(name="uniform", t_min=0.01, t_max=0.99)
+    config.sampler.update(t_min=0.01, t_max=0.99)
+    config.data.name = rings
+    with jax.numpy_rank_promotion("allow"):  # as everywhere but in these tests
+        experiments.run(config, tmp_path)
+    metrics = record.read_json(tmp_path / "metrics.json")
+    assert (metrics["model"]["name"], metrics["data"]["name"]) == (model, rings)
+    assert metrics["memorization"]["samples"] == config.sampler.num_samples
+
+
+def test_a_users_study_makes_a_sweep(monkeypatch, tmp_path):
+    pytest.importorskip("memsep_jax.experiments.studies.study")
+    config = onset_digits.get_config("smoke")
+    config.experiment = of_user("my_study:study", experiments.EXPERIMENTS, monkeypatch)
+    config.sweep.update(seeds=2, num_examples=(16, 64))
+    experiments.run(config, tmp_path)
+    few, many = record.read_json(tmp_path / "metrics.json")["table"]
+    assert few["distance"]["mean"] > many["distance"]["mean"] > 0
+    assert (tmp_path / "figures" / "distance.png").exists()

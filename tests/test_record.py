@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memsep_jax.checkpoint import StorageError
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 
 class Session:

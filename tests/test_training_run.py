@@ -6,8 +6,8 @@ import pytest
 
 from memsep_jax import checkpoint, defaults, experiments
 from memsep_jax.data import sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import training_run as job
 
 

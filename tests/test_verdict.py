@@ -1,27 +1,27 @@
-"""The verdict is what the numbers say: of copies, of garbage, and of honest samples."""
+"""The verdict on copies, on garbage and on honest samples."""
 
 import jax
 import numpy as np
 import pytest
 
 from memsep_jax import data, features, memorization, mixture, neighbours
-from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.reporting import tables, verdict
 from memsep_jax.experiments.studies import compare
 
 
 def numbers(samples, train, held_out, spaces=()):
-    """What metrics.json holds of these sets, as far as a verdict reads it."""
+    """The numbers of metrics.json that a verdict reads, for these sets."""
     search = neighbours.searcher(train)
     near, null = search(samples), search(held_out)
-    found = memorization.ratio_of(near, null, 0)
+    result = memorization.ratio_of(near, null, 0)
     some = compare.equal(compare.Sets(samples, train, held_out), 0)
     return {
         "memorization": {
-            "ratio": found.value,
-            "interval": found.interval,
+            "ratio": result.value,
+            "interval": result.interval,
             "samples": len(samples),
-            "null": found.null,
-            "null_interval": found.null_interval,
+            "null": result.null,
+            "null_interval": result.null_interval,
             "held_out": len(held_out),
             "exact_copies": 0,
             **compare.distances(near, null),
@@ -34,7 +34,7 @@ def numbers(samples, train, held_out, spaces=()):
     }
 
 
-def said(*args, **kwargs):
+def verdict_of(*args, **kwargs):
     return verdict.verdict(numbers(*args, **kwargs))
 
 
@@ -61,11 +61,11 @@ def pages(kind, train, count=100):
 
 
 @pytest.mark.parametrize("kind", ["noise", "blocks", "black", "white", "mean"])
-def test_what_looks_like_no_digit_is_undertrained(kind, digits):
+def test_pages_that_look_like_no_digit_are_undertrained(kind, digits):
     train, held_out, _, spaces = digits
-    found = said(pages(kind, train), train, held_out, spaces)
-    assert (found["name"], found["alarm"]) == ("undertrained", None)
-    assert "No sign of copying" not in found["small"]
+    result = verdict_of(pages(kind, train), train, held_out, spaces)
+    assert (result["name"], result["alarm"]) == ("undertrained", None)
+    assert "No sign of copying" not in result["small"]
 
 
 def test_mean_pages_are_near_to_all_data_and_only_their_law_tells(digits):
@@ -79,8 +79,8 @@ def test_mean_pages_are_near_to_all_data_and_only_their_law_tells(digits):
 
 def test_fresh_digits_are_not_undertrained(digits):
     train, held_out, fresh, spaces = digits
-    found = said(fresh, train, held_out, spaces)
-    assert (found["name"], found["alarm"]) == ("no sign of copying", False)
+    result = verdict_of(fresh, train, held_out, spaces)
+    assert (result["name"], result["alarm"]) == ("no sign of copying", False)
 
 
 @pytest.mark.parametrize("n", [50, 600])
@@ -88,9 +88,9 @@ def test_copies_are_copies_whatever_their_quality(n, digits):
     """Of one image alone, too, which no law would take for the data's."""
     train, held_out, _, spaces = digits
     for copied in train[:50], train[np.zeros(50, int)]:
-        found = said(copied, train[:n], held_out, spaces)
-        assert (found["name"], found["alarm"]) == ("copies", True)
-        assert "The generator copies: [" in found["small"]
+        result = verdict_of(copied, train[:n], held_out, spaces)
+        assert (result["name"], result["alarm"]) == ("copies", True)
+        assert "The generator copies: [" in result["small"]
 
 
 @pytest.mark.parametrize("d, n", [(2, 300), (8, 60), (32, 500)])
@@ -100,7 +100,7 @@ def test_samples_of_the_truth_are_not_undertrained(d, n):
         np.asarray(mixture.sample(jax.random.key(i), truth, count))
         for i, count in ((1, n), (2, 500), (3, 500))
     )
-    assert said(drawn, train, held_out)["name"] == "no sign of copying"
+    assert verdict_of(drawn, train, held_out)["name"] == "no sign of copying"
     # One Gaussian with the moments of the data: no Frechet distance tells it apart.
     rng = np.random.default_rng(0)
     blurred = rng.multivariate_normal(held_out.mean(0), np.cov(held_out.T), 500)
@@ -108,15 +108,15 @@ def test_samples_of_the_truth_are_not_undertrained(d, n):
     assert metrics["frechet"][0]["excess"] < 0.1
     assert (verdict.verdict(metrics)["name"] == "undertrained") == (d == 32)
     wide = 10 * rng.normal(size=(500, d)).astype(np.float32)
-    assert said(wide, train, held_out)["name"] == "undertrained"
+    assert verdict_of(wide, train, held_out)["name"] == "undertrained"
 
 
 def test_far_counts_what_lies_beyond_the_quantile():
-    found = verdict.far(np.array([1.0, 99.0, 99.5, 100.0]), np.arange(1.0, 101.0))
-    assert found["limit"] == 100.0 and found["ratio"] == 0.0  # the 100th of 1 .. 100
-    found = verdict.far(np.array([1.0, 2.5, 3.5, 9.0]), np.array([1.0, 3.0]))
-    assert (found["limit"], found["ratio"], found["held_out"]) == (3.0, 0.5, 2)
-    assert found["interval"] == memorization.wilson(2, 4)
+    result = verdict.far(np.array([1.0, 99.0, 99.5, 100.0]), np.arange(1.0, 101.0))
+    assert result["limit"] == 100.0 and result["ratio"] == 0.0  # the 100th of 1 .. 100
+    result = verdict.far(np.array([1.0, 2.5, 3.5, 9.0]), np.array([1.0, 3.0]))
+    assert (result["limit"], result["ratio"], result["held_out"]) == (3.0, 0.5, 2)
+    assert result["interval"] == memorization.wilson(2, 4)
 
 
 @pytest.mark.parametrize("held_out, far", [(9, False), (10, True)])
@@ -129,26 +129,26 @@ def test_fewer_than_ten_held_out_points_call_nothing_far(held_out, far):
 
 def plain(**fields):
     """Numbers of 1,000 samples none of which is a copy."""
-    found = {
+    result = {
         "ratio": 0.0, "interval": memorization.wilson(0, 1_000), "samples": 1_000,
         "null": 0.0, "null_interval": [0.0, 0.0128], "held_out": 297,
         "exact_copies": 0,
     } | fields  # fmt: skip
-    return {"memorization": found, "data": {"shape": [8, 8, 1]}}
+    return {"memorization": result, "data": {"shape": [8, 8, 1]}}
 
 
 def test_the_law_of_one_page_is_the_trace_of_the_covariance():
     """And its excess 1 less that of training points; exactly, in one dimension."""
     held_out = np.tile([-1.0, 1.0], 50)[:, None]  # mean 0, variance 100 / 99
     train, page = 2 * held_out, np.zeros((100, 1))
-    found = compare.law(compare.Sets(page, train, held_out), "FD")
+    result = compare.law(compare.Sets(page, train, held_out), "FD")
     std = np.sqrt(100 / 99)
-    np.testing.assert_allclose(found["page"], std**2, rtol=1e-12)
-    np.testing.assert_allclose(found["samples"], std**2, rtol=1e-12)
-    np.testing.assert_allclose(found["train"], (2 * std - std) ** 2, rtol=1e-12)
-    np.testing.assert_allclose(found["excess"], 0.0, atol=1e-12)
-    found = compare.law(compare.Sets(page, held_out, held_out), "FD")
-    np.testing.assert_allclose(found["excess"], 1.0, rtol=1e-12)
+    np.testing.assert_allclose(result["page"], std**2, rtol=1e-12)
+    np.testing.assert_allclose(result["samples"], std**2, rtol=1e-12)
+    np.testing.assert_allclose(result["train"], (2 * std - std) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(result["excess"], 0.0, atol=1e-12)
+    result = compare.law(compare.Sets(page, held_out, held_out), "FD")
+    np.testing.assert_allclose(result["excess"], 1.0, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +170,11 @@ def test_a_law_that_cannot_be_measured_says_why(change, words):
     assert words in row["left_out"] and "samples" not in row
     metrics = plain() | {"frechet": [row]}
     assert verdict.verdict(metrics)["name"] == "no sign of copying"
-    ((name, cells),) = verdict.quality(metrics)[1]
+    ((name, cells),) = tables.quality(metrics)[1]
     assert name == "FD" and cells[0] == f"not measured: {row['left_out']}"
 
 
-def test_of_points_on_disk_only_those_that_are_compared_are_read():
+def test_only_the_compared_points_are_read_from_disk():
     class Disk(np.ndarray):
         read = 0
 
@@ -184,9 +184,9 @@ def test_of_points_on_disk_only_those_that_are_compared_are_read():
 
     stored = data.Rows(np.arange(900.0).reshape(300, 3).view(Disk))
     few = np.zeros((60, 3))
-    found = compare.equal(compare.Sets(few, stored, few), seed=0)
-    assert Disk.read == 60 and found.train.shape == (60, 3)
-    assert len(np.unique(found.train[:, 0])) == 60
+    result = compare.equal(compare.Sets(few, stored, few), seed=0)
+    assert Disk.read == 60 and result.train.shape == (60, 3)
+    assert len(np.unique(result.train[:, 0])) == 60
 
 
 def test_sets_of_large_points_are_smaller(monkeypatch):
@@ -200,14 +200,14 @@ def test_an_excess_that_the_fifths_do_not_confirm_is_no_verdict():
         "title": "FD (pixels)", "n": 50, "samples": 8.0, "train": 1.0, "page": 10.0,
         "excess": 0.7, "interval": [-0.1, 1.5],
     }  # fmt: skip
-    assert said_of(row) == "no sign of copying"
-    assert said_of(row | {"interval": [0.1, 1.3]}) == "undertrained"
-    assert said_of(row | {"interval": [0.1, 0.9], "excess": 0.5}) == (
+    assert verdict_of_row(row) == "no sign of copying"
+    assert verdict_of_row(row | {"interval": [0.1, 1.3]}) == "undertrained"
+    assert verdict_of_row(row | {"interval": [0.1, 0.9], "excess": 0.5}) == (
         "no sign of copying"
     )
 
 
-def said_of(row):
+def verdict_of_row(row):
     return verdict.verdict(plain() | {"frechet": [row]})["name"]
 
 
@@ -223,19 +223,19 @@ def test_one_copy_of_a_thousand_may_be_chance(copies, alarm):
 
 def test_without_held_out_points_the_verdict_is_unknown():
     metrics = plain(null=None, null_interval=None, held_out=0)
-    found = verdict.verdict(metrics)
-    assert (found["name"], found["alarm"]) == ("unknown", None)
-    assert "nothing was held out" in found["small"]
+    result = verdict.verdict(metrics)
+    assert (result["name"], result["alarm"]) == ("unknown", None)
+    assert "nothing was held out" in result["small"]
 
 
 @pytest.mark.parametrize("held_out, few", [(0, False), (72, True), (73, False)])
 def test_too_few_held_out_points_are_noted_with_the_way_out(held_out, few):
     """0 of l has the upper bound z^2 / (l + z^2), z = 1.96: above 5 % below l = 73."""
-    said = verdict.notes(plain(held_out=held_out))
-    assert len(said) == few
+    notes = verdict.notes(plain(held_out=held_out))
+    assert len(notes) == few
     if few:
-        assert "only 72 held-out points" in said[0] and "up to 5.1 %" in said[0]
-        assert "hold out 73 or more (--config.data.num_held_out)" in said[0]
+        assert "only 72 held-out points" in notes[0] and "up to 5.1 %" in notes[0]
+        assert "hold out 73 or more (--config.data.num_held_out)" in notes[0]
         audit = verdict.notes(plain(held_out=72) | {"experiment": "audit"})
         assert "more images in --config.held_out" in audit[0]
 
@@ -245,4 +245,4 @@ def test_numbers_of_an_older_version_get_their_verdict():
     assert verdict.verdict(plain())["name"] == "no sign of copying"
     copied = plain(ratio=0.5, interval=memorization.wilson(500, 1_000))
     assert verdict.verdict(copied)["alarm"] is True
-    assert verdict.quality(plain())[1] == []
+    assert tables.quality(plain())[1] == []

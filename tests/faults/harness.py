@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import checkpoint
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 ROOT = Path(__file__).parents[2]
 CACHE: Path | None = None  # compiled programs, shared by the children of a session
@@ -57,7 +57,7 @@ TINY_DIT = (
 
 # Every row of metrics takes so long: kills land where they are meant to.
 SLOW_STEPS = """
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 _write = record.Metrics.write
 def write(self, **row):
     _write(self, **row)
@@ -69,7 +69,7 @@ record.Metrics.write = write
 def pause_at(row: int, seconds: float) -> str:
     """A patch: training stands still after a row, for a signal to come there."""
     return f"""
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 _write_row = record.Metrics.write
 def write(self, **row):
     _write_row(self, **row)

@@ -29,7 +29,7 @@ import jax
 
 from faults import harness
 from memsep_jax import checkpoint
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 LONGER = (
     "--config.train.steps=1500",

@@ -26,9 +26,9 @@ from PIL import Image
 from faults import harness
 from memsep_jax import checkpoint, defaults, experiments, features, weights
 from memsep_jax.data import archives, sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, command
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
 from memsep_jax.models import inception
 

@@ -14,8 +14,8 @@ from configs import audit as audit_configs
 from faults import harness
 from memsep_jax import data, defaults, experiments
 from memsep_jax.data import DataError, readers, sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit
 
 SIDE = 12

@@ -18,16 +18,15 @@ from faults import harness
 from memsep_jax import checkpoint, experiments
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.data import sources
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import mitigate, monitor, networks
 from memsep_jax.experiments.studies import training_run as job
 
 # The chunk of a phase that never ends; {what} is the phase.
 ASLEEP = """
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 in_chunks = record.in_chunks
 def asleep(*args, **kwargs):
     print("asleep", flush=True)

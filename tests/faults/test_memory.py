@@ -15,9 +15,8 @@ import pytest
 
 from faults import harness
 from memsep_jax import data, empirical, experiments, neighbours, parallel, process
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import evaluate
 from memsep_jax.experiments.studies import training_run as job

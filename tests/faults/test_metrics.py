@@ -15,8 +15,8 @@ from configs import calibrate_cifar
 from faults import harness, rows
 from memsep_jax import experiments, features, fidelity, memorization, neighbours
 from memsep_jax.data import sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import compare
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours

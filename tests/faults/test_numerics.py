@@ -28,9 +28,9 @@ from memsep_jax import (
     score,
     train,
 )
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record, session
+from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import capacity, dry_run, evaluate
 from memsep_jax.experiments.studies import training_run as job
 from memsep_jax.models import DiT, exact

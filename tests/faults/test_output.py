@@ -10,7 +10,8 @@ from test_main import on_a_terminal, shell
 from test_report import Page, drawn
 
 from faults import harness
-from memsep_jax.experiments.runtime import record, trackers
+from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import trackers
 
 NAME = "é \u202egnp <script>alert(1)<b> \"'"  # of a workdir
 SECRETS = {"WANDB_API_KEY": "sekret" * 7, "AWS_SECRET_ACCESS_KEY": "hidden" * 7}

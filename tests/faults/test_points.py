@@ -13,9 +13,10 @@ from configs import gmm_width_decay
 from faults import harness
 from memsep_jax import defaults, experiments
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid, sweep_file
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record, runs
+from memsep_jax.experiments.runtime import points, runs
 from memsep_jax.experiments.runtime.session import Interrupted, Session
 from memsep_jax.experiments.studies import (
     capacity,
@@ -186,7 +187,7 @@ def test_g66_a_mean_says_of_how_many_seeds_it_is(nets, tmp_path, capsys):
     assert "means over 2 to 3 seeds" in printed
     (*_, line) = (x for x in printed.splitlines() if "│" in x and DIVERGES in x)
     assert line.split("│")[-2].strip() == "2"
-    assert "1 points failed" in (tmp_path / "report.html").read_text()
+    assert "1 point failed" in (tmp_path / "report.html").read_text()
 
 
 def test_g66_what_is_there_is_shown_at_any_time(nets, tmp_path, capsys):

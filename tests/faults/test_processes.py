@@ -12,7 +12,7 @@ import pytest
 
 from faults import harness
 from memsep_jax import checkpoint, empirical, neighbours, process
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 
 pytestmark = pytest.mark.slow
 STEPS = 30

@@ -27,9 +27,9 @@ from faults import harness
 from faults.test_config import Payload
 from memsep_jax import checkpoint, experiments
 from memsep_jax.data import archives, sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import command
 from memsep_jax.experiments.reporting import figures, report
-from memsep_jax.experiments.runtime import record
 
 PACKAGE = sorted((harness.ROOT / "memsep_jax").rglob("*.py"))
 CONFIGS = sorted((harness.ROOT / "configs").glob("*.py"))
@@ -624,7 +624,7 @@ def test_security_an_audit_of_hostile_files_is_only_text(shown, tmp_path, undraw
     pairs = {"pairs_pixels"} if shown else set()
     assert drawn(workdir, "pdf") == {"distances_pixels"} | pairs
     assert ("left out of this page" in page.text) != shown
-    assert ("all in blue frames are" in page.text) == shown
+    assert ("blue frames are training" in page.text) == shown
 
 
 def test_security_a_sweep_and_its_captions_are_only_text(tmp_path, undrawn):
@@ -687,7 +687,7 @@ def test_security_training_data_are_left_out_where_that_is_asked_for(
 def test_security_a_page_marks_which_images_are_training_data(tmp_path, undrawn):
     report.write(finished(tmp_path), print)
     text = read_page(tmp_path).text
-    assert "These images are training data: all in blue frames are" in text
+    assert "The images in blue frames are training data" in text
     assert "left out of this page" not in text
 
 

@@ -20,9 +20,9 @@ import pytest
 from faults import harness
 from memsep_jax import checkpoint
 from memsep_jax.checkpoint import ConflictError, CorruptError, StorageError
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import training_run as job
 
@@ -223,7 +223,7 @@ def test_b22_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path):
     with small_disk(tmp_path / "disk", 20) as real:
         workdir, filler = tmp_path / "disk" / "run", tmp_path / "disk" / "filler"
         fill = f"""
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments import record
 _write = record.Metrics.write
 def write(self, **row):
     _write(self, **row)

@@ -13,7 +13,8 @@ from faults import harness
 from memsep_jax import experiments
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.data import sources
-from memsep_jax.experiments.runtime import locks, record, signals
+from memsep_jax.experiments import record
+from memsep_jax.experiments.runtime import locks, signals
 
 IMAGES = ("--config.run.snapshots=2", "--config.run.snapshot_samples=4")
 
@@ -74,7 +75,7 @@ def test_h82_few_steps_on_images_reassure_nobody(tmp_path, capsys):
     assert "not measured" in out
 
 
-def test_h82_the_quality_of_a_run_stands_beside_that_of_training_points(tmp_path):
+def test_h82_quality_stands_beside_that_of_training_points(tmp_path):
     config = harness.config(
         *harness.TINY_DIT,
         "--config.data.num_examples=60",
@@ -120,7 +121,7 @@ def test_h82_an_audit_of_garbage_reassures_nobody(kind, tmp_path):
     assert "Nothing here asks for a change" not in text
 
 
-def test_h82_a_run_stopped_early_gets_its_report_and_goes_on_as_if_it_had_not(
+def test_h82_a_stopped_run_gets_its_report_and_resumes_unchanged(
     whole, tmp_path, monkeypatch, capsys
 ):
     stopped(tmp_path, monkeypatch)
@@ -129,7 +130,9 @@ def test_h82_a_run_stopped_early_gets_its_report_and_goes_on_as_if_it_had_not(
     assert kept(tmp_path) == before  # neither a checkpoint nor its status
     assert not (tmp_path / "metrics.json").exists()
     assert "Not finished. The run stands at step 13 of 30." in text
-    assert "13 of 30: not finished" in text and "It goes on by its command" in text
+    assert (
+        "13 of 30: not finished" in text and "To continue it, give its command" in text
+    )
     assert (tmp_path / "figures" / "loss.png").exists()
     assert "13 of 30: not finished" in " ".join(capsys.readouterr().out.split())
     chunks = harness.files(tmp_path / "evaluation")
@@ -144,9 +147,7 @@ def test_h82_a_run_stopped_early_gets_its_report_and_goes_on_as_if_it_had_not(
     assert "Not finished" not in read(tmp_path).text
 
 
-def test_h82_a_run_killed_before_its_first_checkpoint_is_shown_by_a_snapshot(
-    tmp_path, monkeypatch
-):
+def test_h82_a_run_without_a_checkpoint_is_shown_by_a_snapshot(tmp_path, monkeypatch):
     args = (*harness.TINY, *IMAGES, "--config.run.save_every=1000")
     stopped(tmp_path, monkeypatch, args, row=20)
     (step,) = harness.checkpoint.steps(tmp_path / "checkpoints")
@@ -164,9 +165,7 @@ def test_h82_a_run_killed_before_its_first_checkpoint_is_shown_by_a_snapshot(
 
 
 @pytest.mark.slow
-def test_h82_a_longer_run_that_was_stopped_is_not_shown_by_its_old_numbers(
-    tmp_path, monkeypatch
-):
+def test_h82_a_longer_stopped_run_is_not_shown_by_old_numbers(tmp_path, monkeypatch):
     experiments.run(harness.config(*harness.TINY), tmp_path)
     old = (tmp_path / "metrics.json").read_bytes()
     stopped(tmp_path, monkeypatch, (*harness.TINY, "--config.train.steps=60"), row=40)

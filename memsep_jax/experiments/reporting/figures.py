@@ -1,6 +1,6 @@
 """Numbers to pictures: every function takes arrays and returns a figure.
 
-Nothing here computes a result; what is drawn was read from the disk.
+Nothing here computes a result: the numbers were read from the disk.
 """
 
 import io
@@ -106,7 +106,7 @@ def encode(figure, kind: str) -> bytes:
 
 @styled
 def losses(rows):
-    """Left the loss that is trained, right the eps-loss of seen and unseen points.
+    """The training loss (left), and the eps-loss of seen and unseen points (right).
 
     Args: rows, those of metrics.jsonl.
     """
@@ -124,7 +124,7 @@ def losses(rows):
     right.set(title="seen against unseen", ylabel="eps-loss, mean over noise levels")
     for axes in (left, right):
         axes.set(xlabel="training step")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _plain_log(axes, "y", "{x:g}")
         if axes.lines:
@@ -142,7 +142,7 @@ def noise_levels(noise, train, held_out):
     seen, unseen = _pair_of_lines()
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
-        "a network that always answers 0", (0.995, 1), ha="right",
+        "a network that always predicts 0", (0.995, 1), ha="right",
         xycoords=("axes fraction", "data"),
         xytext=(0, 3), textcoords="offset points", color="#666666",
         fontsize=8,
@@ -193,7 +193,7 @@ def ratio_along(rows, final):
 
 @styled
 def distance_ratios(share, memorized, threshold: float):
-    """How much nearer the nearest training point is than the second.   share [m]."""
+    """Histogram of d1 / d2, the nearest over the second distance.   share [m]."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     below = min(max(1, round(30 * threshold)), 29)  # the threshold is an edge
@@ -217,7 +217,7 @@ def distance_ratios(share, memorized, threshold: float):
 
 @styled
 def pairs(index, samples, neighbours, distances, nearest, memorized):
-    """Each column: a sample over its two nearest training images.
+    """In each column a sample above its two nearest training images.
 
     Args:
       index [k] of the samples; samples [k, h, w, c]; neighbours [k, 2, h, w, c],
@@ -289,7 +289,7 @@ def scatter(samples, memorized=None, lines=None):
 
 
 class Line(NamedTuple):
-    """Points that belong together, with the interval of each where it is known."""
+    """The points of one line, with their intervals where these are known."""
 
     x: Any  # [k]
     mean: Any  # [k]
@@ -322,48 +322,14 @@ def curves(panels):
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     # One legend below where all panels have the same lines.
-    labels = [[line.label for line in panel.lines] for panel in panels]
-    said = [[text for text in panel if text] for panel in labels]
-    shared = len(panels) > 1 and said[0] and all(s in ([], said[0]) for s in said)
+    labels = [[line.label for line in panel.lines if line.label] for panel in panels]
+    shared = len(panels) > 1 and labels[0] and all(s in ([], labels[0]) for s in labels)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        for i, line in enumerate(panel.lines):
-            color = line.color or COLORS[i % len(COLORS)]
-            axes.plot(line.x, line.mean, line.style, color=color, label=line.label)
-            if line.low is not None and panel.ticks:  # nothing lies between names
-                ends = np.stack([line.mean - line.low, line.high - line.mean])
-                ends = np.nan_to_num(np.maximum(ends, 0))
-                axes.errorbar(
-                    line.x, line.mean, ends, fmt="none", color=color, capsize=4
-                )
-            elif line.low is not None:
-                axes.fill_between(
-                    line.x, line.low, line.high, color=color, alpha=0.18, lw=0
-                )
-        axes.set(
-            title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel,
-            xscale=panel.xscale, yscale=panel.yscale,
-        )  # fmt: skip
-        places = sorted({float(x) for line in panel.lines for x in line.x})
-        if panel.xscale == "symlog":  # linear up to the least value above 0
-            least = min((x for x in places if x > 0), default=1.0)
-            axes.set_xscale("symlog", linthresh=least)
-            axes.set_xlim(-least / 4, 1.3 * max(places))
-        if len(places) <= 8 and panel.xscale != "linear":  # each, as it was chosen
-            axes.xaxis.set_major_locator(FixedLocator(places))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.xaxis.set_minor_locator(NullLocator())
-        elif panel.xscale == "log" and max(places) < 100 * min(places):
-            _plain_log(axes, "x", "{x:g}")
-        if panel.ticks:
-            turned = sum(map(len, panel.ticks)) > 40
-            axes.set_xticks(range(len(panel.ticks)), panel.ticks)
-            axes.tick_params("x", rotation=30 if turned else 0)
-            axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
-        if panel.yscale == "log" and np.divide(*axes.get_ylim()[::-1]) > 10:
-            axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten say enough
-        if panel.percent:
-            axes.set_ylim(-0.03, 1.03)
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _draw_lines(axes, panel)
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set(xscale=panel.xscale, yscale=panel.yscale)
+        _set_x(axes, panel)
+        _set_y(axes, panel)
         if not shared and any(line.label for line in panel.lines):
             axes.legend(fontsize=8)
     for axes in grid.flat[len(panels) :]:
@@ -374,9 +340,54 @@ def curves(panels):
     return figure
 
 
+def _draw_lines(axes, panel):
+    for i, line in enumerate(panel.lines):
+        color = line.color or COLORS[i % len(COLORS)]
+        axes.plot(line.x, line.mean, line.style, color=color, label=line.label)
+        if line.low is not None and panel.ticks:  # a band would lie between names
+            ends = np.stack([line.mean - line.low, line.high - line.mean])
+            ends = np.nan_to_num(np.maximum(ends, 0))
+            axes.errorbar(line.x, line.mean, ends, fmt="none", color=color, capsize=4)
+        elif line.low is not None:
+            axes.fill_between(
+                line.x, line.low, line.high, color=color, alpha=0.18, lw=0
+            )
+
+
+def _set_x(axes, panel):
+    """Ticks at the values themselves where these are few; else plain numbers."""
+    places = sorted({float(x) for line in panel.lines for x in line.x})
+    if panel.xscale == "symlog":  # linear up to the smallest value above 0
+        least = min((x for x in places if x > 0), default=1.0)
+        axes.set_xscale("symlog", linthresh=least)
+        axes.set_xlim(-least / 4, 1.3 * max(places))
+    if len(places) <= 8 and panel.xscale != "linear":
+        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif panel.xscale == "log" and max(places) < 100 * min(places):
+        _plain_log(axes, "x", "{x:g}")
+    if panel.ticks:
+        slanted = sum(map(len, panel.ticks)) > 40
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+        axes.tick_params("x", rotation=30 if slanted else 0)
+        axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
+
+
+def _set_y(axes, panel):
+    low, high = axes.get_ylim()
+    if panel.yscale == "log" and high > 10 * low:
+        axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten say enough
+    elif panel.yscale == "log":
+        _plain_log(axes, "y", "{x:g}")
+    if panel.percent:
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 @styled
 def frontier(tracks, xlabel, ylabel, level=None):
-    """Shares against quality, both with their intervals, what belongs together joined.
+    """Shares against quality, both with intervals; the points of a track are joined.
 
     Args:
       tracks: name -> [(text, x, y)], x and y with "mean", "low" and "high".
@@ -495,7 +506,7 @@ def _bars(values):
 
 
 def _plain_log(axes, which, text):
-    """A log axis that says 200 and 5,000, not 2 x 10^2."""
+    """A log axis with ticks such as 200 and 5,000 instead of 2 x 10^2."""
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -528,9 +539,9 @@ def _with_interval(axes, step, ratio, intervals, kind, color, label):
 
 def _column(rows, name):
     """(steps, values) of the rows that have a value; null, once NaN, is NaN again."""
-    found = [row for row in rows if row.get(name) is not None]
-    steps = np.array([row["step"] for row in found], int)
-    return steps, np.array([row[name] for row in found], float)
+    known = [row for row in rows if row.get(name) is not None]
+    steps = np.array([row["step"] for row in known], int)
+    return steps, np.array([row[name] for row in known], float)
 
 
 def _smoothed(values):
@@ -541,9 +552,9 @@ def _smoothed(values):
 
 
 def _pixels(image):
-    """[h, w, c] -> uint8 [h, w, 3]: what is not RGB is shown by its first channel.
+    """[h, w, c] -> uint8 [h, w, 3]: an image that is not RGB by its first channel.
 
-    Latents, which are no uint8, are shown from their lowest value to their highest.
+    Latents, which are not uint8, are shown from their lowest value to their highest.
     """
     if image.dtype != np.uint8:
         low, high = image.min(), image.max()

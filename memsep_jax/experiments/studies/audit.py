@@ -19,9 +19,9 @@ from rich.table import Table
 
 from memsep_jax import data, defaults, features, memorization, neighbours, weights
 from memsep_jax.data import DataError, Source, arrays, readers, sources
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.reporting import report, verdict
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
 from memsep_jax.fidelity import SMALL
 
@@ -660,7 +660,7 @@ def summary(metrics) -> Table:
     table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
     table.add_row("training images emitted", f"{found['emitted']['distinct']:,}")
     table.add_row("duplicates in the training set", f"{about['duplicates']:,}")
-    for name, text in verdict.quality_lines(metrics):
+    for name, text in tables.quality_lines(metrics):
         table.add_row(name, text)
     for row in metrics["quality"]:
         if row["reference"] in ("train", "held_out") and "Vendi" not in row["metric"]:

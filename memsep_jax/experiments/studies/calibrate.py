@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from memsep_jax import data, features, fidelity, memorization, neighbours
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures, report
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import audit, results
 from memsep_jax.experiments.studies.compare import (
     Sets,

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import data, fidelity, memorization, neighbours
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import verdict
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.results import mean_interval
 from memsep_jax.fidelity import UndefinedError
 

@@ -8,9 +8,8 @@ from rich.table import Table
 
 from memsep_jax import data, parallel
 from memsep_jax.data import sources
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import emm, stepper, training_run
 
 MEASURED = 2.0  # seconds of steps from which hours are estimated

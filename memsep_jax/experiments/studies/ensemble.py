@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import data, memorization, mixture, sampling, train
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import results
 
 

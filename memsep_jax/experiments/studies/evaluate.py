@@ -14,10 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import checkpoint, data, features, memorization, neighbours, parallel
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.reporting import report, verdict
-from memsep_jax.experiments.runtime import record
+from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies import compare
 
 LOOKED = 256  # the most images that a network of features takes at once
@@ -290,11 +289,11 @@ def summary(numbers, seconds) -> Table:
         table.add_row("held-out null level", "no held-out data")
     else:
         table.add_row("held-out null level", verdict.share(copies, "null_"))
-    for text, cells in report.pruning(numbers)["rows"][1:]:
+    for text, cells in tables.pruning(numbers)["rows"][1:]:
         table.add_row(text, cells[0])
     table.add_row("exact copies, to the last bit", f"{copies['exact_copies']:,}")
     table.add_row("training points emitted", f"{copies['distinct_emitted']:,}")
-    for name, text in verdict.quality_lines(numbers):
+    for name, text in tables.quality_lines(numbers):
         table.add_row(name, text)
     table.add_row("model", model["name"])
     table.add_row("parameters", f"{model['parameters']:,}")

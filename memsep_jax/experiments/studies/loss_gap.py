@@ -12,9 +12,10 @@ import numpy as np
 from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import results
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that of d

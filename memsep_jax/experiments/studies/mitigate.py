@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, memorization, neighbours, sampling
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import networks, results, store, training_run
 from memsep_jax.experiments.studies.pruning import (
     Pruned,

@@ -18,10 +18,10 @@ from memsep_jax import (
     parallel,
     process,
 )
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, trackers
+from memsep_jax.experiments.runtime import trackers
 from memsep_jax.experiments.runtime.session import Interrupted
 
 LEVELS = 12  # noise levels of the held-out loss

@@ -11,9 +11,9 @@ import time
 import numpy as np
 
 from memsep_jax import checkpoint, data
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import locks, record
+from memsep_jax.experiments.runtime import locks
 from memsep_jax.experiments.studies import monitor, pruning, training_run
 
 POLL = 1.0  # seconds between two tries to read what another run has yet to write

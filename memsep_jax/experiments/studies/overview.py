@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config.command import UsageError
 from memsep_jax.experiments.config.grid import Point
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import record, runs
+from memsep_jax.experiments.runtime import runs
 from memsep_jax.experiments.studies import results
 
 MEASURE = "memorization.ratio"  # what the picture shows, where runs have it

@@ -22,9 +22,8 @@ from memsep_jax import (
     prune,
     train,
 )
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.evaluate import place
 from memsep_jax.keys import BRANCH
 

@@ -8,9 +8,10 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import grid
-from memsep_jax.experiments.reporting import report
-from memsep_jax.experiments.runtime import points, record
+from memsep_jax.experiments.reporting import report, tables
+from memsep_jax.experiments.runtime import points
 
 WORD = 16  # characters of a setting that a terminal shows in a line
 
@@ -94,7 +95,7 @@ def summary(workdir) -> Table:
     Of more columns than a terminal is wide, the first, as metrics["columns"] has them.
     """
     metrics = record.read_json(workdir / "metrics.json")
-    columns, rows = report.table(metrics, intervals=False)
+    columns, rows = tables.table(metrics, intervals=False)
     seeds = [row["seeds"] for row in metrics["table"] if row["seeds"]]
     counts = " to ".join(map(str, dict.fromkeys([min(seeds), max(seeds)])))
     shown = Table(title=f"{metrics['experiment']}: means over {counts} seeds")

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 
 from memsep_jax import checkpoint, data, parallel, train
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies.monitor import Calendar
 
 CALL = 0.1  # seconds of steps that one call takes, ...

@@ -9,10 +9,9 @@ from functools import partial
 import jax
 
 from memsep_jax import checkpoint, defaults
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
-from memsep_jax.experiments.runtime import record
 from memsep_jax.experiments.studies import evaluate, monitor, training_run
 
 KEPT = ("checkpoints", "snapshots")  # of weights along training
