@@ -49,8 +49,8 @@ Experiments (the only rooms that read a config):
                 report draws any of them again, and unfinished what a run that stopped
                 early has come to. verdict says what the numbers of a run or an audit
                 mean. What they share is setup, session, sweep, networks (trained once
-                for all points), evaluate, prune (one network), record, trackers,
-                figures, dry_run
+                for all points), stepper, store and monitor (one training), evaluate,
+                pruning (one network), record, trackers, figures, dry_run
   command       how a command line becomes a config
   main          the command line
 """

@@ -1,4 +1,4 @@
-"""What is on disk is whole, verified, and the newest: orbax, and only here.
+"""States on disk, whole and verified: orbax, and only here.
 
 A step is a directory that orbax writes under a temporary name and renames when it is
 complete. Orbax notices neither flipped bits nor damaged steps, so a manifest with a
@@ -61,8 +61,8 @@ def leaves(tree) -> dict[str, np.ndarray]:
 
 def digest(tree) -> str:
     """SHA-256 over all leaves: equal exactly when two states are bitwise equal."""
-    found = {name: _sha256(leaf) for name, leaf in leaves(tree).items()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    known = {name: _sha256(leaf) for name, leaf in leaves(tree).items()}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def steps(directory) -> list[int]:
@@ -71,12 +71,11 @@ def steps(directory) -> list[int]:
     if not directory.is_dir():
         return []
     # An empty directory is no step, though orbax would take it for the latest one.
-    found = [
+    return sorted(
         int(p.name)
         for p in directory.iterdir()
         if p.name.isascii() and p.name.isdigit() and p.is_dir() and any(p.iterdir())
-    ]
-    return sorted(found)
+    )
 
 
 def save(directory, step: int, tree, keep: int | None = None) -> None:
@@ -163,7 +162,7 @@ def restore_newest(directory, like, at_most: int | None = None):
 
 
 def set_aside(directory, step: int, why: str) -> Path:
-    """Moves a step to <why>-<step>, never over what is there.   Returns: where to."""
+    """Moves a step to <why>-<step>, or a free name like it.   Returns: the new path."""
     target = Path(directory) / f"{why}-{step}"
     number = 1
     while target.exists():
@@ -181,7 +180,7 @@ def clean(directory) -> None:
 
 
 def pack(path, step: int, tree) -> None:
-    """Writes one state as one .npz, whole or not at all: to be moved, and gone on from.
+    """Writes one state as one .npz, whole or not at all, to go on from elsewhere.
 
     Each leaf is an array by its path, as np.load reads it (bfloat16 as uint16).
 
@@ -234,7 +233,7 @@ def unpack(path, like):
 
 
 def _checkpointer():
-    # Of several processes, the one that saves or restores does so alone.
+    # Where several processes train, the one that saves or restores does so alone.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
@@ -249,7 +248,7 @@ def _checkpointer():
 
 
 def _strange(directory) -> list[str]:
-    """Names of what is no step, not set aside, and no leftover of a save."""
+    """Names that are no step, no step set aside, and no leftover of a save."""
     known = {str(step) for step in steps(directory)}
     ours = re.compile(rf"(corrupt|abandoned)-|.*{re.escape(TMP)}")
     found = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
@@ -291,7 +290,7 @@ def _packed(archive, name, target):
 
 def _member(archive, name, at_most):
     info = archive.getinfo(name)
-    # Stored as it is: nothing unfolds to more than was asked for.
+    # Stored as it is, so that nothing unfolds to more than its size.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > at_most:
         raise ValueError("not as it was packed")
     with archive.open(info) as file:
@@ -311,7 +310,7 @@ def _manifest(step, arrays):
 
 
 def _check(path, manifest, like):
-    """The digests by leaf, where the manifest is whole and tells of such a tree."""
+    """The digests by leaf, where the manifest is whole and fits the tree."""
     with _reading("manifest"):
         schema, table = manifest["schema"], manifest["leaves"]
         sealed = manifest["sha256"] == _seal(table)
@@ -393,7 +392,7 @@ def _sha256(array):
 
 
 def _for_numpy(array):
-    # In the order of C, as it is read back; a type of JAX alone (bfloat16) as bits.
+    # In the order of C, as it is read back; bfloat16, which NumPy lacks, as its bits.
     array = np.asarray(array, order="C")
     known = array.dtype.isbuiltin == 1
     return array if known else array.view(f"u{array.dtype.itemsize}")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MISSING = 6  # exit code of a process whose others did not come, or are gone
-SPLIT = 2**14  # numbers in an array from which on it is split
+MISSING = 6  # exit code of a process that waits for others that are not there
+SPLIT = 2**14  # numbers: a smaller array is replicated
 
 
 def join(where: str, timeout: int = 300) -> None:
@@ -25,7 +25,7 @@ def join(where: str, timeout: int = 300) -> None:
       after which the process ends with exit code 6.
     Raises: ValueError where no others could be there, or have other devices.
     """
-    # A run has its own way with SIGTERM; the service would take the signal from it.
+    # A run handles SIGTERM itself; the service would take the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
     place: dict[str, Any] = {}
     if where != "auto":
@@ -43,7 +43,7 @@ def join(where: str, timeout: int = 300) -> None:
         place |= {"num_processes": int(count), "process_id": int(index)}
 
     def give_up():
-        # Left to itself, jax would abort the process with a dump.
+        # Without this, jax would abort the process with a dump.
         sys.stderr.write(
             f"error: --distributed={where}: the other processes did not come in "
             f"{timeout} s: start all of them, and see that they reach that host and "
@@ -66,11 +66,11 @@ def join(where: str, timeout: int = 300) -> None:
         waiting.cancel()
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
-        jax.distributed.shutdown()  # together: the others have the same to say
-        found = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
+        jax.distributed.shutdown()  # together: the others raise the same error
+        shares = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
         raise ValueError(
             f"--distributed={where}: all devices get equal parts of a batch, and there "
-            f"are {found}: give every process the same number"
+            f"are {shares}: give every process the same number"
         )
 
 
@@ -98,10 +98,12 @@ def by_batch(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(tree, mesh: Mesh, least: int = SPLIT):
-    """Where each leaf of a state is, split over the devices as FSDP does.
+    """The sharding of each leaf of a state, split over the devices as FSDP does.
 
-    Of an array of `least` numbers or more the longest axis that they divide is split;
-    what is smaller, or has none, is replicated.   Returns: a NamedSharding a leaf.
+    An array of at least `least` numbers is split along its longest axis that the
+    devices divide; smaller ones, and those without such an axis, are replicated.
+
+    Returns: a tree of NamedSharding.
     """
 
     def of(leaf):
@@ -116,7 +118,7 @@ def sharded(tree, mesh: Mesh, least: int = SPLIT):
 
 
 def place(tree, shardings):
-    """Puts a tree that all processes have alike where shardings say.
+    """A tree, of which every process has a copy, on its devices.
 
     Args: shardings, one for all leaves, or a tree of them.
     """
@@ -132,7 +134,7 @@ def place(tree, shardings):
 
 
 def local(tree):
-    """A tree as this process alone can compute with it; all call it."""
+    """A tree that this process can compute with alone; all processes call it."""
     if jax.process_count() == 1:
         return tree
 
@@ -147,7 +149,7 @@ def local(tree):
 def gather(values) -> jax.Array:
     """values [k], uint32, of each process -> [processes, k], on all of them.
 
-    All must call it. It does not wait: np.asarray of what it returns does.
+    All processes must call it. It does not wait; np.asarray of its result does.
     """
     mesh, each = make_mesh(), jax.local_device_count()
     rows = np.repeat(np.asarray(values, np.uint32)[None], each, axis=0)

@@ -1,8 +1,8 @@
 """Importance -> keep -> mask -> apply: pruning as a mask over a Flax parameter tree.
 
-What is pruned is a group of parameters behind one gate: a head of attention (Ye 2025,
-Algorithm 1), a neuron of an MLP, a whole block. A gate of 0, a mask of 0 and taking
-the parameters away (`compact`) are the same function.
+A unit is a group of parameters behind one gate: a head of attention (Ye 2025,
+Algorithm 1), a neuron of an MLP, a whole block. A gate of 0, a mask of 0 and a network
+without the parameters (`compact`) are the same function.
 """
 
 import re
@@ -29,16 +29,16 @@ NEURON_AXIS = {
     ("mlp_in", "bias"): 0,
     ("mlp_out", "kernel"): 0,  # as above
 }
-# Gates stand in [layers, units]; all blocks are the units of one layer, [1, depth].
+# Gates are [layers, units]; all blocks are the units of one layer, [1, depth].
 GROUPS = {"heads": HEAD_AXIS, "neurons": NEURON_AXIS, "blocks": {}}
 CRITERIA = (
-    "small_t",  # E |dL/dgate| at small t more often than at large t: the paper's
-    "uniform_t",  # the same at all t alike
-    "large_t",  # and at large t more often
+    "small_t",  # E |dL/dgate|, small t more often than large t: the paper's
+    "uniform_t",  # E |dL/dgate|, all t alike
+    "large_t",  # E |dL/dgate|, large t more often
     "magnitude",  # the norm of the parameters
-    "activation",  # the size of what the unit computes
+    "activation",  # the size of the output of the unit
     "random",
-    "random_per_layer",  # as many in every layer as by small_t
+    "random_per_layer",  # the same number in every layer as by small_t
     "highest_first",  # those that small_t would keep longest: the negative control
 )
 CHUNK = 256  # examples whose gate gradients are taken together
@@ -108,17 +108,17 @@ def magnitude(params: Params, group: str = "heads"):
 
 
 def activations(intermediates: Params, group: str = "heads"):
-    """How large the output of every unit is, as the network left it on its way.
+    """The size of the output of every unit, from the intermediates of a network.
 
     Args: intermediates, of model.apply(..., mutable="intermediates") for one example.
     Returns: [layers, units], means over tokens.
     """
-    found = {}
+    sizes = {}
     for path, value in jax.tree_util.tree_leaves_with_path(intermediates):
         names = _names(path)
         if group in names:
-            found[_block(names[0])] = value
-    rows = jnp.stack([found[i] for i in sorted(found)])
+            sizes[_block(names[0])] = value
+    rows = jnp.stack([sizes[i] for i in sorted(sizes)])
     return rows[None] if group == "blocks" else rows
 
 
@@ -126,7 +126,7 @@ def activations(intermediates: Params, group: str = "heads"):
 
 
 def count(units: int, ratio: float) -> int:
-    """floor(ratio H), how many of H units fall.   Raises: ValueError: the ratio."""
+    """floor(ratio H), the number of H units to remove.   Raises: ValueError."""
     if not 0 <= ratio < 1:
         raise ValueError(
             f"prune.ratio={ratio} must be in [0, 1): the share of heads to remove"
@@ -139,7 +139,7 @@ def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
 
     Args: importance [depth, heads], or [layers, units] of any group; at least
       min_per_layer of them stay in every layer.
-    Returns: bool, the shape of importance; ties fall in the order of their index.
+    Returns: bool, the shape of importance; ties are removed in the order of index.
     Raises: ValueError: a ratio outside [0, 1), importance that is not finite.
     """
     importance = np.asarray(importance)
@@ -166,7 +166,7 @@ def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
 def keep_random(key, shape: tuple[int, int], ratio: float, like=None) -> np.ndarray:
     """The random baseline: floor(ratio H) heads dropped without replacement.
 
-    Args: like, bool of this shape: as many are kept in every layer as there.
+    Args: like, bool of this shape, whose number in every layer is kept.
     Returns: bool [depth, heads] with at least one head in every layer.
     """
     order = jax.random.permutation(key, np.prod(shape)).reshape(shape)
@@ -176,7 +176,7 @@ def keep_random(key, shape: tuple[int, int], ratio: float, like=None) -> np.ndar
     return place < np.asarray(like).sum(axis=1, keepdims=True)
 
 
-# Masks, and networks without what is masked.
+# Masks, and networks without their masked units.
 
 
 def group_mask(params: Params, keep, group: str = "heads") -> Params:
@@ -210,9 +210,9 @@ def head_mask(params: Params, keep) -> Params:
 
 
 def compact(params: Params, keep, group: str = "heads") -> Params:
-    """The smaller network: what a mask sets to 0 is taken away.
+    """The smaller network, without the parameters that a mask sets to 0.
 
-    A DiT reads from its parameters how many heads, neurons and blocks it has, so the
+    A DiT reads the number of its heads, neurons and blocks from its parameters, so the
     same model.apply computes what it did with the mask, up to rounding.
 
     Args: keep bool [layers, units].   Raises: ValueError, as `group_mask`.
@@ -240,8 +240,8 @@ def full_mask(params: Params) -> Params:
 def check_mask(params: Params, mask: Params) -> None:
     """Raises ValueError naming the leaf, where a mask does not fit the parameters."""
     shapes, masks = (
-        {"/".join(_names(path)): np.shape(leaf) for path, leaf in found}
-        for found in map(jax.tree_util.tree_leaves_with_path, (params, mask))
+        {"/".join(_names(path)): np.shape(leaf) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, mask))
     )
     for name in sorted(shapes.keys() ^ masks.keys()):
         lacks = "mask lacks" if name in shapes else "mask is for another network, with"

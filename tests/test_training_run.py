@@ -8,6 +8,7 @@ from memsep_jax import checkpoint, defaults, experiments
 from memsep_jax.data import sources
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
+from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job
 
 
@@ -19,6 +20,23 @@ def small(path, **changes):
     config.train.flip = True
     config.update_from_flattened_dict(changes)
     return config
+
+
+def test_a_calendar_says_what_is_due_at_a_step():
+    """The last step is logged, saved and evaluated, whatever the intervals are."""
+    calendar = monitor.Calendar(25, 4, 10, 20, snapshots={3, 25})
+    steps = [0]
+    while steps[-1] < 25:
+        steps.append(calendar.next(steps[-1]))
+    assert steps == [0, 3, 4, 8, 10, 12, 16, 20, 24, 25]
+    due = {
+        calendar.logs: [4, 8, 12, 16, 20, 24, 25],
+        calendar.saves: [10, 20, 25],
+        calendar.evaluates: [20, 25],
+        calendar.measures: [3, 20, 25],
+    }
+    for what, when in due.items():
+        assert [step for step in steps[1:] if what(step)] == when
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def snapshot_steps(config, n: int) -> set[int]:
 
 
 class Log:
-    """metrics.jsonl and the tracker of a training; of several processes 0 writes.
+    """metrics.jsonl and the tracker of a training, which process 0 alone writes.
 
     Attributes: unfinished, what is known of the row of the step that a run goes on
       from, where it was stopped before that row was whole.
@@ -230,7 +230,7 @@ class Monitor:
         """Measures and logs what is due at a step.   Returns: whether training ends.
 
         Where a signal comes, nothing is logged: the row is made when the run goes on.
-        Of several processes all call it, and the first one measures.
+        Where several processes train, all call it, and the first one measures.
 
         Args: row, what is known of the step so far.
         """
@@ -378,7 +378,7 @@ def make_losses(config, parts, pause=lambda: None):
 
     def losses(params, points):
         eps = jax.random.normal(key, points.x.shape, points.x.dtype)
-        found = each(LEVELS * len(eps), params, points, eps)
-        return found.reshape(LEVELS, -1).mean(axis=1)
+        flat = each(LEVELS * len(eps), params, points, eps)
+        return flat.reshape(LEVELS, -1).mean(axis=1)
 
     return losses

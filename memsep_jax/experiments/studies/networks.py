@@ -17,7 +17,7 @@ from memsep_jax.experiments.runtime import locks
 from memsep_jax.experiments.studies import monitor, pruning, training_run
 
 POLL = 1.0  # seconds between two tries to read what another run has yet to write
-# The groups of a config that a trained network depends on, besides the seed.
+# The groups of a config that a trained network depends on, apart from the seed.
 TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
 
 

@@ -11,7 +11,7 @@ from memsep_jax import checkpoint, parallel
 class Store:
     """checkpoints/ of a training, and the file of run.pack.
 
-    Of several processes the first one writes; all call every method.
+    Where several processes train, all call every method, and the first one writes.
     """
 
     def __init__(self, config, parts, session, workdir, own: bool):
@@ -28,22 +28,23 @@ class Store:
         Args: like, the state of step 0.   resume_step, the newest step to go on from.
         Raises: ConflictError, CorruptError.
         """
-        found, first = None, parallel.is_first()
+        restored, first = None, parallel.is_first()
         if first:
             checkpoint.clean(self._checkpoints)
             self._check(resume_step)
-            at_most = {"at_most": resume_step}
-            found = checkpoint.restore_newest(self._checkpoints, like, **at_most)
-            if found is None and self._packed and self._packed.is_file():
-                found = unpack(self._packed, like, self.parts)
+            restored = checkpoint.restore_newest(
+                self._checkpoints, like, at_most=resume_step
+            )
+            if restored is None and self._packed and self._packed.is_file():
+                restored = unpack(self._packed, like, self.parts)
         # The others restore what the first one did, which may have passed over damage.
-        step = self.session.share(found[1] + 1 if found else 0) - 1
+        step = self.session.share(restored[1] + 1 if restored else 0) - 1
         if step >= 0 and not first:
             if step in checkpoint.steps(self._checkpoints):
-                found = checkpoint.restore(self._checkpoints, step, like), step
+                restored = checkpoint.restore(self._checkpoints, step, like), step
             else:
-                found = unpack(self._packed, like, self.parts)
-        return found or (like, 0)
+                restored = unpack(self._packed, like, self.parts)
+        return restored or (like, 0)
 
     def _check(self, resume_step):
         steps = checkpoint.steps(self._checkpoints)

@@ -47,7 +47,7 @@ def run(config, session):
     session.expect(parts.splits.fingerprint)
     weights, step = newest(config, parts, session.workdir)
     session.say(
-        f"not finished: the weights of step {step:,} of {parts.steps:,} are looked at, "
+        f"not finished: the weights of step {step:,} of {parts.steps:,} are evaluated, "
         "and nothing is trained"
     )
     about = {
@@ -71,10 +71,10 @@ def newest(config, parts, workdir):
     """
     state = jax.eval_shape(partial(training_run.initial_state, config, parts))
     both = {"params": state.params, "ema": state.ema}  # what a snapshot holds
-    found = [
+    newest_of_each = [
         checkpoint.restore_newest(workdir / name, like)
         for name, like in zip(KEPT, (state, both), strict=True)
     ]
-    tree, step = max((one for one in found if one), key=lambda pair: pair[1])
+    tree, step = max(filter(None, newest_of_each), key=lambda pair: pair[1])
     state = state.replace(**tree) if isinstance(tree, dict) else tree
     return training.sampled_weights(state, config), step
