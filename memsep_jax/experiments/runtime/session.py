@@ -48,7 +48,7 @@ class Session:
         self.allow_config_change = allow_config_change
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
-        self.console = Terminal(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
         self._shared = shared
         self._held: int | None = None  # the lock; None where another process leads
