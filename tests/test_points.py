@@ -144,10 +144,12 @@ def test_points_as_dicts_have_the_files_that_strings_had(tmp_path):
         assert {name for name, _, _ in changes} == {"sweep.points", "sweep.setting"}
 
 
-def test_points_come_back_from_a_command_and_from_json():
+def test_points_come_back_from_a_command_and_from_json(tmp_path):
     config = small_grid(points=tuple_parser.TupleParser().parse(str(DICTS)))
     assert config.sweep.points == DICTS
-    again = defaults.restored(json.loads(json.dumps(build.to_json(config))))
+    with Session(tmp_path, config) as session:
+        session.begin("0" * 64)
+    again = defaults.restored(record.read_json(tmp_path / "config.json"))
     for a, b in zip(grid.points(config), grid.points(again), strict=True):
         assert a.name == b.name and a.config.data == b.config.data
 
@@ -179,7 +181,7 @@ def test_a_study_that_was_done_with_strings_goes_on_with_dicts(tmp_path):
     assert str(rows[2]["setting"]) == "optimizer.lr=1e+20"
     assert points.status(tmp_path).title.endswith("6 done, 0 failed, 0 missing")
     other = small_grid(points=({"optimizer.lr": 1e19},), width=(4,))
-    with pytest.raises(TypeError):  # there is work to do
+    with pytest.raises(points.FailedError):  # there is work to do, and nobody to do it
         run(other, tmp_path, None)
 
 

@@ -60,9 +60,9 @@ def replacing(path):
             part.unlink()
 
 
-def write_json(path, value):
+def write_json(path, value, sort_keys=True):
     """Writes a value as JSON; NaN and infinity, which JSON lacks, become null."""
-    text = json.dumps(_plain(value), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_plain(value), indent=2, sort_keys=sort_keys) + "\n"
     with replacing(path) as part:
         part.write_text(text)
 

@@ -129,8 +129,7 @@ def former_paths(path, values: dict) -> Iterator:
         return
     # Its fields were once written by hand: 1e-5 and 0.00001 are one value.
     before, _, _ = listed(values).partition("setting=")
-    field = next(iter(parse(values["setting"])))
-    for other in path.parent.glob(f"{before}setting={field}=*.npz"):
+    for other in path.parent.glob(f"{before}setting=?*=*.npz"):
         whole = re.fullmatch(r".*?setting=(.*),seed=(\d+)", other.stem)
         if other != path and (
             re.search(r"-[0-9a-f]{8}$", other.stem)  # cut: its name does not say it
@@ -164,7 +163,8 @@ def text_of(fields) -> str:
     """{"a.b": 1, "c.d": 2} -> "a.b=1; c.d=2", as names and tables show a point."""
     if isinstance(fields, str):  # the form of an earlier version, as it is written
         return fields
-    return "; ".join(f"{name}={_word(value)}" for name, value in fields.items())
+    values = fields_of(fields)
+    return "; ".join(f"{name}={_word(value)}" for name, value in values.items())
 
 
 def _word(value) -> str:

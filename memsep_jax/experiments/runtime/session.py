@@ -48,7 +48,7 @@ class Session:
         self.allow_config_change = allow_config_change
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
-        self.console = Terminal(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
         self._shared = shared
         self._held: int | None = None  # the lock; None where another process leads
@@ -203,7 +203,12 @@ class Session:
     def _write_first(self):
         self._begun = parallel.is_first() and self._held is not None
         if self._begun:
-            record.write_json(self.workdir / "config.json", to_json(self.config))
+            # All is sorted but the fields of a point, of which the first is its factor.
+            known = {
+                name: dict(sorted(value.items())) if isinstance(value, dict) else value
+                for name, value in sorted(to_json(self.config).items())
+            }
+            record.write_json(self.workdir / "config.json", known, sort_keys=False)
         self.write_status()
 
     # What another config means for a workdir.
