@@ -3,11 +3,11 @@
 The empirical score is the global minimiser of the training loss; a network that
 reaches it copies the training set.
 
-At scale, the sums over the training set stream over chunks of it: a matrix product
-gives all logits, and those that matter, the few nearest points of each chunk, are
-recomputed by differences, relative to the nearest point so far. As right as
-differences at every sigma, at the speed of the product, and exact for every chunk
-size. Data may be float, or uint8 pixels, which mean u / 127.5 - 1.
+At scale, the sums over the training set stream over chunks: a matrix product gives all
+logits, and those that matter, of the few nearest points in each chunk, are recomputed
+by differences, relative to the nearest point so far. This is as accurate as differences
+at every sigma, as fast as the product, and exact for every chunk size. Data may be
+float, or uint8 pixels, which mean u / 127.5 - 1.
 """
 
 from functools import partial
@@ -18,24 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from memsep_jax.arrays import Arr, Float, Int, Num, Point, Points, Scalar
 from memsep_jax.process import Process, check_time, is_known
 from memsep_jax.score import ScoreFn, from_denoiser
 
 CHUNK = 8_192
-CONTENDERS = 16  # of each chunk: recomputed by differences
-NEVER = -1e37  # the log-weight of a point that is left out; finite, as inf - inf is nan
+CONTENDERS = 16  # points of each chunk that are recomputed by differences
+NEVER = -1e37  # log-weight of a point that is left out; finite, as inf - inf is NaN
 
 
 class Posterior(NamedTuple):
     """The law of X_0 given X_t = x under the empirical law."""
 
     mean: jax.Array  # [*e] the denoiser
-    entropy: jax.Array  # [] in nats: exp of it is how many points x could come from
+    entropy: jax.Array  # [] in nats; its exp is how many points x could come from
     largest: jax.Array  # [] the largest weight
 
 
 class _Sums(NamedTuple):
-    """Of some training points, with logits relative to the likeliest, the anchor."""
+    """Sums over training points, with logits relative to the likeliest, the anchor."""
 
     anchor: jax.Array  # [d]
     log_weight: jax.Array  # [] of the anchor
@@ -44,30 +45,32 @@ class _Sums(NamedTuple):
     moment: jax.Array  # [] sum of exp(logit) logit
 
 
-def labelled(labels, label):
+def labelled(labels: Int[Arr, " n"], label: Int[Arr, ""]) -> Float[Arr, " n"]:
     """Log-weights of the label-conditional law: 0 for the points of a class, else -inf.
 
-    Args: labels [n] int, label [].   Returns: [n].
-    Raises: ValueError where no point has the label.
+    Raises: ValueError: no point has the label.
     """
     same = jnp.asarray(labels) == label
     if is_known(same) and not np.any(same):
         raise ValueError(
-            f"label={label} is that of no training point: choose another, such as "
+            f"label={label} belongs to no training point: choose another, such as "
             f"{np.unique(labels)[:10].tolist()}"
         )
     return jnp.where(same, 0.0, -jnp.inf)
 
 
 def posterior_weights(
-    data, process: Process, x, t, log_weights=None, temperature: float = 1.0
-):
+    data: Points,
+    process: Process,
+    x: Point,
+    t: Scalar,
+    log_weights: Num[Arr, " n"] | None = None,
+    temperature: float = 1.0,
+) -> Float[Arr, " n"]:
     """p(X_0 = data[i] | X_t = x): how much each training point explains x.
 
-    All at once, and by differences: the oracle of the streaming forms.
-
-    Args: data [n, *e], x [*e], t []; log_weights and temperature as `posterior`.
-    Returns: [n] weights, summing to 1.
+    All at once and by differences: the oracle of the streaming forms. The weights sum
+    to 1; log_weights and temperature as `posterior`.
     """
     _check_data(data, 1, log_weights, temperature)
     _check_query(data, x, t)
@@ -79,24 +82,24 @@ def posterior_weights(
 
 
 def posterior(
-    data,
+    data: Points,
     process: Process,
     chunk: int = CHUNK,
-    log_weights=None,
+    log_weights: Num[Arr, " n"] | None = None,
     temperature: float = 1.0,
     mesh=None,
 ):
     """X_0 given X_t = x under the empirical law, streaming over the training set.
 
     Args:
-      data: [n, *e] training points, float or uint8. Under jit, better an argument of
-        the compiled function than a constant inside it.
-      chunk: points looked at together; the value does not depend on it, and extra
-        memory grows with it and the batch, never with batch x n.
-      log_weights: [n], need not be normalised: log of how often each point counts;
-        -inf leaves a point out. `labelled` makes those of one class.
-      temperature: the logits are divided by it; above 1 the weights are smoother.
-      mesh: the data are split over its first axis, and their sums combined exactly.
+      data: training points, float or uint8. Under jit, make them an argument of the
+        compiled function rather than a constant inside it.
+      chunk: points per step. The value does not depend on it; extra memory grows with
+        it and the batch, never with batch x n.
+      log_weights: log of how often each point counts, unnormalised; -inf leaves a point
+        out. `labelled` makes those of one class.
+      temperature: divides the logits; above 1 the weights are smoother.
+      mesh: splits the data over its first axis; their sums are combined exactly.
     Returns:
       (x [*e], t []) -> Posterior.
     Raises:
@@ -105,19 +108,19 @@ def posterior(
     sums = _streaming(data, process, chunk, log_weights, temperature, mesh)
 
     def at(x, t):
-        found = sums(x, t)
-        mean = found.first / found.total
-        some = found.log_weight > NEVER / 2  # else every point was left out
+        all_points = sums(x, t)
+        mean = all_points.first / all_points.total
+        some = all_points.log_weight > NEVER / 2  # else every point was left out
         return Posterior(
             jnp.where(some, mean, jnp.nan).reshape(x.shape),
-            jnp.log(found.total) - found.moment / found.total,
-            1 / found.total,
+            jnp.log(all_points.total) - all_points.moment / all_points.total,
+            1 / all_points.total,
         )
 
     return at
 
 
-def denoiser(data, process: Process, chunk: int = CHUNK, **options):
+def denoiser(data: Points, process: Process, chunk: int = CHUNK, **options):
     """E[X_0 | X_t = x] under the empirical law, the theoretical optimum (Gu 2023, 2).
 
     Args: as `posterior`.
@@ -127,19 +130,24 @@ def denoiser(data, process: Process, chunk: int = CHUNK, **options):
     return lambda x, t: at(x, t).mean
 
 
-def score(data, process: Process, chunk: int = CHUNK, **options) -> ScoreFn:
+def score(data: Points, process: Process, chunk: int = CHUNK, **options) -> ScoreFn:
     """The empirical score -(1/sigma^2) sum_i w_i (x - alpha x_i) (Ye 2025, section 3).
 
-    Its Jacobian-vector product is `jax.jvp` or `jax.linearize` of it, streaming too.
-    The Jacobian is symmetric, so nothing needs reverse mode, which would keep batch x n
-    weights.
+    `jax.jvp` and `jax.linearize` of it stream too. The Jacobian is symmetric, so there
+    is no need for reverse mode, which would keep batch x n weights.
 
     Args: as `posterior`.   Returns: score_fn(x [*e], t []) -> [*e].
     """
     return from_denoiser(denoiser(data, process, chunk, **options), process)
 
 
-def log_prob(data, process: Process, chunk: int = CHUNK, log_weights=None, mesh=None):
+def log_prob(
+    data: Points,
+    process: Process,
+    chunk: int = CHUNK,
+    log_weights: Num[Arr, " n"] | None = None,
+    mesh=None,
+):
     """log phat_t(x), the density of the noised training set.
 
     Args: as `posterior`.   Returns: (x [*e], t []) -> [] in nats.
@@ -147,26 +155,33 @@ def log_prob(data, process: Process, chunk: int = CHUNK, log_weights=None, mesh=
     sums = _streaming(data, process, chunk, log_weights, 1.0, mesh)
 
     def at(x, t):
-        found, v = sums(x, t), process.sigma(t) ** 2
-        gap = x.reshape(-1) - process.alpha(t) * found.anchor
+        all_points, v = sums(x, t), process.sigma(t) ** 2
+        gap = x.reshape(-1) - process.alpha(t) * all_points.anchor
         if log_weights is None:
             norm = jnp.log(len(data))
         else:
             norm = jax.nn.logsumexp(log_weights)
         return (
-            found.log_weight
+            all_points.log_weight
             - norm
-            + jnp.log(found.total)
+            + jnp.log(all_points.total)
             - (jnp.sum(gap**2) / v + x.size * jnp.log(2 * jnp.pi * v)) / 2
         )
 
     return at
 
 
-def jacobian(data, process: Process, x, t, log_weights=None, temperature: float = 1.0):
+def jacobian(
+    data: Points,
+    process: Process,
+    x: Point,
+    t: Scalar,
+    log_weights: Num[Arr, " n"] | None = None,
+    temperature: float = 1.0,
+) -> Float[Arr, "d d"]:
     """d score / d x = -I/v + (alpha/v)^2 Cov_w(x_i), v = sigma^2 (Ye 2025, section 5).
 
-    Args: as `posterior_weights`.   Returns: [d, d], d the size of x: for small d.
+    For small d, the size of x; log_weights and temperature as `posterior`.
     """
     weights = posterior_weights(data, process, x, t, log_weights, temperature)
     points = _floats(data, x.dtype).reshape(len(data), -1)
@@ -190,7 +205,7 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
         size = min(chunk, len(points))
 
         def of_chunk(start):
-            # The last one overlaps the one before, where its points counted already.
+            # The last chunk overlaps the one before; the shared points count once.
             begin = jnp.minimum(start, len(points) - size)
             rows = jax.lax.dynamic_slice_in_dim(points, begin, size)
             prior = jax.lax.dynamic_slice_in_dim(extra, begin, size)
@@ -202,13 +217,13 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
 
         starts = np.arange(0, len(points), size)
         first = of_chunk(0)
-        if len(starts) == 1:  # half the compilation
+        if len(starts) == 1:  # without a loop it compiles in half the time
             return first
 
         def rest(sums):
             return jax.lax.scan(body, sums, starts[1:])[0]
 
-        # A derivative streams again: it would keep batch x n weights of the score.
+        # A derivative streams again, or it would keep batch x n weights of the score.
         return jax.checkpoint(rest, prevent_cse=False)(first)
 
     def sums(x, t):
@@ -234,12 +249,12 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
                     jax.tree.map(lambda a: a[0], parts),
                     jax.tree.map(lambda a: a[1:], parts),
                 )[0]
-            # Pair by pair: of log2(count) devices, not of count, is there a copy.
+            # Pair by pair: a device holds log2(count) copies of the sums, not count.
             place = jax.lax.axis_index(axis)
             for step in (2**i for i in range(count.bit_length() - 1)):
                 pairs = [(i, i ^ step) for i in range(count)]
                 other = jax.lax.ppermute(sums, axis, pairs)
-                # In the order of the devices: all of them round alike.
+                # Merged in the order of the devices, so that all of them round alike.
                 before = partial(jnp.where, place & step == 0)
                 low = jax.tree.map(before, sums, other)
                 high = jax.tree.map(before, other, sums)
@@ -252,7 +267,7 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
             mesh=mesh,
             in_specs=(split, split, everywhere, everywhere),
             out_specs=everywhere,
-            check_vma=False,  # it cannot see that equal gathers give equal sums
+            check_vma=False,  # the check cannot see that equal gathers give equal sums
         )(points, extra, x, t)
 
     return sums
@@ -261,8 +276,8 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
 def _chunk_sums(points, prior, x, alpha, v):
     """_Sums of points [c, d] with log-weights prior [c]."""
     count = min(CONTENDERS, len(points))
-    # Logits up to a constant, |x|^2 / (2 v), that no weight depends on. Centred by a
-    # point of the data: rounding grows with the norms.
+    # Logits up to a constant, |x|^2 / (2 v), that no weight depends on. A point of the
+    # data is the centre, because rounding grows with the norms.
     squares = jnp.sum((points - points[:1]) ** 2, axis=1)
     moved = x - alpha * points[0]
     product = _product(points, moved)
@@ -272,12 +287,12 @@ def _chunk_sums(points, prior, x, alpha, v):
     )
     best = nearest[0]
     anchor, at_best = points[best], prior[best]
-    # One contender after the other: faster on a CPU than gathering [batch, 16, d].
+    # One contender after another is faster on a CPU than gathering [batch, 16, d].
     contenders = jax.lax.map(
         lambda i: _relative(points[i], anchor, x, alpha, v) + (prior[i] - at_best),
         nearest,
     )
-    # No other point is likelier than the last contender, whatever its rounding says.
+    # No other point is likelier than the last contender, whatever rounding says.
     others = jnp.minimum(logits - logits[best], jnp.min(contenders))
     logits = others.at[nearest].set(contenders)
     place = nearest[jnp.argmax(contenders)]
@@ -337,13 +352,13 @@ def _check_data(data, chunk, log_weights, temperature):
     if log_weights is not None and jnp.shape(log_weights) != (n,):
         raise ValueError(
             f"empirical: log_weights of shape {jnp.shape(log_weights)} for n={n} "
-            "points: give one number a point"
+            "points: give one number per point"
         )
     if is_known(temperature) and not temperature > 0:
         raise ValueError(f"empirical: temperature={temperature} must be positive")
     if is_known(data):
         seen = np.asarray(data)
-        # NaN goes through min and max, and neither makes an array.
+        # min and max pass NaN on, and neither makes another array of this size.
         if not (np.isfinite(seen.min()) and np.isfinite(seen.max())):
             raise ValueError(
                 "empirical: the data hold NaN or infinity: drop those points, for "
@@ -356,10 +371,10 @@ def _check_query(data, x, t):
     if jnp.shape(x) != data.shape[1:]:
         raise ValueError(
             f"empirical: a query of shape {jnp.shape(x)} and data of {data.shape[1:]}: "
-            "one point is asked at a time, jax.vmap makes the batch"
+            "it takes one point at a time, and jax.vmap makes the batch"
         )
-    asked, known = jnp.result_type(x), data.dtype
-    if not jnp.issubdtype(asked, jnp.floating) or known not in (np.uint8, asked):
+    query, known = jnp.result_type(x), data.dtype
+    if not jnp.issubdtype(query, jnp.floating) or known not in (np.uint8, query):
         raise ValueError(
-            f"empirical: a query of dtype {asked} and data of {known}: cast one of them"
+            f"empirical: a query of dtype {query} and data of {known}: cast one of them"
         )

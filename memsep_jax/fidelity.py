@@ -1,8 +1,8 @@
 """Quality of samples, from feature arrays.
 
-Everywhere a [n, d] are features of what is judged, b [m, d] those of the reference.
-Each metric says what it takes at least, and what it gives for the oddest points; where
-it has no value it raises UndefinedError.
+a [n, d] are always the features of the samples, b [m, d] those of the reference. Each
+metric states the least input that it takes and its value for odd points; if it has no
+value it raises UndefinedError.
 """
 
 from itertools import product
@@ -11,15 +11,17 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-SMALL = 10_000  # below so many samples a Frechet distance is biased visibly
-TILE = 1_024  # points a side of what is looked at together: 8 MB of distances
+from memsep_jax.arrays import Arr, Float
+
+SMALL = 10_000  # with fewer samples a Frechet distance has a visible bias
+TILE = 1_024  # points on each side of a tile: 8 MB of distances
 
 
 class UndefinedError(ValueError):
-    """A metric has no value for these points: they are fewer, or odder, than it takes.
+    """A metric has no value for these points: they are too few or too odd.
 
-    Arguments that are wrong for all points, or points that are no numbers, are a plain
-    ValueError.
+    Arguments that are wrong for all points, and points that are not numbers, raise a
+    plain ValueError.
     """
 
 
@@ -36,11 +38,11 @@ def frechet(a, b, warn: bool = True) -> float:
     An FID only on Inception features; name it after its features, reference and
     sample sizes.
 
-    Args: a [n, d], b [m, d] features.   warn: where there are few of them.
+    Args: a [n, d], b [m, d] features.   warn: if they are few.
     Least: n = m = 2, d = 1.
-    Odd: all equal points, the squared gap of the means and the trace of the other
-      covariance; a constant feature, its squared gap alone; n <= d, repeats and rows of
-      zeros are as any points.
+    Odd: if all points of one set are equal, the squared distance of the means plus the
+      trace of the other covariance; a constant feature adds its squared difference
+      alone; n <= d, repeats and rows of zeros are treated like any points.
     Raises: UndefinedError: fewer than two samples. ValueError: other shapes, values not
       finite.
     Source: Heusel 2017.
@@ -55,26 +57,27 @@ def frechet(a, b, warn: bool = True) -> float:
         )
     (mean_a, x), (mean_b, y) = _factor(a), _factor(b)
     gap = mean_a - mean_b
-    # Tr (S_a S_b)^(1/2) is the nuclear norm of X Y', X'X = S_a and Y'Y = S_b: no
-    # square root of a matrix that rounding made complex, and never more than the rest.
+    # Tr (S_a S_b)^(1/2) is the nuclear norm of X Y', X'X = S_a and Y'Y = S_b. This
+    # needs no square root of a matrix that rounding may make complex, and it never
+    # exceeds the other terms.
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return float(max(0.0, gap @ gap + np.sum(x**2) + np.sum(y**2) - 2 * cross))
 
 
 def precision_recall(a, b, k: int = 3) -> tuple[float, float]:
-    """Shares of a that look like b, and of b that a can look like.
+    """The share of a that resembles b, and the share of b that a covers.
 
-    Precision: the share of a inside some ball around a point of b with the radius to
-    the k-th nearest *other* point of b. Recall: the same with a and b exchanged. Both
-    depend on n and m: compare at equal numbers.
+    Precision: the share of a inside some ball around a point of b, whose radius is the
+    distance to the k-th nearest *other* point of b. Recall: the same with a and b
+    exchanged. Both depend on n and m, so compare equal numbers of samples.
 
     Args: a [n, d] generated, b [m, d] reference features.
     Returns: precision, recall, both in [0, 1].
     Least: n = m = k + 1, d = 1.
-    Odd: a point that occurs more than k times has a ball of radius 0, which holds its
-      copies; so all equal points of one set look like the other set where that, or one
-      of its balls, holds their place. n <= d, constant features and rows of zeros are
-      as any points.
+    Odd: a point that occurs more than k times has a ball of radius 0, which contains
+      its copies; so a set of equal points resembles the other set if a point or a ball
+      of that set is at their place. n <= d, constant features and rows of zeros are
+      treated like any points.
     Raises: UndefinedError: at most k samples. ValueError: k < 1, other shapes, values
       not finite.
     Source: Kynkaanniemi 2019, section 2.
@@ -84,16 +87,17 @@ def precision_recall(a, b, k: int = 3) -> tuple[float, float]:
 
 
 def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
-    """How many balls of b hold a point of a, over k, and how many hold one at all.
+    """Density, the mean number of balls of b around a point of a, over k; coverage.
 
-    Balls as in `precision_recall`, around b only: an outlier of a has none. Closed
-    balls: the authors' program leaves the rim out, and with it a copy of a point that
-    occurs more than k times.
+    Coverage is the share of the balls that hold a point of a.
+    The balls are those of `precision_recall`, around b only: an outlier of a has none.
+    They are closed, whereas the authors' program excludes the rim, and with it a copy
+    of a point that occurs more than k times.
 
     Args: a [n, d] generated, b [m, d] reference features.
-    Returns: density, about 1 (not at most 1) where the laws agree; coverage in [0, 1].
-    Least, Odd, Raises: as `precision_recall`. All equal points of both sets in one
-      place have a density of m / k: each of the m balls holds them.
+    Returns: density, about 1 (not at most 1) if the laws agree; coverage in [0, 1].
+    Least, Odd, Raises: as `precision_recall`. If all points of both sets are in one
+      place, the density is m / k: each of the m balls contains them.
     Source: Naeem 2020, section 3.
     """
     a, b = _features("density_coverage", a, b, k + 1, _others(k))
@@ -101,7 +105,7 @@ def density_coverage(a, b, k: int = 5) -> tuple[float, float]:
 
 
 def balls(a, b, near: int = 3, around: int = 5) -> tuple[float, float, float, float]:
-    """`precision_recall` and `density_coverage` together: one look at all distances.
+    """`precision_recall` and `density_coverage`, in one pass over all distances.
 
     Args: a [n, d], b [m, d] features.   near, around: k of the one and of the other.
     Returns: precision, recall, density, coverage.
@@ -114,7 +118,7 @@ def balls(a, b, near: int = 3, around: int = 5) -> tuple[float, float, float, fl
 
 
 def _balls(a, b, near, around):
-    """Precision and recall of `near`, density and coverage of `around`; or None."""
+    """Precision and recall for k = `near`, density and coverage for k = `around`."""
     like_b, like_a = np.zeros(len(a), bool), np.zeros(len(b), bool)
     held, holds = 0, np.zeros(len(b), bool)
     radii_a = None if near is None else _radii(a, near)[0]
@@ -137,14 +141,14 @@ def _balls(a, b, near, around):
 def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     """The unbiased MMD^2 with the kernel (x.y / d + 1)^3: 0 on average for one law.
 
-    Taken over `subsets` draws, without replacement, of min(size, n, m) points of each.
-    Draws overlap: their spread is no standard error.
+    Computed on `subsets` draws, without replacement, of min(size, n, m) points of each
+    set. The draws overlap, so their spread is not a standard error.
 
     Args: a [n, d], b [m, d] features.
     Least: n = m = 2, d = 1.
-    Odd: all equal points x against all equal y, k(x, x) + k(y, y) - 2 k(x, y); a set
-      against itself, at most 0, as no point is compared with itself; n <= d, constant
-      features, repeats and rows of zeros are as any points.
+    Odd: equal points x against equal points y give k(x, x) + k(y, y) - 2 k(x, y); a set
+      against itself gives at most 0, as no point is compared with itself; n <= d,
+      constant features, repeats and rows of zeros are treated like any points.
     Raises: UndefinedError: fewer than two samples. ValueError: subsets < 1, size < 2,
       other shapes, values not finite.
     Source: Binkowski 2018, section 4.
@@ -163,27 +167,28 @@ def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
         own = sum(_kernel_sum(c, c) - _cube(np.sum(c**2, axis=1), c) for c in (x, y))
         return own / (size * (size - 1)) - 2 * _kernel_sum(x, y) / size**2
 
-    found = [mmd2() for _ in range(subsets)]
-    return Kid(float(np.mean(found)), float(np.std(found)))
+    values = [mmd2() for _ in range(subsets)]
+    return Kid(float(np.mean(values)), float(np.std(values)))
 
 
 def vendi(a) -> float:
-    """How many samples that share nothing are as diverse as these: 1 .. n.
+    """The number of unrelated samples that are as diverse as these: 1 .. n.
 
     The exponential of the entropy of the eigenvalues of K / n, where K holds the
-    cosines of all pairs. It sees no reference: noise is diverse.
+    cosines of all pairs. It ignores the reference: noise is diverse.
 
     Args: a [n, d] features.
     Least: n = 1, d = 1.
-    Odd: one point, or all equal ones, 1; d = 1, 1 where all have one sign; at most
-      min(n, d); repeats count by their share; a constant feature brings all nearer.
+    Odd: one point, or equal points, give 1; so does d = 1 if all have one sign; the
+      value is at most min(n, d); repeats count by their share; a constant feature
+      brings all points closer.
     Raises: UndefinedError: no sample, or a row of zeros, which has no direction.
       ValueError: values not finite.
     Source: Friedman and Dieng 2023, definition 3.1.
     """
     a, _ = _features("vendi", a, a, 1, "it needs one")
     n, d = a.shape
-    # X X' and X'X have the same eigenvalues, but for zeros: the smaller one will do.
+    # X X' and X'X have the same eigenvalues except for zeros: take the smaller one.
     if n <= d:
         x = _unit(a)
         gram = x @ x.T
@@ -198,10 +203,10 @@ def vendi(a) -> float:
 
 
 def _features(name, a, b, least, why):
-    """a and b as arrays, once it is sure that they can be compared.
+    """a and b as arrays, after a check that they can be compared.
 
-    As they are given: 50,000 x 2,048 of them in float64 are 0.8 GB. What is computed
-    from them is converted tile by tile.
+    They keep their type, since 50,000 x 2,048 features in float64 take 0.8 GB; tiles of
+    them are converted when they are used.
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[1] == b.shape[1]:
@@ -280,33 +285,33 @@ def _nearer(best, x, y, squares, slack):
         at_most = np.concatenate([best, squares + slack], axis=1)
         limit = np.partition(at_most, k - 1, axis=1)[:, k - 1 : k]
     near = squares - slack < limit
-    # Few, and so their rows are packed to the left before they are sorted.
+    # They are few, so their rows are packed to the left before they are sorted.
     i, j = np.nonzero(near)
     counts = np.bincount(i, minlength=len(x))
-    found = np.full((len(x), counts.max()), np.inf)
-    found[i, np.arange(len(i)) - (np.cumsum(counts) - counts)[i]] = _direct(x, y, i, j)
-    merged = np.concatenate([best, found], axis=1)
+    packed = np.full((len(x), counts.max()), np.inf)
+    packed[i, np.arange(len(i)) - (np.cumsum(counts) - counts)[i]] = _direct(x, y, i, j)
+    merged = np.concatenate([best, packed], axis=1)
     return np.partition(merged, k - 1, axis=1)[:, :k]
 
 
-# A copy on the rim of a ball is inside, so rounding may not decide. Distances come from
-# a matrix product, at its speed; those that its rounding leaves open, few, are taken
+# A copy on the rim of a ball is inside, so rounding must not decide. Distances come
+# from a matrix product, at its speed; the few that its rounding leaves open are taken
 # again by differences: 0 for equal points, and equal for equal pairs in any order.
 
 
-def squared_distances(x, y):
+def squared_distances(x: Float[Arr, "n d"], y: Float[Arr, "m d"]) -> Float[Arr, "n m"]:
     """|x_i - y_j|^2 in float64 by a matrix product, with relative errors below 1e-6.
 
-    Args: x [n, d], y [m, d].   Returns: [n, m]; 0 for copies.
+    Copies have distance 0.
     """
-    found, slack = _squares(x, y)
-    i, j = np.nonzero(found < 1e6 * slack)
-    found[i, j] = _direct(x, y, i, j)
-    return found
+    squares, slack = _squares(x, y)
+    i, j = np.nonzero(squares < 1e6 * slack)
+    squares[i, j] = _direct(x, y, i, j)
+    return squares
 
 
 def _decided(x, y, *limits):
-    """|x_i - y_j|^2 [n, m], right on which side of each limit they are."""
+    """|x_i - y_j|^2 [n, m], each on the right side of every limit."""
     squares, slack = _squares(x, y)
     doubt = np.any([np.abs(squares - limit) <= slack for limit in limits], axis=0)
     i, j = np.nonzero(doubt)
@@ -325,11 +330,11 @@ def _tiles(x, y):
 
 def _squares(x, y):
     """|x_i - y_j|^2 by a matrix product, and a bound on its rounding; both [n, m]."""
-    # Distances do not change when all is centred, and rounding shrinks.
+    # Centring leaves distances unchanged and reduces rounding.
     centre = y.mean(axis=0, dtype=np.float64)
     x, y = x - centre, y - centre
     norms = _norms(x)[:, None] + _norms(y)
-    # Each of d + 4 roundings, of the product and of the differences, at its worst.
+    # The worst case of d + 4 roundings, in the product and in the differences.
     limits = np.finfo(np.float64)
     slack = 4 * (x.shape[1] + 4) * limits.eps * norms + limits.tiny
     norms -= 2 * (x @ y.T)
@@ -342,9 +347,9 @@ def _norms(x):
 
 def _direct(x, y, i, j):
     """|x_i - y_j|^2 by differences, for each pair of i [p] and j [p]."""
-    found = np.empty(len(i))
+    squares = np.empty(len(i))
     step = max(1, TILE**2 // x.shape[1])
     for s in range(0, len(i), step):
         gaps = x[i[s : s + step]].astype(np.float64) - y[j[s : s + step]]
-        found[s : s + step] = np.sum(gaps**2, axis=1)
-    return found
+        squares[s : s + step] = np.sum(gaps**2, axis=1)
+    return squares

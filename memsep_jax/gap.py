@@ -1,8 +1,8 @@
 """Denoising loss, Fisher divergence and the gap between them (Ye 2025, section 4).
 
-The empirical score loses less on the training set than the truth does. How much less,
-at which times, and whether a given score does so too: estimators with their standard
-errors, and beside them the closed forms that they must meet.
+The empirical score loses less on the training set than the truth does. The estimators
+say how much less, at which times, and whether a given score does so too, with standard
+errors; beside them are the closed forms that they must meet.
 """
 
 import math
@@ -15,6 +15,7 @@ import numpy as np
 from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
+from memsep_jax.arrays import Arr, Float, Keys, Num, Point, Points, Scalar
 from memsep_jax.mixture import Law
 from memsep_jax.process import (
     Process,
@@ -26,8 +27,10 @@ from memsep_jax.process import (
 )
 from memsep_jax.score import ScoreFn
 
-BATCH = 250  # draws looked at together: memory does not grow with their number
-DEVIATIONS = 4  # standard errors between a measured and an accidental difference
+BATCH = 250  # draws at a time: memory does not grow with their number
+# Standard errors from which a gap counts. At many times and configs, 2 or 3 would flag
+# differences that are accidents.
+DEVIATIONS = 4
 
 
 class Estimate(NamedTuple):
@@ -51,7 +54,7 @@ class Spectrum(NamedTuple):
     times: jax.Array  # [k]
     train: Estimate  # [k] at training points
     held_out: Estimate  # [k] at held-out points
-    floor: Estimate | None  # [k] of the truth, where it is known, at training points
+    floor: Estimate | None  # [k] of the truth, if known, at training points
     gap: Estimate  # [k] floor - train, or held_out - train
     memorizes: jax.Array  # bool [k]: gap above 4 standard errors
 
@@ -59,22 +62,26 @@ class Spectrum(NamedTuple):
 # Losses.
 
 
-def estimate(samples) -> Estimate:
-    """The mean of independent draws and its standard error (nan for one draw).
-
-    Args: samples [m].   Returns: Estimate of [].
-    """
+def estimate(samples: Num[Arr, " m"]) -> Estimate:
+    """The mean of independent draws and its standard error (NaN for one draw)."""
     if len(samples) < 1:
         raise ValueError("estimate: no samples: at least 1")
     error = jnp.std(samples, ddof=1) / math.sqrt(len(samples))
     return Estimate(jnp.mean(samples), error)
 
 
-def noised(key, data, process: Process, t, m: int, *, log_weights=None):
-    """m draws of X_t from the empirical law Phat_t, with the noise of each.
+def noised(
+    key: Keys,
+    data: Points,
+    process: Process,
+    t: Scalar,
+    m: int,
+    *,
+    log_weights: Num[Arr, " n"] | None = None,
+) -> tuple[Num[Arr, " {m} *e"], Num[Arr, " {m} *e"]]:
+    """m draws of X_t from the empirical law Phat_t, and their noise.
 
-    Args: data [n, *e], t [] > 0, log_weights [n] of the points, unnormalised.
-    Returns: x [m, *e], eps [m, *e].
+    Args: t > 0; log_weights of the points, unnormalised.
     """
     if m < 1 or len(data) < 1:
         raise ValueError(f"noised: m={m} draws from n={len(data)} points: both >= 1")
@@ -89,20 +96,25 @@ def noised(key, data, process: Process, t, m: int, *, log_weights=None):
     return perturb(process, x0, t, eps), eps
 
 
-def eps_loss(score_fn: ScoreFn, process: Process, x0, t, eps):
-    """|| sigma s(X_t, t) + eps ||^2 / d of one example, the eps-loss of any score.
-
-    Args: x0 [*e], t [], eps [*e].   Returns: [].
-    """
+def eps_loss(
+    score_fn: ScoreFn, process: Process, x0: Point, t: Scalar, eps: Point
+) -> Scalar:
+    """|| sigma s(X_t, t) + eps ||^2 / d of one example, the eps-loss of any score."""
     x = perturb(process, x0, t, eps)
     return jnp.mean((process.sigma(t) * score_fn(x, t) + eps) ** 2)
 
 
-def denoising_loss(score_fn: ScoreFn, x, eps, process: Process, t):
+def denoising_loss(
+    score_fn: ScoreFn,
+    x: Num[Arr, " m *e"],
+    eps: Num[Arr, " m *e"],
+    process: Process,
+    t: Scalar,
+) -> Scalar:
     """E || -eps/sigma - s(X_t, t) ||^2, the DSM loss at t in units of the score.
 
-    Args: x [m, *e], eps [m, *e] as `noised` gives them; t [].
-    Returns: [].   Source: Ye 2025, section 3 (sigma^2 times this is the eps-loss).
+    Args: x and eps as `noised` returns them.
+    Source: Ye 2025, section 3 (sigma^2 times this is the eps-loss).
     """
     chex.assert_equal_shape([x, eps])
 
@@ -112,11 +124,10 @@ def denoising_loss(score_fn: ScoreFn, x, eps, process: Process, t):
     return jnp.mean(jax.vmap(error)(x, eps))
 
 
-def fisher(score_a: ScoreFn, score_b: ScoreFn, x, t):
-    """E || score_a - score_b ||^2 over given points, a Fisher divergence.
-
-    Args: x [m, *e] draws of the law that the expectation is under; t [].   Returns: [].
-    """
+def fisher(
+    score_a: ScoreFn, score_b: ScoreFn, x: Num[Arr, " m *e"], t: Scalar
+) -> Scalar:
+    """E || score_a - score_b ||^2, a Fisher divergence under the law that x follows."""
     return jnp.mean(
         jax.vmap(lambda x: jnp.sum((score_a(x, t) - score_b(x, t)) ** 2))(x)
     )
@@ -126,7 +137,14 @@ def fisher(score_a: ScoreFn, score_b: ScoreFn, x, t):
 
 
 def sides(
-    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
+    truth: Law,
+    data: Points,
+    process: Process,
+    t: Scalar,
+    key: Keys,
+    m: int = 2_000,
+    *,
+    log_weights: Num[Arr, " n"] | None = None,
 ) -> Sides:
     """Both sides of Proposition 4.1 (Ye 2025): Loss-Gap_t = Fisher(Phat_t, P_t).
 
@@ -136,8 +154,7 @@ def sides(
 
     and the last term has mean 0, because s_hat is E[u | X_t] under Phat_t.
 
-    Args: data [n, *e], t [] > 0, m draws of X_t, log_weights [n] of the points.
-    Returns: Sides of [].
+    Args: t > 0; m draws of X_t; log_weights as `noised`.
     """
     x, eps = noised(key, data, process, t, m, log_weights=log_weights)
     true = mixture.score(truth, process)
@@ -145,7 +162,7 @@ def sides(
 
     def at(x, eps):
         s, s_hat = true(x, t), fitted(x, t)
-        # Not the two losses subtracted: each is about d/v, and they cancel.
+        # Not the difference of the two losses: each is about d/v, and they cancel.
         rest = 2 * jnp.sum((-eps / process.sigma(t) - s_hat) * (s_hat - s))
         return jnp.sum((s_hat - s) ** 2), rest
 
@@ -154,38 +171,50 @@ def sides(
 
 
 def loss_gap(
-    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
-):
+    truth: Law,
+    data: Points,
+    process: Process,
+    t: Scalar,
+    key: Keys,
+    m: int = 2_000,
+    *,
+    log_weights: Num[Arr, " n"] | None = None,
+) -> Scalar:
     """Loss-Gap_t: how much less the empirical score loses than the true score.
 
     By Proposition 4.1 of Ye 2025 it is Fisher(Phat_t, P_t) for every data set. This is
-    the Fisher form: never negative, and of far smaller variance than the difference of
-    two losses at large t.   `sides` gives both, with their standard errors.
+    the Fisher form: never negative, and at large t with far less variance than the
+    difference of two losses. `sides` returns both, with their standard errors.
 
-    Args: data [n, *e] draws of the truth, t [] > 0, m draws of X_t.   Returns: [].
+    Args: data, draws of the truth; t > 0; m draws of X_t.
     """
     return sides(truth, data, process, t, key, m, log_weights=log_weights).fisher.value
 
 
 def kl(
-    truth: Law, data, process: Process, t, key, m: int = 2_000, *, log_weights=None
+    truth: Law,
+    data: Points,
+    process: Process,
+    t: Scalar,
+    key: Keys,
+    m: int = 2_000,
+    *,
+    log_weights: Num[Arr, " n"] | None = None,
 ) -> Estimate:
-    """KL(Phat_t || P_t) = E_{Phat_t} [log phat_t - log p_t].
-
-    Args: data [n, *e], t [] > 0, m draws of X_t.   Returns: Estimate of [].
-    """
+    """KL(Phat_t || P_t) = E_{Phat_t} [log phat_t - log p_t], from m draws of X_t."""
     x, _ = noised(key, data, process, t, m, log_weights=log_weights)
     fitted = empirical.log_prob(data, process, log_weights=log_weights)
     true = mixture.diffuse(truth, process, t)
     return estimate(_each(lambda x: fitted(x, t) - mixture.log_prob(true, x), x))
 
 
-def curve(at, times, key):
-    """Any function of a time and a key along a grid, one time after the other.
+def curve(at, times, key: Keys):
+    """Any function of a time and a key along a grid, one time after another.
 
-    Memory is that of one time; each time has its own noise, so errors are independent.
+    It takes the memory of one time. Each time has its own noise, so the errors are
+    independent.
 
-    Args: at, a function (t [], key) -> tree of arrays; times [k] > 0; key.
+    Args: at, a function (t [], key) -> tree of arrays; times [k] > 0.
     Returns: the tree, its arrays [k, ...].
     """
     _check_times(times)
@@ -196,12 +225,12 @@ def curve(at, times, key):
     )
 
 
-def integral(times, values):
+def integral(times, values: Num[Arr, " k"]) -> Scalar:
     """int values dt from the least to the largest time: the trapezoid in log t.
 
     In log t, because the loss gap is about d/t near 0: t Loss-Gap_t is smooth there.
 
-    Args: times [k] > 0, monotone either way; values [k].   Returns: [].
+    Args: times [k] > 0, monotone either way.
     """
     _check_times(times)
     return jnp.sum(_trapezoid(times) * values)
@@ -213,8 +242,8 @@ def kl_integral(times, gaps: Estimate, process: Process) -> Estimate:
     For every process dX = f X dt + g dB and every data set, since d KL/dt is
     -g^2/2 Fisher; g = 1 for Ornstein-Uhlenbeck, where it is the plain time integral.
 
-    Args: times [k] > 0; gaps Estimate of [k] with independent errors (from `curve`).
-    Returns: Estimate of [], without the error of the trapezoid.
+    Args: times [k] > 0; gaps, an Estimate of [k] with independent errors (`curve`).
+    Returns: an Estimate that leaves out the error of the trapezoid.
     """
     rate = jax.vmap(lambda t: diffusion2(process, t))(jnp.asarray(times))
     error = jnp.linalg.norm(_trapezoid(times) * rate * gaps.error)
@@ -224,39 +253,42 @@ def kl_integral(times, gaps: Estimate, process: Process) -> Estimate:
 # The loss gap, in closed form.
 
 
-def saturated(eigenvalues, process: Process, t):
+def saturated(eigenvalues: Num[Arr, " d"], process: Process, t: Scalar) -> Scalar:
     """E Loss-Gap_t while the noised training points do not overlap.
 
     sum_j alpha^2 lam_j / (v (v + alpha^2 lam_j)), v = sigma^2: the sharp form of
     Theorem 4.3 of Ye 2025.
 
-    Args: eigenvalues [d] of the components' common covariance, t [].   Returns: [].
+    Args: eigenvalues of the components' common covariance.
     """
     signal, v = process.alpha(t) ** 2 * eigenvalues, process.sigma(t) ** 2
     return jnp.sum(signal / (v * (v + signal)))
 
 
-def saturated_integral(eigenvalues, process: Process, t0, t1):
+def saturated_integral(
+    eigenvalues: Num[Arr, " d"], process: Process, t0: Scalar, t1: Scalar
+) -> Scalar:
     """int_{t0}^{t1} g^2(t) saturated(t) dt, in closed form for every process.
 
     sum_j log(u / (u + lam_j)) between u(t0) and u(t1), u = v / alpha^2 (Ornstein-
     Uhlenbeck: e^t - 1), because g^2 dt = alpha^2 du.
 
-    Args: eigenvalues [d] >= 0, t0 [] > 0, t1 [].   Returns: [].
+    Args: eigenvalues >= 0; t0 > 0.
     """
     _check_times(t0)
     return _log_volume(eigenvalues, process, t0) - _log_volume(eigenvalues, process, t1)
 
 
-def one_point(eigenvalues, offsets, process: Process, t):
+def one_point(
+    eigenvalues: Num[Arr, " d"], offsets: Num[Arr, " d"], process: Process, t: Scalar
+) -> Scalar:
     """Loss-Gap_t of a single training point x_1 under N(mu, Sigma), exactly.
 
     tr[(I/sqrt(v) - sqrt(v) A^-1)^2] + alpha^2 (x_1 - mu)' A^-2 (x_1 - mu) with
     A = alpha^2 Sigma + v I. For N(0, I) and Ornstein-Uhlenbeck it is
     d alpha^4/v + alpha^2 |x_1|^2.
 
-    Args: eigenvalues [d] of Sigma, offsets [d] = x_1 - mu in its eigenbasis, t [] > 0.
-    Returns: [].
+    Args: eigenvalues of Sigma; offsets = x_1 - mu in its eigenbasis; t > 0.
     """
     _check_times(t)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
@@ -265,13 +297,13 @@ def one_point(eigenvalues, offsets, process: Process, t):
     return jnp.sum(((alpha2 * eigenvalues) ** 2 / v + alpha2 * offsets**2) / spread**2)
 
 
-def standard_normal(information, data, process: Process, t):
+def standard_normal(
+    information: Scalar, data: Points, process: Process, t: Scalar
+) -> Scalar:
     """Loss-Gap_t of any data set under N(0, I), from I(Phat_t) = E || s_hat ||^2.
 
     I(Phat_t) - 2 d/c + (d v + alpha^2 mean |x_i|^2) / c^2, c = alpha^2 + v (1 for
-    Ornstein-Uhlenbeck): P_t = N(0, c I), and E s_hat.X = -d under Phat_t.
-
-    Args: information [], data [n, *e], t [] > 0.   Returns: [].
+    Ornstein-Uhlenbeck): P_t = N(0, c I), and E s_hat.X = -d under Phat_t. t > 0.
     """
     _check_times(t)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
@@ -280,14 +312,16 @@ def standard_normal(information, data, process: Process, t):
     return information - 2 * d / c + (d * v + alpha2 * squares) / c**2
 
 
-def information_bound(eigenvalues, process: Process, t0, n):
+def information_bound(
+    eigenvalues: Num[Arr, " d"], process: Process, t0: Scalar, n: Scalar
+) -> Scalar:
     """The least that int_{t0}^inf g^2 E Loss-Gap_t dt can be with n training points.
 
     sum_j log(1 + lam_j / u(t0)) - 2 log n, u = v / alpha^2: the entropy of Phat_t0 is
     at most that of one noised point plus log n. The truth is N(mu, Sigma), or a mixture
-    of those, whose entropy is larger still.
+    of such Gaussians, whose entropy is larger still.
 
-    Args: eigenvalues [d] of Sigma, t0 [] > 0, n >= 1.   Returns: [].
+    Args: eigenvalues of Sigma; t0 > 0; n >= 1.
     """
     _check_times(t0)
     if is_known(n) and np.min(n) < 1:
@@ -296,16 +330,22 @@ def information_bound(eigenvalues, process: Process, t0, n):
 
 
 def entropy_bound(
-    truth: Law, data, process: Process, t0, key, m: int = 2_000, *, log_weights=None
+    truth: Law,
+    data: Points,
+    process: Process,
+    t0: Scalar,
+    key: Keys,
+    m: int = 2_000,
+    *,
+    log_weights: Num[Arr, " n"] | None = None,
 ) -> Estimate:
     """The least that int_{t0}^inf g^2 Loss-Gap_t dt can be for this data set.
 
     -d log(2 pi e v0) - 2 H(w) - 2 E_{Phat_t0} log p_t0, with the weights' entropy H(w).
     Give duplicates once, with their weight: as n rows they count as n points, and the
-    bound, still true, is lower than it need be.
+    bound, though still true, is lower than necessary.
 
-    Args: data [n, *e], t0 [] > 0, m draws of X_t0, log_weights [n], unnormalised.
-    Returns: Estimate of [].
+    Args: t0 > 0; m draws of X_t0; log_weights as `noised`.
     """
     x, _ = noised(key, data, process, t0, m, log_weights=log_weights)
     true = mixture.diffuse(truth, process, t0)
@@ -316,22 +356,23 @@ def entropy_bound(
     return Estimate(-noise - 2 * entropy - 2 * fit.value, 2 * fit.error)
 
 
-def effective_size(log_weights):
-    """exp(H(w)): how many equally weighted points the weights are worth.
+def effective_size(log_weights: Num[Arr, " n"]) -> Scalar:
+    """exp(H(w)): how many equally weighted points the weights are worth, 1 to n.
 
-    Args: log_weights [n], unnormalised; -inf is no point.   Returns: [] in [1, n].
+    Args: log_weights, unnormalised; -inf leaves a point out.
     """
     return jnp.exp(jnp.sum(entr(jax.nn.softmax(log_weights))))
 
 
-def collapse_time(n, k, d, process: Process):
+def collapse_time(n: Scalar, k: Scalar, d: Scalar, process: Process) -> Scalar:
     """The time until which the n noised training points keep apart (unit variances).
 
-    There alpha^2 / v = (n / k)^(2/d) - 1: a component's n/k points fill its volume. For
-    Ornstein-Uhlenbeck -log(1 - v_c), v_c = (n / k)^(-2/d). The largest posterior weight
-    of a noised point is then about .7, and the loss gap falls from `saturated` to 0.
+    At this time alpha^2 / v = (n / k)^(2/d) - 1: a component's n/k points fill its
+    volume. For Ornstein-Uhlenbeck it is -log(1 - v_c), v_c = (n / k)^(-2/d). The
+    largest posterior weight of a noised point is then about .7, and the loss gap falls
+    from `saturated` to 0.
 
-    Args: n [] points of k [] components in d [] dimensions.   Returns: [].
+    Args: n points of k components in d dimensions.
     Raises: ValueError: unless n > k >= 1 and d >= 1.
     """
     if is_known(n, k, d) and not (np.all(np.greater(n, k)) and np.min([k, d]) >= 1):
@@ -364,31 +405,29 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
 def spectrum(
     score_fn: ScoreFn,
     process: Process,
-    data,
+    data: Points,
     held_out,
     times,
-    key,
+    key: Keys,
     m: int = 2_000,
     truth_score: ScoreFn | None = None,
 ) -> Spectrum:
-    """Where on the noise axis a score, a trained network too, memorizes its data.
+    """Where on the noise axis a score, such as a trained network, memorizes its data.
 
     A score whose loss on its training data lies below the truth's `floor` is fitting
-    the empirical score there. The floor is met as the truth's own loss on the same
-    draws, so that the gap is Loss-Gap_t of Ye 2025 with this score for the empirical
-    one, times v/d. Where the truth is not known, the score's loss on held-out data
-    stands for the floor. No sampling is needed.
+    the empirical score there. The floor is the truth's own loss on the same draws, so
+    that the gap is Loss-Gap_t of Ye 2025 with this score for the empirical one, times
+    v/d. If the truth is unknown, the score's loss on held-out data stands for the
+    floor. No sampling is needed.
 
-    Training and held-out points are met in pairs with the same noise. Where m is more
-    than there are pairs, each pair has several noises, and the standard errors are over
-    pairs: they count the chance of the data sets too, which more noise does not reduce.
+    Training and held-out points form pairs with the same noise. If m exceeds the number
+    of pairs, each pair gets several noises, and the standard errors are over pairs:
+    they include the chance in the data sets, which more noise does not reduce.
 
     Args:
-      score_fn: the score to judge.   data: [n, *e] that it was fitted to.
+      score_fn: the score to judge.   data: the points that it was fitted to.
       held_out: [n2, *e] more draws of the same law.   times: [k] > 0.
       m: draws per time.   truth_score: the score of P_t.
-    Returns:
-      Spectrum of [k].
     Raises:
       ValueError: shapes that differ, fewer than 2 pairs, times that are not positive.
     """
@@ -414,12 +453,12 @@ def spectrum(
 
 
 class SpectrumDraws(NamedTuple):
-    """Which points `spectrum` looks at, at each of k times, and with which noise."""
+    """The points that `spectrum` evaluates at each of k times, and their noise."""
 
     row: jax.Array  # [k, m] of the data
     new: jax.Array  # [k, m] of the held-out points
     key: jax.Array  # [k, m] of the noise of both
-    pairs: int  # of points: the m draws of a time are pairs, m // pairs of each
+    pairs: int  # of points: each is drawn m // pairs times at a time
 
 
 def spectrum_draws(n: int, n2: int, times, key, m: int) -> SpectrumDraws:
@@ -447,11 +486,18 @@ def spectrum_draws(n: int, n2: int, times, key, m: int) -> SpectrumDraws:
     return SpectrumDraws(seen, new, keys, pairs)
 
 
-def spectrum_losses(score_fn, process, x0, new, t, key, truth_score=None):
+def spectrum_losses(
+    score_fn: ScoreFn,
+    process: Process,
+    x0: Point,
+    new: Point,
+    t: Scalar,
+    key: Keys,
+    truth_score: ScoreFn | None = None,
+) -> Float[Arr, " losses"]:
     """Eps-losses of a training and a held-out point with the same noise.
 
-    Args: x0 and new [*e], t [], key of the noise.
-    Returns: [2]; with a truth_score [3], its loss at x0 is the last.
+    Returns: the two losses, and with a truth_score its loss at x0 as the third.
     """
     eps = jax.random.normal(key, x0.shape, x0.dtype)
     both = jnp.stack([x0, new])
@@ -462,7 +508,7 @@ def spectrum_losses(score_fn, process, x0, new, t, key, truth_score=None):
 
 
 def spectrum_of(times, losses, pairs: int) -> Spectrum:
-    """What the losses of the draws say.
+    """The spectrum from the losses of its draws.
 
     Args: times [k]; losses [k, m, 2 or 3] of `spectrum_losses`; pairs, of the draws.
     """

@@ -1,8 +1,8 @@
 """Lipschitz constants of scores: spectral norms of Jacobians, probes, bounds.
 
-A norm is measured at a point, so that the largest over any probes is a lower bound of
-the Lipschitz constant; the bounds from above are those of the paper for the empirical
-score, and of the weights for a network.
+A norm is measured at a point, so the largest over any probes is a lower bound of the
+Lipschitz constant. The upper bounds come from the paper for the empirical score, and
+from the weights for a network.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memsep_jax.arrays import Arr, Float, Keys, Num, Point, Points, Scalar
 from memsep_jax.process import Process, check_time
 from memsep_jax.sampling import path
 from memsep_jax.score import Prediction, ScoreFn
@@ -19,15 +20,15 @@ class Norm(NamedTuple):
     """|| d score / d x ||_2 as power iteration found it."""
 
     value: jax.Array  # [] never above the norm
-    error: jax.Array  # [] how far above `value` the singular value found may lie
+    error: jax.Array  # [] how far above `value` its singular value may lie
     converged: jax.Array  # [] bool: error <= tolerance * value
 
 
 def spectral_norm(
     score_fn: ScoreFn,
-    x,
-    t,
-    key,
+    x: Point,
+    t: Scalar,
+    key: Keys,
     iters: int = 50,
     tolerance: float = 1e-3,
     symmetric: bool = False,
@@ -35,25 +36,22 @@ def spectral_norm(
     """|| d score / d x ||_2 at one point, by power iteration on J'J.
 
     With v the last direction, rho = |Jv|^2 and r = |J'Jv - rho v|, some eigenvalue of
-    J'J lies within r of rho: value = sqrt(rho), error = sqrt(rho + r) - value. So the
-    norm is at least `value`, always; and it is at most value + error unless the
-    iteration sits at a smaller singular value, which no residual can tell: a random
-    start does so for a time where the top ones lie close, or the top direction is one
-    of very many. At convergence `value` is much nearer than `error`, which is of
-    first order in the angle to the top direction, where `value` is of second.
+    J'J lies within r of rho: value = sqrt(rho), error = sqrt(rho + r) - value. The norm
+    is therefore never below `value`, and it is at most value + error unless the
+    iteration sits at a smaller singular value, which no residual can reveal. A random
+    start stays there for a while if the top singular values are close, or the top
+    direction is one of very many. At convergence `value` is much closer than `error`
+    says: it is off to second order in the angle to the top direction, `error` to first.
 
-    The number of iterations is fixed, for a cost that is known beforehand and the
-    same for each point of a batch, and one that reverse mode can follow.
+    The number of iterations is fixed, so that the cost is known beforehand, equal for
+    all points of a batch, and reverse mode can follow.
 
     Args:
-      x: [*e].   t: [].
       iters: products with J and J', at least 1.
-      tolerance: the relative error at which it counts as converged.
-      symmetric: take J' = J, as it is for the score of any law: forward mode alone,
-        which streams where the empirical score does. Wrong for networks, whose
-        Jacobian need not be symmetric.
-    Returns:
-      Norm of [] arrays.
+      tolerance: the relative error below which the iteration has converged.
+      symmetric: take J' = J, which holds for the score of any law: forward mode alone
+        then suffices, and it streams where the empirical score does. Wrong for
+        networks, whose Jacobian need not be symmetric.
     Raises:
       ValueError: iters below 1, tolerance not positive.
     """
@@ -62,12 +60,12 @@ def spectral_norm(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be positive, such as 1e-3")
 
-    # Once, not in every iteration: what does not depend on the direction.
+    # Linearised once, since nothing else depends on the direction.
     push = jax.linearize(lambda x: score_fn(x, t), x)[1]
 
     def body(v, _):
-        # Unit vectors only: norms of 1e10 are common, and their fourth powers not
-        # numbers in float32.
+        # Unit vectors only: norms of 1e10 are common, and their fourth powers overflow
+        # float32.
         u, value = _unit(push(v))
         pulled = push(u) if symmetric else jax.linear_transpose(push, u)(u)[0]
         return _unit(pulled)[0], (value, _length(pulled - value * v))
@@ -81,30 +79,29 @@ def spectral_norm(
 
 
 def jacobian_norm(
-    score_fn: ScoreFn, x, t, key, iters: int = 50, symmetric: bool = False
-):
-    """The value of `spectral_norm`: a lower bound that grows with iters.
-
-    Args: as `spectral_norm`.   Returns: [].
-    """
+    score_fn: ScoreFn,
+    x: Point,
+    t: Scalar,
+    key: Keys,
+    iters: int = 50,
+    symmetric: bool = False,
+) -> Scalar:
+    """The value of `spectral_norm`: a lower bound that grows with iters."""
     return spectral_norm(score_fn, x, t, key, iters, symmetric=symmetric).value
 
 
-def exact_norm(score_fn: ScoreFn, x, t):
-    """|| d score / d x ||_2 at one point, from the whole Jacobian: for small d.
-
-    Args: x [*e], t [].   Returns: [].
-    """
+def exact_norm(score_fn: ScoreFn, x: Point, t: Scalar) -> Scalar:
+    """|| d score / d x ||_2 at one point, from the whole Jacobian: for small d."""
     jacobian = jax.jacfwd(lambda x: score_fn(x, t))(x).reshape(x.size, x.size)
     return jnp.linalg.norm(jacobian, ord=2)
 
 
-def frobenius(score_fn: ScoreFn, x, t, key, probes: int = 64):
+def frobenius(
+    score_fn: ScoreFn, x: Point, t: Scalar, key: Keys, probes: int = 64
+) -> tuple[Scalar, Scalar]:
     """|| d score / d x ||_F at one point: E |Ju|^2 over random signs u (Hutchinson).
 
-    Args: x [*e], t [], probes at least 2.
-    Returns: (value [], its standard error []).
-    Raises: ValueError.
+    Returns: the value and its standard error.   Raises: ValueError: probes below 2.
     """
     if probes < 2:
         raise ValueError(
@@ -122,9 +119,14 @@ def frobenius(score_fn: ScoreFn, x, t, key, probes: int = 64):
 
 
 def local(
-    score_fn: ScoreFn, xs, t, key, iters: int = 50, symmetric: bool = False
-) -> jax.Array:
-    """The largest `jacobian_norm` over probes.   Args: xs [m, *e], t [].   [] out."""
+    score_fn: ScoreFn,
+    xs: Num[Arr, " m *e"],
+    t: Scalar,
+    key: Keys,
+    iters: int = 50,
+    symmetric: bool = False,
+) -> Scalar:
+    """The largest `jacobian_norm` over the probes xs."""
     keys = jax.random.split(key, len(xs))
     norms = jax.vmap(
         lambda x, key: jacobian_norm(score_fn, x, t, key, iters, symmetric)
@@ -135,27 +137,26 @@ def local(
 def along(
     score_fn: ScoreFn,
     process: Process,
-    times,
-    xs,
-    key,
+    times: Float[Arr, " k"],
+    xs: Num[Arr, " m *e"],
+    key: Keys,
     method="heun",
     iters: int = 50,
     symmetric: bool = False,
 ) -> Norm:
-    """`spectral_norm` where sampling goes: on trajectories of the probability flow.
+    """`spectral_norm` along trajectories of the probability flow.
 
     Args:
-      times: [steps + 1], decreasing.
-      xs: [m, *e] at times[0], where the trajectories start.
+      times: decreasing.   xs: where the trajectories start, at times[0].
       method: of `sampling.ode`; the others as `spectral_norm`.
     Returns:
-      Norm of [m, steps + 1] arrays: one row a trajectory, one column a time.
+      Norm of [m, k] arrays: one row per trajectory, one column per time.
     """
     walk = path(score_fn, process, times, method)
 
     def one(x, key):
         keys = jax.random.split(key, len(times))
-        # One time after the other: the batch in memory is the m trajectories.
+        # One time after another: the batch in memory is the m trajectories.
         return jax.lax.map(
             lambda at: spectral_norm(score_fn, *at, iters, symmetric=symmetric),
             (walk(x), times, keys),
@@ -164,19 +165,18 @@ def along(
     return jax.vmap(one)(xs, jax.random.split(key, len(xs)))
 
 
-# Where to look: on the segments between training points.
+# Probes: on the segments between training points.
 
 
-def midpoints(data, m: int):
-    """Midpoints of the m closest pairs of training points.
+def midpoints(data: Points, m: int) -> Num[Arr, " k *e"]:
+    """Midpoints of the m closest pairs of training points, closest pair first.
 
-    There the empirical score explodes like sigma^-4, and not at the points
-    themselves, where its norm is 1/v in the median. Scaled by alpha, they are the
-    probes at time t. Pairs of copies come last: nothing lies between them.
+    There the empirical score explodes like sigma^-4, and not at the points themselves,
+    where its norm is 1/v in the median. Scaled by alpha, they are the probes at time t.
+    Pairs of copies come last: nothing lies between them. Memory grows with n, not n^2.
 
-    Args: data [n, *e] float; memory grows with n, not n^2.
-    Returns: [min(m, n (n - 1) / 2), *e], closest pair first.
-    Raises: ValueError.
+    Returns: k = min(m, n (n - 1) / 2) points.
+    Raises: ValueError: m < 1, n < 2, or data that are not floats.
     """
     n = len(data)
     if n < 2 or m < 1:
@@ -204,13 +204,13 @@ def midpoints(data, m: int):
     return (data[first] + data[second]) / 2
 
 
-def segments(key, data, m: int):
-    """Midpoints of m random pairs of training points, far ones too.
+def segments(key: Keys, data: Points, m: int) -> Num[Arr, " {m} *e"]:
+    """Midpoints of m random pairs of training points, including distant pairs.
 
     As t falls, the Lipschitz constant comes from the farthest pair with no third point
-    between (the longest Delaunay edge), not from the closest.
+    between them (the longest Delaunay edge), not from the closest pair.
 
-    Args: data [n, *e] float.   Returns: [m, *e].   Raises: ValueError.
+    Raises: ValueError: m < 1, n < 2, or data that are not floats.
     """
     n = len(data)
     if n < 2 or m < 1:
@@ -225,26 +225,25 @@ def segments(key, data, m: int):
 # Bounds.
 
 
-def two_point(distance, process: Process, t):
-    """The norm at the midpoint of two points: alpha^2 D^2 / (4 v^2) - 1/v, or 1/v.
-
-    Args: distance [] between the points, t [].   Returns: [].
-    """
+def two_point(distance: Scalar, process: Process, t: Scalar) -> Scalar:
+    """The norm midway between two points: alpha^2 D^2 / (4 v^2) - 1/v, or 1/v."""
     check_time(t)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
     return jnp.maximum(alpha2 * distance**2 / (4 * v**2) - 1 / v, 1 / v)
 
 
-def empirical_bounds(data, process: Process, t):
+def empirical_bounds(
+    data: Points, process: Process, t: Scalar
+) -> tuple[Scalar, Scalar]:
     """The bounds of Ye 2025, section 5, on the Lipschitz constant of the score.
 
-    low = -1/v + alpha^2 D_min^2 / (16 v^2) holds where the two weights at the midpoint
-    of the closest pair are at least 1/4: (n - 2) exp(-alpha^2 D_min^2 / (4 v)) <= 2;
-    elsewhere, and always, 1/v does. high = max(1/v, alpha^2 D_max^2 / (4 v^2) - 1/v).
+    low = -1/v + alpha^2 D_min^2 / (16 v^2) holds if the two weights at the midpoint of
+    the closest pair are at least 1/4: (n - 2) exp(-alpha^2 D_min^2 / (4 v)) <= 2; 1/v
+    always holds. high = max(1/v, alpha^2 D_max^2 / (4 v^2) - 1/v).
 
-    Args: data [n, *e] float, distinct points, n >= 2 (copies: low is 1/v); t [].
-    Returns: (low [], high []).
-    Raises: ValueError.
+    Args: data, distinct points (with copies, low is 1/v).
+    Returns: low, high.
+    Raises: ValueError: n < 2, or data that are not floats.
     """
     n = len(data)
     if n < 2:
@@ -268,13 +267,14 @@ def empirical_bounds(data, process: Process, t):
     return jnp.maximum(low, 1 / v), jnp.maximum(high, 1 / v)
 
 
-def network_bound(bound, prediction: Prediction, process: Process, t):
-    """Of the score of a network whose own Lipschitz constant is at most `bound`.
+def network_bound(
+    bound: Scalar, prediction: Prediction, process: Process, t: Scalar
+) -> Scalar:
+    """A bound for the score of a network with a Lipschitz constant of at most `bound`.
 
     The score is ((alpha skip - 1) x + alpha out F(scale x)) / sigma^2, so its constant
-    is at most (|alpha skip - 1| + alpha |out| scale bound) / sigma^2.
-
-    Args: bound [], such as `models.mlp.lipschitz_bound`; t [].   Returns: [].
+    is at most (|alpha skip - 1| + alpha |out| scale bound) / sigma^2. For `bound` see
+    `models.mlp.lipschitz_bound`.
     """
     check_time(t)
     alpha = process.alpha(t)

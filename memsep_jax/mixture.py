@@ -15,11 +15,13 @@ import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import erfc, logsumexp
 
+from memsep_jax.arrays import Arr, Float, Keys, Scalar
 from memsep_jax.process import Process
 from memsep_jax.score import ScoreFn
 
-LEFT_OUT = 16.0  # student_t: scales likelier than exp(-16) of the likeliest are kept
-LEVELS = 12  # of the continued fraction of the normal tail: right to 3e-11 from 5 on
+LEFT_OUT = 16.0  # student_t keeps scales likelier than exp(-16) of the likeliest
+LEVELS = 12  # of the continued fraction of the normal tail: 3e-11 accurate from 5 on
+# The positive half of Gauss's rule with 8 nodes; the integrand is even.
 NODES, WEIGHTS = (a[4:].tolist() for a in np.polynomial.legendre.leggauss(8))
 
 
@@ -45,7 +47,7 @@ class Mixture(NamedTuple):
         )
 
     def draws(self, key, k):
-        """One draw of each component asked for.   k [n] int -> [n, d]."""
+        """One draw from each requested component.   k [n] int -> [n, d]."""
         factors, shape = self.factors, (len(k), self.means.shape[1])
         if factors is None:
             eps = jax.random.normal(key, shape)
@@ -72,7 +74,9 @@ class Boxes(NamedTuple):
         noisy = jnp.asarray(self.sigma) > 0
         sigma = jnp.where(noisy, self.sigma, 1.0)
 
-        @jax.checkpoint  # and one at a time: a derivative needs 80 arrays like x
+        # One box at a time, and computed again in reverse mode: a derivative needs 80
+        # arrays of the size of x.
+        @jax.checkpoint
         def log_component(edges):
             low, high = edges
             inside = (low <= x) & (x <= high)
@@ -88,7 +92,7 @@ class Boxes(NamedTuple):
         return self._replace(low=alpha * self.low, high=alpha * self.high, sigma=noise)
 
     def draws(self, key, k):
-        """One draw of each component asked for.   k [n] int -> [n, d]."""
+        """One draw from each requested component.   k [n] int -> [n, d]."""
         place_key, noise_key = jax.random.split(key)
         shape = (len(k), self.low.shape[1])
         place = jax.random.uniform(place_key, shape)
@@ -102,14 +106,14 @@ class Boxes(NamedTuple):
 Law = Mixture | Boxes
 
 
-def separated(key, k: int, d: int, scale: float = 2.0) -> Mixture:
+def separated(key: Keys, k: int, d: int, scale: float = 2.0) -> Mixture:
     """Equal weights, means ~ N(0, scale^2 I), unit variances (Ye 2025, section 6)."""
     means = _means(key, k, d, scale)
     return Mixture(_equal(k), means, jnp.ones((k, d)))
 
 
 def low_rank(
-    key, k: int, d: int, scale: float = 2.0, rank: int = 2, noise: float = 0.1
+    key: Keys, k: int, d: int, scale: float = 2.0, rank: int = 2, noise: float = 0.1
 ) -> Mixture:
     """Data near planes: covariances F_k F_k^T + noise^2 I, F_k [d, rank] Gaussian.
 
@@ -127,7 +131,7 @@ def low_rank(
 
 
 def student_t(
-    key,
+    key: Keys,
     k: int,
     d: int,
     scale: float = 2.0,
@@ -138,15 +142,15 @@ def student_t(
 
     A t is a Gaussian whose variance is random, dof / chi^2_dof. The trapezoid rule in
     the logarithm of that variance converges exponentially, so the law is a finite
-    mixture with the same diffused law, score and samples as any other. With the nodes
-    it takes by itself its density is that of the t to 1e-6: at dof=3 out to 30 scales
-    (1 % at 300), at dof=10 to 10 (1 % at 30), at dof=1 beyond 10^5. Further out, where
-    1e-7 of the mass is, its tails are Gaussian.
+    mixture with the same diffused law, score and samples as any other. With the default
+    nodes its density agrees with the t to 1e-6: at dof=3 out to 30 scales (1 % at 300),
+    at dof=10 to 10 (1 % at 30), at dof=1 beyond 10^5. Further out, where 1e-7 of the
+    mass lies, its tails are Gaussian.
 
     Args:
       dof: tails |x|^-(dof + d); at least 0.5, or the scales leave float32.
-      nodes: of the rule; None: as many as d needs, 38 at d=1, 81 at d=32, 711 at
-        d=3072 (dof=3). Fewer give a coarser law, as exactly known.
+      nodes: of the rule; None takes as many as d needs: 38 at d=1, 81 at d=32, 711 at
+        d=3072 (dof=3). Fewer give a coarser law, which is known just as exactly.
     """
     if not 0.5 <= dof < math.inf or (nodes is not None and nodes < 2):
         raise ValueError(
@@ -155,10 +159,10 @@ def student_t(
         )
     means = _means(key, k, d, scale)
     # With y = log variance the weight is exp(-dof/2 (e^-y + y - 1)), up to a constant;
-    # its exponent passes -LEFT_OUT within these bounds.
+    # its exponent falls below -LEFT_OUT within these bounds.
     c = 2 * LEFT_OUT / dof
     r = c + math.sqrt(2 * c)
-    if nodes is None:  # at a point the law of y is as narrow as sqrt(2 / (dof + d))
+    if nodes is None:  # given x, the law of y is as narrow as sqrt(2 / (dof + d))
         step = 1 / math.sqrt(2 + (dof + d) / 2)
         nodes = 1 + math.ceil((r + math.log1p(r)) / step)
     y = np.linspace(-math.log1p(r), r, nodes)
@@ -173,7 +177,7 @@ def student_t(
 
 
 def boxes(
-    key, k: int, d: int, scale: float = 2.0, width: float = math.sqrt(12)
+    key: Keys, k: int, d: int, scale: float = 2.0, width: float = math.sqrt(12)
 ) -> Boxes:
     """Uniforms on cubes, centres ~ N(0, scale^2 I); sqrt(12) gives unit variances."""
     if not 0 < width < math.inf:
@@ -190,13 +194,13 @@ LAWS: dict[str, Callable[..., Law]] = {
 }
 
 
-def diffuse(law, process: Process, t):
-    """The law P_t of X_t when X_0 follows the law: one of the same kind.   t []."""
+def diffuse(law, process: Process, t: Scalar):
+    """The law P_t of X_t when X_0 follows the law; it is of the same kind."""
     return law.moved(process.alpha(t), process.sigma(t))
 
 
-def log_prob(law: Law, x):
-    """log p(x).   x [d] -> [].   Raises: ValueError: x is no vector of that length."""
+def log_prob(law: Law, x: Float[Arr, " d"]) -> Scalar:
+    """log p(x).   Raises: ValueError: x is not a vector of the law's length."""
     return logsumexp(law.log_weights + law.log_components(x))
 
 
@@ -205,8 +209,8 @@ def score(law: Law, process: Process) -> ScoreFn:
     return lambda x, t: jax.grad(log_prob, argnums=1)(diffuse(law, process, t), x)
 
 
-def sample(key, law: Law, n: int):
-    """n independent draws.   Returns: [n, d]."""
+def sample(key: Keys, law: Law, n: int) -> Float[Arr, " {n} d"]:
+    """n independent draws."""
     choice_key, noise_key = jax.random.split(key)
     k = jax.random.categorical(choice_key, law.log_weights, shape=(n,))
     return law.draws(noise_key, k)
@@ -223,7 +227,7 @@ def _log_normal(x, mean, variance, factor):
             chol = cho_factor(inner, lower=True)
             z = cho_solve(chol, scaled.T @ gap)  # E[z | x], where X = mean + F z + ...
             gap = gap - factor @ z
-        # |gap|^2 - (what the plane explains) cancels; the rest and |z|^2 only add.
+        # |gap|^2 minus the part in the plane would cancel; the rest and |z|^2 only add.
         more = jnp.sum(z**2) + 2 * jnp.sum(jnp.log(jnp.diagonal(chol[0])))
     exponents = gap**2 / variance + jnp.log(2 * jnp.pi * variance)
     return -(jnp.sum(exponents) + more) / 2
@@ -232,7 +236,7 @@ def _log_normal(x, mean, variance, factor):
 def _log_blurred(x, low, high, sigma):
     """log p of U(low, high) + N(0, sigma^2), elementwise; finite however far x is."""
     below, above = (low - x) / sigma, (x - high) / sigma
-    # Of the two edges the nearer first, negative where x is inside.
+    # The nearer of the two edges comes first, negative if x is inside.
     near = jnp.where(below > above, below, above)
     far = -jnp.where(below > above, above, below)
     return _log_mean_normal(near, far) - jnp.log(sigma)
@@ -240,11 +244,11 @@ def _log_blurred(x, low, high, sigma):
 
 def _log_mean_normal(a, b):
     """log (Q(a) - Q(b)) / (b - a), Q the normal tail; |a| <= b, elementwise."""
-    # Over a short interval both tails are equal to rounding: there the mean is taken
-    # by Gauss's rule, to 1e-13 of itself.
+    # Over a short interval both tails are equal to rounding, so Gauss's rule takes the
+    # mean there, to 1e-13 of itself.
     half, centre = (b - a) / 2, (a + b) / 2
     short = (half <= 0.5) & (half * centre <= 2)
-    # `where` before and after: the branch not taken must have finite derivatives.
+    # `where` before and after: the other branch must have finite derivatives too.
     h, m = jnp.where(short, half, 0.0), jnp.where(short, centre, 0.0)
     mean = sum(
         weight * jnp.exp(-((h * node) ** 2) / 2) * jnp.cosh(m * h * node)
@@ -261,7 +265,7 @@ def _log_mean_normal(a, b):
 
 
 def _log_tail(z):
-    """log P(N(0, 1) > z), elementwise, its derivatives right at every z.
+    """log P(N(0, 1) > z), elementwise, with accurate derivatives at every z.
 
     Those of jax.scipy.special.log_ndtr are exp(difference of squares): noise far out.
     """

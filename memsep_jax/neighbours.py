@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-CONTENDERS = 16  # beyond k, recomputed by differences
+from memsep_jax.arrays import Arr, Int
+
+CONTENDERS = 16  # points beyond k that are recomputed by differences
 PART = 2**28  # bytes of points on disk that are read at a time
 DOUBTED = 8  # samples compared with every point by differences, at a time
-# Numbers that are summed at once, at least: an image of 32 x 32 x 3 is one piece, which
-# costs nothing. And the pieces of a longer image, at most: each is a step of a loop.
+# The least numbers in a piece of a sum: an image of 32 x 32 x 3 is one piece, which
+# costs nothing. And the most pieces of a longer image: each is a step of a loop.
 PIECE, PIECES = 4_096, 64
 TOGETHER = 16  # samples whose contenders are gathered at a time
 
@@ -27,8 +29,8 @@ class Neighbours(NamedTuple):
     indices: np.ndarray  # [m, k] into the training data; of duplicates, the first
 
 
-def distinct(data):
-    """Which rows are the first of their kind.   data [n, *e] -> sorted indices [k]."""
+def distinct(data) -> Int[Arr, " k"]:
+    """Sorted indices of the rows of data [n, *e] that are the first of their kind."""
     first: dict[bytes, int] = {}
     for i, row in enumerate(data):
         row = row + np.zeros((), row.dtype)  # -0.0 is 0.0
@@ -49,25 +51,25 @@ def searcher(
     devices=None,
     memory: float = math.inf,
 ):
-    """Searches the k nearest distinct training points, compiled once for its data.
+    """A search for the k nearest distinct training points, compiled once for its data.
 
-    Contenders are found by a matrix product, block by block, and then recomputed by
-    differences: an exact copy has distance 0 and the right index, at the speed of the
-    product. A sample for which the product's rounding leaves doubt is compared with
-    every point by differences: the answer is always theirs, the lowest index on ties.
+    A matrix product selects contenders, block by block, and differences recompute them:
+    an exact copy has distance 0 and the right index, at the speed of the product. If
+    the product's rounding leaves doubt about a sample, it is compared with every point
+    by differences, so the answer is always theirs, with the lowest index on ties.
 
-    Each device holds its share of the data, as uint8 if they are; memory beyond that
-    grows with chunk x (block + d) and block x d, never with m x n. Of the data
-    themselves, distances[:, 1] is that to the nearest other point.
+    Each device holds its share of the data, in uint8 if they are uint8; memory beyond
+    that grows with chunk x (block + d) and block x d, never with m x n. If the data are
+    searched in themselves, distances[:, 1] is the distance to the nearest other point.
 
     Args:
-      data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1; or what stays
-        on disk (data.Rows): then PART bytes at a time are read, for all samples.
-      chunk, block: samples and training points looked at together, at most.
-      memory: bytes that a search may take beyond the data. Of few, chunks and blocks
-        are smaller, and the answer is the same.
-      devices: over which the data are split; by default all of this process. Of several
-        processes, jax.devices(): then all of them ask for the same samples together.
+      data: [n, *e] numbers, or uint8 pixels, which mean u / 127.5 - 1; or rows that
+        stay on disk (data.Rows), read PART bytes at a time for all samples.
+      chunk, block: the most samples and training points in one step.
+      memory: bytes that a search may take beyond the data. With little memory, chunks
+        and blocks are smaller, and the answer is the same.
+      devices: the data are split over these; by default, all of this process. Several
+        processes give jax.devices() and then search the same samples together.
     Returns:
       samples [m, *e] -> Neighbours; uint8 pixels where the data are.
     Raises:
@@ -82,7 +84,7 @@ def searcher(
     n, pixels = len(first), data.dtype == np.uint8
     if not 1 <= k <= n:
         raise ValueError(
-            f"k={k} neighbours were asked of {n} distinct training points: "
+            f"k={k} neighbours were requested of {n} distinct training points: "
             "use more data, or the distance to the nearest one only (k=1)"
         )
     event, dtype = data.shape[1:], data.dtype
@@ -91,7 +93,7 @@ def searcher(
     chunk, block, together = _sizes(memory, d, k, (chunk, block, TOGETHER))
     part = max(k, PART // (dtype.itemsize * d)) if on_disk else n
 
-    @functools.lru_cache(maxsize=1)  # what fits is read once
+    @functools.lru_cache(maxsize=1)  # data that fit in one part are read once
     def part_of(start):
         rows = first[start : start + part]
         points = data if len(rows) == len(data) else data[rows]
@@ -115,25 +117,25 @@ def searcher(
         squares = np.empty((len(samples), 0), np.float32)
         numbers = np.empty((len(samples), 0), int)
         for start in range(0, n, part):
-            found = part_of(start)(samples, chunk)
+            more_squares, more_numbers = part_of(start)(samples, chunk)
             squares, numbers = _nearest(
-                np.concatenate([squares, found[0]], axis=1),
-                np.concatenate([numbers, found[1] + start], axis=1),
+                np.concatenate([squares, more_squares], axis=1),
+                np.concatenate([numbers, more_numbers + start], axis=1),
                 k,
             )
         unit = np.float32(127.5 if pixels else 1)
         return Neighbours(np.sqrt(squares) / unit, first[numbers])
 
     if not on_disk:
-        part_of(0)  # what does not fit says so now
+        part_of(0)  # data that do not fit fail now
     return search
 
 
 def _sizes(memory, d, k, most):
-    """chunk, block and together, a third of a memory each; 1 at least, `most` at most.
+    """chunk, block and together, with a third of the memory each, from 1 to `most`.
 
-    A sample is there as it came, as floats and centred; a point of a block as it is and
-    as floats; and of a sample all contenders, as they are and as floats.
+    A sample is held as it came, as floats and centred; a point of a block as it is and
+    as floats; and all contenders of a sample as they are and as floats.
     """
     bytes_of_each = 12 * d, 8 * d, 5 * d * (k + CONTENDERS)
     return (
@@ -148,17 +150,17 @@ def _searcher(points, k, block, devices, together):
     Returns: both [m, k], as the answer of `_search` for each of them.
     """
     n = len(points)
-    # Distances do not change when all is centred, and rounding shrinks with the norms.
+    # Centring leaves distances unchanged, and rounding shrinks with the norms.
     centre = points.mean(axis=0, dtype=np.float64).astype(np.float32)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     shares = _shares(points, mesh)
 
     def answer(x, size, every):
-        """Squares and numbers [m, k] of samples, padded to a size; who is in doubt."""
+        """Squares and numbers [m, k] of padded samples, and which are in doubt."""
         m, x = len(x), np.pad(x, [(0, size - len(x)), (0, 0)])
-        with jax.debug_infs(False):  # of no other points the bound is infinite
+        with jax.debug_infs(False):  # without other points the bound is infinite
             parts = _search(shares, centre, x, n, k, block, mesh, every, together)
-        # Waited for: np.asarray of what found no memory would end the process.
+        # Wait first: np.asarray of a result that found no memory ends the process.
         squares, numbers, others = (
             np.asarray(part)[:m] for part in jax.block_until_ready(parts)
         )
@@ -170,7 +172,7 @@ def _searcher(points, k, block, devices, together):
         m = len(samples)
         squares, numbers = np.empty((m, k), np.float32), np.empty((m, k), int)
         doubted = np.zeros(m, bool)
-        # Chunks as equal as can be: one compilation, and little of it for padding.
+        # Chunks as equal as possible: one compilation, and little padding.
         size = -(-m // max(1, -(-m // chunk)))
         for rows in _cut(np.arange(m), size):
             squares[rows], numbers[rows], doubted[rows] = answer(
@@ -184,7 +186,7 @@ def _searcher(points, k, block, devices, together):
 
 
 def _nearest(squares, numbers, k):
-    """The k nearest of candidates [m, j], in the order of the data: first on ties."""
+    """The k nearest of candidates [m, j], and on ties the first in the data."""
     order = np.argsort(squares, axis=1, kind="stable")[:, :k]
     return tuple(np.take_along_axis(a, order, axis=1) for a in (squares, numbers))
 
@@ -199,7 +201,7 @@ def _cut(rows, size):
 
 
 def _shares(points, mesh):
-    """points [n, d] -> [devices * share, d], split; the last ones overlap as needed."""
+    """points [n, d] -> [devices * share, d], split; the last shares may overlap."""
     share = -(-len(points) // mesh.size)
 
     def of(index):
@@ -216,10 +218,10 @@ def _piece(d):
 
 
 def _summed(total, *arrays):
-    """total(*arrays), sums over their last axis, as the sum of those of its pieces.
+    """total(*arrays), which sums over their last axis, added up piece by piece.
 
-    The rounding of a sum grows with its terms: of 256 x 256 x 3 pixels at once it is
-    2.6 % of the norms, and no neighbour is sure; of 48 pieces it is 0.06 %.
+    The bound on the rounding of a sum grows with its terms: for 256 x 256 x 3 pixels at
+    once it is 2.6 % of the norms, and no neighbour is sure; for 48 pieces it is 0.06 %.
     """
     d = arrays[0].shape[-1]
     size = _piece(d)
@@ -230,20 +232,20 @@ def _summed(total, *arrays):
 
     if d <= size:
         return total(*arrays)
-    # A loop: so many pieces one by one take a compiler 0.2 GB.
+    # A loop, since 48 pieces one by one take the compiler 0.2 GB.
     whole, rest = divmod(d, size)
-    found = jax.lax.fori_loop(
-        1, whole, lambda i, found: found + piece(size * i, size), piece(0, size)
+    result = jax.lax.fori_loop(
+        1, whole, lambda i, result: result + piece(size * i, size), piece(0, size)
     )
-    return found + piece(size * whole, rest) if rest else found
+    return result + piece(size * whole, rest) if rest else result
 
 
 def _shrink(d):
     """A factor s with s |x|^2 + s |y|^2 - 2 x.y <= |x - y|^2 whatever float32 rounds.
 
-    However n terms and then p pieces are summed, |x|^2, |y|^2 and 2 x.y are off by at
-    most (n + p) u of |x|^2, |y|^2 and |x|^2 + |y|^2, u = eps / 2; centring and the
-    rest, by a few u.   Source: Higham 2002, section 3.1.
+    In whatever order n terms and then p pieces are summed, |x|^2, |y|^2 and 2 x.y are
+    off by at most (n + p) u of |x|^2, |y|^2 and |x|^2 + |y|^2, u = eps / 2; centring
+    and the rest add a few u.   Source: Higham 2002, section 3.1.
     """
     size = _piece(d)
     terms = min(d, size) + -(-d // size)
@@ -294,7 +296,7 @@ def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER
                 squares = jax.lax.map(lambda x: differences(x, rows), samples)
             else:
                 squares = bounds(rows)
-            # What overlaps the block or the share before has counted there.
+            # Points that overlap the previous block or share have counted there.
             place = offset + jnp.arange(block, dtype=jnp.int32)
             fresh = place >= jnp.maximum(start, number - begin)
             squares = jnp.where(fresh[None], squares, jnp.inf)
@@ -316,12 +318,12 @@ def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER
             )
             exact = jnp.where(squares < jnp.inf, exact, jnp.inf)
             squares, places = jax.lax.sort((exact, places), num_keys=2)
-        found = squares[:, :k], begin + places[:, :k], others
+        answer = squares[:, :k], begin + places[:, :k], others
         if several:
-            found = [jax.lax.all_gather(a, "data", axis=1, tiled=True) for a in found]
-        return tuple(found)
+            answer = [jax.lax.all_gather(a, "data", axis=1, tiled=True) for a in answer]
+        return tuple(answer)
 
-    # Of several processes, each needs the answers of all.
+    # With several processes, each needs the answers of all.
     several = len({device.process_index for device in mesh.devices.flat}) > 1
     split, whole = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
@@ -329,5 +331,5 @@ def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER
         mesh=mesh,
         in_specs=(split, whole, whole),
         out_specs=whole if several else PartitionSpec(None, "data"),
-        check_vma=False,  # it cannot see that all have gathered the same
+        check_vma=False,  # the check cannot see that all have gathered the same
     )(shares, centre, samples)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memsep_jax.arrays import Arr, Num, Point, Scalar
 from memsep_jax.checks import is_known
 
 
@@ -72,41 +73,37 @@ def check_time(t):
         )
 
 
-def perturb(process: Process, x0, t, eps):
-    """X_t from a clean point and its noise.
-
-    Args: x0 [*e], t [], eps [*e].   Returns: [*e].
-    """
+def perturb(process: Process, x0: Point, t: Scalar, eps: Point) -> Point:
+    """X_t from a clean point and its noise."""
     return process.alpha(t) * x0 + process.sigma(t) * eps
 
 
-def drift(process: Process, t):
-    """f(t) of dX = f X dt + g dB: d log alpha / dt.   t [] -> []."""
+def drift(process: Process, t: Scalar) -> Scalar:
+    """f(t) of dX = f X dt + g dB: d log alpha / dt."""
     return jax.grad(process.alpha)(t) / process.alpha(t)
 
 
-def diffusion2(process: Process, t):
-    """g(t)^2 of dX = f X dt + g dB: d sigma^2/dt - 2 f sigma^2.   t [] -> []."""
+def diffusion2(process: Process, t: Scalar) -> Scalar:
+    """g(t)^2 of dX = f X dt + g dB: d sigma^2/dt - 2 f sigma^2."""
     sigma, rate = jax.value_and_grad(process.sigma)(t)
     return 2 * sigma * rate - 2 * drift(process, t) * sigma**2
 
 
-def noise_to_signal(process: Process, t):
-    """s(t) = sigma / alpha, the noise level in EDM's frame.   t [] -> []."""
+def noise_to_signal(process: Process, t: Num[Arr, "*k"]) -> Num[Arr, "*k"]:
+    """s(t) = sigma / alpha, the noise level in EDM's frame."""
     return process.sigma(t) / process.alpha(t)
 
 
-def time_of(process: Process, noise):
-    """The time at which sigma / alpha is `noise`; where it never is, 1e-8 or 1e8.
+def time_of(process: Process, noise: Scalar) -> Scalar:
+    """The time at which sigma / alpha is `noise`, or 1e-8 or 1e8 if it never is.
 
-    By bisection in log t, to rounding; its derivative is that of the inverse function.
-    noise [] -> t [].
+    It bisects log t down to rounding; its derivative is that of the inverse function.
     """
     noise = jnp.asarray(noise, float)
 
     def late(log_t):
         t = jnp.exp(log_t)
-        # Signed, not squared: alpha < 0 past the end of a rectified flow.
+        # Signed, not a ratio: alpha < 0 past the end of a rectified flow.
         return process.sigma(t) - noise * process.alpha(t)
 
     def bisect(late, start):
@@ -116,11 +113,12 @@ def time_of(process: Process, noise):
             return jnp.where(early, middle, ends[0]), jnp.where(early, ends[1], middle)
 
         widest = jnp.full_like(start, jnp.log(1e8))
+        # 64 halvings of 37 are below the rounding of float64.
         return jax.lax.fori_loop(0, 64, halve, (-widest, widest))[0]
 
     def divide(slope, y):
         slope = slope(jnp.ones_like(y))
-        # Where the noise is never reached, nothing moves.
+        # A noise that is never reached has a time that does not move.
         return jnp.where(slope == 0, 0.0, y / jnp.where(slope == 0, 1.0, slope))
 
     return jnp.exp(jax.lax.custom_root(late, jnp.zeros_like(noise), bisect, divide))
@@ -157,9 +155,9 @@ def log_normal(mean: float = -1.2, std: float = 1.2):
 
 
 def on_clock(law, clock: Process, process: Process):
-    """The time of `process` that is as noisy as `clock` is at u, u ~ law.
+    """The time at which `process` is as noisy as `clock` is at u, for u ~ law.
 
-    So a law that a paper states in the time of its own process keeps its meaning.
+    A law that a paper states in the time of its own process thus keeps its meaning.
     """
     return lambda key: time_of(process, noise_to_signal(clock, law(key)))
 

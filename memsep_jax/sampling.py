@@ -10,41 +10,44 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memsep_jax.arrays import Arr, Float, Keys, Point, Scalar
 from memsep_jax.process import Process, diffusion2, drift, noise_to_signal, time_of
 from memsep_jax.score import ScoreFn, to_denoiser
 
 
-def log_times(t_min: float, t_max: float, steps: int):
-    """Times equally spaced in log t, as the VE steps of Karras 2022, table 1.
+def log_times(t_min: float, t_max: float, steps: int) -> Float[Arr, " {steps}+1"]:
+    """Times equally spaced in log t, like the VE steps of Karras 2022, table 1.
 
-    Returns: [steps + 1], from t_max to t_min.
+    Returns: the times from t_max down to t_min.
     """
     _check_grid(t_min, t_max, steps)
     return jnp.geomspace(t_max, t_min, steps + 1)
 
 
-def edm_times(t_min: float, t_max: float, steps: int, rho: float = 7.0):
+def edm_times(
+    t_min: float, t_max: float, steps: int, rho: float = 7.0
+) -> Float[Arr, " {steps}+1"]:
     """Times equally spaced in t^(1/rho) (Karras 2022, eq. 5).
 
-    Returns: [steps + 1], from t_max to t_min. The final Tweedie step is EDM's last
+    Returns: the times from t_max down to t_min. The final Tweedie step is EDM's last
     step to 0, so EDM's 18 steps (35 calls with Heun) are steps=17 here.
     """
     _check_grid(t_min, t_max, steps)
     ramp = jnp.linspace(t_max ** (1 / rho), t_min ** (1 / rho), steps + 1)
-    # The ends exactly: the last time is where the Tweedie step takes its sigma.
+    # Exact ends, since the Tweedie step takes its sigma at the last time.
     return (ramp**rho).at[0].set(t_max).at[-1].set(t_min)
 
 
 TIME_GRIDS = {"log": log_times, "edm": edm_times}
 
 
-def prior(key, process: Process, t, shape):
-    """X_T ~ N(0, sigma(T)^2 I), where sampling starts.   Returns: shape."""
+def prior(key: Keys, process: Process, t: Scalar, shape) -> Point:
+    """X_T ~ N(0, sigma(T)^2 I) of this shape, where sampling starts."""
     return process.sigma(t) * jax.random.normal(key, shape)
 
 
 class _Stages(NamedTuple):
-    """A trajectory of a sampler: begin, step for each i of range(steps), end."""
+    """A trajectory of a sampler: begin, a step for each i in range(steps), end."""
 
     begin: Callable  # (x [*e] at times[0]) -> [*e]
     step: Callable  # (x [*e], key, i []) -> [*e]
@@ -65,13 +68,19 @@ def _whole(stages):
     return flow
 
 
-def ode(score_fn: ScoreFn, process: Process, times, method="heun", denoise=True):
+def ode(
+    score_fn: ScoreFn,
+    process: Process,
+    times: Float[Arr, " k"],
+    method="heun",
+    denoise=True,
+):
     """The probability-flow ODE dx/dt = f x - g^2 score / 2 along `times`.
 
     Args:
-      times: [steps + 1], decreasing.
+      times: decreasing.
       method: "euler", "heun" (second order), or "ddim" (Euler in x/alpha against
-        sigma/alpha, exact when the denoiser does not move; Song 2021).
+        sigma/alpha, exact if the denoiser does not move; Song 2021).
       denoise: end with the Tweedie step, since raw samples at t_min still carry
         noise of size sigma(t_min).
     Returns:
@@ -93,10 +102,10 @@ def _ode(score_fn, process, times, method="heun", denoise=True):
     return _Stages(lambda x: x, stage, end, len(times) - 1)
 
 
-def path(score_fn: ScoreFn, process: Process, times, method="heun"):
-    """Where `ode` goes: every point of the trajectory, its start and raw end included.
+def path(score_fn: ScoreFn, process: Process, times: Float[Arr, " k"], method="heun"):
+    """The whole trajectory of `ode`, including its start and its raw end.
 
-    Args: as `ode`.   Returns: x [*e] at times[0] -> [steps + 1, *e], one a time.
+    Args: as `ode`.   Returns: x [*e] at times[0] -> [k, *e], a point for each time.
     """
     step = _step(score_fn, process, method)
 
@@ -139,10 +148,10 @@ def _step(score_fn, process, method):
 ODE_METHODS = ("euler", "heun", "ddim")
 
 
-def sde(score_fn: ScoreFn, process: Process, times, denoise=True):
+def sde(score_fn: ScoreFn, process: Process, times: Float[Arr, " k"], denoise=True):
     """The reverse SDE dX = (f X - g^2 score) dt + g dB, by Euler-Maruyama.
 
-    Args: times [steps + 1], decreasing; denoise as in `ode`.
+    Args: times, decreasing; denoise as in `ode`.
     Returns: flow: (x [*e] at times[0], key) -> [*e].
     """
     return _whole(_sde(score_fn, process, times, denoise))
@@ -166,7 +175,7 @@ def _sde(score_fn, process, times, denoise=True):
 def edm(
     score_fn: ScoreFn,
     process: Process,
-    times,
+    times: Float[Arr, " k"],
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = float("inf"),
@@ -174,15 +183,15 @@ def edm(
 ):
     """EDM's stochastic sampler: up to a higher noise, then Heun down (Karras 2022, 2).
 
-    Algorithm 2 of the paper, in x/alpha against s = sigma/alpha, on any process. Its N
-    steps are the steps between `times` and the last one to 0, Tweedie's.
+    Algorithm 2 of the paper, in x/alpha against s = sigma/alpha, on any process. Its k
+    steps are those between `times` and the last one to 0, which is Tweedie's.
 
     Args:
-      times: [N], decreasing.
+      times: decreasing.
       churn: S_churn, the stochasticity; 0 for the deterministic sampler. In each step
-        s rises by the factor 1 + min(churn / N, sqrt(2) - 1).
-      churn_min, churn_max: S_tmin and S_tmax, the range of s where it does.
-      churn_noise: S_noise, the standard deviation of what is added.
+        s rises by the factor 1 + min(churn / k, sqrt(2) - 1).
+      churn_min, churn_max: S_tmin and S_tmax, the range of s with churn.
+      churn_noise: S_noise, the standard deviation of the added noise.
     Returns:
       flow: (x [*e] at times[0], key) -> [*e].
     Raises: ValueError: a number that breaks its rule.
@@ -215,7 +224,7 @@ def _edm(
     gamma = jnp.where(within, min(churn / len(times), 2**0.5 - 1), 0)
     raised = levels * (1 + gamma)
     added = churn_noise * levels * jnp.sqrt(gamma * (2 + gamma))
-    # Where nothing is added, t as it is: a time is found to rounding only.
+    # Without added noise t stays as it is, since `time_of` is exact to rounding only.
     later = jax.vmap(lambda s: time_of(process, s))(raised)
     starts = jnp.where(gamma > 0, later, times)
 
@@ -244,18 +253,20 @@ def _edm(
     return _Stages(begin, stage, end, len(times) - 1)
 
 
-def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
+def log_likelihood(
+    score_fn: ScoreFn, process: Process, times: Float[Arr, " k"], probes: int = 0
+):
     """log p_{t_min}(x) of a score's own law, by its probability-flow ODE (Song 2021).
 
-    The change of variables along the flow from t_min to t_max, where the law is taken
-    for the prior N(0, sigma(t_max)^2 I); by Heun's method.
+    The change of variables along the flow from t_min to t_max, by Heun's method; at
+    t_max the law is taken to be the prior N(0, sigma(t_max)^2 I).
 
     Args:
-      times: [steps + 1], decreasing, as for `ode`.
-      probes: 0 for the exact trace, d derivatives a step; else Hutchinson's estimate
-        from so many random signs, the same along the whole trajectory.
+      times: decreasing, as for `ode`.
+      probes: 0 for the exact trace, with d derivatives per step; else the number of
+        random signs in Hutchinson's estimate, the same along the whole trajectory.
     Returns:
-      log_prob: (x [*e], key) -> [] in nats; key is needed for probes only.
+      log_prob: (x [*e], key) -> [] in nats; only probes need the key.
     """
     if probes < 0:
         raise ValueError(f"probes={probes} must be 0 (exact trace) or more")
@@ -298,23 +309,23 @@ def log_likelihood(score_fn: ScoreFn, process: Process, times, probes: int = 0):
 def sampler(
     score_fn: ScoreFn, process: Process, times, shape, method="heun", **options
 ):
-    """Sample i of a seed, from its own key: prior, then the flow of the method.
+    """A sample from a key: the prior, then the flow of the method.
 
     Args: method, "sde", "edm" or one of `ode`; options, of the function behind it.
     Returns: (key) -> [*shape]. Give sample i the key fold_in(key, i): it then depends
-    on (seed, i) only, whatever the batch it is drawn in.
+    on (seed, i) only, whatever its batch is.
     """
     flow = _whole(_cut(score_fn, process, times, shape, method, **options))
     return lambda key: flow(key, key)  # it begins with the key
 
 
 def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **options):
-    """`sampler` cut into its steps, for those who have something to do in between.
+    """`sampler` cut into its steps, for callers with something to do in between.
 
     Args: as `sampler`.
     Returns:
-      begin (key) -> x [*shape]; step (x, key, i []) -> x, for each i of range(count) in
-      turn, which leaves the sample; count.
+      begin (key) -> x [*shape]; step (x, key, i []) -> x, for each i in range(count);
+      count. The last step leaves the sample.
     """
     cut = _cut(score_fn, process, times, shape, method, **options)
 
@@ -330,7 +341,7 @@ def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **o
 
 
 def _cut(score_fn, process, times, shape, method, **options):
-    """The stages of a sampler, of the key of a sample."""
+    """The stages of a sampler, from the key of a sample."""
     make = CUT.get(method, _ode)
     options |= {"method": method} if make is _ode else {}
     made = make(score_fn, process, times, **options)
@@ -350,39 +361,39 @@ def _cut(score_fn, process, times, shape, method, **options):
 CUT = {"sde": _sde, "edm": _edm}  # the others are methods of `ode`
 
 
-def search_noise(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
+def search_noise(flow, x: Point, radius: float, steps: int = 100, lr: float = 0.1):
     """The initial noise on a sphere whose flow comes closest to a target x.
 
-    The probability flow is invertible: *every* point, a held-out one too, has some
-    noise that leads to it. Only noise that sampling could draw, of the typical length
-    sqrt(d) sigma(T), says that the model emits x; so z stays on that sphere.
+    The probability flow is invertible: *every* point, even a held-out one, has some
+    noise that leads to it. Only noise that sampling could draw, with the typical length
+    sqrt(d) sigma(T), shows that the model emits x; so z stays on that sphere.
 
     Gradient descent on |flow(z) - x|^2 through the ODE, in steps of length lr radius
-    that fall to 0 as a cosine. A gradient holds every step of the flow in memory; give
-    `ode` jax.checkpoint(score_fn) where that is too much.
+    that fall to 0 as a cosine. A gradient holds every step of the flow in memory; if
+    that is too much, give `ode` jax.checkpoint(score_fn).
 
     Args:
-      flow: z [*e] -> [*e], as from `ode`.   x: [*e].   radius: length of z, a number.
+      flow: z [*e] -> [*e], as from `ode`.   radius: the length of z, a number.
     Returns:
-      search: (key) -> z [*e], the best seen from the random start of that key.
+      search: (key) -> z [*e], the best point on the way from the key's random start.
     Raises: ValueError: radius, steps or lr not positive.
     """
     begin, step, count = search_stages(flow, x, radius, steps, lr)
 
     def search(key):
-        found = jax.lax.fori_loop(0, count, lambda i, c: step(c, i), begin(key))
-        return best_noise(found)
+        state = jax.lax.fori_loop(0, count, lambda i, c: step(c, i), begin(key))
+        return best_noise(state)
 
     return search
 
 
-def search_stages(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
-    """`search_noise` cut into its steps, for those who have something to do in between.
+def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0.1):
+    """`search_noise` cut into its steps, for callers with something to do in between.
 
     Args: as `search_noise`.
     Returns:
-      begin (key) -> state; step (state, i []) -> state, for each i of range(count) in
-      turn; count. `best_noise` of the state is what was found.
+      begin (key) -> state; step (state, i []) -> state, for each i in range(count);
+      count. `best_noise` of the state is the result.
     Raises: ValueError, as `search_noise`.
     """
     if not (radius > 0 and steps >= 1 and lr > 0):
@@ -391,7 +402,7 @@ def search_stages(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
         )
 
     def unit(z):
-        z = z / jnp.max(jnp.abs(z))  # or squares leave float32
+        z = z / jnp.max(jnp.abs(z))  # else squares could leave float32
         return z / jnp.sqrt(jnp.sum(z**2))
 
     def loss(z):
@@ -409,19 +420,19 @@ def search_stages(flow, x, radius: float, steps: int = 100, lr: float = 0.1):
         best, least = jnp.where(better, z, best), jnp.where(better, value, least)
         length = lr * (1 + jnp.cos(jnp.pi * i / steps)) / 2
         here, slope = z / radius, unit(grad)
-        # Along the sphere: where x is out of reach, the rest points away from it.
+        # Along the sphere: if x is out of reach, the rest points away from it.
         along = unit(slope - jnp.sum(slope * here) * here)
         moved = radius * unit(here - length * along)
-        # No direction (0, NaN, infinite): from the best again, a shorter step.
+        # Without a direction (0, NaN, infinite): a shorter step from the best again.
         z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
         return z.astype(x.dtype), best, least
 
-    # The last round has length 0: it only looks at where the one before it ended.
+    # The last round has length 0: it only evaluates the end of the one before it.
     return begin, step, steps + 1
 
 
 def best_noise(state):
-    """z [*e], the best that `search_stages` has seen."""
+    """z [*e], the best point of `search_stages` so far."""
     return state[1]
 
 

@@ -1,4 +1,4 @@
-"""score_fn(x, t), the one interface, and how a network's answer becomes one.
+"""score_fn(x, t), the one interface, and how a network's answer becomes a score.
 
 Noise, denoiser, velocity and score say the same thing in different units. Each of
 them, and the preconditionings of EDM, VP and VE, is linear in the network's answer F:
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memsep_jax.arrays import Point, Scalar
 from memsep_jax.process import Process, noise_to_signal
 
 ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [*e], t []) -> [*e]
 
 
 class Prediction(NamedTuple):
-    """What F is asked for: D = skip x + out F(scale x, level) (Karras 2022, eq. 7).
+    """What F predicts: D = skip x + out F(scale x, level) (Karras 2022, eq. 7).
 
     All map t [] -> []. `weight` multiplies the squared error of F in the loss.
     """
@@ -94,8 +95,8 @@ def vp(process: Process) -> Prediction:
     """DDPM++'s preconditioning: F = E[eps | x], at the time of the VP process.
 
     The squared error of D has weight 1 / s^2, that of F weight 1. `level` is the time
-    itself, in (0, 1] for beta from 0.1 to 20; the papers' c_noise is 999 times it, a
-    factor that a network applies itself.
+    itself, in (0, 1] for beta from 0.1 to 20; the papers' c_noise is 999 times it, and
+    the network applies this factor.
 
     Source: Karras 2022, table 1, with x / alpha and s = sigma / alpha for x, sigma.
     """
@@ -111,10 +112,10 @@ def vp(process: Process) -> Prediction:
 
 
 def ddpm(process: Process) -> Prediction:
-    """DDPM's network: E[eps | x], at a thousandth of the step of its 1,000.
+    """DDPM's network: E[eps | x], at the number of its step divided by 1,000.
 
-    The noise grows as 1 - alpha_bar, of betas from 1e-4 to .02; between steps the step
-    is linear in the log of sigma / alpha. For DiTs of the PyTorch release.
+    The noise grows as 1 - alpha_bar, with betas from 1e-4 to .02; between steps the
+    number is linear in the log of sigma / alpha. For DiTs of the PyTorch release.
 
     Source: Ho 2020, section 4; Peebles & Xie 2023.
     """
@@ -156,19 +157,18 @@ PREDICTIONS = {
 }
 
 
-def target(prediction: Prediction, process: Process, x0, t, eps):
-    """What F should answer at X_t: (x0 - skip X_t) / out.
-
-    Args: x0 [*e], t [], eps [*e].   Returns: [*e].
-    """
+def target(
+    prediction: Prediction, process: Process, x0: Point, t: Scalar, eps: Point
+) -> Point:
+    """What F should answer at X_t: (x0 - skip X_t) / out."""
     skip, out = prediction.skip(t), prediction.out(t)
-    # Expanded, so that x0 cancels exactly where F is the noise, at every sigma.
+    # Expanded, so that x0 cancels exactly if F is the noise, at every sigma.
     kept = 1 - skip * process.alpha(t)
     return (kept * x0 - skip * process.sigma(t) * eps) / out
 
 
 def from_network(network, prediction: Prediction, process: Process) -> ScoreFn:
-    """The score of a network F(x, level), read as `prediction` says."""
+    """The score of a network F(x, level) with this prediction."""
 
     def score_fn(x, t):
         alpha, sigma = process.alpha(t), process.sigma(t)
@@ -196,18 +196,17 @@ def from_velocity(velocity_fn, process: Process) -> ScoreFn:
     return from_network(velocity_fn, prediction, process)
 
 
-def banded(inside: ScoreFn, outside: ScoreFn, low, high) -> ScoreFn:
+def banded(inside: ScoreFn, outside: ScoreFn, low: Scalar, high: Scalar) -> ScoreFn:
     """`inside` while low <= t < high, `outside` at all other times.
 
-    With low > high the band wraps around: all times but high <= t < low.
-
-    Args: low [], high [], which may be traced: one program serves every band.
+    With low > high the band wraps around: all times but high <= t < low. Both may be
+    traced, so that one program serves every band.
     """
 
     def score_fn(x, t):
         within = (low <= t) & (t < high)
         wrapped = (low <= t) | (t < high)
-        # cond, since a batch of points shares its time: only one score is computed.
+        # cond, because a batch of points shares its time: only one score is computed.
         return jax.lax.cond(
             jnp.where(low <= high, within, wrapped), inside, outside, x, t
         )
@@ -221,8 +220,8 @@ def to_denoiser(score_fn: ScoreFn, process: Process):
 
 
 def _prediction(process, skip, out, scale=jnp.ones_like, weight=jnp.ones_like):
-    # ln(s) / 4, EDM's c_noise, unless a paper says otherwise: a network's view of t is
-    # the noise level, so one network serves every process.
+    # ln(s) / 4, EDM's c_noise, unless a paper says otherwise: a network sees the noise
+    # level instead of t, so one network serves every process.
     def level(t):
         return jnp.log(noise_to_signal(process, t)) / 4
 

@@ -1,7 +1,7 @@
 """Weights by name in a safetensors file, and networks of other projects as ours.
 
-Nothing is unpickled: tools/convert_checkpoint.py, which is not of this package, makes
-safetensors of pickled checkpoints.
+Nothing is unpickled: tools/convert_checkpoint.py, which is not part of this package,
+turns pickled checkpoints into safetensors.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from memsep_jax.models import DiT, UNet
 from memsep_jax.models.dit import position_features
 from memsep_jax.models.unet import VARIANTS
 
-MAX_HEADER = 1 << 26  # bytes: some 400,000 tensors
+MAX_HEADER = 1 << 26  # bytes: about 400,000 tensors
 PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: DiT-S, B, L, XL
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "label": "weight"}
-DIT = {  # layers of ours: theirs
+DIT = {  # our layers: theirs
     "patches": "x_embedder.proj",
     "embedding.time_in": "t_embedder.mlp.0",
     "embedding.time_out": "t_embedder.mlp.2",
@@ -38,7 +38,7 @@ DIT = {  # layers of ours: theirs
     "modulation": "adaLN_modulation.1",
     "output": "final_layer.linear",
 }
-EDM = {  # the same, in a block or out of one
+EDM = {  # our layers, in a block or outside: theirs
     "embedding_in": "map_layer0",
     "embedding_out": "map_layer1",
     "norm_in": "norm0",
@@ -51,7 +51,7 @@ EDM = {  # the same, in a block or out of one
     "attention.qkv": "qkv",
     "attention.out": "proj",
 }
-POINTWISE = ("shortcut", "attention.qkv", "attention.out")  # maps there: 1x1 filters
+POINTWISE = ("shortcut", "attention.qkv", "attention.out")  # 1x1 filters in EDM
 
 
 class WeightsError(ValueError):
@@ -80,7 +80,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return tensors, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); get the file again") from error
-    except (AttributeError, TypeError) as error:  # float8, and types to come
+    except (AttributeError, TypeError) as error:  # float8, and future types
         raise WeightsError(
             f"{path}: {name} has a type that numpy lacks ({error}); write it as float32"
         ) from error
@@ -89,17 +89,17 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def write(path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
     """Writes tensors by name as a safetensors file, whole or not at all.
 
-    Raises: StorageError naming the file; one that was there stays.
+    Raises: StorageError naming the file; an existing file stays as it was.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    # In the order of C: what is written is their memory as it is.
+    # In C order, because the file gets the memory of the arrays as it is.
     tensors = {name: np.asarray(a, order="C") for name, a in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, metadata)
         with open(part, "rb+") as file:
-            os.fsync(file.fileno())  # or a crash may leave the new name without data
+            os.fsync(file.fileno())  # else a crash may leave an empty file
         os.replace(part, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise StorageError(f"could not write {path}: {error}") from error
@@ -117,7 +117,7 @@ def to_params(tensors: dict, like):
     """The inverse of `from_params`, bit by bit.
 
     Args: like, a pytree of arrays or ShapeDtypeStructs.
-    Raises: WeightsError with all that is missing, unexpected or mismatched.
+    Raises: WeightsError with everything that is missing, unexpected or mismatched.
     """
     targets = _by_name(like)
     _compare(
@@ -133,13 +133,14 @@ def dit(tensors: dict, num_heads: int | None = None):
     """A DiT of the PyTorch release (Peebles & Xie 2023) as ours.   (model, params).
 
     At step k of 0 .. 999 theirs is ours at t = k / 1000: both take the features of k.
-    Of a network that learned its variance (twice the channels) the noise is kept. The
-    last row of its table of labels is "no label", as in training with label dropout.
+    If the network learned its variance (twice the channels), only the noise is kept.
+    The last row of its table of labels is "no label", as in training with dropout of
+    labels.
 
     Args:
-      num_heads: which no shape tells. None: that of DiT-S, B, L or XL, by the width.
+      num_heads: no shape shows it. None: that of DiT-S, B, L or XL, by the width.
     Raises:
-      WeightsError: these are not, or not all, weights of such a network.
+      WeightsError: these are not the weights of such a network, or not all of them.
     """
     what = "a DiT"
     tensors = _unprefixed(tensors, "x_embedder.proj.weight", what)
@@ -149,7 +150,7 @@ def dit(tensors: dict, num_heads: int | None = None):
     if num_heads is None:
         raise WeightsError(
             f"no DiT of the release has width {width}: give num_heads, which no shape "
-            "tells"
+            "shows"
         )
     table, num_classes = "y_embedder.embedding_table.weight", 0
     if table in tensors:
@@ -157,7 +158,7 @@ def dit(tensors: dict, num_heads: int | None = None):
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         a = tensors.get(name, np.zeros(0))
         if a.shape[:1] == (2 * patch**2 * channels,):
-            # In a pixel of the patch, the noise of all channels, then the variance.
+            # Each pixel of the patch has the noise of all channels, then the variance.
             noise = a.reshape(patch**2, 2, channels, *a.shape[1:])[:, 0]
             tensors[name] = noise.reshape(len(a) // 2, *a.shape[1:])
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -170,8 +171,8 @@ def dit(tensors: dict, num_heads: int | None = None):
 def to_dit(model: DiT, params, side: int) -> dict[str, np.ndarray]:
     """The inverse of `dit`: by the names of the PyTorch release, without a variance.
 
-    Args: side: of the images, in pixels: theirs keeps the positions with the weights.
-    Raises: WeightsError: params of another model, as those of a compact one.
+    Args: side: of the images, in pixels, since their weights include the positions.
+    Raises: WeightsError: params of another model, such as a compact one.
     """
     channels = params["patches"]["kernel"].shape[0] // model.patch**2
     like, ours = _like(model, (side, side, channels)), from_params(params)
@@ -188,17 +189,17 @@ def to_dit(model: DiT, params, side: int) -> dict[str, np.ndarray]:
 def edm(tensors: dict, time_scale: float = 1.0):
     """A DDPM++ or NCSN++ of EDM (Karras 2022) as ours.   (model, params).
 
-    What its answer means is not in the weights: `score.edm`, or for EDM's baselines
-    `score.ve`, and `score.vp` with time_scale=999. The layer map_augment is left out:
-    it tells how training images were augmented, and adds nothing where none is.
+    The weights do not say what the network predicts: it is `score.edm`, or for EDM's
+    baselines `score.ve`, and `score.vp` with time_scale=999. The layer map_augment is
+    left out: it takes the augmentation of a training image, and adds nothing without.
 
     Raises:
-      WeightsError: these are not, or not all, weights of such a network.
+      WeightsError: these are not the weights of such a network, or not all of them.
     """
     what = "a DDPM++ or NCSN++"
     tensors = _unprefixed(tensors, "map_layer0.weight", what)
-    found = (re.match(r"enc\.(\d+)x\1_", name) for name in tensors)
-    sides = sorted({int(side[1]) for side in found if side}, reverse=True)
+    matches = (re.match(r"enc\.(\d+)x\1_", name) for name in tensors)
+    sides = sorted({int(match[1]) for match in matches if match}, reverse=True)
     if not sides:
         raise WeightsError(f"no tensor is named enc.32x32_...: not {what}")
 
@@ -234,7 +235,7 @@ def edm(tensors: dict, time_scale: float = 1.0):
 
 
 class _Row(NamedTuple):
-    """Theirs is ours (where several, stacked) as mid, transposed, and as shape."""
+    """Theirs is ours (if several, stacked) as mid, then transposed, then as shape."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -244,7 +245,7 @@ class _Row(NamedTuple):
 
 
 def _row(theirs, ours, shape):
-    """The usual ones: vectors, filters [h, w, in, out], and maps [*in, out]."""
+    """The usual rows: vectors, filters [h, w, in, out], and maps [*in, out]."""
     if len(shape) == 1:
         mid, order = shape, (0,)
     elif len(shape) == 4:
@@ -260,7 +261,7 @@ def _dit_rows(like, patch):
         path = re.fullmatch(r"(?:block_(\d+)\.)?(.+)\.(\w+)", name)
         block, layer, kind = path.groups()
         if layer in ("attention.key", "attention.value"):
-            continue  # with the query
+            continue  # stacked with the query
         place = f"blocks.{block}." if block else ""
         if layer == "modulation" and not block:
             place = "final_layer."
@@ -309,7 +310,7 @@ def _edm_rows(like, sides):
             place = f"{where}.{place}" if layer else where
         row = _row(f"{place}.{LEAVES[kind]}", name, leaf.shape)
         if layer == "attention.qkv":
-            # Theirs has the channels of q, k and v in turn.
+            # Their channels alternate between q, k and v.
             inputs, size = leaf.shape[:-1], leaf.shape[-1]
             mid, order = (*inputs, 3, size // 3), (2, 1, 0) if inputs else (1, 0)
             row = row._replace(mid=mid, order=order)
@@ -320,26 +321,26 @@ def _edm_rows(like, sides):
 
 
 def _ours(tensors, rows, like, what):
-    """Params shaped as like, by rows that cover it, where tensors are just theirs."""
+    """Params shaped as like, from exactly the tensors of its rows."""
     _compare(_shapes(tensors), {row.theirs: str(list(row.shape)) for row in rows}, what)
-    targets, found = _by_name(like), {}
+    targets, params = _by_name(like), {}
     for row in rows:
         a = np.asarray(tensors[row.theirs], np.float32)
         a = a.reshape([row.mid[i] for i in row.order]).transpose(np.argsort(row.order))
         for name, part in zip(row.ours, a if len(row.ours) > 1 else [a], strict=True):
-            found[name] = jnp.asarray(part.reshape(targets[name].shape))
-    leaves = [found[name] for name in targets]
+            params[name] = jnp.asarray(part.reshape(targets[name].shape))
+    leaves = [params[name] for name in targets]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _compare(found, expected, what):
-    """Refuses tensors (what is said of them, by name) that are not as expected."""
-    wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - found.keys()]
-    wrong += [f"unexpected: {n} {found[n]}" for n in found.keys() - expected.keys()]
+def _compare(given, expected, what):
+    """Refuses tensors whose descriptions, by name, are not as expected."""
+    wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - given.keys()]
+    wrong += [f"unexpected: {n} {given[n]}" for n in given.keys() - expected.keys()]
     wrong += [
-        f"mismatched: {n} {found[n]}, not {expected[n]}"
-        for n in found.keys() & expected.keys()
-        if found[n] != expected[n]
+        f"mismatched: {n} {given[n]}, not {expected[n]}"
+        for n in given.keys() & expected.keys()
+        if given[n] != expected[n]
     ]
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
@@ -349,7 +350,7 @@ def _compare(found, expected, what):
 
 
 def _shapes(tensors):
-    """What is said of the tensors of others: of floating types all will do."""
+    """Descriptions of foreign tensors; a floating type is left out, as any will do."""
     return {
         name: ("" if jnp.issubdtype(a.dtype, jnp.floating) else str(a.dtype))
         + str(list(a.shape))
@@ -372,14 +373,14 @@ def _like(model, shape):
 
 
 def _unprefixed(tensors, anchor, what):
-    """Without what stands before all names ("model.", "module."), as anchor shows."""
-    found = [name for name in tensors if f".{name}".endswith(f".{anchor}")]
-    if len(found) != 1:
+    """The tensors without a common prefix ("model.", "module."), by the anchor."""
+    anchors = [name for name in tensors if f".{name}".endswith(f".{anchor}")]
+    if len(anchors) != 1:
         raise WeightsError(
-            f"{len(found)} of {len(tensors)} tensors are named {anchor}, where {what} "
-            "has one"
+            f"{len(anchors)} of {len(tensors)} tensors are named {anchor}, where "
+            f"{what} has one"
         )
-    prefix = found[0].removesuffix(anchor)
+    prefix = anchors[0].removesuffix(anchor)
     return {name.removeprefix(prefix): a for name, a in tensors.items()}
 
 
@@ -390,36 +391,36 @@ def _shape(tensors, name, ndim, what):
     return shape
 
 
-def _check_positions(found, width):
-    if found is None:
+def _check_positions(table, width):
+    if table is None:
         return
-    rows = math.isqrt(found.shape[1]) if found.ndim == 3 else 0
+    rows = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
     truth = np.asarray(position_features(rows, rows, width))[None]
-    # Others may take the sines in float32; and within [-1, 1], what is then stored in
-    # fewer bits is off by less than their eps.
-    near = 1e-4 + _eps(found)
-    if found.shape != truth.shape or not np.allclose(found, truth, atol=near):
+    # Others may compute the sines in float32, and within [-1, 1] a table that is stored
+    # in fewer bits is off by less than their eps.
+    near = 1e-4 + _eps(table)
+    if table.shape != truth.shape or not np.allclose(table, truth, atol=near):
         raise WeightsError(
-            f"pos_embed {list(found.shape)}: not the fixed sin-cos positions of a "
+            f"pos_embed {list(table.shape)}: not the fixed sin-cos positions of a "
             "square image, and ours has no others"
         )
 
 
-def _eps(found):
-    """Of the type that a table was stored in, which is not always the one it has.
+def _eps(table):
+    """The eps of the type that a table was stored in; 0 for float32 and wider.
 
-    `read` widens bfloat16, and others widen half precision before they save: so by its
-    values, which a narrower type holds as they are. That of float32 and wider is 0.
+    That is not always the type it has, since `read` widens bfloat16, and others widen
+    half precision before they save. So take the type that holds all values exactly.
     """
     for kind in (jnp.bfloat16, np.float16):
         with np.errstate(over="ignore"):
-            if np.array_equal(found, found.astype(kind).astype(found.dtype)):
+            if np.array_equal(table, table.astype(kind).astype(table.dtype)):
                 return float(jnp.finfo(kind).eps)
     return 0.0
 
 
 def _without_filters(tensors, variant):
-    """Without the filters that change the resolution, where they are as ours."""
+    """The tensors without the filters that change the resolution, if they are ours."""
     taps, _ = VARIANTS[variant]
     truth = np.outer(taps, taps)[None, None] / sum(taps) ** 2
     kept = {}
@@ -432,7 +433,7 @@ def _without_filters(tensors, variant):
 
 
 def _check_header(path):
-    """Refuses, by its first bytes, what the parser need not see."""
+    """Refuses, by its first bytes, a file that the parser should not see."""
     try:
         with open(path, "rb") as file:
             size, head = os.fstat(file.fileno()).st_size, file.read(9)

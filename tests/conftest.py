@@ -3,8 +3,10 @@
 import os
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+from shapes import FLOOR_0
 
 # A test compiles for longer than it computes, and each worker has one core. jax below
 # 0.11 still has emitters that compile in half the time; later ones refuse the flag.
@@ -16,6 +18,22 @@ os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 4)
+
+# Floor 0 is imported with its shapes checked. Only its own tests turn the checks on:
+# other tests, like users, pay nothing for them.
+jaxtyping.install_import_hook(
+    [f"memsep_jax.{room}" for room in (*FLOOR_0, "memorization")], "shapes.checked"
+)
+
+
+@pytest.fixture(autouse=True)
+def shapes(request):
+    """Checks the annotated shapes, unless a test is marked `unchecked`."""
+    checked = request.module.__name__.removeprefix("test_") in FLOOR_0
+    checked &= not request.node.get_closest_marker("unchecked")
+    jaxtyping.config.update("jaxtyping_disable", not checked)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from memsep_jax.models import alexnet
 
 @pytest.fixture(scope="module")
 def params():
-    rng, found = np.random.default_rng(0), {}
+    rng, result = np.random.default_rng(0), {}
     for name, shape in alexnet.shapes().items():
         scale = 1 if len(shape) == 1 else np.sqrt(2 / np.prod(shape[:-1]))
         a = scale * rng.normal(size=shape)
-        found[name] = np.abs(a) if "NetLin" in name else a
-    return alexnet.params_of(found)
+        result[name] = np.abs(a) if "NetLin" in name else a
+    return alexnet.params_of(result)
 
 
 def images(h, w, count=2):
@@ -59,13 +59,13 @@ def test_the_distance_is_lpips(shape, params, x64):
     truth = lpips(torch, params, x, y)
     assert truth > 0.1
     wide = {name: np.float64(a) for name, a in params.items()}
-    found = jax.jit(alexnet.distance)(wide, x, y)
-    np.testing.assert_allclose(found, truth, rtol=1e-9)
+    result = jax.jit(alexnet.distance)(wide, x, y)
+    np.testing.assert_allclose(result, truth, rtol=1e-9)
     points = [jax.jit(alexnet.embedding)(wide, image) for image in (x, y)]
     np.testing.assert_allclose(jnp.sum((points[0] - points[1]) ** 2), truth, rtol=1e-9)
 
 
-def test_points_are_as_far_as_images_look_apart_so_a_search_finds_the_most_alike(
+def test_points_are_as_far_apart_as_images_look(
     params,
 ):
     x, y = images(32, 32).astype(np.float32)
@@ -78,8 +78,8 @@ def test_points_are_as_far_as_images_look_apart_so_a_search_finds_the_most_alike
 
 
 def test_every_map_is_there_and_pooling_takes_any_size(params):
-    found = jax.eval_shape(alexnet.maps, params, jnp.zeros((64, 64, 3)))
-    assert [a.shape for a in found] == [
+    result = jax.eval_shape(alexnet.maps, params, jnp.zeros((64, 64, 3)))
+    assert [a.shape for a in result] == [
         (15, 15, 64),
         (7, 7, 192),
         (3, 3, 384),

@@ -28,18 +28,18 @@ curves = st.lists(
 @given(curves)
 def test_the_nearest_non_increasing_curve_pools_what_rises(curve):
     values, weights = curve
-    found = memorization.decreasing(values, weights)
-    np.testing.assert_allclose(found, pooled(values, weights), atol=1e-12)
+    result = memorization.decreasing(values, weights)
+    np.testing.assert_allclose(result, pooled(values, weights), atol=1e-12)
     several = memorization.decreasing(np.stack([values, values[::-1]]), weights)
-    np.testing.assert_allclose(several[0], found, atol=1e-14)
+    np.testing.assert_allclose(several[0], result, atol=1e-14)
 
 
 def test_emm_is_linear_in_log_n_between_the_sizes():
     """From .95 at 100 to .85 at 400, .9 is in the middle of log n: 200."""
-    found = memorization.effective_memorization([100, 400, 800], [0.95, 0.85, 0.1])
-    assert found == pytest.approx(200)
+    result = memorization.effective_memorization([100, 400, 800], [0.95, 0.85, 0.1])
+    assert result == pytest.approx(200)
     shuffled = memorization.effective_memorization([800, 100, 400], [0.1, 0.95, 0.85])
-    assert shuffled == found
+    assert shuffled == result
     quarter = memorization.effective_memorization([100, 1600], [1.0, 0.2], level=0.8)
     assert quarter == pytest.approx(200)  # 16^(1/4) times 100
 
@@ -72,13 +72,13 @@ def test_the_interval_of_emm_covers_as_often_as_it_says(law, seeds):
     curve, level, truth = CURVES[law]
     sizes, samples, rng = np.geomspace(100, 10_000, 7), 300, np.random.default_rng(0)
     counts = rng.binomial(samples, curve(sizes)[:, None], (400, 7, seeds))
-    found = np.array(
+    result = np.array(
         [
             memorization.effective_interval(sizes, c, samples, level, i, draws=300)
             for i, c in enumerate(counts)
         ]
     )
-    covered = np.mean((found[:, 0] <= truth) & (truth <= found[:, 1]))
+    covered = np.mean((result[:, 0] <= truth) & (truth <= result[:, 1]))
     assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 400)
     ends = [
         memorization.effective_memorization(sizes, c.mean(axis=1) / samples, level)
@@ -94,8 +94,8 @@ def test_emm_converges_to_the_law_with_more_sizes_and_samples():
     for sizes, samples in ((5, 10**2), (17, 10**4), (65, 10**6)):
         n = np.geomspace(100, 3_200, sizes)
         ratios = rng.binomial(samples, 1 / (1 + (n / 1_000) ** 2)) / samples
-        found = memorization.effective_memorization(n, ratios)
-        errors.append(abs(np.log(found * 3 / 1_000)))
+        result = memorization.effective_memorization(n, ratios)
+        errors.append(abs(np.log(result * 3 / 1_000)))
     assert errors[2] < 0.003 and errors[2] < errors[1] < errors[0]
 
 
@@ -194,7 +194,7 @@ def test_the_search_goes_on_from_sizes_that_were_measured_before():
 
 
 @pytest.mark.parametrize(
-    "rise, found",
+    "rise, result",
     [
         ([0.0, 0.1, 0.3, 0.5, 0.7, 0.9], False),
         ([0.0] * 6, False),  # copies nothing yet
@@ -208,10 +208,10 @@ def test_the_search_goes_on_from_sizes_that_were_measured_before():
         ([], False),
     ],
 )
-def test_a_plateau_is_where_nothing_beats_the_best_before(rise, found):
+def test_a_plateau_is_where_nothing_beats_the_best_before(rise, result):
     intervals = [memorization.wilson(round(250 * r), 250) for r in rise]
     intervals = np.reshape(intervals, (-1, 2))
-    assert memorization.plateaued(rise, intervals, patience=3) == found
+    assert memorization.plateaued(rise, intervals, patience=3) == result
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_a_search_without_meaning_is_refused(changes, words):
 def test_how_many_points_are_memorized_has_the_unit_of_a_size(seed, s):
     sizes, rng = np.array([100.0, 200.0, 400.0, 800.0]), np.random.default_rng(seed)
     ratios = np.sort(rng.random(4))[::-1] * [1, 1, 1, 0] + [1, 0, 0, 0]
-    found = memorization.effective_memorization(sizes, np.minimum(ratios, 1))
+    result = memorization.effective_memorization(sizes, np.minimum(ratios, 1))
     again = memorization.effective_memorization(s * sizes, np.minimum(ratios, 1))
-    assert again == pytest.approx(s * found)
+    assert again == pytest.approx(s * result)
     counts = rng.binomial(50, [[1.0] * 2, [0.95] * 2, [0.6] * 2, [0.1] * 2])
     ends = memorization.effective_interval(sizes, counts, 50, draws=50)
     again = memorization.effective_interval(s * sizes, counts, 50, draws=50)

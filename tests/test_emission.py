@@ -11,10 +11,10 @@ from memsep_jax import memorization
 def test_emission_by_hand():
     nearest = np.array([4, 2, 4, 9, 4, 2, 1])
     copied = np.array([1, 1, 1, 0, 1, 1, 1], bool)
-    found = memorization.emitted(nearest, copied, 10)
-    np.testing.assert_array_equal(found.points, [1, 2, 4])
-    np.testing.assert_array_equal(found.counts, [1, 2, 3])
-    assert (found.distinct, found.coverage) == (3, 0.3)
+    result = memorization.emitted(nearest, copied, 10)
+    np.testing.assert_array_equal(result.points, [1, 2, 4])
+    np.testing.assert_array_equal(result.counts, [1, 2, 3])
+    assert (result.distinct, result.coverage) == (3, 0.3)
     none = memorization.emitted(nearest, ~copied[::-1] & False, 10)
     assert (none.distinct, none.coverage, none.counts.size) == (0, 0, 0)
     np.testing.assert_array_equal(
@@ -31,26 +31,26 @@ def test_fewer_samples_emit_the_mean_over_all_subsets(counts):
         np.mean([len({*some} - {-1}) for some in combinations(samples.tolist(), s)])
         for s in range(9)
     ]
-    found = memorization.rarefaction(counts, 8, range(9), 50)
-    np.testing.assert_allclose(found, truth, rtol=1e-12)
-    assert found[8] == len(counts)
+    result = memorization.rarefaction(counts, 8, range(9), 50)
+    np.testing.assert_allclose(result, truth, rtol=1e-12)
+    assert result[8] == len(counts)
 
 
 def test_rarefaction_is_unbiased_below_and_close_above():
     """A uniform law on 100 points, copied by 60 % of 200 samples."""
     n, total, share, runs = 100, 200, 0.6, 400
     sizes, rng = np.array([1, 20, 100, 200, 300, 400]), np.random.default_rng(0)
-    found = []
+    result = []
     for _ in range(runs):
         nearest, copied = rng.integers(0, n, total), rng.random(total) < share
         seen = memorization.emitted(nearest, copied, n)
-        found.append(memorization.rarefaction(seen.counts, total, sizes, n))
+        result.append(memorization.rarefaction(seen.counts, total, sizes, n))
     truth = n * (1 - (1 - share / n) ** sizes)
-    error = np.std(found, axis=0) / np.sqrt(runs)
-    gap = np.mean(found, axis=0) - truth
+    error = np.std(result, axis=0) / np.sqrt(runs)
+    gap = np.mean(result, axis=0) - truth
     assert np.all(np.abs(gap[:4]) <= 4 * error[:4] + 1e-12)
     assert np.all(np.abs(gap[4:]) < 0.02 * truth[4:])
-    assert np.all(np.diff(found, axis=1) >= 0)
+    assert np.all(np.diff(result, axis=1) >= 0)
 
 
 def test_the_extrapolated_number_is_a_lower_bound_for_uneven_laws():
@@ -58,11 +58,11 @@ def test_the_extrapolated_number_is_a_lower_bound_for_uneven_laws():
     n, total, runs = 200, 300, 300
     law, rng = np.arange(1, n + 1) ** -1.0, np.random.default_rng(0)
     law /= law.sum()
-    found = []
+    result = []
     for _ in range(runs):
         counts = rng.multinomial(total, law)
-        found.append(memorization.rarefaction(counts, total, [total, 600, 10**9], n))
-    mean = np.mean(found, axis=0)
+        result.append(memorization.rarefaction(counts, total, [total, 600, 10**9], n))
+    mean = np.mean(result, axis=0)
     assert mean[0] < mean[1] < mean[2] < n
     # Twice as many samples are foreseen well.
     assert mean[1] == pytest.approx(np.sum(1 - (1 - law) ** 600), rel=0.03)

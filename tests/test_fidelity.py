@@ -1,4 +1,4 @@
-"""Quality of samples: closed forms, definitions in loops, scipy, scikit-learn, prdc."""
+"""Quality of samples: closed forms, definitions in loops, scipy, prdc."""
 
 import tracemalloc
 
@@ -10,8 +10,6 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import FEW, SCALES, SEEDS, D, alike, drawn, lattice, moved_exactly, turned
-from sklearn.metrics.pairwise import polynomial_kernel
-from sklearn.neighbors import NearestNeighbors
 
 from memsep_jax import fidelity
 
@@ -23,7 +21,7 @@ def quiet():
     logging.set_verbosity(logging.WARNING)
 
 
-def test_a_set_is_at_distance_zero_from_itself_and_a_shift_is_its_square():
+def test_a_shift_is_at_its_square_and_a_scaling_at_its_trace():
     x = np.random.default_rng(0).normal(size=(300, 5))
     shift = np.arange(5.0)
     assert fidelity.frechet(x, x) < 1e-10
@@ -53,7 +51,7 @@ def test_it_is_the_matrix_square_root_of_the_definition(n):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("n, d", [(30, 100), (300, 20)])
-def test_a_set_is_at_distance_zero_from_itself_whatever_its_covariance(n, d, offset):
+def test_a_set_is_at_distance_zero_from_itself(n, d, offset):
     """Fewer points than features, constant features, one point many times."""
     x = np.random.default_rng(0).normal(size=(n, d)) + offset
     x[:, :5] = offset
@@ -76,10 +74,11 @@ def dense(a, b, k):
 
 def check_against_dense(a, b, k):
     forward, backward = dense(a, b, k), dense(b, a, k)
-    truth = forward.any(axis=1).mean(), backward.any(axis=1).mean()
-    assert fidelity.precision_recall(a, b, k) == pytest.approx(truth, rel=1e-12)
-    truth = forward.sum() / (k * len(a)), forward.any(axis=0).mean()
-    assert fidelity.density_coverage(a, b, k) == pytest.approx(truth, rel=1e-12)
+    shares = forward.any(axis=1).mean(), backward.any(axis=1).mean()
+    assert fidelity.precision_recall(a, b, k) == pytest.approx(shares, rel=1e-12)
+    held = forward.sum() / (k * len(a)), forward.any(axis=0).mean()
+    assert fidelity.density_coverage(a, b, k) == pytest.approx(held, rel=1e-12)
+    assert fidelity.balls(a, b, k, k) == pytest.approx((*shares, *held), rel=1e-12)
 
 
 @pytest.mark.parametrize("tile", [3, 1_024])
@@ -131,7 +130,7 @@ def test_equal_sets_have_all_and_far_sets_nothing():
     assert fidelity.density_coverage(x, x + 100) == (0, 0)
 
 
-def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision():
+def test_a_dropped_mode_costs_recall_and_an_invented_precision():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=(60, 3)), 50 + rng.normal(size=(20, 3))
     both = np.concatenate([one, two])
@@ -143,7 +142,7 @@ def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision(
     assert density == pytest.approx(6 / 5 * 60 / 80) and coverage == 1
 
 
-def test_a_copy_of_a_point_that_occurs_often_is_inside_its_ball_of_radius_0():
+def test_a_copy_of_a_frequent_point_is_in_its_ball_of_radius_0():
     rng = np.random.default_rng(2)
     point = rng.normal(size=64)
     b = np.concatenate([np.tile(point, (6, 1)), 10 + rng.normal(size=(20, 64))])
@@ -158,32 +157,14 @@ def test_coverage_of_one_law_is_that_of_its_lemma():
     """1 - (n-1)...(n-k) / ((2n-1)...(2n-k)) for n fresh draws each (Naeem 2020)."""
     n, k, runs = 40, 3, 200
     rng = np.random.default_rng(3)
-    found = [
+    result = [
         fidelity.density_coverage(rng.normal(size=(n, 2)), rng.normal(size=(n, 2)), k)
         for _ in range(runs)
     ]
     i = np.arange(1, k + 1)
     truth = 1, 1 - np.prod((n - i) / (2 * n - i))
-    error = np.std(found, axis=0) / np.sqrt(runs)
-    assert np.all(np.abs(np.mean(found, axis=0) - truth) < 4 * error)
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_balls_are_those_of_scikit_learn(k):
-    rng = np.random.default_rng(k)
-    a, b = rng.normal(size=(150, 16)), 0.1 + 1.1 * rng.normal(size=(180, 16))
-    a, b = (c.astype(np.float32) for c in (a, b))
-    between = np.linalg.norm(a[:, None].astype(float) - b[None], axis=2)
-    radii = [
-        NearestNeighbors(n_neighbors=k).fit(c.astype(float)).kneighbors()[0][:, -1]
-        for c in (a, b)
-    ]
-    near_b, near_a = between <= radii[1], between <= radii[0][:, None]
-    truth = near_b.any(axis=1).mean(), near_a.any(axis=0).mean()
-    assert all(0 < share < 1 for share in truth)
-    assert fidelity.precision_recall(a, b, k) == pytest.approx(truth, rel=1e-12)
-    truth = near_b.sum() / (k * 150), near_b.any(axis=0).mean()
-    assert fidelity.density_coverage(a, b, k) == pytest.approx(truth, rel=1e-12)
+    error = np.std(result, axis=0) / np.sqrt(runs)
+    assert np.all(np.abs(np.mean(result, axis=0) - truth) < 4 * error)
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -206,10 +187,10 @@ def test_squared_distances_are_exact_for_copies_and_right_near_them(offset):
     y = x[::-1].copy()
     y[:20] += 1e-3 * rng.normal(size=(20, 30))
     truth = np.sum((x[:, None] - y[None]) ** 2, axis=2)
-    found = fidelity.squared_distances(x, y)
-    np.testing.assert_allclose(found, truth, rtol=1e-6)
-    np.testing.assert_array_equal(found == 0, truth == 0)
-    assert np.sum(found == 0) == 20
+    result = fidelity.squared_distances(x, y)
+    np.testing.assert_allclose(result, truth, rtol=1e-6)
+    np.testing.assert_array_equal(result == 0, truth == 0)
+    assert np.sum(result == 0) == 20
 
 
 # The kernel distance.
@@ -231,9 +212,9 @@ def test_kid_is_the_double_sum_of_its_definition(monkeypatch):
         if i != j
     )
     truth = own - 2 * sum(kernel(x, y) for x in a for y in b) / 25
-    found = fidelity.kid(a, b, subsets=3)
-    assert found.value == pytest.approx(truth, rel=1e-12)
-    assert found.std < 1e-12  # each subset is the whole set
+    result = fidelity.kid(a, b, subsets=3)
+    assert result.value == pytest.approx(truth, rel=1e-12)
+    assert result.std < 1e-12  # each subset is the whole set
     assert fidelity.kid(b, a, subsets=1).value == pytest.approx(truth, rel=1e-12)
 
 
@@ -242,11 +223,11 @@ def test_kid_of_one_law_is_0_on_average_and_of_a_shift_is_its_mean():
     rng, runs = np.random.default_rng(5), 400
 
     def mean(mu):
-        found = [
+        result = [
             fidelity.kid(rng.normal(size=(20, 1)), mu + rng.normal(size=(30, 1)), 2, 15)
             for _ in range(runs)
         ]
-        values = np.array([kid.value for kid in found])
+        values = np.array([kid.value for kid in result])
         return values.mean(), values.std() / np.sqrt(runs)
 
     def moments(mu):
@@ -255,32 +236,23 @@ def test_kid_of_one_law_is_0_on_average_and_of_a_shift_is_its_mean():
     for mu in (0.0, 0.5):
         gap = moments(mu) - moments(0.0)
         truth = np.array([1, 3, 3, 1]) @ gap**2  # (xy + 1)^3, term by term
-        found, error = mean(mu)
-        assert abs(found - truth) < 4 * error
+        result, error = mean(mu)
+        assert abs(result - truth) < 4 * error
 
 
-def test_kid_over_subsets_has_its_seed_its_spread_and_the_mean_of_the_whole():
+def test_kid_over_subsets_is_unbiased_and_follows_its_seed():
     rng = np.random.default_rng(6)
     a, b = rng.normal(size=(60, 4)), 0.5 + rng.normal(size=(80, 4))
-    found = fidelity.kid(a, b, subsets=400, size=10)
-    assert found == fidelity.kid(a, b, subsets=400, size=10)
-    assert found != fidelity.kid(a, b, subsets=400, size=10, seed=1)
-    assert found.std > 0
+    result = fidelity.kid(a, b, subsets=400, size=10)
+    assert result == fidelity.kid(a, b, subsets=400, size=10)
+    assert result != fidelity.kid(a, b, subsets=400, size=10, seed=1)
+    assert result.std > 0
     # A subset of each is drawn uniformly: unbiased for the statistic of all pairs.
     z = [(c @ e.T / 4 + 1) ** 3 for c, e in ((a, a), (b, b), (a, b))]
     n, m = len(a), len(b)
     whole = (z[0].sum() - np.trace(z[0])) / (n * (n - 1)) - 2 * z[2].mean()
     whole += (z[1].sum() - np.trace(z[1])) / (m * (m - 1))
-    assert abs(found.value - whole) < 4 * found.std / np.sqrt(400)
-
-
-def test_kid_is_the_unbiased_estimate_of_the_kernel_of_scikit_learn():
-    rng = np.random.default_rng(7)
-    a, b = rng.normal(size=(90, 12)), 0.2 + rng.normal(size=(90, 12))
-    own = [polynomial_kernel(c, c, degree=3) for c in (a, b)]  # (x.y / d + 1)^3
-    truth = sum((k.sum() - np.trace(k)) / (90 * 89) for k in own)
-    truth -= 2 * polynomial_kernel(a, b, degree=3).mean()
-    assert fidelity.kid(a, b, subsets=1).value == pytest.approx(truth, rel=1e-10)
+    assert abs(result.value - whole) < 4 * result.std / np.sqrt(400)
 
 
 # Diversity.
@@ -347,9 +319,9 @@ def test_memory_does_not_grow_by_a_copy_in_float64(name, monkeypatch):
     def peak(n):
         tracemalloc.start()
         METRICS[name](*features[:, :n])
-        found = tracemalloc.get_traced_memory()[1]
+        result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return result
 
     assert peak(700) - peak(250) < 8 * 450 * 200 / 2
 
@@ -384,13 +356,6 @@ def test_counts_that_make_no_sense_are_refused():
     for bad in ({"subsets": 0}, {"size": 1}):
         with pytest.raises(ValueError, match="kid: subsets="):
             fidelity.kid(x, x, **bad)
-
-
-def test_balls_are_both_of_their_metrics():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(30, 4)), rng.normal(0.3, 1, (40, 4))
-    both = (*fidelity.precision_recall(a, b), *fidelity.density_coverage(a, b))
-    assert fidelity.balls(a, b) == both
 
 
 @FEW

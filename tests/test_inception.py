@@ -26,7 +26,7 @@ IMAGE = RNG.integers(0, 256, (32, 24, 3), np.uint8)
 @pytest.fixture(scope="module")
 def tensors():
     """Random weights that neither kill what passes nor let it explode."""
-    rng, found = np.random.default_rng(1), {}
+    rng, result = np.random.default_rng(1), {}
     for name, shape in inception.shapes().items():
         if name.endswith(("bn.weight", "running_var")):
             a = rng.uniform(0.5, 1.5, shape)
@@ -34,15 +34,15 @@ def tensors():
             a = rng.normal(0, 0.2, shape)
         else:
             a = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
-        found[name] = a.astype(np.float32)
-    return found
+        result[name] = a.astype(np.float32)
+    return result
 
 
 def answer(tensors, like):
     """features, logits of the image."""
     call = jax.jit(inception.Inception(like).apply)
-    found = call({"params": inception.params_of(tensors)}, IMAGE)
-    return [np.asarray(a) for a in found]
+    result = call({"params": inception.params_of(tensors)}, IMAGE)
+    return [np.asarray(a) for a in result]
 
 
 # Against the two packages. Neither is a dependency, and torchvision is not needed.
@@ -56,11 +56,11 @@ def state_dict(torch, tensors):
 def fidelity(tensors, monkeypatch):
     """torch-fidelity's module, without what its package imports besides."""
     torch = pytest.importorskip("torch", reason="of the extra dev")
-    found = importlib.util.find_spec("torch_fidelity")
-    if found is None:
+    result = importlib.util.find_spec("torch_fidelity")
+    if result is None:
         pytest.skip("torch-fidelity is not here")
     package = types.ModuleType("torch_fidelity")
-    package.__path__ = found.submodule_search_locations
+    package.__path__ = result.submodule_search_locations
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     state = state_dict(torch, tensors)
@@ -81,9 +81,11 @@ def batch(image):
     return torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
 
 
-def close(found, truth):
+def close(result, truth):
     assert truth.std() > 0.01 * np.abs(truth).max()  # or any network would do
-    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-5 * np.abs(truth).max())
+    np.testing.assert_allclose(
+        result, truth, rtol=1e-4, atol=1e-5 * np.abs(truth).max()
+    )
 
 
 @pytest.mark.slow
@@ -93,8 +95,8 @@ def test_it_has_the_leaves_of_torch_fidelity_and_its_answers(fidelity, tensors):
     count = sum(a.numel() for name, a in state if "num_batches" not in name)
     assert count == sum(a.size for a in tensors.values()) == COUNT
     truths = module(batch(IMAGE))
-    for found, truth in zip(answer(tensors, "torch-fidelity"), truths, strict=True):
-        close(found, truth[0].numpy())
+    for result, truth in zip(answer(tensors, "torch-fidelity"), truths, strict=True):
+        close(result, truth[0].numpy())
 
 
 @pytest.mark.slow
@@ -137,9 +139,9 @@ def test_images_are_resized_and_scaled_as_each_package_does(shape):
     truth = torch.nn.functional.interpolate(
         planes / 255, (299, 299), mode="bilinear", align_corners=False
     )
-    found = inception.prepared(jnp.asarray(image))
+    result = inception.prepared(jnp.asarray(image))
     truth = (2 * truth - 1)[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(found, truth, atol=2e-6)
+    np.testing.assert_allclose(result, truth, atol=2e-6)
     # TensorFlow 1: pixel i of 299 is at i n / 299 of n, and no pixel is after the last.
     truth = (image - 128.0) / 128
     for axis, n in enumerate(shape):
@@ -149,8 +151,8 @@ def test_images_are_resized_and_scaled_as_each_package_does(shape):
         right = np.take(truth, np.minimum(low + 1, n - 1), axis)
         share = np.expand_dims(places - low, [i for i in range(3) if i != axis])
         truth = left + (right - left) * share
-    found = inception.prepared(jnp.asarray(image), "torch-fidelity")
-    np.testing.assert_allclose(found, truth, atol=2e-6)
+    result = inception.prepared(jnp.asarray(image), "torch-fidelity")
+    np.testing.assert_allclose(result, truth, atol=2e-6)
 
 
 def test_another_package_is_not_known():
@@ -184,7 +186,7 @@ def tool():
 
 
 @pytest.mark.slow
-def test_weights_survive_the_conversion_and_only_the_standard_file_makes_fid(
+def test_weights_survive_and_only_the_standard_file_makes_fid(
     tool, tensors, tmp_path, monkeypatch, capsys
 ):
     torch = pytest.importorskip("torch", reason="of the extra dev")
@@ -196,10 +198,10 @@ def test_weights_survive_the_conversion_and_only_the_standard_file_makes_fid(
 
     assert tool.main([str(source), str(target)]) == 0
     assert "is no FID" in capsys.readouterr().out
-    found, about = weights.read(target)
+    result, about = weights.read(target)
     assert about["source_sha256"] == sha256 and about["standard"] == "false"
-    assert found.keys() == tensors.keys()
-    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    assert result.keys() == tensors.keys()
+    assert all(np.array_equal(result[name], tensors[name]) for name in tensors)
     made = features.inception(IMAGE.shape, target, chunk=2)
     assert made.title == "FD (inception, unverified weights)"
     # Floats are rounded to levels, and what is beyond an image file's is clipped.

@@ -67,8 +67,8 @@ def test_the_bounds_of_the_paper_hold_where_the_score_is_probed(x64, key):
         low, high = lipschitz.empirical_bounds(data, OU, t)
         return low, norms.max(), high, 1 / OU.sigma(t) ** 2
 
-    found = np.array([probed(t) for t in (0.0005, 0.05, 0.5)])
-    low, largest, high, always = found.T
+    result = np.array([probed(t) for t in (0.0005, 0.05, 0.5)])
+    low, largest, high, always = result.T
     assert np.all(low <= largest * (1 + 1e-9)) and np.all(largest <= high * (1 + 1e-9))
     assert np.all(largest >= always * (1 - 1e-9))
     assert low[0] > 1.01 * always[0]  # the paper's, not 1/v
@@ -107,13 +107,13 @@ def test_the_error_is_that_of_the_singular_value_found(field, iters, x64, key):
 
     @jax.jit
     @jax.vmap
-    def found(matrix, key):
+    def result(matrix, key):
         norm = lipschitz.spectral_norm(field(matrix), jnp.zeros(6), 1.0, key, iters)
         jacobian = jax.jacfwd(lambda x: field(matrix)(x, 1.0))(jnp.zeros(6))
         return norm, jnp.linalg.svd(jacobian, compute_uv=False)
 
     norm, singular = jax.tree.map(
-        np.asarray, found(matrices, jax.random.split(key, 20))
+        np.asarray, result(matrices, jax.random.split(key, 20))
     )
     rho, high = norm.value**2, (norm.value + norm.error) ** 2
     nearest = np.min(abs(singular**2 - rho[:, None]), axis=1)
@@ -132,9 +132,9 @@ def test_some_singular_value_is_within_the_error(x64, key):
     def field(x, t):  # blind to the steepest direction
         return matrix @ (x * jnp.array([1.0, 1.0, 0.0]))
 
-    found = jax.jit(lambda: lipschitz.spectral_norm(field, jnp.ones(3), 1.0, key))()
-    assert bool(found.converged) and found.error < 1e-10
-    np.testing.assert_allclose(found.value, 2.0, rtol=1e-12)
+    result = jax.jit(lambda: lipschitz.spectral_norm(field, jnp.ones(3), 1.0, key))()
+    assert bool(result.converged) and result.error < 1e-10
+    np.testing.assert_allclose(result.value, 2.0, rtol=1e-12)
 
 
 def test_forward_mode_alone_gives_the_norm_of_a_score(x64, key):
@@ -163,14 +163,14 @@ def test_float32_measures_norms_of_1e10(t, key):
     truth = lipschitz.two_point(9.0, OU, t)
     at = OU.alpha(t) * lipschitz.midpoints(points, 1)[0]
     field = linear(empirical.jacobian(points, OU, at, t))
-    found = jax.jit(lambda: lipschitz.spectral_norm(field, at, t, key))()
-    assert bool(found.converged)
-    np.testing.assert_allclose(found.value, truth, rtol=1e-3)
+    result = jax.jit(lambda: lipschitz.spectral_norm(field, at, t, key))()
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.value, truth, rtol=1e-3)
 
 
 def test_a_flat_field_has_norm_zero(key):
-    found = lipschitz.spectral_norm(lambda x, t: 0 * x, jnp.ones(3), 1.0, key)
-    assert found == (0, 0, True)
+    result = lipschitz.spectral_norm(lambda x, t: 0 * x, jnp.ones(3), 1.0, key)
+    assert result == (0, 0, True)
 
 
 def test_what_does_not_converge_says_so(x64, key):
@@ -226,14 +226,14 @@ def test_streamed_midpoints_are_those_of_all_sorted_pairs(m, x64, key):
     pairs = np.array(np.triu_indices(20, k=1))
     squares = np.sum((np.asarray(data)[pairs[0]] - data[pairs[1]]) ** 2, axis=(1, 2))
     first, second = pairs[:, np.argsort(squares)[:m]]
-    found = jax.jit(lipschitz.midpoints, static_argnums=1)(data, m)
-    np.testing.assert_array_equal(found, (data[first] + data[second]) / 2)
+    result = jax.jit(lipschitz.midpoints, static_argnums=1)(data, m)
+    np.testing.assert_array_equal(result, (data[first] + data[second]) / 2)
 
 
 def test_nothing_lies_between_copies():
     data = jnp.array([[0.0], [4.0], [0.0], [5.0]])
-    found = lipschitz.midpoints(data, 6)[:, 0]
-    np.testing.assert_array_equal(found, [4.5, 2.0, 2.0, 2.5, 2.5, 0.0])
+    result = lipschitz.midpoints(data, 6)[:, 0]
+    np.testing.assert_array_equal(result, [4.5, 2.0, 2.0, 2.5, 2.5, 0.0])
 
 
 def test_memory_grows_with_n_and_not_with_its_square():
@@ -265,9 +265,9 @@ def test_the_norm_of_a_streaming_score_does_not_keep_batch_times_n(key):
 def test_segments_join_different_points(key):
     """Of 0, 1, 3: each of the three midpoints a third of the time."""
     data = jnp.array([[0.0], [1.0], [3.0]])
-    found = np.asarray(lipschitz.segments(key, data, 3_000))[:, 0]
+    result = np.asarray(lipschitz.segments(key, data, 3_000))[:, 0]
     for middle in (0.5, 1.5, 2.0):
-        share = np.mean(found == middle)
+        share = np.mean(result == middle)
         assert abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / 3_000)
 
 
@@ -315,13 +315,13 @@ def test_along_a_flow_of_one_gaussian_each_time_has_its_own_norm(x64, key):
     truth = mixture.Mixture(jnp.zeros(1), jnp.ones((1, 3)), variances)
     score_fn, times = mixture.score(truth, OU), sampling.log_times(0.01, 1.0, 4)
     xs = jax.random.normal(key, (2, 3))
-    found = jax.jit(
+    result = jax.jit(
         lambda xs: lipschitz.along(score_fn, OU, times, xs, key, symmetric=True)
     )(xs)
     closed = 1 / (OU.sigma(times) ** 2 + OU.alpha(times) ** 2 * 0.2)
-    assert found.value.shape == found.error.shape == (2, 5)
-    np.testing.assert_allclose(found.value, jnp.stack([closed, closed]), rtol=1e-6)
-    assert np.all(found.converged)
+    assert result.value.shape == result.error.shape == (2, 5)
+    np.testing.assert_allclose(result.value, jnp.stack([closed, closed]), rtol=1e-6)
+    assert np.all(result.converged)
 
 
 def test_along_looks_at_the_points_of_the_path(x64, key):
@@ -333,8 +333,8 @@ def test_along_looks_at_the_points_of_the_path(x64, key):
     still = process.Process(jnp.ones_like, lambda t: jnp.ones_like(t))  # f = g = 0
     xs = jnp.array([[1.0, -2.0], [3.0, 0.5]])
     times = jnp.array([1.0, 0.5])
-    found = jax.jit(lambda xs: lipschitz.along(field, still, times, xs, key))(xs).value
-    np.testing.assert_allclose(found, [[2.0, 2.0], [3.0, 3.0]], rtol=1e-6)
+    result = jax.jit(lambda xs: lipschitz.along(field, still, times, xs, key))(xs).value
+    np.testing.assert_allclose(result, [[2.0, 2.0], [3.0, 3.0]], rtol=1e-6)
 
 
 # Bounds of networks.
@@ -481,7 +481,7 @@ def test_bounds_are_loops_over_pairs(bits, real):
         return *bounds[0], *bounds[1], lipschitz.two_point(1.25, OU, t)
 
     sets = [data, copies]
-    found = ours(times)
+    result = ours(times)
     for i, t in enumerate(times):
         a2, v = OU_FORMULA.alpha(t) ** 2, OU_FORMULA.sigma(t) ** 2
         truth = []
@@ -497,7 +497,7 @@ def test_bounds_are_loops_over_pairs(bits, real):
         gap_of_two = np.array([1.25, 0.0])
         slope = a2 * np.outer(gap_of_two, gap_of_two) / (4 * v**2) - np.eye(2) / v
         truth.append(np.linalg.norm(slope, ord=2))
-        for got, want in zip(found, truth, strict=True):
+        for got, want in zip(result, truth, strict=True):
             close(got[i], np.float64(want), bits)
 
 

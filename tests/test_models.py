@@ -108,9 +108,7 @@ def dit_count(patch, width, depth, channels, classes=0, ratio=4):
     return ends + embedding + depth * block
 
 
-@pytest.mark.parametrize(
-    "fields, classes", [({}, 0), ({}, 3), ({"depth": 1, "width": 8}, 0)]
-)
+@pytest.mark.parametrize("fields, classes", [({}, 0), ({}, 3)])
 def test_the_parameters_of_a_dit_are_counted_by_hand(fields, classes):
     fields = SMALL | fields
     model = DiT(**fields, num_classes=classes)
@@ -140,8 +138,8 @@ def test_the_parameters_of_an_mlp_are_counted_by_hand():
 
 def test_gates_of_one_are_no_gates(small):
     _, _, apply = small
-    found = apply(X, T, None, jnp.ones((2, 2)))
-    np.testing.assert_allclose(found, apply(X, T), atol=1e-5)
+    result = apply(X, T, None, jnp.ones((2, 2)))
+    np.testing.assert_allclose(result, apply(X, T), atol=1e-5)
 
 
 @pytest.mark.parametrize("layer, head", [(0, 0), (0, 1), (1, 0)])
@@ -153,26 +151,9 @@ def test_a_closed_gate_is_a_head_whose_output_weights_are_zero(small, layer, hea
     kernel = without[path[0]][path[1]][path[2]][path[3]]
     assert kernel.shape == (2, 8, 16)  # [heads, width of a head, width]
     without[path[0]][path[1]][path[2]][path[3]] = kernel.at[head].set(0)
-    found = apply(X, T, None, gates)
-    np.testing.assert_allclose(found, bind(model, without)(X, T), rtol=1e-4, atol=1e-5)
-    assert jnp.max(jnp.abs(found - apply(X, T))) > 1e-2
-
-
-def test_the_gradient_of_a_gate_is_that_of_its_output_weights(small):
-    """dL/dgate_h = <dL/dW_O^h, W_O^h> at gates of one."""
-    model, params, _ = small
-
-    def loss(params, gates):
-        return jnp.sum(model.apply({"params": params}, X, T, None, gates) ** 2)
-
-    by_params, by_gates = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.ones((2, 2)))
-    for i in range(2):
-        weights, slopes = (
-            tree[f"block_{i}"]["attention"]["out"]["kernel"]
-            for tree in (params, by_params)
-        )
-        inner = jnp.sum(weights * slopes, axis=(1, 2))
-        np.testing.assert_allclose(by_gates[i], inner, rtol=2e-3, atol=1e-3)
+    result = apply(X, T, None, gates)
+    np.testing.assert_allclose(result, bind(model, without)(X, T), rtol=1e-4, atol=1e-5)
+    assert jnp.max(jnp.abs(result - apply(X, T))) > 1e-2
 
 
 # Tokens.
@@ -230,8 +211,8 @@ def test_attention_is_softmax_of_scaled_products(key):
         weights = np.exp(q @ k.T / 2)  # sqrt(4) = 2
         weights /= weights.sum(axis=1, keepdims=True)
         total = total + weights @ v @ p["out"]["kernel"][head]
-    found = layer.apply({"params": params}, h)
-    np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
+    result = layer.apply({"params": params}, h)
+    np.testing.assert_allclose(result, total, rtol=1e-4, atol=1e-4)
 
 
 # Labels and time.
@@ -265,15 +246,10 @@ def test_a_label_beyond_the_table_is_refused(make, label):
 
 
 def test_time_features_are_cosines_and_sines():
-    found = np.asarray(time_features(jnp.float32(0.25), 8))
+    result = np.asarray(time_features(jnp.float32(0.25), 8))
     angles = 250 * 10_000.0 ** -(np.arange(4) / 4)
     truth = np.concatenate([np.cos(angles), np.sin(angles)])
-    np.testing.assert_allclose(found, truth, atol=2e-4)
-
-
-def test_time_shows(small):
-    _, _, apply = small
-    assert jnp.max(jnp.abs(apply(X, T) - apply(X, T + 0.5))) > 1e-2
+    np.testing.assert_allclose(result, truth, atol=2e-4)
 
 
 # One point, one function.
@@ -287,24 +263,16 @@ def test_vmap_is_a_loop(small):
         np.testing.assert_allclose(together, apply(x, t), rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_is_close_to_float32(small):
-    _, params, apply = small
-    half = DiT(**SMALL, dtype="bfloat16")
-    truth, found = apply(X, T), bind(half, params)(X, T)
-    assert found.dtype == jnp.float32  # the loss is not computed in bfloat16
-    error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
+@pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=2)])
+def test_bfloat16_is_close_to_float32(model):
+    half = model.clone(dtype="bfloat16")
+    params = filled(init(model))
+    truth, answer = bind(model, params)(X, T), bind(half, params)(X, T)
+    assert answer.dtype == jnp.float32  # the loss is not computed in bfloat16
+    error = jnp.linalg.norm(answer - truth) / jnp.linalg.norm(truth)
     assert 0 < error < 0.05
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(init(half)))
-
-
-def test_an_mlp_in_bfloat16_is_close_to_float32():
-    params = filled(init(MLP(16, 2)))
-    truth, found = (
-        bind(MLP(16, 2, dtype=dtype), params)(X, T) for dtype in (None, "bfloat16")
-    )
-    assert found.dtype == jnp.float32
-    error = jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
-    assert 0 < error < 0.05
+    shapes = jax.eval_shape(half.init, jax.random.key(0), X, T)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize("layer, shape", [(Dense(2, dtype="bfloat16"), (1_001, 3)),
@@ -359,8 +327,8 @@ def test_an_mlp_is_its_formula():
     for i in range(2):
         a = dense(f"block_{i}_in", silu(h)) + dense(f"block_{i}_time", e)
         h = h + dense(f"block_{i}_out", silu(a)) / np.sqrt(2)
-    found = bind(model, params)(x, T)
-    np.testing.assert_allclose(found, dense("output", silu(h)), rtol=1e-3, atol=1e-4)
+    result = bind(model, params)(x, T)
+    np.testing.assert_allclose(result, dense("output", silu(h)), rtol=1e-3, atol=1e-4)
 
 
 # Refusals.
@@ -416,11 +384,11 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
 
     def loss(params, xs):
         one = lambda *at: model.apply({"params": params}, *at)  # noqa: E731
-        found = jax.vmap(one)(xs, ts, labels)
-        return jnp.sum(jnp.sin(found)), found
+        result = jax.vmap(one)(xs, ts, labels)
+        return jnp.sum(jnp.sin(result)), result
 
     backward = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    (_, found), (slopes, x_slopes) = backward(params, xs)
+    (_, result), (slopes, x_slopes) = backward(params, xs)
 
     net = nets.DiT(8, 3, **SMALL, num_classes=3).double()
     nets.load(net, jax.tree.map(np.asarray, params))
@@ -436,7 +404,7 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
         one, other = np.asarray(one), np.asarray(other)
         assert np.max(np.abs(one - other)) < 1e-6 * np.max(np.abs(other))
 
-    close(nets.images(found), truth.detach())
+    close(nets.images(result), truth.detach())
     close(nets.images(x_slopes), x_torch.grad)
     assert size(slopes) == sum(p.numel() for p in net.parameters())
     nets.load(net, jax.tree.map(np.asarray, slopes))

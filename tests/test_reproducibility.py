@@ -10,7 +10,7 @@ from memsep_jax import memorization
 RNG = np.random.default_rng(0)
 
 
-def test_equal_twins_are_close_at_cosine_one_and_mismatched_ones_are_not():
+def test_equal_twins_are_close_and_mismatched_ones_are_not():
     a = RNG.normal(size=(200, 3, 4))
     twins = memorization.reproducibility(a, a)
     np.testing.assert_allclose(twins.cosine, 1)

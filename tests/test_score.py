@@ -31,8 +31,8 @@ def test_velocity_is_the_slope_of_the_flow(name, x64):
     slope = (
         process.drift(made, t) * x - process.diffusion2(made, t) * truth(made)(x, t) / 2
     )
-    found = score.from_velocity(lambda x, t: slope, made)(x, t)
-    np.testing.assert_allclose(found, truth(made)(x, t), rtol=1e-10)
+    result = score.from_velocity(lambda x, t: slope, made)(x, t)
+    np.testing.assert_allclose(result, truth(made)(x, t), rtol=1e-10)
 
 
 @EACH
@@ -111,8 +111,8 @@ def test_the_level_of_vp_is_the_time_of_the_vp_process(name):
     made, clock = PROCESSES[name], process.variance_preserving()
     time = jnp.geomspace(1e-5, 1, 9) if name != "rectified_flow" else jnp.array([0.01])
     t = jax.vmap(lambda u: process.time_of(made, process.noise_to_signal(clock, u)))
-    found = jax.vmap(score.vp(made).level)(jax.jit(t)(time))
-    np.testing.assert_allclose(found, time, rtol=2e-5)
+    result = jax.vmap(score.vp(made).level)(jax.jit(t)(time))
+    np.testing.assert_allclose(result, time, rtol=2e-5)
 
 
 def test_the_level_of_ddpm_is_a_thousandth_of_its_step(x64):
@@ -122,8 +122,8 @@ def test_the_level_of_ddpm_is_a_thousandth_of_its_step(x64):
         s = jnp.asarray(STEPS[steps])
         t = jax.vmap(lambda s, made=made: process.time_of(made, s))(s)
         prediction = score.ddpm(made)
-        found = jax.vmap(prediction.level)(t)
-        np.testing.assert_allclose(1_000 * found, steps, rtol=1e-6, atol=1e-4)
+        result = jax.vmap(prediction.level)(t)
+        np.testing.assert_allclose(1_000 * result, steps, rtol=1e-6, atol=1e-4)
         scale = jax.vmap(prediction.scale)(t) * jax.vmap(made.alpha)(t)
         np.testing.assert_allclose(scale, 1 / np.hypot(1, STEPS[steps]), rtol=1e-6)
 
@@ -188,8 +188,10 @@ def test_the_score_of_noise_keeps_its_digits_in_float32():
     for kind in ("noise", "score", "vp", "ve"):
         prediction = score.PREDICTIONS[kind](made)
         answer = score.target(prediction, made, x0, t, eps)
-        found = score.from_network(lambda x, level, f=answer: f, prediction, made)(x, t)
-        np.testing.assert_allclose(found, -X / 1e-3, rtol=1e-5, err_msg=kind)
+        result = score.from_network(lambda x, level, f=answer: f, prediction, made)(
+            x, t
+        )
+        np.testing.assert_allclose(result, -X / 1e-3, rtol=1e-5, err_msg=kind)
 
 
 def test_data_without_spread_are_refused():
@@ -209,8 +211,8 @@ def test_a_banded_score_is_one_inside_the_band_and_the_other_outside():
     @jax.jit
     def is_inside(low, high, t):
         x = jnp.ones(2)
-        found = score.banded(one, other, low, high)(x, t)
-        return jnp.all(found == one(x, t))
+        result = score.banded(one, other, low, high)(x, t)
+        return jnp.all(result == one(x, t))
 
     times = jnp.array([0.1, 0.2, 0.3, 0.4, 8.0])
     for low, high, want in (
@@ -281,9 +283,9 @@ def test_all_units_of_a_score_are_those_of_the_table(bits, real):
             score.to_denoiser(network, made)(x, t),
         )
 
-    found, units = ours(x, x0, eps, T)
+    result, units = ours(x, x0, eps, T)
     a, sigma = formula.alpha(T), formula.sigma(T)
-    for (values, target, slope), column in zip(found, truth.values(), strict=True):
+    for (values, target, slope), column in zip(result, truth.values(), strict=True):
         skip, out, scale, level, _ = column
         close(values, np.float64(column), bits)
         close(target, (x0 - skip * (a * x0 + sigma * eps)) / out, bits)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from memsep_jax.arrays import Arr, Bool, Float
 from memsep_jax.fidelity import UndefinedError, squared_distances
-from memsep_jax.neighbours import Neighbours
 
 # Bounds of the log-variances, as in the program of the authors of FLD.
 FLOOR, CEILING = -40.0, 20.0
@@ -61,11 +61,11 @@ def with_flips(search):
 # Distances that see what the plain one does not.
 
 
-def calibrated_l2(distances, alpha: float = 0.5):
+def calibrated_l2(distances, alpha: float = 0.5) -> Float[Arr, " m"]:
     """d_1 / (alpha mean_{y in S} ||g - y||): small where a sample is a copy.
 
     Args: distances [m, k] to the k nearest training points, sorted (the paper's S has
-      k = 50).   Returns: [m].
+      k = 50).
     Least: m = 0, k = 1.
     Odd: equal distances give 1 / alpha, which k = 1 always does; if all are 0, 0.
     Source: Carlini 2023, section 5.1.
@@ -75,7 +75,7 @@ def calibrated_l2(distances, alpha: float = 0.5):
     return np.divide(distances[:, 0], mean, out=np.zeros_like(mean), where=mean > 0)
 
 
-def tiled_l2(a, b, tiles: int = 4):
+def tiled_l2(a, b, tiles: int = 4) -> Float[Arr, " m"]:
     """The largest distance between tiles in the same place, in a grid tiles x tiles.
 
     Images that share a background are close by the plain distance; here they must be
@@ -83,7 +83,6 @@ def tiled_l2(a, b, tiles: int = 4):
     square root of the number of values in a tile.
 
     Args: a, b [m, h, w, c], pair by pair: both numbers, or both uint8 pixels.
-    Returns: [m].
     Least: m = 0, h = w = tiles, c = 1.
     Odd: equal images give 0; one tile, the plain distance; tiles of one pixel, the
       largest difference of a pixel; images that differ in one tile, their plain
@@ -142,7 +141,7 @@ def nearest_tiled(samples, data, indices, tiles: int = 4, chunk: int = 256) -> T
 # Tests of copying.
 
 
-def authentic(found: Neighbours, own):
+def authentic(neighbours, own) -> Bool[Arr, " m"]:
     """Whether a sample is farther from its nearest point than that is from the others.
 
     g is authentic iff d(g, x*) > d(x*, nearest other training point); with a tie it is
@@ -150,15 +149,14 @@ def authentic(found: Neighbours, own):
     other points are *distinct* ones: a repeat of x* says nothing about its place.
 
     Args:
-      found: the neighbours [m, k] of the samples.
+      neighbours: of the samples [m, k], `Neighbours` or `Mirrored`.
       own: [n] distance from each training point to its nearest distinct other: with
         k = 2, the second distance of the training set searched in itself.
-    Returns: bool [m].
     Least: m = 0, k = 1, two distinct training points.
     Odd: an exact copy is never authentic; equal samples have equal answers.
     Source: Alaa 2022 (arXiv 2102.08921).
     """
-    return found.distances[:, 0] > np.asarray(own)[found.indices[:, 0]]
+    return neighbours.distances[:, 0] > np.asarray(own)[neighbours.indices[:, 0]]
 
 
 class Copying(NamedTuple):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from memsep_jax.arrays import Arr, Num
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.memorization.ratio import BEGUN
 
@@ -100,13 +101,14 @@ def effective_interval(
     return float(low), float(high)
 
 
-def decreasing(values, weights):
+def decreasing(
+    values: Num[Arr, "*curves s"], weights: Num[Arr, " s"]
+) -> Num[Arr, "*curves s"]:
     """The nearest non-increasing values, by weighted squares: isotonic regression.
 
     All curves of a bootstrap at once, where `scipy.optimize.isotonic_regression` takes
     one.
 
-    Args: values [..., s], weights [s].   Returns: [..., s].
     Least: s = 1.   Odd: falling values stay; rising ones become their mean.
     Source: the min-max formula, Robertson 1988, theorem 1.4.4.
     """

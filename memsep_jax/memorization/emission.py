@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memsep_jax.arrays import Arr, Float
+
 
 class Emission(NamedTuple):
     """Which training points were emitted, and how often."""
@@ -35,7 +37,7 @@ def emitted(nearest, memorized, n: int) -> Emission:
     return Emission(points, counts, len(points), len(points) / n)
 
 
-def rarefaction(counts, total: int, sizes, n: int):
+def rarefaction(counts, total: int, sizes, n: int) -> Float[Arr, " s"]:
     """How many distinct training points s samples would emit.
 
     For s below the number of samples: the exact mean over subsets. Above: an
@@ -46,7 +48,6 @@ def rarefaction(counts, total: int, sizes, n: int):
     Args:
       counts: [e] copies of each emitted point.   total: samples, copies or not.
       sizes: [s] numbers of samples.   n: distinct training points.
-    Returns: [s].
     Least: e = 0, s = 0, total = n = 1.
     Odd: if nothing was emitted the result is 0; 0 samples emit 0 points; a single
       emitted point gives 1 at the size of the total and beyond; if all points were

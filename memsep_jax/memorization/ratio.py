@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from memsep_jax.arrays import Arr, Bool, Float, Num, Point, Points
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours, distinct, searcher
 
@@ -25,10 +26,9 @@ class Ratio(NamedTuple):
     duplicates: int  # training points that repeat an earlier one
 
 
-def nearest_two(x, data):
+def nearest_two(x: Point, data: Points) -> Float[Arr, " 2"]:
     """Distances to the nearest and to the second nearest *distinct* training point.
 
-    Args: x [*e], data [n, *e].   Returns: [2].
     Least: n = 1, d = 1.
     Odd: with one distinct point the second distance is infinite. Repeats count as one
       point. Among points equally near, the first is the nearest.
@@ -44,10 +44,9 @@ def nearest_two(x, data):
     )
 
 
-def memorized(x, data, ratio: float = RATIO):
+def memorized(x: Point, data: Points, ratio: float = RATIO) -> Bool[Arr, ""]:
     """Whether d1 < ratio d2.
 
-    Args: x [*e], data [n, *e].   Returns: bool [].
     Least, Odd: as `nearest_two`; with one distinct point every sample is a copy, so
       `ratio` refuses such data; where d1 = d2 none is.
     """
@@ -89,34 +88,36 @@ def ratio(
     return ratio_of(search(samples), held, len(data) - count, threshold)
 
 
-def ratio_of(
-    found: Neighbours, held_out: Neighbours | None, duplicates: int, threshold=RATIO
-) -> Ratio:
-    """`ratio`, from neighbours that have already been searched."""
-    flags = copied(found, threshold)
+def ratio_of(neighbours, held_out, duplicates: int, threshold: float = RATIO) -> Ratio:
+    """`ratio`, from neighbours that have already been searched.
+
+    Args: neighbours and held_out, `Neighbours` or `Mirrored`; held_out may be None.
+    """
+    flags = copied(neighbours, threshold)
     null = None if held_out is None else copied(held_out, threshold)
     return Ratio(
         value=float(flags.mean()),
         interval=wilson(int(flags.sum()), len(flags)),
         null=None if null is None else float(null.mean()),
         null_interval=None if null is None else wilson(int(null.sum()), len(null)),
-        neighbours=found,
+        neighbours=neighbours,
         memorized=flags,
         duplicates=duplicates,
     )
 
 
-def copied(found: Neighbours, threshold: float = RATIO):
-    """Which samples are memorized: d1 < threshold d2.   Returns: bool [..., m].
+def copied(neighbours, threshold: float = RATIO) -> Bool[Arr, "*batch m"]:
+    """Which samples are memorized: d1 < threshold d2.
 
+    Args: neighbours, `Neighbours` or `Mirrored`.
     Least: m = 0, k = 2 neighbours.
     Odd: d1 = d2 = 0 is not a copy; with an infinite d2 any finite d1 is one.
     """
-    return found.distances[..., 0] < threshold * found.distances[..., 1]
+    return neighbours.distances[..., 0] < threshold * neighbours.distances[..., 1]
 
 
-def quotient(d1, d2):
-    """d1 / d2 [m]: small where a sample is a copy, 1 where both are 0.
+def quotient(d1, d2) -> Num[Arr, " m"]:
+    """d1 / d2: small if a sample is a copy, 1 if both are 0.
 
     Least: m = 0.   Odd: 0 / 0 is 1; over an infinite d2, 0.
     """

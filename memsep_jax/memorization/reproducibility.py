@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memsep_jax.arrays import Arr, Float
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.memorization.ratio import RATIO, copied, wilson
 from memsep_jax.neighbours import distinct, searcher
@@ -60,10 +61,10 @@ def reproducibility(a, b, threshold: float = RATIO) -> Reproducibility:
     )
 
 
-def cosine(a, b, centre):
+def cosine(a, b, centre) -> Float[Arr, " m"]:
     """The cosine of the angle between a_i and b_i about a centre; 0 at the centre.
 
-    Args: a, b [m, *e], centre [*e].   Returns: [m].
+    Args: a, b [m, *e], centre [*e].
     Least: m = 0, d = 1.   Odd: at the centre itself, 0; in one dimension, 1 or -1.
     """
     a, b = (

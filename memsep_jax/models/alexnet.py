@@ -1,4 +1,4 @@
-"""AlexNet's convolutions for one image: features to pool, and the distance LPIPS.
+"""AlexNet's convolutions for one image: pooled features, and the distance LPIPS.
 
 Functions of parameters with flat names: AlexNet_0/Conv_{0..4}/{kernel,bias} (HWIO),
 and NetLinLayer_{0..4}/Conv_0/kernel for the weights of LPIPS.
@@ -12,7 +12,7 @@ import numpy as np
 from memsep_jax.checks import check_leaves
 
 SIDE = 64  # pixels of an image whose features are pooled
-SMALLEST = 31  # pixels: a smaller image leaves nothing to the last maps
+SMALLEST = 31  # pixels: with fewer the last maps are empty
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of red, green and blue
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 # Channels, size of the kernel, stride, padding.
@@ -38,7 +38,7 @@ def maps(params, x):
             f"alexnet takes an image [h, w, 3] of {SMALLEST} pixels a side or more, "
             f"not {x.shape}: resize it"
         )
-    h, found = (x - SHIFT[None, None]) / SCALE[None, None], []
+    h, result = (x - SHIFT[None, None]) / SCALE[None, None], []
     for i, (_, _, stride, pad) in enumerate(LAYERS):
         name = f"AlexNet_0/Conv_{i}"
         if i in (1, 2):
@@ -52,12 +52,12 @@ def maps(params, x):
             precision="highest",
         )[0]
         h = nn.relu(h + params[f"{name}/bias"][None, None])
-        found.append(h)
-    return found
+        result.append(h)
+    return result
 
 
 def resized(x):
-    """x [h, w, c] -> [64, 64, c], bilinear, filtered where it shrinks."""
+    """x [h, w, c] -> [64, 64, c], bilinear, filtered if it shrinks."""
     return jax.image.resize(x, (SIDE, SIDE, x.shape[2]), "linear", precision="highest")
 
 
@@ -94,24 +94,24 @@ def distance(params, x, y):
 
 def shapes():
     """The shape of each parameter, by name."""
-    found, inputs = {}, 3
+    result, inputs = {}, 3
     for i, (channels, size, _, _) in enumerate(LAYERS):
-        found[f"AlexNet_0/Conv_{i}/kernel"] = (size, size, inputs, channels)
-        found[f"AlexNet_0/Conv_{i}/bias"] = (channels,)
-        found[f"NetLinLayer_{i}/Conv_0/kernel"] = (1, 1, channels, 1)
+        result[f"AlexNet_0/Conv_{i}/kernel"] = (size, size, inputs, channels)
+        result[f"AlexNet_0/Conv_{i}/bias"] = (channels,)
+        result[f"NetLinLayer_{i}/Conv_0/kernel"] = (1, 1, channels, 1)
         inputs = channels
-    return found
+    return result
 
 
 def params_of(tensors):
-    """The parameters, of arrays by name.
+    """The parameters, from arrays by name.
 
-    Raises: ValueError: a line for each that is missing, unexpected or misshaped, and
-      for weights of LPIPS below 0, of which it would be no distance.
+    Raises: ValueError: a line for each array that is missing, unexpected or misshaped;
+      or weights of LPIPS below 0, with which it would not be a distance.
     """
     check_leaves(tensors, shapes())
     heads = [f"NetLinLayer_{i}/Conv_0/kernel" for i in range(len(LAYERS))]
     below = [name for name in heads if np.min(tensors[name]) < 0]
     if below:
-        raise ValueError(f"weights below 0, of which LPIPS is none: {', '.join(below)}")
+        raise ValueError(f"weights of LPIPS must not be below 0: {', '.join(below)}")
     return {name: np.asarray(a, np.float32) for name, a in tensors.items()}

@@ -11,7 +11,7 @@ from memsep_jax.models.layers import Dense, Embedding
 class Attention(nn.Module):
     """Self-attention with a gate per head: head h adds gate_h W_O^h (A_h V_h).
 
-    Where parameters are given it has as many heads as they have: see `prune.compact`.
+    With given parameters it has as many heads as they do: see `prune.compact`.
     """
 
     num_heads: int
@@ -48,7 +48,7 @@ class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the embedding.
 
     It has three kinds of gates: "heads" [heads], "neurons" [hidden] of the MLP, and
-    "blocks" [], which multiplies all that the block adds.
+    "blocks" [], which multiplies everything that the block adds.
     """
 
     num_heads: int
@@ -115,8 +115,8 @@ class DiT(nn.Module):
     def __call__(self, x, t, label=None, gates=None, train=False):
         """x [h, w, c], t [], label [], gates [depth, heads] (or None) -> [h, w, c].
 
-        Gates of another group are given by its name: {"neurons": [depth, hidden]} or
-        {"blocks": [1, depth]}; see `prune.GROUPS`.
+        Other gates are given by the name of their group: {"neurons": [depth, hidden]}
+        or {"blocks": [1, depth]}; see `prune.GROUPS`.
         """
         self.check(x.shape)
         if gates is not None and not isinstance(gates, dict):
@@ -139,7 +139,7 @@ class DiT(nn.Module):
         for i in range(self.depth):
             name = f"block_{i}"
             if self.get_variable("params", name) == {}:
-                continue  # of a compact network, which lost it
+                continue  # a compact network has lost this block
             block = Block(
                 self.num_heads,
                 self.mlp_ratio,
@@ -152,13 +152,13 @@ class DiT(nn.Module):
         modulation = _zero_dense(2 * self.width, self.dtype, "modulation")(embedding)
         shift, scale = modulation.reshape(2, 1, self.width)
         h = _norm(self.dtype)(h) * (1 + scale) + shift
-        # float32 at the door: the loss and the score are not computed in bfloat16.
+        # Back in float32: the loss and the score are not computed in bfloat16.
         out = _zero_dense(self.patch**2 * channels, x.dtype, "output")(h)
         out = out.reshape(rows, columns, self.patch, self.patch, channels)
         return out.transpose(0, 2, 1, 3, 4).reshape(x.shape)
 
     def check(self, shape):
-        """Raises ValueError where an image of this shape does not fit."""
+        """Raises ValueError if an image of this shape does not fit."""
         wrong = []
         if len(shape) != 3:
             wrong.append(
@@ -192,21 +192,21 @@ def position_features(rows: int, columns: int, width: int):
 
 
 def _of_block(gates, i):
-    """The gates of block i; those of blocks stand in one row, [1, depth]."""
+    """The gates of block i; those of whole blocks are in one row, [1, depth]."""
     if gates is None:
         return None
     return {k: v[0, i] if k == "blocks" else v[i] for k, v in gates.items()}
 
 
 def _given(module, name, axis, default):
-    """The size of an axis of a layer's kernel where parameters are given."""
+    """The size of an axis of a layer's kernel, if parameters are given."""
     if module.has_variable("params", name):
         return module.get_variable("params", name)["kernel"].shape[axis]
     return default
 
 
 def _sow(module, name, value, size):
-    """Leaves the size of what a group computes to those who ask for it."""
+    """Records the size of a group's output, for callers that collect intermediates."""
     if module.is_mutable_collection("intermediates"):
         module.sow("intermediates", name, size(value))
 

@@ -1,11 +1,11 @@
 """Softmax attention that is the score: n keys the empirical one, K keys the truth.
 
-Theorem 5.1 of Ye 2025 says that there exist ReLU networks of width O~(n) for the
-empirical score, and of a width that does not grow with n for the true one. For the
-isotropic mixture the same separation needs no approximation: attention over the n
-training points equals the empirical score, with n d numbers, and attention over the K
-means equals the true score, with K d + 1. Both are upper bounds by construction: that
-no smaller network does is not a theorem.
+By theorem 5.1 of Ye 2025 there are ReLU networks of width O~(n) for the empirical
+score, and of a width that does not grow with n for the true one. For the isotropic
+mixture the same separation needs no approximation: attention over the n training points
+equals the empirical score, with n d numbers, and attention over the K means equals the
+true score, with K d + 1. Both are upper bounds by construction; no theorem says that a
+smaller network cannot do it.
 """
 
 import flax.linen as nn
@@ -27,9 +27,10 @@ class Attention(nn.Module):
 
     Args:
       process: gives alpha and sigma.
-      keys: how many.
-      spread: learn the variance; without it, and without one in the params, it is 0.
-      weighted: learn a log-weight per key, unnormalised; likewise, all are equal.
+      keys: the number of keys.
+      spread: learn the variance; otherwise it is 0 unless the params have one.
+      weighted: learn a log-weight per key, unnormalised; otherwise all are equal unless
+        the params have them.
     """
 
     process: Process
@@ -39,12 +40,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label=None, gates=None, train=False):
-        """x [*e], t [] -> the score [*e]. No classes and no heads: no labels, gates."""
+        """x [*e], t [] -> the score [*e]. It takes no labels and no gates."""
         if label is not None or gates is not None:
             raise ValueError("exact attention takes no label and no gates")
 
         def part(name, init, shape, wanted):
-            # What the params hold is used: a weight left out would be another law.
+            # Whatever the params hold is used: without a weight it is another law.
             if wanted or self.has_variable("params", name):
                 return self.param(name, init, shape)
             return jnp.zeros(shape, x.dtype)
@@ -58,8 +59,8 @@ class Attention(nn.Module):
         )
         alpha = self.process.alpha(t)
         total = self.process.sigma(t) ** 2 + alpha**2 * variance
-        # The logits of the formula less |x|^2 / (2 A), which softmax does not see:
-        # the products are wrong in float32 as t -> 0.
+        # The logits of the formula minus |x|^2 / (2 A), which softmax ignores, because
+        # the products of the formula are wrong in float32 as t -> 0.
         gaps = x[None] - alpha * points
         squares = jnp.sum(gaps**2, axis=tuple(range(1, points.ndim)))
         weights = jax.nn.softmax(log_weights - squares / (2 * total))
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
 
 def empirical_params(data):
-    """The params with which Attention(process, n) is the empirical score: n d numbers.
+    """The n d params with which Attention(process, n) is the empirical score.
 
     Args: data [n, *e] float.   Returns: the tree.
     """
@@ -76,12 +77,12 @@ def empirical_params(data):
 
 
 def mixture_params(mixture: Mixture):
-    """The params with which Attention(process, K) is the mixture's score: K d + 1.
+    """The K d + 1 params with which Attention(process, K) is the mixture's score.
 
-    K more where the weights are not equal.
+    There are K more if the weights differ.
 
     Args: mixture, of known numbers.   Returns: the tree.
-    Raises: ValueError where the components are not isotropic with one variance.
+    Raises: ValueError: components that are not isotropic with one variance.
     """
     if mixture.factors is not None:
         raise ValueError(

@@ -15,9 +15,9 @@ def _all_but_bias(x, kernel, bias, *, dtype):
 class Dense(nn.DenseGeneral):
     """A product in dtype, to which the bias is added in float32.
 
-    So its gradient, a sum over batch and tokens, is one of float32 too: summed in
-    bfloat16 on a CPU, it was wrong by up to a fifth, where that of the kernel was by
-    1/200.
+    The gradient of the bias, a sum over batch and tokens, is then computed in float32
+    too: summed in bfloat16 on a CPU, it was wrong by up to a fifth, where that of the
+    kernel was wrong by 1/200.
     """
 
     promote_dtype: Callable = _all_but_bias
@@ -28,7 +28,7 @@ class Dense(nn.DenseGeneral):
 
 
 class Conv(nn.Conv):
-    """The same of a convolution."""
+    """A convolution in dtype, whose bias is added in float32, as in `Dense`."""
 
     promote_dtype: Callable = _all_but_bias
 
@@ -38,10 +38,10 @@ class Conv(nn.Conv):
 
 
 class Embedding(nn.Module):
-    """Time, and a label where there is one, as one vector (Peebles & Xie 2023).
+    """Time and, if there is one, a label as one vector (Peebles & Xie 2023).
 
-    With num_classes = 0 the network is unconditional. Label num_classes, or None, is
-    the label of "no label".
+    With num_classes = 0 the network is unconditional. Label num_classes, or None, means
+    "no label".
     """
 
     width: int
@@ -64,9 +64,9 @@ class Embedding(nn.Module):
 
 
 def check_label(label, num_classes):
-    """Refuses a label that has no row in the table; a traced one passes unseen.
+    """Refuses a label without a row in the table; a traced one passes unchecked.
 
-    A gather would take the nearest row that there is, and say nothing.
+    A gather would silently take the nearest row that exists.
 
     Raises: ValueError.
     """

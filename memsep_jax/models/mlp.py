@@ -9,9 +9,10 @@ SILU_SLOPE = 1.0998393202  # the largest slope of silu, at x = 2.399357; rounded
 
 
 class MLP(nn.Module):
-    """h <- h + W_2 silu(W_1 h + W_t embedding), depth times; no normalisation.
+    """h <- h + W_2 silu(W_1 h + W_t embedding), depth times.
 
-    So its Lipschitz constant is bounded by its weights (Ye 2025, section 5).
+    It has no normalisation, so that its weights bound its Lipschitz constant (Ye 2025,
+    section 5).
 
     Args:
       num_classes: 0 for an unconditional network.
@@ -42,10 +43,10 @@ class MLP(nn.Module):
             inner = dense(f"block_{i}_in")(nn.silu(h))
             inner = nn.silu(inner + dense(f"block_{i}_time")(embedding))
             inner = nn.Dropout(self.dropout)(inner, deterministic=not train)
-            # 1 / sqrt(depth): the sum of the blocks keeps its size at any depth.
+            # With 1 / sqrt(depth) the sum of the blocks keeps its size at any depth.
             inner = dense(f"block_{i}_out")(inner)
             h = h + inner / jnp.sqrt(self.depth).astype(h.dtype)
-        # float32 at the door: the loss and the score are not computed in bfloat16.
+        # Back in float32: the loss and the score are not computed in bfloat16.
         zeros = nn.initializers.zeros
         out = Dense(x.size, kernel_init=zeros, dtype=x.dtype, name="output")
         return out(nn.silu(h)).reshape(x.shape)
@@ -56,7 +57,7 @@ def lipschitz_bound(params):
 
     With c the largest slope of silu: |input| c |output| times, for each block,
     1 + c^2 |in| |out| / sqrt(depth), all spectral norms. Time and label only shift.
-    Dropout is taken to be off.
+    Dropout is assumed to be off.
 
     Args: params, the tree of an `MLP`.   Returns: [].
     """

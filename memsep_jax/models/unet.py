@@ -7,7 +7,7 @@ import numpy as np
 
 from memsep_jax.models.layers import Conv, Dense, check_label
 
-VARIANTS = {  # filter of every change of resolution, and the features of the time
+VARIANTS = {  # the filter of each change of resolution, and the features of time
     "ddpm": ((1, 1), "positional"),
     "ncsn": ((1, 3, 3, 1), "fourier"),
 }
@@ -17,8 +17,8 @@ FOURIER_SCALE = 16.0  # standard deviation of the frequencies
 class GroupNorm(nn.Module):
     """Zero mean and unit variance in each group of channels, then a scale and a bias.
 
-    What a group shares is summed by channel first, along the pixels: on a CPU the sum
-    over (pixels, channels of a group) of `nn.GroupNorm` takes twice the time, and more.
+    Each channel is summed over its pixels before its group is: on a CPU the joint sum
+    of `nn.GroupNorm` over (pixels, channels of a group) takes at least twice the time.
     """
 
     dtype: str = "float32"
@@ -31,7 +31,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
         def mean(a):
-            """The mean of each group, given back to its channels.   [1, 1, c]."""
+            """The mean of each group, repeated for its channels.   [1, 1, c]."""
             means = jnp.mean(a, (0, 1)).reshape(groups(channels), -1).mean(1)
             return jnp.repeat(means, channels // groups(channels))[None, None]
 
@@ -106,16 +106,16 @@ class UNet(nn.Module):
       depth: residual blocks per resolution.
       multipliers: of the base channels, one for each resolution.
       attention: heights of the feature maps that have self-attention; the lowest
-        resolution has it once in any case.
-      variant: "ddpm" (DDPM++), or "ncsn" (NCSN++): with the image fed in again at each
-        resolution, Fourier features and smoother changes of resolution.
+        resolution always has it once.
+      variant: "ddpm" (DDPM++), or "ncsn" (NCSN++), which feeds the image in again at
+        each resolution, with Fourier features and smoother changes of resolution.
       time_embedding: "positional" or "fourier"; None for that of the variant.
-      time_scale: multiplies t. Features of positions 0 .. 999 want 999 where t is the
-        time in (0, 1], as with VP preconditioning (Karras 2022, table 1).
-      frequencies: of Fourier features, where a network has others than ours (None).
+      time_scale: multiplies t. Features of positions 0 .. 999 need 999 if t is the time
+        in (0, 1], as with VP preconditioning (Karras 2022, table 1).
+      frequencies: of Fourier features, for a network whose own differ from ours (None).
       dropout: rate, before the second convolution of each block.
       skips: a flag for each skip, len(multipliers) (depth + 1), highest resolution
-        first; zeros are in the place of one that is removed (Gu 2023). None: all.
+        first; zeros replace a removed skip (Gu 2023). None: all.
       num_classes: 0 for an unconditional network.
       dtype: of the computation inside ("bfloat16" on GPU and TPU); parameters stay
         float32.
@@ -162,7 +162,8 @@ class UNet(nn.Module):
             else:
                 h = block(h, h.shape[-1], f"{name}_down", "down")
                 if self.variant == "ncsn":
-                    # Filtered after the convolution, which is wider by what that takes.
+                    # The filter comes after the convolution, which is therefore padded
+                    # by what the filter needs.
                     side = len(taps) // 2 - 1
                     image = _conv(h.shape[-1], 1.0, self.dtype, f"{name}_image", side)(
                         image
@@ -189,11 +190,11 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(h, self.width * multiplier, f"{name}_{i}", "", attention)
         h = nn.silu(GroupNorm(self.dtype, name="norm")(h))
-        # float32 at the door: the loss and the score are not computed in bfloat16.
+        # Back in float32: the loss and the score are not computed in bfloat16.
         return _conv(x.shape[-1], 1e-10, x.dtype, "output")(h.astype(x.dtype))
 
     def _embedding(self, t, label):
-        """Time, and a label where there is one, as one vector.   [4 width]."""
+        """Time and, if there is one, a label as one vector.   [4 width]."""
         _, kind = VARIANTS[self.variant]
         count = self.width // 2 * (2 if self.variant == "ncsn" else 1)
         t = jnp.multiply(self.time_scale, t)
@@ -208,15 +209,15 @@ class UNet(nn.Module):
             bias = self.param("label_bias", nn.initializers.zeros, shape[1:])
             h = h + bias
             if label is not None:
-                # The one-hot vector, of variance 1, times the table. "No label" is
-                # beyond it: zero.
+                # The one-hot vector, scaled to variance 1, times the table. "No label"
+                # is beyond the table: zero.
                 row = jnp.asarray(table).at[label].get(mode="fill", fill_value=0)
                 h = h + np.sqrt(self.num_classes).astype(row.dtype) * row
         h = nn.silu(_dense(4 * self.width, 1.0, h.dtype, "embedding_in")(h))
         return nn.silu(_dense(4 * self.width, 1.0, h.dtype, "embedding_out")(h))
 
     def check(self, shape):
-        """Raises ValueError where an image of this shape does not fit."""
+        """Raises ValueError if an image of this shape does not fit."""
         wrong = []
         levels = len(self.multipliers)
         if self.variant not in VARIANTS:
@@ -272,9 +273,9 @@ class UNet(nn.Module):
             raise ValueError("\n".join(wrong))
 
     def _channels(self):
-        """The numbers of channels that some group norm sees."""
+        """The numbers of channels that group norms normalise."""
         widths = [self.width * multiplier for multiplier in self.multipliers]
-        depth = min(self.depth, 2)  # more blocks of a resolution see the same again
+        depth = min(self.depth, 2)  # further blocks of a resolution repeat the second
         skips = [self.width]
         for level, width in enumerate(widths):
             skips += skips[-1:] * (level > 0) + [width] * depth
@@ -287,7 +288,7 @@ class UNet(nn.Module):
 
 
 def groups(channels: int) -> int:
-    """Of a group norm: 32, but no fewer than 4 channels in one."""
+    """The groups of a group norm: 32, or fewer so that each has 4 channels."""
     return min(32, channels // 4)
 
 
@@ -298,7 +299,7 @@ def positional_features(t, count: int):
 
 
 def fourier_features(t, count: int, frequencies=None):
-    """sin, cos of 2 pi t f, f ~ N(0, 16^2), the same f always.   [] -> [2 count]."""
+    """sin, cos of 2 pi t f, with fixed f drawn from N(0, 16^2).   [] -> [2 count]."""
     if frequencies is None:
         frequencies = np.random.default_rng(0).normal(0, FOURIER_SCALE, count)
     angles = t * (2 * np.pi * np.asarray(frequencies)).astype(t.dtype)
@@ -321,7 +322,7 @@ def _down(h, taps, pad):
     for axis in (0, 1):
         h = _padded(h, pad, axis)
         size = (h.shape[axis] - len(taps)) // 2 + 1
-        # A sum of slices: a convolution by channel is slow on CPU.
+        # A sum of slices, because a convolution by channel is slow on CPUs.
         h = sum(
             weight * jax.lax.slice_in_dim(h, k, k + 2 * size - 1, 2, axis)
             for k, weight in enumerate(weights)

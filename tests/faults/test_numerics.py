@@ -462,7 +462,7 @@ def test_c39_one_point_has_no_second_neighbour():
 
 
 def test_c39_more_neighbours_than_points_are_refused():
-    with pytest.raises(ValueError, match="k=5 neighbours were asked of 4 distinct"):
+    with pytest.raises(ValueError, match="k=5 neighbours were requested of 4 distinct"):
         neighbours.searcher(points(4, 3), k=5)
 
 

@@ -1,0 +1,23 @@
+"""The check behind the annotated shapes of floor 0."""
+
+import beartype
+
+FLOOR_0 = (
+    "process",
+    "mixture",
+    "empirical",
+    "score",
+    "gap",
+    "lipschitz",
+    "sampling",
+    "neighbours",
+    "fidelity",
+    "ratio",
+    "copying",
+    "emission",
+    "effective",
+    "reproducibility",
+)
+
+# An int may stand for a float, as everywhere in Python.
+checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
