@@ -61,7 +61,7 @@ def run(config, workdir, drawings=None):
     else:
         _write(workdir, lambda draw, *args: draw(*args), config)
     console = Terminal(highlight=False, soft_wrap=True)
-    with contextlib.suppress(OSError):  # the output may go to the full disk itself
+    with contextlib.suppress(OSError):  # a full disk, where that is where it goes
         console.print(f"report: {workdir / 'report.html'}", markup=False)
 
 
