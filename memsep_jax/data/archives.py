@@ -60,9 +60,9 @@ def npz(path, stream: bool = False) -> Source:
 
 
 def latents(path, stream: bool = False) -> Source:
-    """An .npz as `npz`, of what an autoencoder made of images: float32 [n, h, w, c].
+    """Latents of images in an .npz as in `npz`: float32 [n, h, w, c].
 
-    They may have any finite values; a spread near `prediction.sigma_data` is best.
+    They may have any finite values; a spread near the prediction's sigma_data is best.
     """
     return _pools(path, stream, pixels=False)
 

@@ -117,15 +117,15 @@ def folder(
 ) -> Source:
     """All images below a folder, or in a zip of one: uint8 [n, h, w, 3].
 
-    As `readers.read` reads them: everything that Pillow knows, as RGB, in the order of
-    torchvision's ImageFolder, with the labels of its folders or of dataset.json.
+    `readers.read` reads all formats of Pillow, as RGB, in the order of torchvision's
+    ImageFolder, with the labels of the folders or of dataset.json.
 
     Args:
       resolution: of a square that each image is resized to (Lanczos).
       skip_bad: leave out what cannot be read, with a note.
       crop: "squeeze", or "center": the largest square in the middle first.
-      exif: turn images as the camera was held.   alpha: "white", what is below
-        transparent pixels, or "drop".
+      exif: turn images as the camera was held.   alpha: "white" is laid below
+        transparent pixels, or "drop": they are taken as opaque.
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
@@ -161,7 +161,7 @@ def source(name: str, **source_args) -> Source:
 
 
 def at_hand(name: str, **source_args) -> Source:
-    """As `source`, but nothing is fetched, prepared or written: what a dry run reads.
+    """As `source`, but fetches, prepares and writes nothing, for a dry run.
 
     Raises: DataError, also where a set of TensorFlow Datasets is not here yet.
     """
@@ -213,14 +213,14 @@ def origin(
     skip_bad: bool = False,
     **preparation,
 ) -> Source:
-    """Images of any origin, as a person sees them, and what is known of them.
+    """Images of any origin, with their labels, files and notes where they have some.
 
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
         in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
         of a set of TensorFlow Datasets. With [a:b] at its end: those of them.
-      role: "samples", "train" or "held_out": which array of an .npz (ROLES, its only
-        one, or all that np.savez numbered), and which split of a set, is meant.
+      role: "samples", "train" or "held_out": chooses the array of an .npz (ROLES, its
+        only one, or all that np.savez numbered) and the split of a set.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
     Returns:
       uint8 [n, h, w, c] images, labels where they have some, and no test split.
@@ -286,7 +286,7 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
 
 
 def _of_role(path, role):
-    """The images of an array file that are meant, and their labels."""
+    """The images that a role chooses from an array file, and their labels."""
     named, label_name = ROLES[role], LABELS[role]
 
     def chosen(names):
