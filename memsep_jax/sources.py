@@ -113,7 +113,7 @@ def mixture_truth(
     Args: shape: the law's other arguments (rank, noise, dof, width); None: its own.
     """
     if law not in LAWS:
-        raise ValueError(f"data.law={law!r} is unknown; known: {', '.join(LAWS)}")
+        raise ValueError(f"law={law!r} is unknown; known: {', '.join(LAWS)}")
     _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
@@ -198,7 +198,7 @@ def _pools(path, stream, pixels):
     if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
         raise DataError(
             f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
-            "latents: float32 [n, h, w, c]; data.name=npz reads images and vectors"
+            "latents: float32 [n, h, w, c]; name=npz reads images and vectors"
         )
     return pools._replace(notes=check_source(pools, str(path)))
 
@@ -229,7 +229,7 @@ def _mapped(path, name):
             return np.ndarray(shape, dtype, whole, file.tell())
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as error:
         raise DataError(
-            f"{path}: {name} cannot be read in place, as data.stream=True does "
+            f"{path}: {name} cannot be read in place, as stream=True does "
             f"({error}); write it again by np.savez, not np.savez_compressed"
         ) from error
 
@@ -382,7 +382,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 def source(name: str, **source_args) -> Source:
     """The pools of the source called `name`."""
     if name not in SOURCES:
-        raise ValueError(f"data.name={name!r} is unknown; known: {', '.join(SOURCES)}")
+        raise ValueError(f"name={name!r} is unknown; known: {', '.join(SOURCES)}")
     return SOURCES[name](**source_args)
 
 
@@ -413,8 +413,8 @@ def at_hand(name: str, **source_args) -> Source:
         raise DataError(
             f"{dataset} is not below {root}, or was not decoded there by a run yet, "
             "and a dry run fetches and writes nothing. Start the run, which prepares "
-            "it, or give data.data_dir, where it is, or points of the same size: "
-            "--config.data.name=npz --config.data.path=FILE.npz"
+            "it, or give data_dir=DIR, where it is, or points of the same size by "
+            "name=npz and path=FILE.npz"
         )
     train, test, shape, classes = KNOWN[dataset]
     rng = np.random.default_rng(0)
@@ -436,7 +436,7 @@ def second(mix_from: str, read=source) -> Source:
         return npz(mix_from)
     if mix_from not in _bare():
         raise ValueError(
-            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
+            f"mix_from={mix_from!r} must be the path of an .npz file or one of "
             f"{', '.join(_bare())}"
         )
     return read(mix_from)
@@ -668,7 +668,7 @@ def _prepared(builder, way_out, stream=False):
     finally:
         part.unlink(missing_ok=True)
     if stream:
-        raise DataError(f"{cache}: data.stream=True needs it: free some space for it")
+        raise DataError(f"{cache}: stream=True needs it: free some space for it")
     with tempfile.TemporaryDirectory() as folder:
         _decode(read, builder.name, Path(folder) / cache.name)
         return npz(Path(folder) / cache.name)
