@@ -256,7 +256,7 @@ def cosine(lr: float, steps: int | None = None, warmup: int = 0):
     """Linear warm-up from 0, then a cosine to 0 at the last of `steps`."""
     if steps is None or warmup >= steps:
         raise ValueError(
-            f"optimizer.warmup={warmup} must be below the number of steps, {steps}, of "
+            f"warmup={warmup} must be below the number of steps, {steps}, of "
             "a cosine schedule"
         )
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, steps)
@@ -371,26 +371,24 @@ def _rate(lr, weight_decay, guard, schedule, warmup, steps, **averages):
     """The schedule; or one ValueError with a line for each number that is wrong."""
     (clip, skip_spikes), wrong = guard, []
     if not lr > 0:
-        wrong.append(f"optimizer.lr={lr} must be positive")
+        wrong.append(f"lr={lr} must be positive")
     # A traced one, of an ensemble of networks, was looked at before.
     if is_known(weight_decay) and weight_decay < 0:
-        wrong.append(f"optimizer.weight_decay={weight_decay} must not be negative")
+        wrong.append(f"weight_decay={weight_decay} must not be negative")
     if clip is not None and not clip > 0:
-        wrong.append(f"optimizer.clip={clip} must be positive, or None for no clipping")
+        wrong.append(f"clip={clip} must be positive, or None for no clipping")
     if skip_spikes is not None and not skip_spikes > 1:
         wrong.append(
-            f"optimizer.skip_spikes={skip_spikes} must be above 1, the median norm, or "
+            f"skip_spikes={skip_spikes} must be above 1, the median norm, or "
             "None to skip no step"
         )
     if warmup < 0:
-        wrong.append(f"optimizer.warmup={warmup} must not be negative")
+        wrong.append(f"warmup={warmup} must not be negative")
     for name, value in averages.items():
         if not 0 <= value < 1:
-            wrong.append(f"optimizer.{name}={value} must be in [0, 1)")
+            wrong.append(f"{name}={value} must be in [0, 1)")
     if schedule not in SCHEDULES:
-        wrong.append(
-            f"optimizer.schedule={schedule!r} is not one of {', '.join(SCHEDULES)}"
-        )
+        wrong.append(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     if wrong:
         raise ValueError("\n".join(wrong))
     return SCHEDULES[schedule](lr, steps, warmup)

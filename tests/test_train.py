@@ -400,17 +400,17 @@ def test_the_count_of_skipped_steps_is_a_metric():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (partial(train.adamw, 0.0), "optimizer.lr=0.0"),
-        (partial(train.adamw, float("nan")), "optimizer.lr=nan"),
-        (partial(train.adam, 1.0, weight_decay=-1.0), "optimizer.weight_decay=-1.0"),
-        (partial(train.adam, 1.0, b2=1.0), r"optimizer.b2=1.0 must be in \[0, 1\)"),
-        (partial(train.sgd, 1.0, clip=0.0), "optimizer.clip=0.0"),
-        (partial(train.sgd, 1.0, skip_spikes=1.0), "optimizer.skip_spikes=1.0 must be"),
+        (partial(train.adamw, 0.0), "lr=0.0"),
+        (partial(train.adamw, float("nan")), "lr=nan"),
+        (partial(train.adam, 1.0, weight_decay=-1.0), "weight_decay=-1.0"),
+        (partial(train.adam, 1.0, b2=1.0), r"b2=1.0 must be in \[0, 1\)"),
+        (partial(train.sgd, 1.0, clip=0.0), "clip=0.0"),
+        (partial(train.sgd, 1.0, skip_spikes=1.0), "skip_spikes=1.0 must be"),
         (partial(train.sgd, 1.0, skip_spikes=float("nan")), "skip_spikes=nan"),
-        (partial(train.sgd, 1.0, momentum=-0.1), "optimizer.momentum=-0.1"),
-        (partial(train.sgd, 1.0, warmup=-1), "optimizer.warmup=-1"),
+        (partial(train.sgd, 1.0, momentum=-0.1), "momentum=-0.1"),
+        (partial(train.sgd, 1.0, warmup=-1), "warmup=-1"),
         (partial(train.sgd, 1.0, schedule="step"), "'step' is not one of constant, co"),
-        (partial(train.adam, 1.0, schedule="cosine"), "optimizer.warmup=0 must be bel"),
+        (partial(train.adam, 1.0, schedule="cosine"), "warmup=0 must be bel"),
     ],
 )
 def test_optimizers_refuse_numbers_that_mean_nothing(make, words):

@@ -60,7 +60,7 @@ def mixture_truth(
     Args: shape: the law's other arguments (rank, noise, dof, width); None: its own.
     """
     if law not in LAWS:
-        raise ValueError(f"data.law={law!r} is unknown; known: {', '.join(LAWS)}")
+        raise ValueError(f"law={law!r} is unknown; known: {', '.join(LAWS)}")
     _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
@@ -156,7 +156,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 def source(name: str, **source_args) -> Source:
     """The pools of the source called `name`."""
     if name not in SOURCES:
-        raise ValueError(f"data.name={name!r} is unknown; known: {', '.join(SOURCES)}")
+        raise ValueError(f"name={name!r} is unknown; known: {', '.join(SOURCES)}")
     return SOURCES[name](**source_args)
 
 
@@ -179,7 +179,7 @@ def second(mix_from: str, read=source) -> Source:
         return npz(mix_from)
     if mix_from not in _bare():
         raise ValueError(
-            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
+            f"mix_from={mix_from!r} must be the path of an .npz file or one of "
             f"{', '.join(_bare())}"
         )
     return read(mix_from)
