@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from memsep_jax.data.arrays import DataError, listed
+from memsep_jax.data.arrays import DataError, Source, listed
 
 # Formats that are recognized by their first bytes. EPS and WMF are left out, as Pillow
 # starts other programs for them; a TARGA has no signature, so its suffix decides.
@@ -67,17 +67,6 @@ class Preparation(NamedTuple):
     alpha: str = "white"  # laid below transparent pixels; drop: as if opaque
 
 
-class Read(NamedTuple):
-    """The images of a folder or an archive."""
-
-    images: np.ndarray  # uint8 [n, h, w, 3]
-    labels: np.ndarray | None  # [n] int32
-    files: np.ndarray  # [n] paths relative to the folder
-    classes: tuple[str, ...] | None  # the folder of each label
-    altered: dict[str, np.ndarray]  # by field of Preparation: the files it concerns
-    notes: tuple[str, ...]  # what a person should know, a sentence each
-
-
 def check_preparation(how: Preparation):
     """Refuses a preparation that does not exist.   Raises: ValueError."""
     if how.resolution is not None and how.resolution not in range(1, 4097):
@@ -105,7 +94,7 @@ class _Tree(NamedTuple):
 AS_IT_IS = Preparation()
 
 
-def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
+def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     """All images below a folder, or in a zip of one, in the order of ImageFolder.
 
     A file is read if Pillow knows its content, whatever its name, and becomes RGB: of
@@ -131,25 +120,30 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
     if only is not None:
         wanted = set(only)
         names = [name for name in names if name in wanted]
-    found = _Reader(path, how, tree.open, len(names))
+    reader = _Reader(path, how, tree.open, len(names))
     with warnings.catch_warnings():
         # Pillow warns of some damage; `_Reader` refuses what it would misread.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name in names:
-            found.add(name)
+            reader.add(name)
     if only is None:
-        images, files, notes = found.finish(tree.unreadable, skip_bad)
+        images, files, notes = reader.finish(tree.unreadable, skip_bad)
     else:  # checks of a whole set were made when it was read
-        found.suspect.clear()
-        found.deep = (0, "")
-        images, files, notes = found.finish([], skip_bad)
+        reader.suspect.clear()
+        reader.deep = (0, "")
+        images, files, notes = reader.finish([], skip_bad)
     if tree.skipped:
         notes.insert(0, f"skipped {listed(sorted(tree.skipped))}")
     labels, classes, more = _labels(path, files, tree)
-    altered = {name: np.array(its) for name, its in found.altered.items()}
-    notes = tuple(f"{path}: {note}" for note in notes + more)
-    return Read(images, labels, np.array(files), classes, altered, notes)
+    return Source(
+        images,
+        labels,
+        files=np.array(files),
+        classes=classes,
+        notes=tuple(f"{path}: {note}" for note in notes + more),
+        altered={field: np.array(names) for field, names in reader.altered.items()},
+    )
 
 
 def _place(name):

@@ -131,15 +131,8 @@ def folder(
     """
     path = os.path.expanduser(path)
     how = readers.Preparation(resolution, crop, exif, alpha)
-    found = readers.read(path, how, skip_bad)
-    read = Source(
-        found.images,
-        found.labels,
-        files=found.files,
-        classes=found.classes,
-        altered=found.altered,
-    )
-    return read._replace(notes=found.notes + check_source(read, str(path)))
+    pools = readers.read(path, how, skip_bad)
+    return pools._replace(notes=pools.notes + check_source(pools, str(path)))
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -251,7 +244,7 @@ def again(where: str, files, **preparation) -> np.ndarray:
     path = os.path.expanduser(where)
     path = path if os.path.exists(path) else PART.sub("", path)
     how = readers.Preparation(**preparation)
-    return readers.read(path, how, skip_bad=True, only=files).images
+    return np.asarray(readers.read(path, how, skip_bad=True, only=files).images)
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
