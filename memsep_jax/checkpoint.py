@@ -332,8 +332,8 @@ def _check(path, manifest, like):
     if wrong:
         more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ConflictError(
-            f"{path} holds another model ({len(wrong)} leaves differ; look at "
-            "model.width, model.depth, model.name and optimizer.name):\n"
+            f"{path} holds another model ({len(wrong)} leaves differ; compare the "
+            "name, width and depth of the network, and the name of the optimizer):\n"
             + "\n".join(wrong[:10] + more)
         )
     return {n: sha256 for n, (_, _, sha256) in table.items()}

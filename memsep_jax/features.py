@@ -23,21 +23,21 @@ ALEXNET_SHA256 = "6faf059eae0b7101c34eef0b4866518550ae74bc1d9743d4f75653d04f2627
 ALEXNET_BYTES = 64 * 2**20  # the true file holds 10 million
 RANDOM_WIDTHS = (64, 192, 256)  # channels of the layers; 512 together
 CLASSIFIER_FEATURES, CLASSIFIER_STEPS, CLASSIFIER_BATCH = 128, 1_000, 64
-FAR = 10.0  # no image in [-1, 1] comes so far, and every one in 0 .. 255 does
+FAR = 10.0  # beyond all values of images in [-1, 1], and below white of 0 .. 255
 
 
 class Extractor(NamedTuple):
-    """Features of images, and what may be said of them."""
+    """Features of images, and how to speak of them."""
 
-    name: str  # "inception", and what is to be known of its weights
+    name: str  # "inception", and whether its weights are the known ones
     title: str  # of a Frechet distance on them: "FID" where it is one
     # ([m, h, w, c] uint8, or floats in [-1, 1]; memory=inf) -> [m, dim] float32.
-    # Looked at together are as many images as that many bytes suffice for, beside
-    # images and features, and never more than its `chunk`.
+    # It takes as many images at a time as the memory, in bytes, allows beside images
+    # and features, and never more than its `chunk`.
     apply: Callable
     dim: int
-    least: Callable[[], int]  # bytes that one image takes while it is looked at
-    note: str = ""  # how it was trained, where that was here
+    least: Callable[[], int]  # bytes that one image takes in the network
+    note: str = ""  # how it was trained, if it was trained here
 
 
 def pixels(shape) -> Extractor:
@@ -45,7 +45,7 @@ def pixels(shape) -> Extractor:
 
     size = math.prod(shape)
 
-    def least():  # as floats twice, while they are made of bytes
+    def least():  # two copies as floats, while bytes are converted
         return 8 * size
 
     def apply(images, memory=math.inf):
@@ -69,7 +69,7 @@ def inception(
     Args:
       shape: (h, w, c), c being 1 or 3.
       path: a .safetensors file made by tools/convert_inception.py.
-      chunk: images looked at together, at most.
+      chunk: images at a time, at most.
       like: see `models.inception.prepared`.
     Raises:
       WeightsError: none there, damaged, or of another network. Weights that are not
@@ -102,7 +102,7 @@ def inception(
 
 
 def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
-    """The mean of AlexNet's last map, of the image at 64 x 64: 256 features.
+    """The mean of AlexNet's last map for the image at 64 x 64: 256 features.
 
     Args: as `inception`; path, of an .npz file with the names of `models.alexnet`.
     Raises: WeightsError: none there, damaged, or of another network.
@@ -111,9 +111,9 @@ def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
 
 
 def lpips(shape, path=None, chunk: int = 64) -> Extractor:
-    """Points at LPIPS from each other, as squared distance, of images at 64 x 64.
+    """Points whose squared distance is LPIPS, of images at 64 x 64: 31,872 features.
 
-    31,872 features: for neighbours; few sets of images have a covariance of so many.
+    They are for neighbours: few sets have enough images for a covariance of so many.
 
     Args, Raises: as `alexnet`.   Source: Zhang 2018 (arXiv 1801.03924).
     """
@@ -127,7 +127,7 @@ def lpips(shape, path=None, chunk: int = 64) -> Extractor:
 def random_conv(shape, seed: int = 0, chunk: int = 256) -> Extractor:
     """Means over the image of three layers of random convolutions: 512 features.
 
-    Nobody's weights and nobody's labels; for images that are no photographs.
+    They need no weights and no labels, and suit images that are no photographs.
 
     Args: shape, (h, w, c), any sides and channels.   seed: of the weights.
     Source: Naeem 2020 (arXiv 2002.09797), random embeddings.
@@ -144,13 +144,13 @@ def random_conv(shape, seed: int = 0, chunk: int = 256) -> Extractor:
 def classifier(
     shape, images, labels, seed: int = 0, chunk: int = 256, memory: float = math.inf
 ) -> Extractor:
-    """What a small network, trained here to tell the labels, sees: 128 features.
+    """128 features of a small network that is trained here to tell the labels.
 
     Args:
       shape: (h, w, c).   images [n, h, w, c], labels [n]: what it is trained on.
-      memory: bytes that its training may take. Of few, batches are split: the gradient
-        is that of the whole batch.
-    Returns: its note tells on how many of its training images it is right.
+      memory: bytes that its training may take. If they are few, batches are split; the
+        gradient is that of the whole batch.
+    Returns: an Extractor whose note has its accuracy on its training images.
     Raises: ValueError: fewer than two labels, or not one for each image.
     """
     _check_images("classifier", shape)
@@ -162,7 +162,7 @@ def classifier(
         )
     kinds, labels = np.unique(given, return_inverse=True)
     conv_key, hidden_key, out_key, step_key = jax.random.split(jax.random.key(seed), 4)
-    # Convolutions down to 8 pixels a side, two at least.
+    # Convolutions down to 8 pixels per side, two at least.
     deeper = max(1, math.ceil(math.log2(min(shape[:2]) / 8)) - 1)
     layers = _layers(conv_key, shape[2], (32,) + deeper * (64,))
 
@@ -186,7 +186,7 @@ def classifier(
 
     tx = train.adam(1e-3, schedule="cosine", steps=CLASSIFIER_STEPS)
     found = _extractor("classifier", seen, params, shape, chunk)
-    # Backwards, the maps of all layers and their gradients are there at once.
+    # The gradient needs the maps of all layers, and their gradients, at once.
     together = _together(memory, lambda: 3 * found.least(), CLASSIFIER_BATCH)
     parts = CLASSIFIER_BATCH // together
     step = jax.jit(train.make_train_step(loss, tx, 0.0, parts), donate_argnums=0)
@@ -271,10 +271,10 @@ def _convolved(layers, h):
 
 
 def _extractor(name, one, params, shape, chunk):
-    """Of one: (params, x [h, w, c] float32) -> [dim], compiled for powers of two.
+    """The extractor of `one`: (params, x [h, w, c] float32) -> [dim].
 
-    So few images are not padded to a whole chunk, and any number of them makes no more
-    programs than a chunk has bits.
+    It is compiled for powers of two images: few images are not padded to a whole chunk,
+    and there are never more programs than a chunk has bits.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} images must be 1 or more")
@@ -290,7 +290,7 @@ def _extractor(name, one, params, shape, chunk):
     def least():
         known = program(1).memory_analysis()
         temporary = 0 if known is None else known.temp_size_in_bytes
-        # An image of bytes is there as floats three times while they are made.
+        # While an image of bytes is converted, there are three copies as floats.
         return temporary + _patches(traced(1).jaxpr) + 12 * math.prod(shape) + 4 * dim
 
     def apply(images, memory=math.inf):
@@ -301,9 +301,9 @@ def _extractor(name, one, params, shape, chunk):
             size = min(most, 1 << (len(x) - 1).bit_length())
             whole = np.zeros((size, *shape), np.float32)
             whole[: len(x)] = x
-            # Waited for: np.asarray of what found no memory would end the process.
-            seen = jax.block_until_ready(program(size)(params, whole))
-            pieces.append(np.asarray(seen)[: len(x)])
+            # Wait: np.asarray of a result that found no memory would end the process.
+            result = jax.block_until_ready(program(size)(params, whole))
+            pieces.append(np.asarray(result)[: len(x)])
         return np.concatenate(pieces)
 
     dim = traced(1).out_info.shape[1]
@@ -311,8 +311,8 @@ def _extractor(name, one, params, shape, chunk):
 
 
 def _together(memory, each, most) -> int:
-    """How many that take each() bytes fit into a memory: `most`, or a power of two."""
-    if memory == math.inf:  # nothing is compiled to be counted
+    """How many of each() bytes fit into a memory: `most`, or fewer, a power of two."""
+    if memory == math.inf:  # then nothing need be compiled to count its bytes
         return most
     fit = int(memory // each())
     return most if fit >= most else 1 << max(0, fit.bit_length() - 1)
@@ -321,7 +321,7 @@ def _together(memory, each, most) -> int:
 def _patches(jaxpr) -> int:
     """Bytes of the largest map unrolled into its patches, as a CPU convolves it.
 
-    XLA does not count them: a convolution takes them as it runs.
+    XLA does not count them, as a convolution takes them while it runs.
     """
     found = [0]
     for equation in jaxpr.eqns:
@@ -337,7 +337,7 @@ def _patches(jaxpr) -> int:
 
 
 def _floats(images, shape, far=FAR):
-    """Images in [-1, 1] as float32, once it is sure that they are."""
+    """Images as float32 in [-1, 1].   Raises: ValueError where they are none."""
     images = np.asarray(images)
     if images.shape[1:] != tuple(shape):
         raise ValueError(
@@ -361,7 +361,7 @@ def _check_images(name, shape, channels=()):
 
 
 def _colours(x):
-    """x [h, w, 1 or 3] -> [h, w, 3], clipped to what an image file can hold."""
+    """x [h, w, 1 or 3] -> [h, w, 3], clipped to the range of an image file."""
     return jnp.broadcast_to(jnp.clip(x, -1, 1), (*x.shape[:2], 3))
 
 
@@ -398,6 +398,6 @@ def _npz(path):
         data = file.read(ALEXNET_BYTES)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > ALEXNET_BYTES:  # what a small file unpacks to need not be small
+    if size > ALEXNET_BYTES:  # a small file may unpack to a large one
         raise ValueError(f"{size:,} bytes unpacked, of at most {ALEXNET_BYTES:,}")
     return data, dict(np.load(io.BytesIO(data), allow_pickle=False))

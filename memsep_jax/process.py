@@ -143,14 +143,14 @@ def log_uniform(t_min: float, t_max: float):
 def beta(a: float, b: float, t_max: float = 1.0):
     """t / t_max ~ Beta(a, b); Beta(0.8, 2) is Algorithm 1 of Ye 2025."""
     if not (a > 0 and b > 0 and t_max > 0):
-        raise ValueError(f"times: a={a}, b={b} and t_max={t_max} must be positive")
+        raise ValueError(f"a={a}, b={b} and t_max={t_max} must be positive")
     return lambda key: t_max * jax.random.beta(key, a, b)
 
 
 def log_normal(mean: float = -1.2, std: float = 1.2):
     """log t ~ N(mean, std^2), EDM's law of sigma (Karras 2022, table 1)."""
     if std <= 0:
-        raise ValueError(f"times: std={std} must be positive")
+        raise ValueError(f"std={std} must be positive")
     return lambda key: jnp.exp(mean + std * jax.random.normal(key))
 
 
@@ -173,6 +173,6 @@ TIMES = {
 def _check_range(t_min, t_max, strict=True):
     if not (t_min < t_max and (t_min > 0 if strict else t_min >= 0)):
         raise ValueError(
-            f"times: t_min={t_min}, t_max={t_max} must satisfy "
+            f"t_min={t_min}, t_max={t_max} must satisfy "
             f"0 {'<' if strict else '<='} t_min < t_max"
         )

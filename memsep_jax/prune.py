@@ -50,7 +50,7 @@ def gates(params: Params, group: str = "heads"):
     Raises: ValueError: an unknown group, a network that has no such gates.
     """
     if group not in GROUPS:
-        raise ValueError(f"prune.group={group!r} is not one of {', '.join(GROUPS)}")
+        raise ValueError(f"group={group!r} is not one of {', '.join(GROUPS)}")
     depth = sum(_block(name) is not None for name in params)
     if group == "blocks" and depth:
         return jnp.ones((1, depth))
@@ -58,7 +58,7 @@ def gates(params: Params, group: str = "heads"):
         place = _place(path, group)
         if place is not None:
             return jnp.ones((depth, p.shape[place[1]]))
-    raise ValueError(f"prune.group={group!r}: the network has none; a dit has")
+    raise ValueError(f"group={group!r}: the network has none; a dit has")
 
 
 # Importance: every criterion gives [layers, units], of unit norm in every layer.
@@ -129,7 +129,7 @@ def count(units: int, ratio: float) -> int:
     """floor(ratio H), the number of H units to remove.   Raises: ValueError."""
     if not 0 <= ratio < 1:
         raise ValueError(
-            f"prune.ratio={ratio} must be in [0, 1): the share of heads to remove"
+            f"ratio={ratio} must be in [0, 1): the share of heads to remove"
         )
     return int(np.floor(ratio * units + 1e-9))  # 0.29 x 100 is 29
 

@@ -211,14 +211,14 @@ def _edm(
     churn_noise=1.0,
 ):
     if not churn >= 0:
-        raise ValueError(f"sampler: churn={churn} must be at least 0")
+        raise ValueError(f"churn={churn} must be at least 0")
     if not 0 <= churn_min <= churn_max:
         raise ValueError(
-            f"sampler: churn_min={churn_min}, churn_max={churn_max} must satisfy "
+            f"churn_min={churn_min}, churn_max={churn_max} must satisfy "
             "0 <= churn_min <= churn_max"
         )
     if not churn_noise > 0:
-        raise ValueError(f"sampler: churn_noise={churn_noise} must be positive")
+        raise ValueError(f"churn_noise={churn_noise} must be positive")
     levels = jax.vmap(lambda t: noise_to_signal(process, t))(times)
     within = (churn_min <= levels) & (levels <= churn_max)
     gamma = jnp.where(within, min(churn / len(times), 2**0.5 - 1), 0)
@@ -438,8 +438,6 @@ def best_noise(state):
 
 def _check_grid(t_min, t_max, steps):
     if not 0 < t_min < t_max:
-        raise ValueError(
-            f"sampler: t_min={t_min}, t_max={t_max} must satisfy 0 < t_min < t_max"
-        )
+        raise ValueError(f"t_min={t_min}, t_max={t_max} must satisfy 0 < t_min < t_max")
     if steps < 1:
-        raise ValueError(f"sampler: steps={steps} must be at least 1")
+        raise ValueError(f"steps={steps} must be at least 1")

@@ -78,7 +78,7 @@ def edm(process: Process, sigma_data: float = 0.5) -> Prediction:
     Source: Karras 2022, table 1, with x / alpha and s = sigma / alpha for x, sigma.
     """
     if sigma_data <= 0:
-        raise ValueError(f"prediction: sigma_data={sigma_data} must be positive")
+        raise ValueError(f"sigma_data={sigma_data} must be positive")
 
     def variance(t):
         return noise_to_signal(process, t) ** 2 + sigma_data**2

@@ -166,7 +166,10 @@ def test_a_cosine_ends_with_the_last_epoch():
         ({"train.ema_half_life": 0.0}, "train.ema_half_life=0.0 must be positive"),
         ({"train.ema_ramp": 0.05}, "train.ema_ramp=0.05 bounds train.ema_half_life"),
         ({"data.mix": 0.5}, "mix=0.5 of what"),
-        ({"data.skip": 99_990}, "num_examples=16 after skip=99990, but the pool has"),
+        (
+            {"data.skip": 99_990},
+            "data.num_examples=16 after data.skip=99990, but",
+        ),
         (
             {"experiment": "lipschitz", "train.epochs": 3.0},
             "train.epochs=3.0: networks that are trained together",
@@ -480,7 +483,7 @@ def test_every_violation_is_in_one_list():
         "train.batch_size=6 must be a multiple of 4 devices times train.accumulate=1",
         "train.ema_decay=1.0 must be in [0, 1)",
         "sampler.name='hen' is not known, did you mean 'heun'?",
-        "t_min=100.0, t_max=80.0",
+        "sampler.t_min=100.0, sampler.t_max=80.0",
         "memorization.threshold=1.5",
         "model.name='cnn' is not known; choose one of dit, mlp, unet",
         "num_examples=10000000",

@@ -150,7 +150,7 @@ def test_another_model_is_told_which_leaves_differ(tmp_path, change, words):
     like["params"] |= change
     with pytest.raises(checkpoint.ConflictError, match=words) as caught:
         checkpoint.restore(tmp_path, 1, like)
-    assert "1 leaves differ; look at model.width" in str(caught.value)
+    assert "1 leaves differ; compare the name, width" in str(caught.value)
     assert caught.value.exit_code == 2
     same(checkpoint.restore(tmp_path, 1, tree()), tree())  # and nothing was harmed
 
@@ -368,7 +368,7 @@ def test_a_packed_state_of_another_model_names_the_leaves(packed):
     with pytest.raises(checkpoint.ConflictError) as caught:
         checkpoint.unpack(packed, like)
     for words in (
-        f"{packed} holds another model (4 leaves differ; look at model.width",
+        f"{packed} holds another model (4 leaves differ; compare the name, width",
         "params/kernel: saved ((3, 4), 'float32'), expected ((3, 5), 'float32')",
         "params/more: saved absent, expected ((1,), 'float32')",
         "params/half: saved ((5,), 'bfloat16'), expected ((5,), 'uint16')",

@@ -337,10 +337,10 @@ def test_an_mlp_is_its_formula():
 @pytest.mark.parametrize(
     "fields, shape, words",
     [
-        ({"patch": 3}, (4, 6, 3), "model.patch=3 must divide the image, 4x6"),
-        ({"patch": 0}, (4, 6, 3), "model.patch=0"),
-        ({"num_heads": 3}, (4, 6, 3), "model.num_heads=3 must divide model.width=16"),
-        ({"width": 18}, (4, 6, 3), "model.width=18 must be a multiple of 4"),
+        ({"patch": 3}, (4, 6, 3), "patch=3 must divide the image, 4x6"),
+        ({"patch": 0}, (4, 6, 3), "patch=0"),
+        ({"num_heads": 3}, (4, 6, 3), "num_heads=3 must divide width=16"),
+        ({"width": 18}, (4, 6, 3), "width=18 must be a multiple of 4"),
         ({}, (24,), r"images \[h, w, c\], not data of shape \(24,\)"),
     ],
 )

@@ -153,7 +153,7 @@ def test_the_gates_of_a_network_are_counted_by_its_parameters(params):
     assert prune.gates(params, "blocks").shape == (1, 2)
     mlp = MLP(width=8, depth=1)
     plain = jax.jit(mlp.init)(jax.random.key(0), jnp.zeros(2), jnp.zeros(()))["params"]
-    with pytest.raises(ValueError, match="prune.group='heads': the network has none"):
+    with pytest.raises(ValueError, match="group='heads': the network has none"):
         prune.gates(plain)
     with pytest.raises(ValueError, match="'head' is not one of heads, neurons, blocks"):
         prune.gates(params, "head")
@@ -302,7 +302,7 @@ def test_the_importance_does_not_depend_on_the_batch(params):
 
 
 def test_what_does_not_fit_is_named(params):
-    with pytest.raises(ValueError, match=r"prune.ratio=1 must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"ratio=1 must be in \[0, 1\)"):
         prune.keep_top(np.ones(SHAPE), 1)
     with pytest.raises(ValueError, match="1 values .* the first of layer 0, unit 1"):
         prune.keep_top(np.array([[0.1, np.nan]]), 0.5)

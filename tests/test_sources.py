@@ -167,7 +167,7 @@ def test_latents_have_any_values_and_images_have_not(tmp_path):
         with pytest.raises(data.DataError, match="outside"):
             sources.npz(path, stream)
     np.savez(path, train_images=pool().images)
-    with pytest.raises(data.DataError, match="no latents.*data.name=npz"):
+    with pytest.raises(data.DataError, match="no latents.*name=npz"):
         sources.latents(path)
 
 

@@ -1,5 +1,6 @@
 """A data set is an array: read a source, choose a subset, label it, draw batches."""
 
+# ruff: noqa: F401 - names for a prompt and for other rooms
 from memsep_jax.data import archives, arrays, readers, sources
 from memsep_jax.data.arrays import (
     BLOCK,
@@ -37,44 +38,3 @@ from memsep_jax.data.subsets import (
     select,
     splits,
 )
-
-__all__ = [
-    "AHEAD",
-    "BLOCK",
-    "CHOICE",
-    "HELD_OUT_SHARE",
-    "LABELS",
-    "MAX_HELD_OUT",
-    "SOURCES",
-    "DataError",
-    "Dataset",
-    "Preparation",
-    "Rows",
-    "Source",
-    "Splits",
-    "archives",
-    "arrays",
-    "augment",
-    "check_preparation",
-    "check_source",
-    "deduplicate",
-    "digests",
-    "draw",
-    "fingerprint",
-    "from_uint8",
-    "indices",
-    "like",
-    "listed",
-    "load",
-    "order",
-    "random_labels",
-    "read",
-    "readers",
-    "second",
-    "select",
-    "source",
-    "sources",
-    "splits",
-    "stream",
-    "to_uint8",
-]

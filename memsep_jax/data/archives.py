@@ -60,9 +60,9 @@ def npz(path, stream: bool = False) -> Source:
 
 
 def latents(path, stream: bool = False) -> Source:
-    """An .npz as `npz`, of what an autoencoder made of images: float32 [n, h, w, c].
+    """Latents of images in an .npz as in `npz`: float32 [n, h, w, c].
 
-    They may have any finite values; a spread near `prediction.sigma_data` is best.
+    They may have any finite values; a spread near the prediction's sigma_data is best.
     """
     return _pools(path, stream, pixels=False)
 
@@ -85,7 +85,7 @@ def _pools(path, stream, pixels):
     if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
         raise DataError(
             f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
-            "latents: float32 [n, h, w, c]; data.name=npz reads images and vectors"
+            "latents: float32 [n, h, w, c]; name=npz reads images and vectors"
         )
     return pools._replace(notes=check_source(pools, str(path)))
 
@@ -338,8 +338,8 @@ def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
         raise DataError(
             f"{dataset} is not below {root}, or was not decoded there by a run yet, "
             "and a dry run fetches and writes nothing. Start the run, which prepares "
-            "it, or give data.data_dir, where it is, or points of the same size: "
-            "--config.data.name=npz --config.data.path=FILE.npz"
+            "it, or give data_dir=DIR, where it is, or points of the same size by "
+            "name=npz and path=FILE.npz"
         )
     train, test, shape, classes = KNOWN[dataset]
     rng = np.random.default_rng(0)

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 1_024  # rows that are looked at together
-LISTED, LONG = 10, 60  # names in a message or a note, letters of each
-# Values in [0, 1] with a little noise below 0 have next to none below NOISE; images in
-# [-1, 1] have their shadows there.
+BLOCK = 1_024  # rows that are read at a time
+LISTED, LONG = 10, 60  # names in a message or a note, and letters of each, at most
+# Images in [0, 1] with a little noise have next to no values below NOISE, where images
+# in [-1, 1] have their shadows.
 NOISE, RARE, HALF = -0.1, 1e-3, 0.5
-FILLED = 0.75  # of [-1, 1]: what is all within it was scaled to less
-ROUNDED = 1e-3  # beyond [-1, 1] is rounding, far below a level of 255
-DARK = 64  # of 255: where all pixels are below, another range may have been meant
+FILLED = 0.75  # images whose values all lie within it were scaled to less than 1
+ROUNDED = 1e-3  # so far beyond [-1, 1] is rounding: far less than a level of 255
+DARK = 64  # of 255: if all pixels are below, another range may have been meant
 
 
 class DataError(ValueError):
-    """Data that are missing, damaged or unreadable; wrong arguments: ValueError."""
+    """Data that are missing, damaged or unreadable. Wrong arguments are ValueErrors."""
 
     exit_code = 3
 
@@ -42,9 +42,9 @@ def _short(name):
 
 
 class Rows:
-    """Rows of an array that stays on disk, in an order: read where they are asked for.
+    """Rows, in an order, of an array that stays on disk until they are used.
 
-    rows[i], of a slice or of integers [k], are Rows too; np.asarray(rows) reads them.
+    rows[i], with a slice or integers [k], are Rows too; np.asarray(rows) reads them.
     """
 
     def __init__(self, array, rows=None):
@@ -81,9 +81,9 @@ class Source(NamedTuple):
 
 
 def check_source(source, where) -> tuple[str, ...]:
-    """Refuses what training would only fail on later; `where` names the file.
+    """Refuses pools on which training would fail later; `where` names the file.
 
-    Returns: notes, of what is allowed and may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
     """
     notes = _check_points(source.images, f"{where}: train_images", source.pixels)
     check_labels(source.labels, len(source.images), f"{where}: train_labels")
@@ -148,19 +148,19 @@ def to_uint8(x):
 
 
 def like(points, x):
-    """x in the units of these points: floats, or the pixels of an image."""
+    """x in the units of these points: floats, or pixels."""
     if x.dtype == points.dtype:
         return x
     return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
 
 
 def digests(x) -> list[str]:
-    """What tells each point from every other one.   x [n, *e] -> [n]."""
+    """A digest of each point; equal points have equal ones.   x [n, *e] -> [n]."""
     return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in x]
 
 
 def fingerprint(*arrays) -> str:
-    """What tells these arrays, or None, from all others."""
+    """The SHA-256 of these arrays, some of which may be None."""
     digest = hashlib.sha256()
     for array in arrays:
         if array is None:
@@ -179,7 +179,7 @@ def fingerprint(*arrays) -> str:
 
 
 def joined(arrays: dict, where):
-    """Images, and labels or None, of what np.savez(path, *arrays) wrote.
+    """Images, and labels or None, that np.savez(path, *arrays) wrote.
 
     Args: arrays, {"arr_0": ..., "arr_1": ...}: batches of images, images, or images and
       their labels.
@@ -221,7 +221,7 @@ def native(x):
 
 
 def check_layout(x, where):
-    """Refuses [n, c, h, w], where [n, h, w, c] are meant.   Raises: DataError."""
+    """Refuses [n, c, h, w] where [n, h, w, c] is meant.   Raises: DataError."""
     _, h, w, c = x.shape
     if h < w == c or h <= 4 < min(w, c):
         raise DataError(
@@ -234,7 +234,7 @@ def check_range(x, where, lowest, highest, below: float):
 
     Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
       share of floats that are under NOISE.
-    Returns: notes of what is allowed and may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
     """
     low, high = lowest.min(), highest.max()
     notes = []
@@ -273,7 +273,7 @@ def check_range(x, where, lowest, highest, below: float):
 
 
 def pixels(x, where):
-    """(uint8 [n, h, w, c], notes) of what an array may hold.
+    """(uint8 [n, h, w, c], notes) of an array of images in any usual form.
 
     Args: x, uint8 or floats in [-1, 1]: [n, h, w, c], [n, h, w] or one [h, w, 3].
     Raises: DataError.
@@ -306,12 +306,15 @@ def pixels(x, where):
 
 
 def limits(x):
-    """(lowest [n], highest [n]) of each row, NaN where one is not finite, and the share
-    of all values below NOISE.   Args: x [n, ...], in memory or on disk.
+    """(lowest [n], highest [n], share of all values below NOISE).
+
+    Lowest and highest of each row are NaN where a value is not finite.
+
+    Args: x [n, ...], in memory or on disk.
     """
     low, high = np.empty(len(x), np.float64), np.empty(len(x), np.float64)
     below = 0
-    for start in range(0, len(x), BLOCK):  # what is on disk may be larger than memory
+    for start in range(0, len(x), BLOCK):  # rows on disk may be larger than memory
         rows = np.asarray(x[start : start + BLOCK])
         rows = rows.reshape(len(rows), -1)
         part = slice(start, start + len(rows))
@@ -324,22 +327,22 @@ def limits(x):
 
 
 def refuse(bad, where, what, way_out="repair it"):
-    """Names the first of the rows that are bad [n].   Raises: DataError."""
+    """Raises a DataError that names the first of the bad rows, if any.   bad [n]."""
     if bad.any():
         first = np.flatnonzero(bad)[0]
         raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); {way_out}")
 
 
 def histogram(x):
-    """How many pixels each level has, of a thousand images at most.   -> [256]."""
+    """The number of pixels at each level, of at most 1,000 images.   -> [256]."""
     some = x[:: max(1, len(x) // 1_000)]
     counts = np.zeros(256, np.int64)
-    for one in some:  # bincount takes 8 bytes for each pixel that it looks at
+    for one in some:  # one by one: bincount takes 8 bytes per pixel
         counts += np.bincount(one.reshape(-1), minlength=256)
     return counts
 
 
 def apart(one, other) -> float:
-    """The largest distance of two distribution functions, from `histogram`."""
+    """The largest distance of the distribution functions of two histograms."""
     gaps = np.cumsum(one) / one.sum() - np.cumsum(other) / other.sum()
     return float(np.abs(gaps).max())

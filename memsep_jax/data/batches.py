@@ -15,8 +15,8 @@ import numpy as np
 from memsep_jax.data.arrays import Rows, from_uint8
 from memsep_jax.keys import BRANCH
 
-AHEAD = 2  # batches that are read while the device is at work
-KEPT = 2**17  # numbers of the epochs' permutations that are made at once
+AHEAD = 2  # batches that are read while the device works on another
+KEPT = 2**17  # entries of permutations of epochs that are made at once
 
 
 class Dataset(NamedTuple):
@@ -57,10 +57,10 @@ def indices(n: int, key, step, size: int, reshuffle: bool = True):
 
 
 def order(n: int, key, size: int, reshuffle: bool = True):
-    """(step) -> what `indices` says, on the host.   Returns: [size] int32.
+    """(step) -> the rows [size] int32 of `indices`, on the host.
 
-    A step sorts n random numbers for every epoch that it touches, if it asks `indices`:
-    here an epoch's are sorted once.
+    `indices` sorts n random numbers at every step, for each epoch that it touches; here
+    they are sorted once per epoch.
     """
     _check_batch(n, size)
     together = max(1, KEPT // n)
@@ -76,11 +76,11 @@ def order(n: int, key, size: int, reshuffle: bool = True):
         if not reshuffle:
             epoch = np.zeros_like(epoch)
         number, epoch = divmod(epoch, together)
-        found = np.empty(size, np.int32)
+        result = np.empty(size, np.int32)
         for i in np.unique(number):
             here = number == i
-            found[here] = block(int(i))[epoch[here], place[here]]
-        return found
+            result[here] = block(int(i))[epoch[here], place[here]]
+        return result
 
     return rows
 
@@ -91,7 +91,7 @@ def _check_batch(n, size):
 
 
 def _permutations(key, epochs, n):
-    """That of each epoch.   epochs [k] uint32 -> [k, n]."""
+    """The permutation of each epoch.   epochs [k] uint32 -> [k, n]."""
     return jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(key, e), n))(
         epochs
     )
@@ -113,12 +113,12 @@ def draw(
 
 
 def stream(data: Dataset, rows_of, sharding):
-    """(step) -> batch `step` of points that stay on disk, where a sharding says.
+    """(step) -> batch `step` of points that stay on disk, placed by a sharding.
 
-    The next AHEAD are read meanwhile; each process reads its own part of each. Pixels
-    stay uint8: `augment` makes floats of them.
+    The next AHEAD batches are read meanwhile; each process reads its own part of them.
+    Pixels stay uint8: `augment` turns them into floats.
 
-    Args: rows_of, as `order` gives it.
+    Args: rows_of, (step) -> rows, as `order` gives it.
     """
     pool, ahead = ThreadPoolExecutor(1), {}
 
@@ -143,12 +143,12 @@ def stream(data: Dataset, rows_of, sharding):
 
 
 def augment(batch: Dataset, key, step, flip: bool = False) -> Dataset:
-    """What `draw` does with the examples of a batch; uint8 pixels become floats."""
+    """A batch as `draw` returns it: pixels become floats, images may be mirrored."""
     x: Any = batch.x
     if flip and x.ndim != 4:
         raise ValueError(f"flip=True mirrors images; x has shape {x.shape}")
     if x.dtype == np.uint8:
-        # Looked up: compiled, a division may be rounded in another way.
+        # A table: a compiled division may be rounded differently.
         x = jnp.asarray(from_uint8(np.arange(256)))[x]
     if flip:
         branch = jax.random.fold_in(key, BRANCH)  # fold_in(key, step) is an epoch's

@@ -19,24 +19,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from memsep_jax.data.arrays import DataError, listed
+from memsep_jax.data.arrays import DataError, Source, listed
 
-# Formats that tell themselves by their first bytes. EPS and WMF start other programs;
-# a TARGA has no signature, so only its suffix tells it.
+# Formats that are recognized by their first bytes. EPS and WMF are left out, as Pillow
+# starts other programs for them; a TARGA has no signature, so its suffix decides.
 FORMATS = (
     "AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD",
     "QOI", "SGI", "TIFF", "WEBP",
 )  # fmt: skip
 TARGA = (".tga", ".icb", ".vda", ".vst")
-# Of these formats the decoders or checksums notice bytes that were lost. Of the rest, a
-# compressed file does not end in 32 zeros unless its end was never written, ...
+# Decoders or checksums of these formats notice lost bytes. Of the other formats, a
+# compressed file ends in 32 zeros only where its end was never written ...
 CHECKED = ("GIF", "JPEG", "JPEG2000", "MPO", "PNG")
 COMPRESSED = ("AVIF", "QOI", "WEBP")
 ZEROS = 32
-# ... and one of plain pixels may: there, zeros in the last eighth are a suspicion.
+# ... but a file of plain pixels may: zeros in its last eighth are only suspicious.
 TAIL = 8
 _T = Image.Transpose
-# By the EXIF orientation: what turns an image upright, and what turns it back.
+# EXIF orientation: the operation that turns an image upright, and its inverse.
 TURNS = {
     2: (_T.FLIP_LEFT_RIGHT, _T.FLIP_LEFT_RIGHT),
     3: (_T.ROTATE_180, _T.ROTATE_180),
@@ -47,39 +47,28 @@ TURNS = {
     8: (_T.ROTATE_90, _T.ROTATE_270),
 }
 LARGEST = 2**29  # bytes of one member of an archive, unpacked
-# Folders that programs leave between other people's images; so are all with a dot.
+# Folders that programs leave among images; names that begin with a dot are such too.
 FOREIGN = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found")
 SPLITS = re.compile(  # names of splits: train, val2017, test_images, ...
     r"(train|training|val|valid|validation|test|testing)"
     r"([_-]?(set|split|data|images|\d+))?"
 )
-TOLD = "dataset.json"  # the labels, as StyleGAN and EDM write them
+TOLD = "dataset.json"  # holds the labels, as StyleGAN and EDM write them
 CROPS, ALPHAS = ("squeeze", "center"), ("white", "drop")
-FULL = 2**14  # where 16-bit pixels all are below, they hold 14 bits or fewer
+FULL = 2**14  # 16-bit pixels that are all below hold 14 bits or fewer
 
 
 class Preparation(NamedTuple):
-    """How a file becomes an image: as the trainer of the generator did it, at best."""
+    """How a file becomes an image; best as the generator's training prepared it."""
 
     resolution: int | None = None  # side of the square that all are resized to
     crop: str = "squeeze"  # or center: the largest square in the middle, first
     exif: bool = True  # turned as the camera was held
-    alpha: str = "white"  # what lies below transparent pixels; or drop: as if opaque
-
-
-class Read(NamedTuple):
-    """What a folder or an archive holds."""
-
-    images: np.ndarray  # uint8 [n, h, w, 3]
-    labels: np.ndarray | None  # [n] int32
-    files: np.ndarray  # [n] paths relative to the folder
-    classes: tuple[str, ...] | None  # the folder of each label
-    altered: dict[str, np.ndarray]  # by field of Preparation: the files it concerns
-    notes: tuple[str, ...]  # what a person should know, a sentence each
+    alpha: str = "white"  # laid below transparent pixels; drop: as if opaque
 
 
 def check_preparation(how: Preparation):
-    """Refuses what no image can be prepared by.   Raises: ValueError."""
+    """Refuses a preparation that does not exist.   Raises: ValueError."""
     if how.resolution is not None and how.resolution not in range(1, 4097):
         raise ValueError(f"resolution={how.resolution} must be in 1 .. 4096 pixels")
     for name, known in (("crop", CROPS), ("alpha", ALPHAS)):
@@ -99,19 +88,19 @@ class _Tree(NamedTuple):
     folders: list[str]  # of the first level, with or without files
     skipped: list[str]
     unreadable: list[str]
-    open: Callable[[str], Any]  # name -> a file that can be sought in
+    open: Callable[[str], Any]  # name -> a seekable file
 
 
 AS_IT_IS = Preparation()
 
 
-def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
+def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     """All images below a folder, or in a zip of one, in the order of ImageFolder.
 
-    Everything that Pillow knows by its content is read, whatever its name, and becomes
-    RGB: 16-bit grey divided by 257, the first frame of an animation. Names that begin
-    with a dot and folders of other programs are skipped, other files are counted; the
-    notes tell of both. Links to folders are followed, but not in a circle.
+    A file is read if Pillow knows its content, whatever its name, and becomes RGB: of
+    16-bit grey, the value divided by 257; of an animation, the first frame. Names that
+    begin with a dot and folders of other programs are skipped, other files are counted;
+    the notes name both. Links to folders are followed, but not in a circle.
 
     Labels are those of dataset.json (StyleGAN, EDM) where there is one. Else, if every
     image is in a subfolder, an image's label is the place of its first-level subfolder
@@ -119,7 +108,7 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
 
     Args:
       how: see `Preparation`.   skip_bad: leave out what cannot be read, with a note.
-      only: names of files, where not all are wanted.
+      only: names of the files to read; None: all.
     Raises:
       DataError: no image, damaged ones, splits in place of classes.   ValueError: sizes
         differ, or a preparation that does not exist.
@@ -131,25 +120,30 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Read:
     if only is not None:
         wanted = set(only)
         names = [name for name in names if name in wanted]
-    found = _Reader(path, how, tree.open, len(names))
+    reader = _Reader(path, how, tree.open, len(names))
     with warnings.catch_warnings():
-        # Of damage, pillow warns of some; `_Reader` refuses what it then misreads.
+        # Pillow warns of some damage; `_Reader` refuses what it would misread.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name in names:
-            found.add(name)
+            reader.add(name)
     if only is None:
-        images, files, notes = found.finish(tree.unreadable, skip_bad)
-    else:  # what only a whole set tells was told when it was read
-        found.suspect.clear()
-        found.deep = (0, "")
-        images, files, notes = found.finish([], skip_bad)
+        images, files, notes = reader.finish(tree.unreadable, skip_bad)
+    else:  # checks of a whole set were made when it was read
+        reader.suspect.clear()
+        reader.deep = (0, "")
+        images, files, notes = reader.finish([], skip_bad)
     if tree.skipped:
         notes.insert(0, f"skipped {listed(sorted(tree.skipped))}")
     labels, classes, more = _labels(path, files, tree)
-    altered = {name: np.array(its) for name, its in found.altered.items()}
-    notes = tuple(f"{path}: {note}" for note in notes + more)
-    return Read(images, labels, np.array(files), classes, altered, notes)
+    return Source(
+        images,
+        labels,
+        files=np.array(files),
+        classes=classes,
+        notes=tuple(f"{path}: {note}" for note in notes + more),
+        altered={field: np.array(names) for field, names in reader.altered.items()},
+    )
 
 
 def _place(name):
@@ -211,7 +205,7 @@ def _folder(path) -> _Tree:
     def opened(name):
         file = root / name
         if not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError("no file")  # to open a pipe is to wait for its other end
+            raise OSError("no file")  # opening a pipe waits for its other end
         return open(file, "rb")
 
     return _Tree(names, firsts, skipped, unreadable, opened)
@@ -260,15 +254,15 @@ def _zip(path) -> _Tree:
 
 
 def _plain(name):
-    """A name with "/" between its parts, and none that leads nowhere or upwards."""
+    """The name with "/" between its parts, without "." and ".."."""
     parts = name.replace("\\", "/").split("/")
     return "/".join(p for i, p in enumerate(parts) if p not in (".", "..") and (p or i))
 
 
 def is_workdir(path) -> bool:
-    """Whether a folder is the workdir of a run of this program, of any experiment.
+    """Whether a folder is the workdir of a run of this program.
 
-    Other programs leave a config.json beside their images too.
+    Other programs, too, leave a config.json beside their images.
     """
     try:
         known = json.loads((Path(path) / "config.json").read_text())
@@ -323,7 +317,7 @@ def _labels(path, files, tree):
 
 
 def _told(path, files, about):
-    """(labels, None) as dataset.json has them, or (None, a note that it has none)."""
+    """(labels, None) of dataset.json, or (None, a note that it has none)."""
     try:
         told = json.loads(about)["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -357,7 +351,7 @@ def _told(path, files, about):
 
 
 class _Reader:
-    """Reads files one by one into one array, and counts what became of them."""
+    """Reads files one by one into one array, and counts how each was treated."""
 
     def __init__(self, path, how, open_file, total):
         self.path, self.how, self.open, self.total = path, how, open_file, total
@@ -405,7 +399,7 @@ class _Reader:
         self.files.append(name)
 
     def _room(self):
-        """For all images, as two have one size; what is none of them takes no page."""
+        """Room for all images, once two have one size; unused pages take no memory."""
         shape = self.total, *self.images.shape[1:]
         try:
             room = np.empty(shape, np.uint8)
@@ -451,13 +445,13 @@ class _Reader:
         if held not in range(2, 9):  # upright, or nothing that EXIF knows
             return image
         self.altered["exif"].append(name)
-        # Of a TIFF, Pillow itself has turned what it loads.
+        # Pillow itself turns a TIFF when it loads it.
         if self.how.exif == (kind == "TIFF"):
             return image
         return image.transpose(TURNS[held][1 if kind == "TIFF" else 0])
 
     def _levels(self, image, name):
-        """8 bits of grey values of 16."""
+        """Grey values of 16 bits as 8 bits."""
         grey = np.asarray(image)
         low, high = float(grey.min()), float(grey.max())
         if image.mode == "F" or not 0 <= low <= high < 2**16:
@@ -483,7 +477,7 @@ class _Reader:
         return np.asarray(image)
 
     def _look_at_end(self, file, name, kind, image):
-        """Whether a file ends in zeros that nobody wrote."""
+        """Refuses, or suspects, a file whose end was never written."""
         if kind in CHECKED:
             return
         size = file.seek(0, os.SEEK_END)
@@ -555,7 +549,7 @@ class _Reader:
         return f" and {sum(self.others.values()):,} other files: {listed(kinds)}"
 
     def _counted(self, n):
-        """What was done to how many images, and what gives the other way."""
+        """Notes: what was done to how many images, and which argument undoes it."""
         how, notes = self.how, []
         if self.others:
             notes.append(f"found {n:,} images{self._without()}")

@@ -60,7 +60,7 @@ def mixture_truth(
     Args: shape: the law's other arguments (rank, noise, dof, width); None: its own.
     """
     if law not in LAWS:
-        raise ValueError(f"data.law={law!r} is unknown; known: {', '.join(LAWS)}")
+        raise ValueError(f"law={law!r} is unknown; known: {', '.join(LAWS)}")
     _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
@@ -117,29 +117,22 @@ def folder(
 ) -> Source:
     """All images below a folder, or in a zip of one: uint8 [n, h, w, 3].
 
-    As `readers.read` reads them: everything that Pillow knows, as RGB, in the order of
-    torchvision's ImageFolder, with the labels of its folders or of dataset.json.
+    `readers.read` reads all formats of Pillow, as RGB, in the order of torchvision's
+    ImageFolder, with the labels of the folders or of dataset.json.
 
     Args:
       resolution: of a square that each image is resized to (Lanczos).
       skip_bad: leave out what cannot be read, with a note.
       crop: "squeeze", or "center": the largest square in the middle first.
-      exif: turn images as the camera was held.   alpha: "white", what is below
-        transparent pixels, or "drop".
+      exif: turn images as the camera was held.   alpha: "white" is laid below
+        transparent pixels, or "drop": they are taken as opaque.
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
     path = os.path.expanduser(path)
     how = readers.Preparation(resolution, crop, exif, alpha)
-    found = readers.read(path, how, skip_bad)
-    read = Source(
-        found.images,
-        found.labels,
-        files=found.files,
-        classes=found.classes,
-        altered=found.altered,
-    )
-    return read._replace(notes=found.notes + check_source(read, str(path)))
+    pools = readers.read(path, how, skip_bad)
+    return pools._replace(notes=pools.notes + check_source(pools, str(path)))
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -156,12 +149,12 @@ SOURCES: dict[str, Callable[..., Source]] = {
 def source(name: str, **source_args) -> Source:
     """The pools of the source called `name`."""
     if name not in SOURCES:
-        raise ValueError(f"data.name={name!r} is unknown; known: {', '.join(SOURCES)}")
+        raise ValueError(f"name={name!r} is unknown; known: {', '.join(SOURCES)}")
     return SOURCES[name](**source_args)
 
 
 def at_hand(name: str, **source_args) -> Source:
-    """As `source`, but nothing is fetched, prepared or written: what a dry run reads.
+    """As `source`, but fetches, prepares and writes nothing, for a dry run.
 
     Raises: DataError, also where a set of TensorFlow Datasets is not here yet.
     """
@@ -179,7 +172,7 @@ def second(mix_from: str, read=source) -> Source:
         return npz(mix_from)
     if mix_from not in _bare():
         raise ValueError(
-            f"data.mix_from={mix_from!r} must be the path of an .npz file or one of "
+            f"mix_from={mix_from!r} must be the path of an .npz file or one of "
             f"{', '.join(_bare())}"
         )
     return read(mix_from)
@@ -213,14 +206,14 @@ def origin(
     skip_bad: bool = False,
     **preparation,
 ) -> Source:
-    """Images of any origin, as a person sees them, and what is known of them.
+    """Images of any origin, with their labels, files and notes where they have some.
 
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
         in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
         of a set of TensorFlow Datasets. With [a:b] at its end: those of them.
-      role: "samples", "train" or "held_out": which array of an .npz (ROLES, its only
-        one, or all that np.savez numbered), and which split of a set, is meant.
+      role: "samples", "train" or "held_out": chooses the array of an .npz (ROLES, its
+        only one, or all that np.savez numbered) and the split of a set.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
     Returns:
       uint8 [n, h, w, c] images, labels where they have some, and no test split.
@@ -251,7 +244,7 @@ def again(where: str, files, **preparation) -> np.ndarray:
     path = os.path.expanduser(where)
     path = path if os.path.exists(path) else PART.sub("", path)
     how = readers.Preparation(**preparation)
-    return readers.read(path, how, skip_bad=True, only=files).images
+    return np.asarray(readers.read(path, how, skip_bad=True, only=files).images)
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
@@ -286,7 +279,7 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
 
 
 def _of_role(path, role):
-    """The images of an array file that are meant, and their labels."""
+    """The images that a role chooses from an array file, and their labels."""
     named, label_name = ROLES[role], LABELS[role]
 
     def chosen(names):

@@ -3,6 +3,7 @@
 `select` is pure in the arrays; `splits` reads a source first.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -52,14 +53,17 @@ def splits(
     read=source,
     **arguments,
 ) -> Splits:
-    """Read a source, then `select` from it: keywords of both, and the same errors.
+    """Reads a source, then selects from it; it takes the keywords of both.
 
     Args:
       mix_from: the name of a source that needs no argument, or the path of an .npz.
       read: `sources.source`, or `sources.at_hand`.
     """
     choice = {key: arguments.pop(key) for key in set(CHOICE) & set(arguments)}
-    _check_choice(num_examples, seed, **(CHOICE | choice))
+    # Before anything is read or fetched.
+    given = dict(num_examples=num_examples, seed=seed) | CHOICE | choice
+    for check in (_check_counts, _check_choice):
+        check(*(given[name] for name in inspect.signature(check).parameters))
     if choice.get("mix"):
         choice["mix_from"] = second(choice["mix_from"], read)
     if name == "folder":  # its images stack only once they are of one size
@@ -71,10 +75,10 @@ def load(
     name: str, num_examples: int | None = None, seed: int = 0, **arguments
 ) -> Dataset:
     """The training set of `splits`, with the same keywords."""
-    found = splits(name, num_examples, seed, **arguments)
-    for note in found.notes:
+    result = splits(name, num_examples, seed, **arguments)
+    for note in result.notes:
         logging.warning("%s", note)
-    return found.train
+    return result.train
 
 
 def select(
@@ -101,9 +105,9 @@ def select(
     held-out set is the start of the test split, or a fixed cut of the pool; it is the
     same for every seed and size.
 
-    Of two sources, the second's points are spread evenly: of the first m, for every m,
-    floor(mix * m) are its. Its images are resized to those of the first, and grey ones
-    become colour; its classes are the first's of the same number.
+    The points of a second source are spread evenly: for every m, floor(mix * m) of the
+    first m points come from it. Its images are resized to those of the first source,
+    and grey ones get its colours; class c of either source is class c.
 
     Args:
       source: pools.   num_examples: of the training set, before copies; None: all.
@@ -113,75 +117,33 @@ def select(
       labels: "none", "true", "random" (`num_labels` classes), "unique" (0..n-1).
       duplicates: share of the training images that appear `copies` more times.
       deduplicate: at the end, keep each distinct point once, with its first label.
-      skip: leave out the first so many points of the seed's order: skip=num_examples
-        is a disjoint twin of skip=0.
-      mix: share of the points, held-out ones too, that are of the source `mix_from`;
-        if balanced, of the rounds of one point a class.
+      skip: how many points to leave out at the start of the seed's order, so that
+        skip=num_examples gives a disjoint twin of skip=0.
+      mix: share of the points, held-out ones too, that come from `mix_from`; if
+        balanced, share of the rounds of one point per class.
     Raises:
       ValueError: an argument breaks its rule.   DataError: the data cannot serve.
     """
-    _check_choice(
-        num_examples,
-        seed,
-        num_held_out,
-        classes,
-        balanced,
-        resolution,
-        labels,
-        num_labels,
-        duplicates,
-        copies,
-        deduplicate,
-        skip,
-        mix,
-        mix_from,
-    )
-    asked = dict(
+    _check_counts(num_examples, seed, num_held_out, num_labels, copies, skip)
+    _check_choice(classes, resolution, labels, num_labels, duplicates, mix, mix_from)
+    how = dict(
         num_held_out=num_held_out, classes=classes, balanced=balanced, labels=labels
     )
-    cuts = [_cut(source, "the source", resolution=resolution, **asked)]
+    cuts = [_cut(source, "the source", resolution=resolution, **how)]
     if mix and isinstance(source.images, Rows):
         raise ValueError(
             f"mix={mix} of data that stay on disk: stream=False, or write one .npz"
         )
     if mix:
-        cuts.append(_cut(mix_from, "mix_from", like=cuts[0].images, **asked))
+        cuts.append(_cut(mix_from, "mix_from", like=cuts[0].images, **how))
     # Against the whole pool, not the subset: the same set for every seed and size.
     seen = {digest for cut in cuts for digest in digests(cut.images)}
     cuts = [_unseen(cut, seen) for cut in cuts]
 
-    rng, orders, block = np.random.default_rng(seed), [], 1
-    for cut in cuts:
-        orders.append(rng.permutation(len(cut.images)))
-        if balanced:
-            orders[-1], block = _interleave(orders[-1], cut.labels)
-    if balanced:
-        kinds = [np.unique(cut.labels).tolist() for cut in cuts]
-        if kinds != kinds[:1] * len(kinds):
-            raise ValueError(
-                "balanced needs the same classes in both sources: "
-                f"{listed(kinds[0])} in the first, {listed(kinds[1])} in mix_from; "
-                "give classes that both have"
-            )
+    orders, block = _orders(cuts, seed, balanced)
     pool, pool_labels, order = _mixed([c[:2] for c in cuts], orders, mix, block)
     n = len(order) - skip if num_examples is None else num_examples
-    after = f" after skip={skip}" if skip else ""
-    if balanced and (n % block or skip % block or skip + n > len(order)):
-        raise ValueError(
-            f"num_examples={n}{after} must be a multiple of the {block} classes, at "
-            f"most {len(order) // block} of each, to be balanced"
-        )
-    if n < 1 or skip + n > len(order):
-        raise ValueError(
-            f"num_examples={n}{after}, but the pool has {len(order)} (after held-out "
-            f"images and classes{f', at mix={mix}' if mix else ''}); lower "
-            "num_examples, skip or num_held_out"
-        )
-    if num_labels is not None and num_labels > n:
-        raise ValueError(
-            f"num_labels={num_labels} classes of num_examples={n}: some would have no "
-            "image; lower num_labels to at most that, or raise num_examples"
-        )
+    _check_number(n, skip, len(order), block if balanced else None, mix, num_labels)
     x, true_labels = _take(pool, pool_labels, order[skip : skip + n])
     tests = [c[2:4] for c in cuts]
     held, held_labels, rows = _mixed(tests, [np.arange(len(t[0])) for t in tests], mix)
@@ -193,12 +155,7 @@ def select(
     elif labels == "unique":
         label = np.arange(n)
     elif num_labels is not None:
-        # Not the key itself: a run of the same seed splits that for its weights.
-        key = jax.random.fold_in(jax.random.key(seed), BRANCH)
-        key, held_key = jax.random.split(key)
-        label = np.asarray(random_labels(key, skip + n, num_labels))[skip:]
-        if len(held):
-            held_label = np.asarray(random_labels(held_key, len(held), num_labels))
+        label, held_label = _drawn(seed, skip, n, len(held), num_labels)
     # round: 0.29 * 100 is 28.999999999999996
     repeated = np.arange(math.floor(round(duplicates * n, 6)))
     rows = np.concatenate([np.arange(n), np.tile(repeated, copies)])
@@ -234,7 +191,7 @@ def random_labels(key, n: int, classes: int):
 
 
 def read(data: Dataset) -> Dataset:
-    """Points that stay on disk, as they are in memory; those there as they are."""
+    """The data set in memory: points that stay on disk are read and converted."""
     x, label = data
     return _dataset(np.asarray(x), label) if isinstance(x, Rows) else data
 
@@ -247,22 +204,7 @@ def deduplicate(data: Dataset) -> Dataset:
 # Checks.
 
 
-def _check_choice(
-    num_examples,
-    seed,
-    num_held_out,
-    classes,
-    balanced,
-    resolution,
-    labels,
-    num_labels,
-    duplicates,
-    copies,
-    deduplicate,
-    skip,
-    mix,
-    mix_from,
-):
+def _check_counts(num_examples, seed, num_held_out, num_labels, copies, skip):
     for name, value, low in (
         ("num_examples", num_examples, 1),
         ("seed", seed, 0),
@@ -273,6 +215,9 @@ def _check_choice(
     ):
         if value is not None and (value != int(value) or value < low):
             raise ValueError(f"{name}={value} must be an integer, at least {low}")
+
+
+def _check_choice(classes, resolution, labels, num_labels, duplicates, mix, mix_from):
     check_preparation(Preparation(resolution))
     if labels not in LABELS:
         raise ValueError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
@@ -294,6 +239,27 @@ def _check_choice(
         raise ValueError(f"mix={mix} of what? give mix_from, the second source")
     if classes is not None and not np.size(classes):
         raise ValueError("classes=() keeps nothing; give class numbers, or None")
+
+
+def _check_number(n, skip, available, block, mix, num_labels):
+    """Refuses n points after skip of the available ones.   Args: block, if balanced."""
+    after = f" after skip={skip}" if skip else ""
+    if block and (n % block or skip % block or skip + n > available):
+        raise ValueError(
+            f"num_examples={n}{after} must be a multiple of the {block} classes, at "
+            f"most {available // block} of each, to be balanced"
+        )
+    if n < 1 or skip + n > available:
+        raise ValueError(
+            f"num_examples={n}{after}, but the pool has {available} (after held-out "
+            f"images and classes{f', at mix={mix}' if mix else ''}); lower "
+            "num_examples, skip or num_held_out"
+        )
+    if num_labels is not None and num_labels > n:
+        raise ValueError(
+            f"num_labels={num_labels} classes of num_examples={n}: some would have no "
+            "image; lower num_labels to at most that, or raise num_examples"
+        )
 
 
 # Steps of select.
@@ -368,7 +334,7 @@ def _cut(
 
 
 def _unseen(cut, seen):
-    """Without the held-out points that equal one of the pool."""
+    """The cut without the held-out points that equal a point of the pool."""
     fresh = [digest not in seen for digest in digests(cut.test_images)]
     if all(fresh):
         return cut
@@ -377,8 +343,37 @@ def _unseen(cut, seen):
     return Source(*cut[:2], *held, cut.pixels)
 
 
+def _orders(cuts, seed, balanced):
+    """A random order of each pool, and the number of points per round if balanced."""
+    rng, orders, block = np.random.default_rng(seed), [], 1
+    for cut in cuts:
+        orders.append(rng.permutation(len(cut.images)))
+        if balanced:
+            orders[-1], block = _interleave(orders[-1], cut.labels)
+    if balanced:
+        first, *others = [np.unique(cut.labels).tolist() for cut in cuts]
+        if others and others != [first]:
+            raise ValueError(
+                "balanced needs the same classes in both sources: "
+                f"{listed(first)} in the first, {listed(others[0])} in mix_from; "
+                "give classes that both have"
+            )
+    return orders, block
+
+
+def _drawn(seed, skip, n, held_out, num_labels):
+    """Random labels of n points after skip, and of the held-out ones or None."""
+    # Not the key itself: a run of the same seed splits that for its weights.
+    key = jax.random.fold_in(jax.random.key(seed), BRANCH)
+    key, held_key = jax.random.split(key)
+    label = np.asarray(random_labels(key, skip + n, num_labels))[skip:]
+    if not held_out:
+        return label, None
+    return label, np.asarray(random_labels(held_key, held_out, num_labels))
+
+
 def _interleave(order, labels):
-    """`order` dealt out class by class in turn, in full rounds; and their length."""
+    """`order` dealt class by class in full rounds, and the length of a round."""
     ranks = np.empty(len(order), np.int64)
     counts = []
     for kind in np.unique(labels):
@@ -390,10 +385,10 @@ def _interleave(order, labels):
 
 
 def _mixed(parts, orders, share, block=1):
-    """Points and labels of one or two parts, and an order of both.
+    """Points and labels of one or two parts together, and an order of both.
 
-    Of its first k blocks, for every k, floor(share * k) are of the second part; it is
-    as long as both last.
+    For every k, floor(share * k) of its first k blocks are of the second part. It ends
+    where one of the parts is used up.
     """
     if len(parts) == 1:
         return *parts[0], orders[0]
@@ -452,5 +447,5 @@ def _resize(x, size):
 
 
 def _first_rows(x):
-    """Of each distinct point its first occurrence, in order."""
+    """The row of the first occurrence of each distinct point, in order."""
     return np.sort(np.unique(digests(x), return_index=True)[1])

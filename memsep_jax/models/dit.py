@@ -161,20 +161,16 @@ class DiT(nn.Module):
         """Raises ValueError if an image of this shape does not fit."""
         wrong = []
         if len(shape) != 3:
-            wrong.append(
-                f"model: dit takes images [h, w, c], not data of shape {shape}"
-            )
+            wrong.append(f"dit takes images [h, w, c], not data of shape {shape}")
         elif self.patch < 1 or shape[0] % self.patch or shape[1] % self.patch:
             wrong.append(
-                f"model.patch={self.patch} must divide the image, {shape[0]}x{shape[1]}"
+                f"patch={self.patch} must divide the image, {shape[0]}x{shape[1]}"
             )
         if self.num_heads < 1 or self.width % self.num_heads:
-            wrong.append(
-                f"model.num_heads={self.num_heads} must divide model.width={self.width}"
-            )
+            wrong.append(f"num_heads={self.num_heads} must divide width={self.width}")
         elif self.width % 4:
             wrong.append(
-                f"model.width={self.width} must be a multiple of 4 (two axes, sin, cos)"
+                f"width={self.width} must be a multiple of 4 (two axes, sin, cos)"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

@@ -222,42 +222,40 @@ class UNet(nn.Module):
         levels = len(self.multipliers)
         if self.variant not in VARIANTS:
             wrong.append(
-                f"model.variant={self.variant!r} is not one of {', '.join(VARIANTS)}"
+                f"variant={self.variant!r} is not one of {', '.join(VARIANTS)}"
             )
         if self.time_embedding not in (None, *FEATURES):
             wrong.append(
-                f"model.time_embedding={self.time_embedding!r} is not one of "
+                f"time_embedding={self.time_embedding!r} is not one of "
                 f"{', '.join(FEATURES)}; None is that of the variant"
             )
         if self.width < 4 or self.width % 4:
             wrong.append(
-                f"model.width={self.width} must be a multiple of 4: a group of the "
+                f"width={self.width} must be a multiple of 4: a group of the "
                 "norm has at least 4 channels"
             )
         elif not levels:
-            wrong.append("model.multipliers is empty: give one for each resolution")
+            wrong.append("multipliers=() is empty: give one for each resolution")
         elif all(type(some) is int and some > 0 for some in self.multipliers):
             uneven = [c for c in self._channels() if c % groups(c)]
             if uneven:
                 wrong.append(
-                    f"model.width={self.width} with model.multipliers="
+                    f"width={self.width} with multipliers="
                     f"{self.multipliers} normalises {uneven[0]} channels in "
                     f"{groups(uneven[0])} groups, which do not divide them: take a "
                     "multiple of 32"
                 )
         if self.skips is not None and len(self.skips) != levels * (self.depth + 1):
             wrong.append(
-                f"model.skips has {len(self.skips)} flags and must have "
+                f"skips={self.skips} has {len(self.skips)} flags and must have "
                 f"{levels * (self.depth + 1)}: for each of {levels} resolutions "
-                f"model.depth + 1 = {self.depth + 1}, highest first"
+                f"{self.depth + 1}, one more than depth={self.depth}, highest first"
             )
         if len(shape) != 3:
-            wrong.append(
-                f"model: unet takes images [h, w, c], not data of shape {shape}"
-            )
+            wrong.append(f"unet takes images [h, w, c], not data of shape {shape}")
         elif levels and any(side % 2 ** (levels - 1) for side in shape[:2]):
             wrong.append(
-                f"model.multipliers={self.multipliers} halve the image {levels - 1} "
+                f"multipliers={self.multipliers} halve the image {levels - 1} "
                 f"times, so {2 ** (levels - 1)} must divide its sides, "
                 f"{shape[0]}x{shape[1]}"
             )
@@ -266,7 +264,7 @@ class UNet(nn.Module):
             absent = [side for side in self.attention if side not in sides]
             if absent:
                 wrong.append(
-                    f"model.attention={self.attention}: no level has the side "
+                    f"attention={self.attention}: no level has the side "
                     f"{absent[0]}; they have {', '.join(map(str, sides))}"
                 )
         if wrong:

@@ -231,7 +231,7 @@ TOLD = [  # of each, what the line must say
     "model.patch=3 must divide the image, 8x8",
     "model.num_heads=4 must divide model.width=18",
     "model.dropout=1.0 must be in [0, 1)",
-    "sampler: t_min=5.0, t_max=5.0 must satisfy 0 < t_min < t_max",
+    "sampler.t_min=5.0, sampler.t_max=5.0 must satisfy 0 < t_min < t_max",
     "sampler.num_samples=0 must be at least 1",
     "sampler.weights=best must be 'ema' or 'raw'",
     "memorization.threshold=2.0 must be in (0, 1)",
@@ -241,7 +241,7 @@ TOLD = [  # of each, what the line must say
     "run.log_every=0 must be at least 1",
     "run.save_every=-1 must be at least 1",
     "run.keep=0 must be at least 1",
-    "times: t_min=2.0, t_max=1.0 must satisfy 0 <= t_min < t_max",
+    "times.t_min=2.0, times.t_max=1.0 must satisfy 0 <= t_min < t_max",
 ]
 
 

@@ -456,16 +456,11 @@ def test_h76_images_are_looked_at_as_many_as_the_memory_holds(monkeypatch):
         found = made.apply(images, memory)
         assert max(seen) == chunk and sum(seen) == 36
         np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
-
-
-def test_h76_pixels_too():
-    images = RNG.integers(0, 256, (9, 2, 3, 1), np.uint8)
-    made = features.pixels((2, 3, 1))
+    made = features.pixels(shape)
     for memory in (0, 2 * made.least(), inf):
         found = made.apply(images, memory)
-        np.testing.assert_array_equal(
-            found, images.reshape(9, 6) / np.float32(127.5) - 1
-        )
+        truth = images.reshape(len(images), -1) / np.float32(127.5) - 1
+        np.testing.assert_array_equal(found, truth)
 
 
 def test_h76_the_patches_of_a_convolution_are_counted():
@@ -488,7 +483,7 @@ def test_h76_the_classifier_is_trained_in_parts_where_memory_is_small(monkeypatc
     np.testing.assert_allclose(split, whole, rtol=1e-3, atol=1e-4)
 
 
-def test_h76_a_search_of_little_memory_finds_the_same():
+def test_h76_a_search_takes_the_memory_it_is_given_and_finds_the_same():
     data = RNG.integers(0, 256, (90, 8, 8, 1), np.uint8)
     samples = np.concatenate([data[5:9], RNG.integers(0, 256, (20, 8, 8, 1), np.uint8)])
     truth = neighbours.searcher(data, 9)(samples)
@@ -496,10 +491,7 @@ def test_h76_a_search_of_little_memory_finds_the_same():
         found = neighbours.searcher(data, 9, memory=memory)(samples)
         np.testing.assert_array_equal(found.indices, truth.indices)
         np.testing.assert_allclose(found.distances, truth.distances, rtol=1e-6)
-
-
-def test_h76_sizes_of_a_search_take_what_they_are_given_and_no_more():
-    """With 180 MB of room for images of CIFAR-10, as many as ever."""
+    # With 180 MB of room for images of CIFAR-10, as many at a time as ever.
     most = 1_024, 2_048, neighbours.TOGETHER
     assert tuple(neighbours._sizes(180e6, 3_072, 50, most)) == most
     d, memory = 256 * 256 * 3, 400e6
@@ -592,15 +584,6 @@ def test_h76_an_audit_of_1000_images_of_256_by_256_takes_what_it_may(tmp_path):
 # 83: a number is of two sets, whatever else is given.
 
 
-def quality(config, where):
-    experiments.run(config, where)
-    metrics = record.read_json(where / "metrics.json")
-    return metrics, {
-        (row["metric"], row["reference"]): (row["value"], row["std"], row["images"])
-        for row in metrics["quality"]
-    }
-
-
 def test_h83_what_is_given_beside_changes_no_number(tmp_path, capsys):
     config = configs.get_config("smoke")
     config.features.name, config.run.images = "pixels", False
@@ -610,22 +593,26 @@ def test_h83_what_is_given_beside_changes_no_number(tmp_path, capsys):
         "few": {"held_out": "digits[200:255]"},
         "more": {"held_out": "digits[200:300]", "pool": "digits[:500]"},
     }
-    found = {}
+    found, nearer = {}, {}
     for name, fields in sets.items():
         config.update(fields)
-        metrics, found[name] = quality(config, tmp_path / name)
+        experiments.run(config, tmp_path / name)
+        metrics = record.read_json(tmp_path / name / "metrics.json")
+        nearer[name] = metrics["features"]["nearer"]
+        found[name] = {
+            (row["metric"], row["reference"]): (row["value"], row["std"], row["images"])
+            for row in metrics["quality"]
+        }
         said = " ".join(capsys.readouterr().out.split())
         page = (tmp_path / name / "report.html").read_text()
         for text in (said, page):
             assert "n = 70" in text and "Frechet distance of fewer than 10,000" in text
             assert ("do not compare these columns" in text) == (name != "alone")
-    alone = {key: of for key, of in found["alone"].items()}
+    alone = found["alone"]
     assert len(alone) == 8 and {n for *_, n in alone.values()} == {70, 80}
     for name in ("few", "more"):
         assert alone.items() <= found[name].items()
     images = {n: found[n]["FD (pixels)", "held_out"][2] for n in ("few", "more")}
     assert images == {"few": 55, "more": 80}
     # Train and held-out are compared with each other at equal numbers.
-    few = record.read_json(tmp_path / "few" / "metrics.json")
-    assert few["features"]["nearer"]["images"] == 55
-    assert metrics["features"]["nearer"]["images"] == 70
+    assert [nearer[n]["images"] for n in ("few", "more")] == [55, 70]

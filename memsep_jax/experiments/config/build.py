@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -210,7 +211,23 @@ def call(table: dict, group, what: str, **given):
     constructor = look_up(table, group["name"], f"{what}.name")
     fields = arguments(table, group, what, _arguments(constructor))
     _check_given(constructor, {*fields, *given}, what, group["name"])
-    return constructor(**fields, **given)
+    with naming(what, group):
+        return constructor(**fields, **given)
+
+
+@contextlib.contextmanager
+def naming(what: str, fields):
+    """Errors inside speak of arguments, patch=3, and here of fields, model.patch=3.
+
+    Args: what, the group; fields, the names of its fields.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        names = "|".join(map(re.escape, fields))
+        pattern = rf"(?<![\w.=/-])(?=({names})=)"
+        error.args = (re.sub(pattern, f"{what}.", str(error)),)
+        raise
 
 
 def arguments(table: dict, group, what: str, taken: set) -> dict:
@@ -311,7 +328,7 @@ def build(config, read=sources.source) -> Parts:
     times = None
     if grid:
         group = config.sampler
-        times = attempt(grid, group.t_min, group.t_max, min(group.steps, MOST_TIMES))
+        times = attempt(_times, group, grid)
     if made_process and times is not None:
         attempt(_check_times, made_process, times, law, config)
         if method:
@@ -342,7 +359,7 @@ def build(config, read=sources.source) -> Parts:
     model = attempt(call, MODELS, config.model, "model", **takes_classes)
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
     if model is not None and shape is not None and hasattr(model, "check"):
-        attempt(model.check, shape)
+        attempt(_check_shape, config.model, model, shape)
     attempt(_check_mitigations, config, splits, num_classes)
     if splits is not None and isinstance(splits.train.x, data.Rows):
         attempt(_check_stream, config)
@@ -443,7 +460,8 @@ def truth(config):
     names = _arguments(sources.mixture) - {"size"}
     known = {k: config.data[k] for k in names if config.data.get(k) is not None}
     try:
-        return sources.mixture_truth(**known)
+        with naming("data", config.data):
+            return sources.mixture_truth(**known)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -478,6 +496,16 @@ def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
     return found
 
 
+def _times(group, grid):
+    with naming("sampler", group):
+        return grid(group.t_min, group.t_max, min(group.steps, MOST_TIMES))
+
+
+def _check_shape(group, model, shape):
+    with naming("model", group):
+        model.check(shape)
+
+
 def _splits(group, read=sources.source):
     copies = group.get("copies")
     if copies is not None and copies > MOST_COPIES:
@@ -487,7 +515,8 @@ def _splits(group, read=sources.source):
     select = _arguments(data.select) - {"source"}  # those of every source
     fields = arguments(sources.SOURCES, group, "data", own | select)
     _check_given(source, {*fields, *(select & own)}, "data", group["name"])
-    return data.splits(group["name"], read=read, **fields)
+    with naming("data", group):
+        return data.splits(group["name"], read=read, **fields)
 
 
 def _check_given(constructor, given, what, name):
@@ -703,7 +732,8 @@ def _check_prune(group, model, shape, num_classes):
     like = jax.eval_shape(
         model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(()), label
     )
-    units = prune.gates(like["params"], group.group).size
+    with naming("prune", group):
+        units = prune.gates(like["params"], group.group).size
     if not prune.count(units, group.ratio):
         raise ValueError(
             f"prune.ratio={group.ratio} removes none of {units} {group.group}: give "
@@ -752,4 +782,5 @@ def _arguments(constructor):
 
 def _check_sampler(config, made_process, times):
     options = sampling_options(config)
-    sampling.sampler(lambda x, t: x, made_process, times, (), **options)
+    with naming("sampler", config.sampler):
+        sampling.sampler(lambda x, t: x, made_process, times, (), **options)

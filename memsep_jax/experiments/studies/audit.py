@@ -1,8 +1,8 @@
 """Are these samples copies of that training set, and what should be done?
 
-Samples of any generator, as images; nothing is trained. Numbers go to the workdir:
+The samples are images of any generator; nothing is trained. Numbers go to the workdir:
 compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The report
-is drawn from those.
+is drawn from them.
 """
 
 import functools
@@ -25,21 +25,22 @@ from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
 from memsep_jax.fidelity import SMALL
 
-WORKING = 2e8  # bytes of temporaries at least: of a compiler, a search, a network
-ROOM = 2**30  # bytes of them beyond which nothing is faster
+WORKING = 2e8  # bytes that a compiler, a search or a network needs at least
+ROOM = 2**30  # bytes of temporary memory beyond which nothing gets faster
 ROLES = {
     "samples": "samples",
     "train": "train",
     "held_out": "held_out",
     "pool": "train",
 }
-# Of two distribution functions of pixels: two classes of CIFAR-10 differ by at most
-# .27, and its images from themselves by .39 (gamma 2.2) to .56 ([0, 1] as [-1, 1]).
+# The largest allowed distance between two distribution functions of pixels. Two classes
+# of CIFAR-10 differ by at most .27; its images differ from themselves by .39 (at gamma
+# 2.2) to .56 ([0, 1] stored as [-1, 1]).
 APART = 0.3
-FALSE = 0.01  # of honest samples that a set without held-out images may flag
-TRIED = 1_000  # samples, and held-out images, that are looked at with other ways, ...
-FEWER = 250  # samples that are looked at with their axes exchanged
-FILES = 10_000  # ... and training files that are prepared so, at most
+FALSE = 0.01  # share of honest samples that a set without held-out images may flag
+TRIED = 1_000  # samples, and held-out images, that are tried in other ways, at most
+FEWER = 250  # samples that are tried with exchanged axes or colours, at most
+FILES = 10_000  # training files that are prepared in another way, at most
 
 
 def run(config, session, resume_step=None):
@@ -47,35 +48,18 @@ def run(config, session, resume_step=None):
     with session.phase("data"):
         check(config)
         sets, origins, kept = read(config)
-        compared, note = _compared(config, sets, origins["train"].labels, kept)
+        compared, *note = _compared(config, sets, origins["train"].labels, kept)
         memory, room = check_memory(config, sets, compared)
     fingerprint = data.fingerprint(*sets)
     session.status["memory"] = memory
     session.begin(fingerprint, origins["train"]._replace(notes=()))
-    notes = [note for origin in origins.values() for note in origin.notes]
-    if any(_altered(origin) for origin in origins.values()):
-        notes.append(
-            "copies show only where images are prepared as the generator's training "
-            "prepared them: --config.train_as.crop, .exif and .alpha give the other "
-            "ways, and so do samples_as and held_out_as"
-        )
-    notes += (strange := unlike(sets)) + ([note] if note else [])
-    if (distinct := len(set(data.digests(sets.samples)))) < len(sets.samples):
-        notes.append(f"only {distinct:,} of the {len(sets.samples):,} samples differ")
-    if sets.held_out is None:
-        notes.append(
-            "no --config.held_out, so nobody knows what honest samples would score: "
-            "give images of the same kind that were not trained on"
-        )
+    strange = unlike(sets)
     excluded = 0 if kept is None else int((~kept).sum())
-    if excluded:
-        notes.append(
-            f"{excluded:,} held-out images are in the training set, and left out"
-        )
+    notes = _notes(sets, origins, [*strange, *note], excluded)
     for note in notes:
         session.say(f"note: {note}")
-    found = measure(config, sets, compared, session, fingerprint, room)
-    metrics = found.metrics | {"experiment": "audit", "unlike": strange}
+    result = measure(config, sets, compared, session, fingerprint, room)
+    metrics = result.metrics | {"experiment": "audit", "unlike": strange}
     metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
@@ -88,10 +72,39 @@ def run(config, session, resume_step=None):
     metrics["advice"] = advice(metrics)
     metrics["nearer"] = nearer(metrics["features"])
     metrics["comparable"] = comparable(metrics["quality"])
-    columns = found.columns | _named(origins, found.columns["nearest"])
+    _write(session, result, metrics, origins)
+
+
+def _notes(sets, origins, more, excluded) -> list[str]:
+    """Everything that a person should know of the images before the numbers."""
+    notes = [note for origin in origins.values() for note in origin.notes]
+    if any(_altered(origin) for origin in origins.values()):
+        notes.append(
+            "copies show only where images are prepared as the generator's training "
+            "prepared them: --config.train_as.crop, .exif and .alpha give the other "
+            "ways, and so do samples_as and held_out_as"
+        )
+    notes += more
+    if (distinct := len(set(data.digests(sets.samples)))) < len(sets.samples):
+        notes.append(f"only {distinct:,} of the {len(sets.samples):,} samples differ")
+    if sets.held_out is None:
+        notes.append(
+            "no --config.held_out, so nobody knows what honest samples would score: "
+            "give images of the same kind that were not trained on"
+        )
+    if excluded:
+        notes.append(
+            f"{excluded:,} held-out images are in the training set, and left out"
+        )
+    return notes
+
+
+def _write(session, result, metrics, origins):
+    """Writes the numbers, then the report, and says what they mean."""
+    columns = result.columns | _named(origins, result.columns["nearest"])
     record.write_csv(session.workdir / "per_sample.csv", columns)
-    record.write_csv(session.workdir / "duplicates.csv", found.repeats)
-    record.write_npz(session.workdir / "pairs.npz", **found.pairs)
+    record.write_csv(session.workdir / "duplicates.csv", result.repeats)
+    record.write_npz(session.workdir / "pairs.npz", **result.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)
     session.write_status()  # the report shows the seconds so far
     with session.phase("report"):
@@ -107,7 +120,7 @@ def run(config, session, resume_step=None):
 
 
 def check(config):
-    """Refuses what no image would make right.   Raises: build.ConfigError."""
+    """Refuses fields that are wrong for any images.   Raises: build.ConfigError."""
     build.check_kinds(config, defaults.audit())
     wrong = [
         f"--config.{name}=... is required: a folder of images or a zip of one, an .npz "
@@ -147,49 +160,48 @@ def check(config):
 def read(config):
     """All images, of one size.
 
-    Returns: `compare.Sets`; the `Source` of each; which of the held-out images were
-      kept: those that no training one equals.
+    Returns: `compare.Sets`; the `Source` of each; [held-out] bool: those that equal no
+      training image, which are kept.
     Raises: build.ConfigError where they do not fit each other; DataError.
     """
-    found = {name: origin_of(config, name) for name in ROLES if config[name]}
+    origins = {name: origin_of(config, name) for name in ROLES if config[name]}
     check_places(config)
-    found = coloured(found)
-    sets = Sets(**{name: origin.images for name, origin in found.items()})
+    origins = coloured(origins)
+    sets = Sets(**{name: origin.images for name, origin in origins.items()})
     check_sizes(sets)
-    drawn, known = data.digests(sets.samples), data.digests(sets.train)
-    if len(set(known)) < 2:
+    samples, train = data.digests(sets.samples), data.digests(sets.train)
+    if len(set(train)) < 2:
         raise build.ConfigError(
             f"--config.train={config.train} has fewer than 2 different images: the "
             "nearest and the second nearest are compared"
         )
-    if sorted(drawn) == sorted(known):
+    if sorted(samples) == sorted(train):
         raise build.ConfigError(
             f"--config.samples={config.samples} and --config.train={config.train} are "
-            f"the same {len(known):,} images: give what was generated as samples"
+            f"the same {len(train):,} images: give what was generated as samples"
         )
     if sets.held_out is None:
-        return sets, found, None
-    held = data.digests(sets.held_out)
-    if sorted(held) == sorted(drawn):
+        return sets, origins, None
+    held_out = data.digests(sets.held_out)
+    if sorted(held_out) == sorted(samples):
         raise build.ConfigError(
             f"--config.held_out={config.held_out} and --config.samples="
-            f"{config.samples} are the same {len(held):,} images: give images that "
+            f"{config.samples} are the same {len(samples):,} images: give images that "
             "were neither generated nor trained on"
         )
-    seen = set(known)
-    kept = np.array([one not in seen for one in held])
+    seen = set(train)
+    kept = np.array([one not in seen for one in held_out])
     if not kept.any():
         raise build.ConfigError(
             f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
             f"the training set, --config.train={config.train}: give images that were "
             "not trained on, or none"
         )
-    sets = sets._replace(held_out=sets.held_out[kept])
-    return sets, found, kept
+    return sets._replace(held_out=sets.held_out[kept]), origins, kept
 
 
 def check_places(config):
-    """Refuses a folder inside of another one, which would be read twice.
+    """Refuses a folder inside another one, whose images would be read twice.
 
     Raises: build.ConfigError.
     """
@@ -207,16 +219,16 @@ def check_places(config):
 
 
 def coloured(origins):
-    """Grey images in three colours, where those of other sets have three."""
+    """Grey images become images of three colours where other sets have three."""
     if {origin.images.shape[-1] for origin in origins.values()} != {1, 3}:
         return origins
-    found = dict(origins)
+    result = dict(origins)
     for name, origin in origins.items():
         if origin.images.shape[-1] == 1:
             note = f"the grey images of --config.{name} are compared in three colours"
             x = np.repeat(origin.images, 3, axis=3)
-            found[name] = origin._replace(images=x, notes=(*origin.notes, note))
-    return found
+            result[name] = origin._replace(images=x, notes=(*origin.notes, note))
+    return result
 
 
 def check_sizes(sets):
@@ -246,7 +258,7 @@ def _preparation(config, name):
 
 
 def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> Source:
-    """As `sources.origin`, for a field of the config; a run's workdir too."""
+    """The images of `sources.origin`, or those of a run by its workdir."""
     workdir = Path(where).expanduser()
     if not readers.is_workdir(workdir):
         try:
@@ -257,10 +269,10 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
             raise DataError(f"--config.{role}: {error}") from error
         except ValueError as error:  # sizes that differ in a folder
             raise build.ConfigError(f"--config.{role}: {error}") from error
-    known, found = record.read_json(workdir / "config.json"), None
+    known, images = record.read_json(workdir / "config.json"), None
     if role == "samples":
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
-        found = None if x is None else Source(x)
+        images = None if x is None else Source(x)
     elif "model" in known:
         splits = build.build(defaults.restored(known)).splits
         part = splits.held_out if role == "held_out" else splits.train
@@ -268,23 +280,23 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
             x = data.to_uint8(np.asarray(data.read(part).x))
             files = None if part is splits.held_out else splits.files
             label = None if part.label is None else np.asarray(part.label)
-            found = Source(x, label, files=files, classes=splits.classes)
-    if found is None or found.images.ndim != 4 or found.images.dtype != np.uint8:
+            images = Source(x, label, files=files, classes=splits.classes)
+    if images is None or images.images.ndim != 4 or images.images.dtype != np.uint8:
         raise DataError(
             f"--config.{role}={where} is a run without images for it: give one that "
             "has finished on images, or a folder"
         )
-    return found
+    return images
 
 
 def unlike(sets) -> list[str]:
-    """What tells samples or held-out images grossly from training ones, a note each."""
-    known, notes = arrays.histogram(sets.train), []
+    """Notes on sets whose pixels are grossly unlike those of the training images."""
+    train, notes = arrays.histogram(sets.train), []
     for name in ("samples", "held_out"):
         x = sets._asdict()[name]
         if x is None:
             continue
-        gap = arrays.apart(arrays.histogram(x), known)
+        gap = arrays.apart(arrays.histogram(x), train)
         if gap > APART:
             low, high = int(x.min()), int(x.max())
             notes.append(
@@ -301,78 +313,84 @@ class Way(NamedTuple):
 
     text: str
     name: str  # of the set
-    files: int  # images that are tried, ...
-    of: int  # ... of those that it changes
-    make: Callable[[], np.ndarray]  # them, uint8; ValueError: they do not fit together
+    files: int  # the number of images that are tried
+    of: int  # the number of images that the way changes
+    make: Callable[[], np.ndarray]  # the images, uint8; ValueError: sizes differ
 
 
 def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
     """Whether copies would show if images had been prepared, or stored, otherwise.
 
-    Files are cropped and not, turned by EXIF and not, laid over white and not; samples
+    Files are cropped or not, turned by EXIF or not, laid over white or not; samples
     have their colours or axes exchanged. Each way is tried on a part of the images that
-    it changes. The null level is that of held-out images as they are; without them,
-    what the images as they are give.
+    it changes. The null level is that of held-out images as they are; without them, it
+    is the share of copies among the samples as they are.
 
     Args: pixels, the shares of copies as the images are; room, as for `measure`.
-    Returns: what was found in each way: {"way", "set", "files", "of", "samples",
-      "ratio", ..., "finds"}, or {"way", "why", "finds"} where it could not be tried.
+    Returns: a row per way: {"way", "set", "files", "of", "samples", "ratio", ...,
+      "finds"}, or {"way", "set", "why", "finds"} where it could not be tried.
     """
-    # Prepared and searched in what is left: as many bytes again for the search.
-    most = max(TRIED, min(FILES, int(room / 2 / sets.train[0].nbytes)))
+    # Half of the room is for images that are prepared again, half for their search.
+    room /= 2
+    most = max(TRIED, min(FILES, int(room / sets.train[0].nbytes)))
     ways = [*_preparations(config, origins, most), *_exchanges(sets)]
-    held_out = None if sets.held_out is None else _few(sets.held_out, TRIED)
-    known, found = data.fingerprint(*sets), []
+    known, rows = data.fingerprint(*sets), []
     threshold = config.memorization.threshold
 
-    @functools.cache  # where it is asked for
-    def of_train():
-        return neighbours.searcher(sets.train, 2, memory=room / 2)
-
-    def tried(way):
-        """Which samples, and which held-out images, are copies."""
-        x = np.ascontiguousarray(way.make())
-        if x.shape[1:] != sets.train.shape[1:]:
-            raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
-        if way.name == "samples":
-            copies, null = of_train()(x), np.zeros(0, bool)
-            if held_out is not None:  # searched as they are
-                count = round(pixels["null"] * pixels["held_out"])
-                null = np.arange(pixels["held_out"]) < count
-            return {"copies": memorization.copied(copies, threshold), "null": null}
-        search = neighbours.searcher(x, 2, memory=room / 2)
-        copies, *null = (
-            memorization.copied(search(some), threshold)
-            for some in (_few(sets.samples, TRIED), held_out)
-            if some is not None
-        )
-        return {"copies": copies, "null": null[0] if null else np.zeros(0, bool)}
+    @functools.cache  # one for all ways that change samples
+    def search_train():
+        return neighbours.searcher(sets.train, 2, memory=room)
 
     with session.progress("other ways to prepare images", len(ways)) as update:
         for i, way in enumerate(ways):
             place = hashlib.sha256(f"{known} {way[:4]} {threshold}".encode())
             path = session.workdir / "compared" / f"ways-{place.hexdigest()[:12]}.npz"
+            work = functools.partial(
+                _try_way, way, sets, pixels, search_train, room, threshold
+            )
             row: dict = {"way": way.text, "set": way.name}
             try:
-                flags = record.kept(path, functools.partial(tried, way))
+                flags = record.kept(path, work)
             except ValueError as error:  # images of several sizes when prepared so, ...
-                found.append(row | {"why": str(error), "finds": False})
+                rows.append(row | {"why": str(error), "finds": False})
                 continue
-            null = None if held_out is None else flags["null"]
             row |= {"files": way.files, "of": way.of, "samples": len(flags["copies"])}
-            row |= share(flags["copies"], null)
-            row["finds"] = bool(
-                row["interval"][0] > max(FALSE, pixels["interval"][1])
-                if null is None
-                else verdict.above_chance(row, row["samples"])[0]
-            )
-            found.append(row)
+            rows.append(row | _shares(flags, pixels, sets.held_out is not None))
             update(i + 1)
-    return found
+    return rows
+
+
+def _try_way(way, sets, pixels, search_train, memory, threshold):
+    """{"copies": samples that are copies in this way, "null": held-out images too}."""
+    x = np.ascontiguousarray(way.make())
+    if x.shape[1:] != sets.train.shape[1:]:
+        raise ValueError(f"images of {_size(x)} beside {_size(sets.train)}")
+    null = np.zeros(0, bool)
+    if way.name == "samples":
+        copies = memorization.copied(search_train()(x), threshold)
+        if sets.held_out is not None:  # they were searched as they are
+            count = round(pixels["null"] * pixels["held_out"])
+            null = np.arange(pixels["held_out"]) < count
+        return {"copies": copies, "null": null}
+    search = neighbours.searcher(x, 2, memory=memory)
+    copies = memorization.copied(search(_few(sets.samples, TRIED)), threshold)
+    if sets.held_out is not None:
+        null = memorization.copied(search(_few(sets.held_out, TRIED)), threshold)
+    return {"copies": copies, "null": null}
+
+
+def _shares(flags, pixels, held_out) -> dict:
+    """The share of copies in one way, and whether it shows copies ("finds")."""
+    row = share(flags["copies"], flags["null"] if held_out else None)
+    if held_out:
+        finds = verdict.above_chance(row, len(flags["copies"]))[0]
+    else:
+        finds = row["interval"][0] > max(FALSE, pixels["interval"][1])
+    return row | {"finds": bool(finds)}
 
 
 def _preparations(config, origins, most):
-    """A Way for every other choice of `readers.Preparation` that changes a file."""
+    """A Way for each other choice of `readers.Preparation` that changes a file."""
     for name in ("train", "samples"):
         origin, own = origins[name], _preparation(config, name)
         others = {
@@ -407,18 +425,18 @@ def _exchanges(sets):
 
 
 def _altered(origin):
-    """The fields that would change some of the images that are there."""
+    """The fields of a preparation that would change some of these images."""
     altered = origin.altered or {}
     return [f for f, files in altered.items() if np.isin(files, origin.files).any()]
 
 
 def _few(x, most):
-    """At most so many, evenly."""
+    """At most this many of x, evenly spaced."""
     return x[:: max(1, -(-len(x) // most))]
 
 
 def _named(origins, nearest) -> dict:
-    """Columns of file names, where there are files."""
+    """Columns of file names, where the images came from files."""
     columns = {}
     if (files := origins["samples"].files) is not None:
         columns["file"] = files
@@ -447,43 +465,43 @@ def space(config, name, sets, label):
 
 
 def _compared(config, sets, label, kept):
-    """Where samples are compared besides pixels, or None; and what is to be said."""
+    """The space beside pixels in which samples are compared, or None; and notes."""
     group = config.features
     try:
         if group.name == "given":
-            rows = {"held_out": kept}  # of the images that there were
-
-            def given(name, x):
-                mask = rows.get(name, np.ones(len(x), bool))
-                return _given(group, name, len(mask))[mask]
-
-            felt = sets.map(given)
-            widths = {k: x.shape[1] for k, x in felt._asdict().items() if x is not None}
-            if len(set(widths.values())) > 1:
-                raise build.ConfigError(
-                    f"given features of {widths} dimensions: all sets need those of "
-                    "one network"
-                )
-            return felt, ""
-        found = space(config, group.name, sets, label)
-        return found, found.note and f"{found.name}: {found.note}"
+            return [_given(group, sets, kept)]
+        extractor = space(config, group.name, sets, label)
+        notes = [f"{extractor.name}: {extractor.note}"] if extractor.note else []
+        return [extractor, *notes]
     except weights.WeightsError as error:
         if group.required:
             raise
-        return None, f"nothing is measured on {group.name} features: {error}"
+        return [None, f"nothing is measured on {group.name} features: {error}"]
 
 
-def _given(group, name, n):
-    if not group[name]:
+def _given(group, sets, kept):
+    """Sets of features that another program made, of the held-out images kept."""
+
+    def of_set(name, x):
+        if not group[name]:
+            raise build.ConfigError(
+                f"--config.features.name=given needs --config.features.{name}=FILE.npy "
+                "of [n, d] features, as there are images for it"
+            )
+        mask = kept if name == "held_out" else np.ones(len(x), bool)
+        return features.from_file(os.path.expanduser(group[name]), len(mask))[mask]
+
+    given = sets.map(of_set)
+    widths = {k: x.shape[1] for k, x in given._asdict().items() if x is not None}
+    if len(set(widths.values())) > 1:
         raise build.ConfigError(
-            f"--config.features.name=given needs --config.features.{name}=FILE.npy of "
-            "[n, d] features, as there are images for it"
+            f"given features of {widths} dimensions: all sets need those of one network"
         )
-    return features.from_file(os.path.expanduser(group[name]), n)
+    return given
 
 
 def check_memory(config, sets, *spaces) -> tuple[str, float]:
-    """What may be held, in words, and the bytes of it that are left for a moment.
+    """The memory that may be taken, in words, and the bytes left for temporary use.
 
     Raises: build.ConfigError: they are too few.
     """
@@ -496,7 +514,7 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
             least = max(least, 0.75 * WORKING + space.least())
     each = sets.train[0].nbytes + 4 * sum(dims)
     count = sum(len(x) for x in sets if x is not None)
-    # The sets, the training set once more where it is searched, and mirror images.
+    # The sets, the training set again where it is searched, and mirror images.
     held = each * (count + len(sets.train))
     held += config.memorization.flips * sets.samples.nbytes
     memory, whose = allowed(config, sets)
@@ -508,17 +526,17 @@ def check_memory(config, sets, *spaces) -> tuple[str, float]:
             "take features of fewer dimensions"
         )
     # Compilers and threads take their part, and half of the rest is not given back
-    # between one allocation and the next: measured with 1,000 images of 256 x 256.
+    # between two allocations: measured with 1,000 images of 256 x 256.
     room = max((memory - held - WORKING) / 2, least - 0.75 * WORKING)
     return f"{memory / record.GIB:.3g} GiB{whose}", min(room, ROOM)
 
 
 def allowed(config, sets) -> tuple[float, str]:
-    """Bytes that an audit may hold; and who says so, where it is not the config."""
+    """The bytes that an audit may hold, and who says so where the config does not."""
     if config.run.memory is not None:
         return config.run.memory * record.GIB, ""
     free, whose = record.available()
-    return free + _held(sets), whose  # the sets were read, and are free no more
+    return free + _held(sets), whose  # the sets are in memory already
 
 
 def _held(sets):
@@ -528,25 +546,25 @@ def _held(sets):
 # What is said.
 
 
-def nearer(felt) -> str:
+def nearer(in_features) -> str:
     """To which images the samples are nearer as a whole, in words."""
-    if felt is None or felt["nearer"] is None:
+    if in_features is None or in_features["nearer"] is None:
         return ""
-    mean, low, high = (felt["nearer"][k] for k in ("mean", "low", "high"))
+    mean, low, high = (in_features["nearer"][k] for k in ("mean", "low", "high"))
     side = "as near to the training images as to held-out ones"
     if high < 0:
         side = "nearer to the training images than to held-out ones"
     elif low > 0:
         side = "nearer to held-out images than to training ones"
     return (
-        f"As a whole the samples are {side}: {felt['title']} to training images less "
-        f"that to held-out ones is {mean:.3g} [{low:.3g}, {high:.3g}], by fifths of "
-        "the samples."
+        f"As a whole the samples are {side}: {in_features['title']} to training images "
+        f"less that to held-out ones is {mean:.3g} [{low:.3g}, {high:.3g}], by "
+        "fifths of the samples."
     )
 
 
 PRUNING = "docs/results/pruning.md"
-EVIDENCE = (  # what took copies away where we measured it, most first; and where
+EVIDENCE = (  # what removed copies in our runs, most effective first, and the page
     (
         "Stop earlier: training that ends once the held-out loss is 10 % above the "
         "training loss took copies from 87 to 0 %, with better samples "
@@ -582,8 +600,8 @@ EVIDENCE = (  # what took copies away where we measured it, most first; and wher
 
 
 def advice(metrics) -> list[dict]:
-    """What follows from the numbers, most useful first: {"text", "evidence"}."""
-    found, about = metrics["memorization"], metrics["data"]
+    """Advice that follows from the numbers, most useful first: {"text", "evidence"}."""
+    pixels, about = metrics["memorization"], metrics["data"]
     meaning = metrics["verdict"]["name"]
     lines = []
     if (way := verdict.other_way(metrics)) is not None:
@@ -593,36 +611,38 @@ def advice(metrics) -> list[dict]:
         text = "Give --config.held_out: images of the same kind, not trained on."
         lines.append((text, ""))
     if meaning == "undertrained":
-        text = "Look at the samples, train longer, and audit again."
-        lines.append((text, ""))
-    repeats, near = about["duplicates"], about["near_duplicates"]
-    if repeats or near:
-        text = (
-            f"Deduplicate the training set: {repeats:,} images repeat another one and "
-            f"{near:,} nearly do"
-        )
-        if emitted := about["duplicates_emitted"]:
-            total = found["emitted"]["distinct"]
-            text += f"; {emitted:,} of the {total:,} emitted images are such repeats"
-        lines.append((f"{text}.", "duplicates.csv"))
-    often = found["interval"][0] > memorization.BEGUN
+        lines.append(("Look at the samples, train longer, and audit again.", ""))
+    if about["duplicates"] or about["near_duplicates"]:
+        lines.append((_deduplicate(pixels, about), "duplicates.csv"))
+    often = pixels["interval"][0] > memorization.BEGUN
     if meaning == "copies" or (meaning == "unknown" and often):
         lines += EVIDENCE
     if meaning == "no sign of copying":
-        high = verdict.percent(max(found["excess_interval"][1], 0))
+        high = verdict.percent(max(pixels["excess_interval"][1], 0))
         text = (
             "Nothing here asks for a change. More samples would show rarer copies: "
-            f"with {found['samples']:,}, up to {high} % may go unseen."
+            f"with {pixels['samples']:,}, up to {high} % may go unseen."
         )
         lines.append((text, ""))
-    if not found["flips"]:
+    if not pixels["flips"]:
         text = "Mirrored copies were not looked for: --config.memorization.flips=True."
         lines.append((text, ""))
     return [{"text": text, "evidence": evidence} for text, evidence in lines]
 
 
+def _deduplicate(pixels, about):
+    text = (
+        f"Deduplicate the training set: {about['duplicates']:,} images repeat another "
+        f"one and {about['near_duplicates']:,} nearly do"
+    )
+    if emitted := about["duplicates_emitted"]:
+        total = pixels["emitted"]["distinct"]
+        text += f"; {emitted:,} of the {total:,} emitted images are such repeats"
+    return f"{text}."
+
+
 def comparable(rows) -> str:
-    """What is to be known of the numbers of images that quality was taken of."""
+    """How the numbers of images limit which metrics of quality compare, in words."""
     pairs = {row["reference"]: row for row in rows if "Vendi" not in row["metric"]}
     if not pairs:
         return ""
@@ -645,20 +665,20 @@ def comparable(rows) -> str:
 
 def summary(metrics) -> Table:
     """The end of an audit as a short table."""
-    found, about = metrics["memorization"], metrics["data"]
+    pixels, about = metrics["memorization"], metrics["data"]
     n, samples = about["n"], about["samples"]
     table = Table(
         title=f"{samples:,} samples against {n:,} training images", show_header=False
     )
-    spaces = {"pixels": found}
+    spaces = {"pixels": pixels}
     if metrics["features"]:
         spaces[f"{metrics['features']['name']} features"] = metrics["features"]
     for name, values in spaces.items():
         table.add_row(f"copies, {name}", verdict.share(values))
         if values["null"] is not None:
             table.add_row("  honest samples would give", verdict.share(values, "null_"))
-    table.add_row("exact copies, to the last bit", f"{found['exact_copies']:,}")
-    table.add_row("training images emitted", f"{found['emitted']['distinct']:,}")
+    table.add_row("exact copies, to the last bit", f"{pixels['exact_copies']:,}")
+    table.add_row("training images emitted", f"{pixels['emitted']['distinct']:,}")
     table.add_row("duplicates in the training set", f"{about['duplicates']:,}")
     for name, text in tables.quality_lines(metrics):
         table.add_row(name, text)

@@ -1,8 +1,8 @@
-"""Samples beside the images of training, and beside held-out ones: every metric.
+"""Samples compared with training images and with held-out ones, by every metric.
 
-Two spaces are looked at: pixels, and the features of some network. Each search is kept
-on disk chunk by chunk, so an interrupted one goes on. Copying is measured first; what
-has no value for these images is left out, with its reason.
+They are compared in two spaces: pixels, and the features of some network. Each search
+is kept on disk chunk by chunk, so an interrupted one goes on. Copying is measured
+first; a metric that has no value for these images is left out, with its reason.
 """
 
 import hashlib
@@ -21,26 +21,27 @@ from memsep_jax.fidelity import UndefinedError
 
 PAIRS = 12  # samples in each group of a report's pairs
 THREE = 3  # neighbours of a training image: itself, and two others
-FEW = 50  # images, below which no laws are compared
+FEW = 50  # images: with fewer, no distributions are compared
 PER_CELL = 60  # samples in a cell of k-means, on average
 MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
-FOLDS = 5  # of the samples, for an interval of a difference
-LAWS = 4_096  # dimensions, beyond which laws are not compared
-TILED = 256, 26  # images compared by tiles together; bytes that a number of one takes
-# Points of each set of a law beside a verdict, at most: seconds; and their bytes.
+FOLDS = 5  # parts of the samples, for the interval of a difference
+LAWS = 4_096  # dimensions: with more, no distributions are compared
+TILED = 256, 26  # images compared by tiles at a time; bytes that each number takes
+# Points and bytes of each set, at most, whose distribution a verdict compares: so that
+# it takes seconds.
 BESIDE, ROOM = 1_000, 2**28
 
 
 class Sets(NamedTuple):
-    """What is compared; images are uint8 [*, h, w, c]."""
+    """The sets that are compared; images are uint8 [*, h, w, c]."""
 
     samples: np.ndarray
     train: np.ndarray
     held_out: np.ndarray | None = None
-    pool: np.ndarray | None = None  # all that the training set was chosen from
+    pool: np.ndarray | None = None  # the images that the training set was chosen from
 
     def map(self, work):
-        """(name, array) -> array, of those that there are."""
+        """Applies work, (name, array) -> array, to the sets that are given."""
         return Sets(
             *(
                 None if x is None else work(name, x)
@@ -54,16 +55,16 @@ class Searched(NamedTuple):
 
     samples: neighbours.Neighbours
     held_out: neighbours.Neighbours | None
-    train: neighbours.Neighbours  # of each: itself, or the first equal one; two others
-    flipped: np.ndarray  # [m] bool: samples that are nearer in the mirror
+    train: neighbours.Neighbours  # of each: itself (or its first equal), two others
+    flipped: np.ndarray  # [m] bool: samples whose mirror image is nearer
 
 
 class Measured(NamedTuple):
     """All numbers of a comparison, as files hold them."""
 
     metrics: dict  # metrics.json
-    columns: dict  # per_sample.csv, a row a sample
-    repeats: dict  # duplicates.csv, a row a training image that repeats another
+    columns: dict  # per_sample.csv: one row per sample
+    repeats: dict  # duplicates.csv: one row per training image that repeats another
     pairs: dict  # pairs.npz
 
 
@@ -75,20 +76,15 @@ def measure(
     Args:
       sets: `Sets` of images.   space: a `features.Extractor`, Sets of features that
         were made elsewhere, or None: then only pixels are compared.
-      fingerprint: of the sets, which names what is kept on disk.
-      memory: bytes that may be taken for a moment, beside the sets and their features.
+      fingerprint: of the sets; it names what is kept on disk.
+      memory: bytes for temporary use, beside the sets and their features.
     """
-    group, known = config.memorization, build.to_json(config)
-    of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
-    if isinstance(space, Sets):
-        of.append(data.fingerprint(*space))
-    elif space is not None:  # other weights at the same path see another image
-        of.append(data.fingerprint(space.apply(sets.train[:1])))
-    tag = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    group = config.memorization
+    place = session.workdir / "compared" / _tag(config, sets, space, fingerprint)
 
     def chunked(name, work, x):
         return record.in_chunks(
-            session.workdir / "compared" / tag / name,
+            place / name,
             lambda start, stop: work(x[start:stop]),
             len(x),
             config.run.chunk,
@@ -97,65 +93,80 @@ def measure(
         )
 
     with session.phase("neighbours"):
-        seen = _search(chunked, "pixels", sets, group.near, memory, group.flips)
-        columns, found = _copies(seen, group.threshold)
-        images = _mirrored(sets.samples, seen.flipped)
-        columns |= _of_pixels(chunked, sets, images, seen, group, memory)
-    repeats = _repeats(seen, group.threshold)
-    near = seen.samples.indices[:, 0]
-    copied = columns["memorized"] == 1
-    distinct = len(sets.train) - repeats["kind"].count("exact")
-    out = memorization.emitted(near, copied, distinct)
-    sizes = [2 * len(images)] if out.distinct else []
-    more = memorization.rarefaction(out.counts, len(images), sizes, distinct)
-    found |= {
-        "samples": len(images),
-        "flips": group.flips,
-        "exact_copies": int(columns["exact_copy"].sum()),
-        # Of one colour they may be equal by chance.
-        "exact_varied": sum(
-            int(images[i].min() < images[i].max())
-            for i in np.flatnonzero(columns["exact_copy"])
-        ),
-        "emitted": {
-            "distinct": out.distinct,
-            "coverage": out.coverage,
-            "more": list(zip(sizes, more.tolist(), strict=True)),
-        },
-    }
+        near = _search(chunked, "pixels", sets, group.near, memory, group.flips)
+        columns, copies = _copies(near, group.threshold)
+        images = _mirrored(sets.samples, near.flipped)
+        columns |= _of_pixels(chunked, sets, images, near, group, memory)
+    repeats = _repeats(near, group.threshold)
+    emitted, about = _of_training(sets, columns, repeats)
     metrics = {
-        "memorization": found,
-        "data": {
-            "n": len(sets.train),
-            "shape": sets.train.shape[1:],
+        "memorization": {
+            **copies,
             "samples": len(images),
-            "held_out": 0 if sets.held_out is None else len(sets.held_out),
-            "duplicates": len(sets.train) - distinct,
-            "near_duplicates": repeats["kind"].count("near"),
-            "duplicates_emitted": len(
-                set(near[copied].tolist()) & {*repeats["repeats"], *repeats["train"]}
+            "flips": group.flips,
+            "exact_copies": int(columns["exact_copy"].sum()),
+            # Of one colour they may be equal by chance.
+            "exact_varied": sum(
+                int(images[i].min() < images[i].max())
+                for i in np.flatnonzero(columns["exact_copy"])
             ),
-            "fingerprint": fingerprint,
+            "emitted": emitted,
         },
+        "data": about | {"fingerprint": fingerprint},
         "features": None,
         "quality": [],
         "left_out": [],
     }
     with session.phase("quality"):
         metrics["frechet"] = [law(equal(sets, config.seed), "FD (pixels)")]
-    shown = _worst("pixels", images, sets.train, seen.samples)
+    shown = _worst("pixels", images, sets.train, near.samples)
     if space is not None:
-        more, felt = _in_features(config, sets, space, session, chunked, memory)
+        more, own, nearest = _in_features(config, sets, space, session, chunked, memory)
         metrics["frechet"].append(more.pop("law"))
         metrics |= more
-        if felt is not None:
-            columns |= {f"feature_{k}": column for k, column in felt.columns.items()}
-            shown |= _worst("features", sets.samples, sets.train, felt.near)
+        if nearest is not None:
+            columns |= {f"feature_{k}": column for k, column in own.items()}
+            shown |= _worst("features", sets.samples, sets.train, nearest)
     return Measured(metrics, columns, repeats, shown)
 
 
+def _tag(config, sets, space, fingerprint) -> str:
+    """Names a comparison by everything that its chunks depend on."""
+    known = build.to_json(config)
+    of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
+    if isinstance(space, Sets):
+        of.append(data.fingerprint(*space))
+    elif space is not None:  # other weights at the same path give other features
+        of.append(data.fingerprint(space.apply(sets.train[:1])))
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of_training(sets, columns, repeats):
+    """The training images that the samples emit, and facts about the sets."""
+    samples, n = len(sets.samples), len(sets.train)
+    near, copied = columns["nearest"], columns["memorized"] == 1
+    distinct = n - repeats["kind"].count("exact")
+    emitted = memorization.emitted(near, copied, distinct)
+    sizes = [2 * samples] if emitted.distinct else []
+    more = memorization.rarefaction(emitted.counts, samples, sizes, distinct)
+    repeated = {*repeats["repeats"], *repeats["train"]}
+    return {
+        "distinct": emitted.distinct,
+        "coverage": emitted.coverage,
+        "more": list(zip(sizes, more.tolist(), strict=True)),
+    }, {
+        "n": n,
+        "shape": sets.train.shape[1:],
+        "samples": samples,
+        "held_out": 0 if sets.held_out is None else len(sets.held_out),
+        "duplicates": n - distinct,
+        "near_duplicates": repeats["kind"].count("near"),
+        "duplicates_emitted": len(set(near[copied].tolist()) & repeated),
+    }
+
+
 def attempt(left_out, names, reference, work):
-    """work(), or None where it has no value: then left_out says why, for each name."""
+    """work(), or None where it has no value; left_out then says why, for each name."""
     try:
         return work()
     except UndefinedError as error:
@@ -179,59 +190,60 @@ def check_distinct(train) -> int:
 
 def _search(chunked, name, sets, near, memory, flips=False) -> Searched:
     distinct = check_distinct(sets.train)
-    # One for all, as it holds the training set.
+    # One searcher for all sets, as it holds the training set.
     search = neighbours.searcher(
         sets.train, min(max(near, THREE), distinct), memory=memory
     )
-    looked = memorization.with_flips(search) if flips else search
+    flipping = memorization.with_flips(search) if flips else search
 
-    def found(where, x, search, most):
+    def nearest(where, x, search, most):
         def work(x):
-            found = search(x)._asdict()
-            return {k: v[:, :most] if v.ndim == 2 else v for k, v in found.items()}
+            some = search(x)._asdict()
+            return {k: v[:, :most] if v.ndim == 2 else v for k, v in some.items()}
 
-        kept = chunked(f"{name}-{where}", work, x)
-        return neighbours.Neighbours(kept["distances"], kept["indices"]), kept
+        return chunked(f"{name}-{where}", work, x)
 
-    drawn, kept = found("samples", sets.samples, looked, near)
-    held = None
+    def of(kept):
+        return neighbours.Neighbours(kept["distances"], kept["indices"])
+
+    samples, held_out = nearest("samples", sets.samples, flipping, near), None
     if sets.held_out is not None:
-        held, _ = found("held-out", sets.held_out, looked, 2)
-    own, _ = found("train", sets.train, search, THREE)
-    flipped = kept.get("flipped", np.zeros(len(sets.samples), bool))
-    return Searched(drawn, held, own, flipped)
+        held_out = of(nearest("held-out", sets.held_out, flipping, 2))
+    train = of(nearest("train", sets.train, search, THREE))
+    flipped = samples.get("flipped", np.zeros(len(sets.samples), bool))
+    return Searched(of(samples), held_out, train, flipped)
 
 
-def _copies(seen, threshold):
+def _copies(near, threshold):
     """Columns of the samples, and shares of copies beside their null levels."""
-    near = seen.samples
-    own = seen.train.distances[:, 1]  # to the nearest other one
+    samples = near.samples
+    own = near.train.distances[:, 1]  # of a training image to the nearest other one
 
-    def rules(near):
-        return memorization.copied(near, threshold), memorization.authentic(near, own)
+    def rules(some):
+        return memorization.copied(some, threshold), memorization.authentic(some, own)
 
-    copied, authentic = rules(near)
-    held = (None, None) if seen.held_out is None else rules(seen.held_out)
+    copied, authentic = rules(samples)
+    null = (None, None) if near.held_out is None else rules(near.held_out)
     columns = {
-        "d1": near.distances[:, 0],
-        "d2": near.distances[:, 1],
-        "nearest": near.indices[:, 0],
-        "second": near.indices[:, 1],
+        "d1": samples.distances[:, 0],
+        "d2": samples.distances[:, 1],
+        "nearest": samples.indices[:, 0],
+        "second": samples.indices[:, 1],
         "memorized": copied.astype(int),
         "authentic": authentic.astype(int),
     }
-    found = {
+    return columns, {
         "threshold": threshold,
-        **share(copied, held[0]),
-        "authentic": share(authentic, held[1]),
-    } | distances(near, seen.held_out)
-    return columns, found
+        **share(copied, null[0]),
+        "authentic": share(authentic, null[1]),
+        **distances(samples, near.held_out),
+    }
 
 
 def distances(near, held_out) -> dict:
     """How far samples are from the training set, beside held-out points.
 
-    Args: near, held_out: their neighbours; those of held-out points, or None.
+    Args: near, the neighbours of samples; held_out, those of held-out points, or None.
     """
     d1 = near.distances[:, 0]
     other = None if held_out is None else held_out.distances[:, 0]
@@ -243,34 +255,36 @@ def distances(near, held_out) -> dict:
 
 
 def share(flags, null=None) -> dict:
-    """The share of flags [m], of held-out ones, and its excess, with 95 % intervals."""
+    """The share of flags [m], that of held-out ones, the excess; 95 % intervals."""
     count, total = int(flags.sum()), len(flags)
-    found: dict = {"ratio": count / total, "count": count}
-    found["interval"] = memorization.wilson(count, total)
+    shares: dict = {"ratio": count / total, "count": count}
+    shares["interval"] = memorization.wilson(count, total)
     if null is None:
-        return found | {"null": None, "excess": None}
+        return shares | {"null": None, "excess": None}
     of_null = int(null.sum()), len(null)
-    found |= {"null": of_null[0] / of_null[1], "held_out": of_null[1]}
-    found["null_interval"] = memorization.wilson(*of_null)
-    found["excess"], found["excess_interval"] = memorization.excess(
-        count, total, *of_null
-    )
-    return found
+    excess, interval = memorization.excess(count, total, *of_null)
+    return shares | {
+        "null": of_null[0] / of_null[1],
+        "held_out": of_null[1],
+        "null_interval": memorization.wilson(*of_null),
+        "excess": excess,
+        "excess_interval": interval,
+    }
 
 
 def _mirrored(images, flipped):
-    """Images as they were nearest to training ones."""
-    if not flipped.any():  # no copy of them all
+    """The images, mirrored where that is nearer to a training image."""
+    if not flipped.any():  # no copy of all images is needed
         return images
     return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
-def _of_pixels(chunked, sets, images, seen, group, memory):
+def _of_pixels(chunked, sets, images, searched, group, memory):
     """Columns that only images have."""
-    near = seen.samples
+    near = searched.samples
     pairs = zip(images, near.indices[:, 0], strict=True)
     columns = {
-        "flipped": seen.flipped.astype(int),
+        "flipped": searched.flipped.astype(int),
         # One by one: all nearest images at once are as large as the samples.
         "exact_copy": np.array([int((x == sets.train[i]).all()) for x, i in pairs]),
         "calibrated_l2": memorization.calibrated_l2(near.distances),
@@ -280,7 +294,7 @@ def _of_pixels(chunked, sets, images, seen, group, memory):
         most = tiled_together(images.shape[1:], memory)
 
         def work(rows):
-            some = slice(rows[0], rows[-1] + 1)  # a view: rows would be a copy
+            some = slice(rows[0], rows[-1] + 1)  # a view, where rows would be a copy
             return memorization.nearest_tiled(
                 images[some], sets.train, near.indices[some], tiles, most
             )._asdict()
@@ -292,30 +306,30 @@ def _of_pixels(chunked, sets, images, seen, group, memory):
 
 
 def tiles_of(shape, most) -> int:
-    """Tiles a side that divide both sides of images [h, w, c]: the most that do."""
+    """The largest number of tiles per side, at most `most`, that divides both sides."""
     return next(t for t in range(most, 0, -1) if not (shape[0] % t or shape[1] % t))
 
 
 def tiled_together(shape, memory) -> int:
-    """How many images `nearest_tiled` may look at together."""
+    """The number of images that `nearest_tiled` may compare at a time."""
     most, each = TILED
     return max(1, int(min(most, memory / (each * math.prod(shape)))))
 
 
-def _repeats(seen, threshold):
+def _repeats(near, threshold):
     """Training images that repeat another one, exactly or nearly.
 
     Nearly: the nearest other one is closer than `threshold` times the second nearest
     other, which is the rule by which a sample is a copy.
     """
-    first, own = seen.train.indices[:, 0], seen.train.distances
+    own, (first, other) = near.train.distances, near.train.indices[:, :2].T
     exact = first != np.arange(len(first))
-    near = np.zeros(len(first), bool)
+    nearly = np.zeros(len(first), bool)
     if own.shape[1] > 2:
-        near = ~exact & (own[:, 1] < threshold * own[:, 2])
-    rows = [*np.flatnonzero(exact).tolist(), *np.flatnonzero(near).tolist()]
-    of = [*first[exact].tolist(), *seen.train.indices[near, 1].tolist()]
-    kinds = ["exact"] * int(exact.sum()) + ["near"] * int(near.sum())
+        nearly = ~exact & (own[:, 1] < threshold * own[:, 2])
+    rows = [*np.flatnonzero(exact).tolist(), *np.flatnonzero(nearly).tolist()]
+    of = [*first[exact].tolist(), *other[nearly].tolist()]
+    kinds = ["exact"] * int(exact.sum()) + ["near"] * int(nearly.sum())
     return {"train": rows, "repeats": of, "kind": kinds}
 
 
@@ -326,9 +340,9 @@ def _worst(name, samples, train, near):
 
 
 def pairs(name, index, samples, train_x, near) -> dict:
-    """What `figures.pairs` shows of the samples index [k], under a name in pairs.npz.
+    """The arrays from which `figures.pairs` draws the samples index [k], by name.
 
-    Args: near, their neighbours among train_x, which are shown as samples are.
+    Args: near, the neighbours of the samples among train_x.
     """
     nearest = near.indices[index, :2]
     return {
@@ -340,66 +354,63 @@ def pairs(name, index, samples, train_x, near) -> dict:
     }
 
 
-class Felt(NamedTuple):
-    """What is searched in features."""
-
-    columns: dict
-    near: neighbours.Neighbours  # of the samples
-
-
 def _in_features(config, sets, space, session, chunked, memory):
-    """(parts of metrics.json, Felt); None for the latter where there are no copies."""
-    name, about = "given", {"name": "given", "title": "FD (given features)"}
+    """(parts of metrics.json, columns, neighbours of the samples).
+
+    The last two are None where the search has no value.
+    """
+    name, title = "given", "FD (given features)"
     left_out: list[dict] = []
     with session.phase("features"):
-        if isinstance(space, Sets):
-            felt = space
-        else:
-            name, about = space.name, {"name": space.name, "title": space.title}
-            felt = sets.map(
+        points = space
+        if not isinstance(space, Sets):
+            name, title = space.name, space.title
+            points = sets.map(
                 lambda which, x: chunked(
                     f"features-{name}-{which}",
                     lambda x: {"x": space.apply(x, memory)},
                     x,
                 )["x"]
             )
-        seen = attempt(
+        near = attempt(
             left_out,
             [f"copies in {name} features"],
             "train",
-            lambda: _search(chunked, f"in-{name}", felt, 2, memory),
+            lambda: _search(chunked, f"in-{name}", points, 2, memory),
         )
-    found, searched = None, None
-    if seen is not None:
-        columns, found = _copies(seen, config.memorization.threshold)
-        found |= about | {"dim": felt.samples.shape[1]}
-        searched = Felt(columns, seen.samples)
+    columns = copies = None
+    if near is not None:
+        columns, copies = _copies(near, config.memorization.threshold)
+        copies |= {"name": name, "title": title, "dim": points.samples.shape[1]}
     with session.phase("quality"):
-        if found is not None:
-            found |= _tests(config, felt, seen, left_out)
-            found["nearer"] = _nearer(config, felt, about["title"], left_out)
-        rows = _quality(config, felt, about["title"], left_out)
-        own = law(equal(felt, config.seed), about["title"])
-    parts = {"features": found, "quality": rows, "left_out": left_out, "law": own}
-    return parts, searched
+        if copies is not None:
+            copies |= _tests(config, points, near, left_out)
+            copies["nearer"] = _nearer(config, points, title, left_out)
+        parts = {
+            "features": copies,
+            "quality": _quality(config, points, title, left_out),
+            "left_out": left_out,
+            "law": law(equal(points, config.seed), title),
+        }
+    return parts, columns, None if near is None else near.samples
 
 
-def _tests(config, felt, seen, left_out):
-    """Tests of overfitting, against held-out images."""
-    if felt.held_out is None:
+def _tests(config, points, near, left_out):
+    """Tests of overfitting, against held-out images; points are Sets of features."""
+    if points.held_out is None:
         return {"c_t": None, "likelihood": None}
 
     def likelihood():
-        check_dim(felt.train)
-        points = min(config.quality.points, MODELLED)
-        some = felt.map(lambda name, x: _some(x, points, config.seed))
+        check_dim(points.train)
+        most = min(config.quality.points, MODELLED)
+        some = points.map(lambda name, x: _some(x, most, config.seed))
         found = memorization.feature_likelihood(
             some.train, some.held_out, some.samples, config.seed
         )
-        return {k: getattr(found, k) for k in ("fld", "fld_train", "gap")}
+        return {"fld": found.fld, "fld_train": found.fld_train, "gap": found.gap}
 
     def c_t():
-        return copying(config, felt, seen.samples, seen.held_out)
+        return copying(config, points, near.samples, near.held_out)
 
     return {
         "c_t": attempt(left_out, ["C_T"], "held_out", c_t),
@@ -407,23 +418,23 @@ def _tests(config, felt, seen, left_out):
     }
 
 
-def copying(config, felt, near, held_out):
+def copying(config, points, near, held_out):
     """C_T, in cells of k-means.
 
-    Args: felt, Sets of features; near, held_out, what is near to two of them.
+    Args: points, Sets of features; near and held_out, the neighbours of two of them.
     Raises: UndefinedError: too few samples, or none in a cell with a held-out point.
     """
-    count = min(config.memorization.cells, len(felt.samples) // PER_CELL)
+    count = min(config.memorization.cells, len(points.samples) // PER_CELL)
     if not count:
         raise UndefinedError(
-            f"{len(felt.samples)} samples: a cell of k-means takes {PER_CELL} of them"
+            f"{len(points.samples)} samples: a cell of k-means takes {PER_CELL} of them"
         )
-    cell = _cells(felt.train, count, config.seed)
+    cell = _cells(points.train, count, config.seed)
     test = memorization.copying_test(
         near.distances[:, 0],
-        cell(felt.samples),
+        cell(points.samples),
         held_out.distances[:, 0],
-        cell(felt.held_out),
+        cell(points.held_out),
     )
     return {"value": test.value, "error": test.error, "left_out": len(test.left_out)}
 
@@ -454,9 +465,9 @@ def check_dim(x):
 
 
 def equal(sets, seed) -> Sets:
-    """As many of each set, BESIDE at most, and nothing of the pool.
+    """An equal number of points of each set, at most BESIDE; no pool.
 
-    Of what stays on disk only these are read.
+    Only these are read where points stay on disk.
     """
     sets = sets._replace(pool=None)
     largest = max(math.prod(x.shape[1:]) * x.dtype.itemsize for x in sets[:2])
@@ -466,13 +477,13 @@ def equal(sets, seed) -> Sets:
 
 
 def law(sets, title, see=None) -> dict:
-    """How far the samples are as a whole from held-out points; training points beside.
+    """The Frechet distances of samples and of training points to held-out points.
 
-    By Frechet distances at equal numbers, on which they depend. "page" is that of one
-    and the same point, the mean of the held-out ones: the trace of their covariance.
-    "excess" is what samples have more than training points, as a share of it; whether
-    it is above 0 is told by "interval", Student's, 95 %, of the same over fifths of
-    both. "left_out" says why there is none.
+    Both are of equal numbers, on which such distances depend. "page" is the distance of
+    one point repeated, the mean of the held-out ones: the trace of their covariance.
+    "excess" is the distance of samples less that of training points, as a share of
+    "page"; "interval" is Student's, 95 %, of the same over fifths of both. "left_out"
+    says why there is none.
 
     Args: sets, of equal numbers.   see, (name, points) -> features [n, d]; by default
       the points as they are.
@@ -495,7 +506,7 @@ def law(sets, title, see=None) -> dict:
     page = float(held_out.var(axis=0, ddof=1, dtype=np.float64).sum())
     if not page:
         return about | {"left_out": "all held-out points are the same"}
-    found = {"samples": to_held_out(samples), "train": to_held_out(train)}
+    far = {"samples": to_held_out(samples), "train": to_held_out(train)}
     fifths = [
         to_held_out(samples[i::FOLDS]) - to_held_out(train[i::FOLDS])
         for i in range(FOLDS)
@@ -503,9 +514,9 @@ def law(sets, title, see=None) -> dict:
     spread = mean_interval(np.array(fifths) / page)
     return {
         **about,
-        **found,
+        **far,
         "page": page,
-        "excess": (found["samples"] - found["train"]) / page,
+        "excess": (far["samples"] - far["train"]) / page,
         "interval": (float(spread["low"]), float(spread["high"])),
     }
 
@@ -516,9 +527,9 @@ def _as_they_are(_, x):
 
 
 def _equal(config, *sets):
-    """Sets of equal numbers, as many as the smallest has: laws' metrics depend on them.
+    """The sets at the number of points of the smallest, on which their metrics depend.
 
-    Of these sets alone: what else is given to an audit changes no number.
+    Other sets that an audit is given change no number.
 
     Raises: UndefinedError: too few to be laws, or too many dimensions.
     """
@@ -529,33 +540,33 @@ def _equal(config, *sets):
     return [_some(x, count, config.seed) for x in sets]
 
 
-def _nearer(config, felt, title, left_out):
+def _nearer(config, points, title, left_out):
     """The Frechet distance to training images less that to held-out ones.
 
-    Its mean over fifths of the samples, and a 95 % interval of Student's. Both are of
-    equal numbers, and so may be of fewer training images than the distance to them.
+    Its mean over fifths of the samples, with Student's 95 % interval. Both are of equal
+    numbers, so of fewer training images, perhaps, than the distance to them alone.
     """
-    if felt.held_out is None:
+    if points.held_out is None:
         return None
 
-    def differences():
-        samples, *others = _equal(config, felt.samples, felt.train, felt.held_out)
+    def difference():
+        samples, *others = _equal(config, *points[:3])
         to_train, to_held_out = (
             [fidelity.frechet(samples[i::FOLDS], x, warn=False) for i in range(FOLDS)]
             for x in others
         )
-        found = np.subtract(to_train, to_held_out)
-        return mean_interval(found.tolist()) | {"images": len(samples)}
+        differences = np.subtract(to_train, to_held_out)
+        return mean_interval(differences.tolist()) | {"images": len(samples)}
 
     name = f"{title} to train less that to held-out"
-    return attempt(left_out, [name], "held_out", differences)
+    return attempt(left_out, [name], "held_out", difference)
 
 
-def _quality(config, felt, title, left_out):
-    """A row for every metric and reference set, with the sizes that it was taken of."""
+def _quality(config, points, title, left_out):
+    """A row per metric and reference set, with the number of images it is taken of."""
 
     def kid(a, b):
-        size = min(1_000, len(a) // 2)  # fewer than all, or no draw differs
+        size = min(1_000, len(a) // 2)  # fewer than all, or all draws are the same
         return [fidelity.kid(a, b, size=size, seed=config.seed)]
 
     def plain(values):
@@ -570,12 +581,12 @@ def _quality(config, felt, title, left_out):
         ),
     }
     rows = []
-    for reference, x in zip(Sets._fields, felt, strict=True):
+    for reference, x in zip(Sets._fields, points, strict=True):
         if x is None:
             continue
         works = [(names, work, [x]) for names, work in alone.items()]
         if reference != "samples":
-            pair = [felt.samples, x]
+            pair = [points.samples, x]
             works += [(names, work, pair) for names, work in of_two.items()]
         for names, work, sets in works:
             count = min(config.quality.points, *(len(x) for x in sets))
