@@ -11,16 +11,16 @@ ROOMS = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-ALONE = {"process", "neighbours", "fidelity", "defaults", "parallel", "checkpoint"}
+ALONE = {"process", "neighbours", "fidelity", "parallel", "checkpoint"}
 FLOORS = [  # a room imports from its own row and those above it here
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
     {"models"},
     {"readers"},
-    {"data", "sources", "train", "prune", "parallel", "checkpoint", "defaults"},
+    {"data", "sources", "train", "prune", "parallel", "checkpoint"},
     {"weights", "features"},
-    {"experiments"},
+    {"experiments", "defaults"},
     {"main"},
 ]
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import checkpoint
+from memsep_jax.experiments.config import command, schema
 from memsep_jax.experiments.runtime import record
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,7 @@ def config(*args):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
         made.update_from_flattened_dict({field: value})
+    schema.leave_over(made, command.given_fields(args))
     return made.lock()
 
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memsep_jax import defaults
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, fields, grid, schema
 from memsep_jax.experiments.runtime import record
 
 # Exit codes of errors that are of no single point: what a person must change, a disk
@@ -213,7 +213,7 @@ def path_of(workdir, config, point) -> Path:
 def _folder(workdir, config) -> Path:
     """Of the points; its name stands for all that is no axis."""
     rest = build.to_json(config)
-    for group in ("sweep", "emm", "run"):
+    for group in schema.groups(fields.POINTS, fields.RUN):
         rest.pop(group, None)
     rest |= build.looks(config)
     text = json.dumps(rest, sort_keys=True)

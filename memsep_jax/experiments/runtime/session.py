@@ -27,16 +27,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from memsep_jax import defaults, parallel
+from memsep_jax import parallel
 from memsep_jax.checkpoint import ConflictError, StorageError
+from memsep_jax.experiments.config import fields, schema
 from memsep_jax.experiments.config.build import differences, looks, to_json
 from memsep_jax.experiments.runtime import record
 
-# Groups that change no weight, and points that are kept by their values.
-AFTER_TRAINING = (
-    "sampler", "memorization", "prune", "prune_times", "sweep", "measure", "emm",
-)  # fmt: skip
-LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 ENDING = (signal.SIGTERM, signal.SIGINT)  # what a run ends for, saving first
@@ -84,7 +80,7 @@ class Session:
         self.before: dict = {}  # run.json as it was found
         self.status: dict = {"seconds": {}}
         self.stop: int | None = None
-        self.console = Terminal(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self._begun = False
         self._made: list[Path] = []  # directories that were not there
         self._deferred = 0
@@ -221,7 +217,7 @@ class Session:
 
     def _harmless(self, name):
         """Whether a field changes no number."""
-        return name.split(".")[0] == "run" and name not in looks(self.config)
+        return schema.role(name) == fields.RUN and name not in looks(self.config)
 
     def _changes(self):
         old = record.read_json(self.workdir / "config.json")
@@ -230,18 +226,18 @@ class Session:
         # A field that came later was what it is by default.
         later = [
             change
-            for change in differences(old, to_json(defaults.train()))
+            for change in differences(old, to_json(schema.defaults(schema.of(old))))
             if change[1] is None
         ]
-        changes = differences(old, to_json(self.config))
+        changes = differences(schema.settled(old), schema.settled(to_json(self.config)))
         return [change for change in changes if change not in later]
 
     def _check_config(self):
         """Another config may not go on with this one's weights."""
         conflicts = []
         for name, old, new in self._changes():
-            group = name.split(".")[0]
-            longer = name in LENGTHS and None not in (old, new) and old < new
+            role = schema.role(name)
+            longer = role == fields.GROWS and None not in (old, new) and old < new
             if longer:
                 self.say(f"{name}: {old} -> {new}, the run goes on")
                 if self.config.optimizer.get("schedule") == "cosine":
@@ -251,7 +247,7 @@ class Session:
                     )
             elif (
                 self._harmless(name)
-                or group in AFTER_TRAINING
+                or role in (fields.AFTER, fields.POINTS)
                 or self.allow_config_change
             ):
                 self.say(f"{name}: {old} -> {new}")
