@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from memsep_jax import data, defaults, parallel, process, sampling, score, train
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import training
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, grid, schema
 from memsep_jax.experiments.runtime import points, record
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks
@@ -25,6 +25,7 @@ def small(**changes):
     config.data.update(name="mixture", d=3)
     config.model.update(name="mlp")
     config.update_from_flattened_dict(changes)
+    schema.leave_over(config, changes)
     return config
 
 

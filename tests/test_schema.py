@@ -34,7 +34,7 @@ def test_the_page_of_fields_is_the_one_that_the_schema_makes():
 
 
 @pytest.mark.parametrize(
-    "make, known", [(defaults.train, "TRAIN"), (defaults.audit, "AUDIT")]
+    "make, known", [(defaults.train, schema.TRAIN), (defaults.audit, schema.AUDIT)]
 )
 def test_a_config_holds_every_field_with_its_type_and_default(make, known):
     config = make()
