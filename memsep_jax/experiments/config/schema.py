@@ -108,29 +108,21 @@ TRAIN: dict[str, Field | Group] = {
         mix=field(0.0, "Share of the points that comes from a second source."),
         mix_from=unset(str, "The second source: a name without arguments, or an .npz."),
         deduplicate=unset(bool, "Keeps each distinct point once."),
-        path=unset(
-            str, "File or folder to read.", of=("npz", "latents", "folder")
-        ),
-        stream=unset(
-            bool, "Leaves the images on disk.", of=("npz", "latents", "tfds")
-        ),
-        skip_bad=unset(
-            bool, "Leaves out images that cannot be read.", of=FOLDER
-        ),
+        path=unset(str, "File or folder to read.", of=("npz", "latents", "folder")),
+        stream=unset(bool, "Leaves the images on disk.", of=("npz", "latents", "tfds")),
+        skip_bad=unset(bool, "Leaves out images that cannot be read.", of=FOLDER),
         crop=unset(str, "How images become square: squeeze or center.", of=FOLDER),
         exif=unset(bool, "Turns images as their EXIF tag says.", of=FOLDER),
         alpha=unset(str, "What transparent pixels become: white, drop.", of=FOLDER),
         dataset=unset(str, "Data set of TensorFlow Datasets.", of=("tfds",)),
         data_dir=unset(
-            str, "Where TensorFlow Datasets keeps its data.", of=("cifar10", "tfds")
+            str, "Where TensorFlow Datasets keeps its data.", of=("cifar10", "tfds"),
         ),
         k=unset(int, "Number of components.", of=MIXTURE),
         d=unset(int, "Dimension.", of=MIXTURE),
         scale=unset(float, "Spread of the components' centres.", of=MIXTURE),
         truth_seed=unset(int, "Seed of the law itself.", of=MIXTURE),
-        law=unset(
-            str, "Law: separated, low_rank, student_t or boxes.", of=MIXTURE
-        ),
+        law=unset(str, "Law: separated, low_rank, student_t or boxes.", of=MIXTURE),
         rank=unset(int, "Rank of a low_rank law.", of=MIXTURE),
         noise=unset(float, "Noise around a low_rank law.", of=MIXTURE),
         dof=unset(float, "Degrees of freedom of a student_t law.", of=MIXTURE),
@@ -140,12 +132,8 @@ TRAIN: dict[str, Field | Group] = {
         "The noising process.",
         TRAINING,
         name=choice("variance_exploding", PROCESSES, "The process."),
-        beta_min=unset(
-            float, "Rate of noise at t = 0.", of=VARIANCE_PRESERVING
-        ),
-        beta_max=unset(
-            float, "Rate of noise at t = 1.", of=VARIANCE_PRESERVING
-        ),
+        beta_min=unset(float, "Rate of noise at t = 0.", of=VARIANCE_PRESERVING),
+        beta_max=unset(float, "Rate of noise at t = 1.", of=VARIANCE_PRESERVING),
     ),
     "times": named(
         "The law of the times that training draws.",
@@ -173,12 +161,9 @@ TRAIN: dict[str, Field | Group] = {
         TRAINING,
         name=choice("dit", "memsep_jax.models:MODELS", "The network."),
         patch=unset(int, "Pixels on each side of a patch.", of=DIT),
-        width=field(
-            128, "Channels.", within(1, 2**16), of=NETWORKS
-        ),
+        width=field(128, "Channels.", within(1, 2**16), of=NETWORKS),
         depth=field(
-            4, "Blocks; of a U-Net, at each resolution.", within(1, 1_000),
-            of=NETWORKS,
+            4, "Blocks; of a U-Net, at each resolution.", within(1, 1_000), of=NETWORKS,
         ),
         num_heads=unset(int, "Attention heads.", of=DIT),
         mlp_ratio=unset(
@@ -192,8 +177,7 @@ TRAIN: dict[str, Field | Group] = {
             of=NETWORKS,
         ),
         multipliers=unset(
-            tuple, "Multiples of `width`, one for each resolution.", COUNTS,
-            of=UNET,
+            tuple, "Multiples of `width`, one for each resolution.", COUNTS, of=UNET,
         ),
         attention=unset(
             tuple, "Sides of the feature maps with attention.",
@@ -201,7 +185,7 @@ TRAIN: dict[str, Field | Group] = {
         ),
         variant=unset(str, "Variant: ddpm or ncsn.", of=UNET),
         time_embedding=unset(
-            str, "Features of the time: positional or fourier.", of=UNET
+            str, "Features of the time: positional or fourier.", of=UNET,
         ),
         time_scale=unset(float, "Factor of the time.", of=UNET),
         skips=unset(
@@ -218,9 +202,7 @@ TRAIN: dict[str, Field | Group] = {
         b1=unset(float, "Decay of the mean gradient.", of=("adamw", "adam")),
         b2=unset(float, "Decay of the mean squared gradient.", of=("adamw", "adam")),
         momentum=unset(float, "Momentum.", of=("sgd",)),
-        clip=unset(
-            float, "Largest norm of a gradient.", of=OPTIMIZERS
-        ),
+        clip=unset(float, "Largest norm of a gradient.", of=OPTIMIZERS),
         schedule=field(
             "constant", "Learning rate after the warm-up: constant or cosine.",
             of=OPTIMIZERS,
@@ -241,7 +223,7 @@ TRAIN: dict[str, Field | Group] = {
             positive("passes over the training points"), role=GROWS,
         ),
         warmup_epochs=unset(
-            float, "Warm-up in epochs, in place of optimizer.warmup.", at_least(0)
+            float, "Warm-up in epochs, in place of optimizer.warmup.", at_least(0),
         ),
         batch_size=field(64, "Examples in a batch.", at_least(1)),
         order=field(
@@ -311,12 +293,10 @@ TRAIN: dict[str, Field | Group] = {
             share("the share of units to remove"),
         ),
         criterion=field(
-            "small_t", "What ranks the units.", listed("memsep_jax.prune:CRITERIA")
+            "small_t", "What ranks the units.", listed("memsep_jax.prune:CRITERIA"),
         ),
         group=field("heads", "Kind of unit.", listed("memsep_jax.prune:GROUPS")),
-        draws=field(
-            4_096, "Draws of a training point, a time and noise.", at_least(1)
-        ),
+        draws=field(4_096, "Draws of a training point, a time and noise.", at_least(1)),
         clock=field(
             "variance_preserving",
             "The process whose time prune_times draws; empty for the run's own.", CLOCK,
@@ -325,7 +305,7 @@ TRAIN: dict[str, Field | Group] = {
         lr=field(1e-4, "Learning rate of fine-tuning.", positive()),
         looks=field(4, "Evaluations along it.", at_least(1)),
         source=field(
-            "", "Workdir, or packed checkpoint, of a run whose network is pruned."
+            "", "Workdir, or packed checkpoint, of a run whose network is pruned.",
         ),
     ),
     "prune_times": named(
@@ -336,7 +316,7 @@ TRAIN: dict[str, Field | Group] = {
         std=unset(float, "Standard deviation of log t.", of=LOG_NORMAL),
         t_min=unset(float, "Smallest time.", of=("uniform", "log_uniform")),
         t_max=field(
-            1.0, "Largest time.", positive(), of=("uniform", "log_uniform", "beta")
+            1.0, "Largest time.", positive(), of=("uniform", "log_uniform", "beta"),
         ),
         a=field(0.8, "First parameter of the beta law.", of=BETA),
         b=field(2.0, "Second parameter of the beta law.", of=BETA),
@@ -366,7 +346,7 @@ TRAIN: dict[str, Field | Group] = {
             ),
         ),
         together=field(
-            16, "Networks, or points, in one compiled program.", at_least(1, "point")
+            16, "Networks, or points, in one compiled program.", at_least(1, "point"),
         ),
     ),
     "measure": group(
@@ -383,7 +363,7 @@ TRAIN: dict[str, Field | Group] = {
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),
         onset_level=field(
-            0.1, "Share of copies that defines tau_mem.", inside(": a share of samples")
+            0.1, "Share of copies that marks tau_mem.", inside(": a share of samples"),
         ),
         onset_tolerance=field(
             0.05, "Share of the way to the best distance that is left at tau_gen.",
@@ -412,10 +392,10 @@ TRAIN: dict[str, Field | Group] = {
         save_every=field(1_000, "Steps between checkpoints.", at_least(1, "step")),
         keep=field(2, "Checkpoints that are kept.", at_least(1, "checkpoint")),
         evaluate_every=field(
-            1_000, "Steps between evaluations.", at_least(1, "step"), mark=WATCHED
+            1_000, "Steps between evaluations.", at_least(1, "step"), mark=WATCHED,
         ),
         evaluate_points=field(
-            256, "Points of an evaluation.", at_least(1), mark=WATCHED
+            256, "Points of an evaluation.", at_least(1), mark=WATCHED,
         ),
         snapshots=field(
             6, "Snapshots of the samples, on a log grid of steps.", at_least(0),
@@ -426,7 +406,7 @@ TRAIN: dict[str, Field | Group] = {
             mark=WATCHED,
         ),
         snapshot_samples=field(
-            250, "Samples of a snapshot.", at_least(1), mark=WATCHED
+            250, "Samples of a snapshot.", at_least(1), mark=WATCHED,
         ),
         chunk=field(250, "Samples that are computed together.", at_least(1, "sample")),
         images=field(True, "Shows training images in the report."),
