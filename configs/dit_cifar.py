@@ -22,6 +22,6 @@ def get_config(variant="full"):
 def smoke(config):
     """Tiny, and on the embedded digits: no download."""
     defaults.smoke(config)
-    config.data.name = "digits"
+    defaults.switch(config, data="digits")
     config.model.update(num_heads=2, dtype="float32")
     return config

@@ -48,6 +48,6 @@ def ten(config):
 def smoke(config):
     """Tiny, and on the embedded digits: no download."""
     defaults.smoke(config)
-    config.data.update(name="digits", dataset=None, stream=None)
+    defaults.switch(config, data="digits")
     config.model.update(num_heads=2, dtype="float32")
     return config

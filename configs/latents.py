@@ -29,6 +29,6 @@ def get_config(variant="full"):
 def smoke(config):
     """Tiny, and on the embedded digits: no file."""
     defaults.smoke(config)
-    config.data.update(name="digits", path=None, stream=None)
+    defaults.switch(config, data="digits")
     config.model.update(num_heads=2, dtype="float32")
     return config

@@ -17,7 +17,8 @@ from memsep_jax import defaults
 def get_config(variant="full"):
     config = defaults.digits()
     config.experiment = "onset"
-    config.model.update(name="mlp", width=512, depth=3, patch=None, num_heads=None)
+    defaults.switch(config, model="mlp")
+    config.model.update(width=512, depth=3)
     # A constant rate: a schedule would be a clock of its own.
     config.optimizer.update(schedule="constant")
     config.train.update(steps=60_000, ema_decay=0.995)

@@ -42,7 +42,7 @@ def truth(config):
     config.optimum.score = "truth"
     config.data.update(name="mixture", num_examples=1_000, k=8, d=8, scale=2.0)
     config.process.name = "ornstein_uhlenbeck"
-    config.model.name = "mlp"
+    defaults.switch(config, model="mlp")
     config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=200)
     config.sampler.num_samples = 10_000
     config.run.chunk = 1_000

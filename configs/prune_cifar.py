@@ -32,7 +32,7 @@ def get_config(variant="full"):
 def smoke(config):
     """Tiny, and on the embedded digits: no download."""
     defaults.smoke(config)
-    config.data.name = "digits"
+    defaults.switch(config, data="digits")
     config.model.update(width=16, depth=2, num_heads=2, dtype="float32")
     points = defaults.prunings(("small_t", "random"), (0.3,))
     config.sweep.update(seeds=1, points=points)

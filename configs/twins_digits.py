@@ -16,7 +16,8 @@ from memsep_jax import defaults
 def get_config(variant="full"):
     config = defaults.digits()
     config.experiment = "twins"
-    config.model.update(name="mlp", width=512, depth=3, patch=None, num_heads=None)
+    defaults.switch(config, model="mlp")
+    config.model.update(width=512, depth=3)
     config.train.update(steps=10_000)
     config.sweep.update(seeds=5, num_examples=(10, 20, 35, 60, 100, 200, 350, 500, 700))
     config.run.update(snapshots=0, save_every=100_000, evaluate_every=100_000)

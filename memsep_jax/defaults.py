@@ -1,262 +1,43 @@
-"""Every field of a config with its default; a file in configs/ says what differs.
+"""The presets that a file in configs/ starts from; it says what differs.
 
-Fields that are None by default are placeholders with a type. A group is the `name` of
-a constructor and its arguments: data.SOURCES and data.select, process.PROCESSES and
-TIMES, score.PREDICTIONS, models.MODELS, train.OPTIMIZERS, sampling.TIME_GRIDS.
+Every field, with its default, is declared in experiments/config/schema.py and listed in
+docs/configs.md.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import create, placeholder
+
+from memsep_jax.experiments.config import schema
 
 
 def train() -> ConfigDict:
-    """The config of experiments/studies/training_run.py: EDM's setting, small."""
-    return create(
-        experiment="train",
-        seed=0,
-        data=dict(
-            name="digits",
-            num_examples=placeholder(int),  # None: all
-            seed=0,
-            num_held_out=placeholder(int),
-            classes=placeholder(tuple),
-            balanced=False,
-            resolution=placeholder(int),
-            labels="none",  # none, true, random (num_labels of them), unique
-            num_labels=placeholder(int),
-            duplicates=0.0,  # share of the points that occurs `copies` more times
-            copies=1,
-            skip=0,  # so many points of the seed's order: a disjoint twin of skip=0
-            mix=0.0,  # share of the points that is from another source:
-            mix_from=placeholder(str),  # the name of one without arguments; an .npz
-            deduplicate=placeholder(bool),  # each distinct point once
-            path=placeholder(str),  # npz, latents, folder
-            stream=placeholder(bool),  # npz, latents, tfds: the images stay on disk
-            skip_bad=placeholder(bool),  # folder: without what cannot be read
-            crop=placeholder(str),  # folder: squeeze, center: readers.Preparation
-            exif=placeholder(bool),
-            alpha=placeholder(str),  # white, drop
-            dataset=placeholder(str),  # tfds
-            data_dir=placeholder(str),  # cifar10, tfds
-            k=placeholder(int),  # mixture
-            d=placeholder(int),
-            scale=placeholder(float),
-            truth_seed=placeholder(int),
-            law=placeholder(str),  # separated, low_rank, student_t, boxes
-            rank=placeholder(int),  # low_rank
-            noise=placeholder(float),
-            dof=placeholder(float),  # student_t
-            width=placeholder(float),  # boxes
-        ),
-        process=dict(
-            name="variance_exploding",
-            beta_min=placeholder(float),
-            beta_max=placeholder(float),
-        ),
-        times=dict(
-            name="log_normal",
-            mean=placeholder(float),
-            std=placeholder(float),
-            t_min=placeholder(float),
-            t_max=placeholder(float),
-            a=placeholder(float),
-            b=placeholder(float),
-            clock=placeholder(str),  # the process whose time it is; None: the run's
-        ),
-        prediction=dict(name="edm", sigma_data=placeholder(float)),
-        model=dict(
-            name="dit",
-            patch=placeholder(int),
-            width=128,
-            depth=4,
-            num_heads=placeholder(int),
-            mlp_ratio=placeholder(float),
-            dropout=0.0,
-            dtype=placeholder(str),  # of the computation: float32, bfloat16
-            multipliers=placeholder(tuple),  # unet: of the width, one a resolution
-            attention=placeholder(tuple),  # sides of the feature maps that have it
-            variant=placeholder(str),  # ddpm, ncsn
-            time_embedding=placeholder(str),  # positional, fourier
-            time_scale=placeholder(float),
-            skips=placeholder(tuple),  # flags of skip connections, in encoder order
-        ),
-        optimizer=dict(
-            name="adamw",
-            lr=1e-3,
-            weight_decay=0.0,
-            b1=placeholder(float),
-            b2=placeholder(float),
-            momentum=placeholder(float),
-            clip=placeholder(float),
-            schedule="constant",
-            warmup=0,
-            skip_spikes=placeholder(float),  # beyond so many median norms: no step
-        ),
-        train=dict(
-            steps=1_000,
-            epochs=placeholder(float),  # instead of steps: passes over the n points
-            warmup_epochs=placeholder(float),  # instead of optimizer.warmup
-            batch_size=64,
-            order="reshuffled",  # every epoch anew; fixed: that of the first epoch
-            accumulate=1,
-            ema_decay=0.999,  # a step
-            ema_half_life=placeholder(float),  # instead: in training examples
-            ema_ramp=placeholder(float),  # at most this share of the examples seen
-            flip=False,
-            label_drop=0.0,
-            # Against memorization; None: off.
-            temperature=placeholder(float),  # of targets: train.smoothed
-            ambient=placeholder(float),  # the time from which on: train.ambient
-            # Training ends at the first evaluation (run.evaluate_every, _points)
-            # whose held-out loss is above the training loss by this share of itself.
-            stop_gap=placeholder(float),
-            # Training ends once the ratio has not risen for so many snapshots:
-            # experiments/studies/training_run.py.
-            plateau=placeholder(int),
-        ),
-        sampler=dict(
-            name="heun",
-            grid="edm",
-            t_min=0.002,
-            t_max=80.0,
-            steps=17,
-            num_samples=1_000,
-            weights="ema",
-            churn=placeholder(float),  # edm: S_churn, S_tmin, S_tmax, S_noise
-            churn_min=placeholder(float),
-            churn_max=placeholder(float),
-            churn_noise=placeholder(float),
-        ),
-        memorization=dict(threshold=1 / 3, near=50),
-        prune=dict(  # experiments/studies/pruning.py
-            ratio=0.0,  # share of the units that falls; 0: none
-            criterion="small_t",  # prune.CRITERIA
-            group="heads",  # neurons, blocks
-            draws=4_096,  # of a training point, its time and its noise
-            clock="variance_preserving",  # whose time prune_times draws; "": the run's
-            steps=400,  # of fine-tuning
-            lr=1e-4,
-            looks=4,  # along it
-            source="",  # workdir, or packed checkpoint, of the run whose network it is
-        ),
-        prune_times=dict(  # the law of t of Algorithm 1 of Ye 2025
-            name="beta",
-            mean=placeholder(float),
-            std=placeholder(float),
-            t_min=placeholder(float),
-            t_max=1.0,
-            a=0.8,
-            b=2.0,
-        ),
-        optimum=dict(score="empirical"),  # or truth: experiments/optimum.py
-        sweep=dict(  # values of each axis; () is the config's own: experiments/sweep.py
-            seeds=3,
-            num_examples=(),
-            d=(),
-            width=(),
-            depth=(),
-            weight_decay=(),
-            # Dicts of any fields: ({}, {"model.dropout": 0.2}); {}: no change.
-            points=(),
-            setting=(),  # the same as strings, "a.b=1; c.d=2": for one more version
-            together=16,  # networks, or points, in one compiled program
-        ),
-        measure=dict(  # what the sweeps measure
-            times=(1e-3, 1e-2, 0.1, 1.0),
-            draws=2_000,  # of X_t
-            iters=50,  # of the power iteration for a spectral norm
-            probes=0,  # random directions of a trace; 0: exact
-            likelihood=0,  # held-out points of the log-likelihood
-            eps=0.2,  # of Theorem 5.1 of Ye 2025: experiments/capacity.py
-            bands=10,  # of the noise axis: experiments/band_swap.py
-            swap="empirical",  # or trained: the score that copies, in some of the bands
-            targets=0,  # training points that are searched for: experiments/mitigate.py
-            search=100,  # steps of the search for each
-            onset_level=0.1,  # share of copies that is tau_mem: experiments/onset.py
-            onset_tolerance=0.05,  # of the way to the best distance, left at tau_gen
-        ),
-        emm=dict(  # effective model memorization: experiments/emm.py
-            eps=0.1,  # EMM is the largest n of which 1 - eps is memorized
-            low=64,  # the bracket that the search begins with
-            high=512,
-            tolerance=0.1,  # ends it: where the bracket's ends differ by so little
-            budget=placeholder(int),  # of networks, for one setting
-        ),
-        # Changes no result, and may differ when a run goes on; but where train.stop_gap
-        # or plateau is set, when and how it is looked at does: build.LOOKS.
-        run=dict(
-            log_every=50,
-            save_every=1_000,
-            keep=2,
-            evaluate_every=1_000,
-            evaluate_points=256,
-            snapshots=6,  # on a log grid of steps
-            snapshot_epochs=0,  # one every so many epochs
-            snapshot_samples=250,
-            chunk=250,  # samples looked at together
-            images=True,  # in the report, of training data
-            tracker="none",  # tensorboard, wandb: besides metrics.jsonl
-            shard=False,  # the state over the devices, as FSDP does, or on each of them
-            pack=placeholder(str),  # a file with the whole state, to go on elsewhere
-            wait=0.0,  # seconds for a checkpoint to come where prune.source looks
-        ),
-    )
-
-
-# readers.Preparation: crop=center cuts out the middle, exif=False turns no image,
-# alpha=drop takes the colours below what is transparent.
-_PREPARATION = dict(crop="squeeze", exif=True, alpha="white")
+    """The config of a training, and of studies that train: EDM's setting, small."""
+    return schema.defaults(schema.TRAIN)
 
 
 def audit() -> ConfigDict:
-    """The config of experiments/audit.py: samples of any generator, nothing is trained.
+    """The config of an audit: samples of any generator, nothing is trained.
 
     samples, train, held_out and pool are each a folder of images or a zip of one, an
     .npz or .npy file, the workdir of a run, or the name of a data set: see
     `sources.origin`.
     """
-    return create(
-        experiment="audit",
-        seed=0,  # of subsets, of k-means and of random features
-        samples=placeholder(str),
-        train=placeholder(str),  # what the generator was trained on
-        held_out=placeholder(str),  # images of the same kind that it never saw
-        pool=placeholder(str),  # all that `train` was chosen from
-        resolution=placeholder(int),  # that all folders are resized to; None: as it is
-        skip_bad=placeholder(bool),  # of folders, what cannot be read is left out
-        # How files become images, as the generator's training prepared them.
-        samples_as=dict(_PREPARATION),
-        train_as=dict(_PREPARATION),
-        held_out_as=dict(_PREPARATION),
-        pool_as=dict(_PREPARATION),
-        features=dict(  # features.FEATURES
-            name="random_conv",
-            path=placeholder(str),  # of the weights: inception, alexnet
-            required=False,  # or an audit without them goes on in pixels alone
-            samples=placeholder(str),  # file: an .npy [n, d] for each set
-            train=placeholder(str),
-            held_out=placeholder(str),
-            pool=placeholder(str),
-        ),
-        memorization=dict(
-            threshold=1 / 3,
-            near=50,
-            flips=False,  # samples are looked for in the mirror too
-            tiles=4,  # a side, of the tiled l2 distance
-            cells=10,  # of k-means, for C_T
-        ),
-        calibration=dict(  # experiments/calibrate.py
-            share=0.2,  # of the samples that are copies
-            features=("random_conv",),
-        ),
-        quality=dict(points=10_000),  # of each set, at most, for distances of laws
-        run=dict(
-            chunk=1_000,
-            # GiB, of what an audit holds at once; None: what the machine has free.
-            memory=placeholder(float),
-            images=True,  # in the report, of training data
-        ),
-    )
+    return schema.defaults(schema.AUDIT)
+
+
+def switch(config: ConfigDict, **names: str) -> ConfigDict:
+    """Takes another constructor for some groups: switch(config, model="mlp").
+
+    Fields that the new one does not take are cleared. MODULE:FUNCTION takes a user's
+    own; its arguments are set as fields of the group afterwards.
+    """
+    for group, name in names.items():
+        for field in schema.unread(config[group], group, name):
+            if schema.group_fields(group)[field].default is None:
+                config[group][field] = None
+            else:
+                del config[group][field]
+        config[group].name = name
+    return config
 
 
 def mixtures() -> ConfigDict:
@@ -366,8 +147,10 @@ def prunings(criteria, ratios) -> tuple:
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same run in seconds: small net, few steps, few samples."""
     config.data.update(num_examples=16, num_held_out=16)
-    config.model.update(width=16, depth=1)
-    config.optimizer.update(warmup=min(config.optimizer.warmup, 1))
+    if ":" not in config.model.name:  # a user's own network has its own sizes
+        config.model.update(width=16, depth=1)
+    if "warmup" in config.optimizer:
+        config.optimizer.update(warmup=min(config.optimizer.warmup, 1))
     config.train.update(steps=4, batch_size=8)
     for field, most in (("epochs", 2.0), ("warmup_epochs", 0.5)):  # of 2 steps each
         if config.train[field] is not None:
@@ -392,14 +175,25 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def restored(values: dict) -> ConfigDict:
-    """The config of a run from the values in its config.json."""
-    if "model" not in values:
-        config = audit()
-    else:
-        config = train()
-        if values["data"].get("classes") is not None:  # JSON knows no tuples
-            values["data"]["classes"] = tuple(values["data"]["classes"])
+    """The config of a run from the values in its config.json.
+
+    Older runs kept values that another choice of name had left over: they stay, and
+    nothing reads them.
+    """
+    known = schema.of(values)
+    config = schema.defaults(known)
+    for group in schema.CONSTRUCTED & values.keys():
+        own = config[group]
+        if ":" in str(values[group].get("name")):  # its fields are its own
+            for field in own.keys() - values[group].keys():
+                del own[field]
     config.update(values)
+    for name, field, _ in schema.leaves(known):  # JSON knows no tuples
+        group, _, last = name.rpartition(".")
+        place = config[group] if group else config
+        if field.kind is tuple and isinstance(place.get(last), list):
+            place[last] = tuple(place[last])
+    schema.leave_over(config, [f"{group}.name" for group in schema.CONSTRUCTED])
     return config
 
 

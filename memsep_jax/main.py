@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from memsep_jax.experiments.config import command
+from memsep_jax.experiments.config import command, schema
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the run, FILE.py[:variant] or a run's config.json."
@@ -96,7 +96,7 @@ def _run(config, workdir) -> int:
             except ValueError as error:
                 return _fail(str(error), 2)
         if _DRY_RUN.value:
-            console = Terminal(highlight=False)
+            console = Terminal(highlight=False, emoji=False)
             console.print(dry_run(config, console.print))
         else:
             experiments.run(
@@ -130,6 +130,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     for name in emptied:
         group, _, field = name.removeprefix("--config.").rpartition(".")
         (_CONFIG.value[group] if group else _CONFIG.value)[field] = None
+    if _CONFIG.value is not None:
+        schema.leave_over(_CONFIG.value, command.given_fields(argv))
     return rest
 
 

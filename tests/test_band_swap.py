@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import band_swap as configs
-from memsep_jax import experiments, sampling, score
+from memsep_jax import defaults, experiments, sampling, score
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies import band_swap
@@ -107,7 +107,7 @@ def test_a_network_can_stand_for_the_empirical_score(tmp_path):
 def test_what_cannot_be_swapped_is_refused_and_leaves_nothing(tmp_path):
     cases = (
         (
-            lambda c: c.data.update(name="digits", num_held_out=9),
+            lambda c: defaults.switch(c, data="digits").data.update(num_held_out=9),
             "data.name=mixture has one",
         ),
         (lambda c: c.measure.update(swap="nothing"), "measure.swap='nothing' is not"),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from memsep_jax import data, defaults, parallel, process, sampling, score, train
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record, training
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, grid, schema
 from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks
@@ -25,6 +25,7 @@ def small(**changes):
     config.data.update(name="mixture", d=3)
     config.model.update(name="mlp")
     config.update_from_flattened_dict(changes)
+    schema.leave_over(config, changes)
     return config
 
 
@@ -67,15 +68,43 @@ def test_fields_are_arguments_and_none_is_the_default(parts):
     assert made.skip(t) == score.edm(parts.process, 2.0).skip(t)
 
 
-def test_a_field_of_a_sibling_is_left_over_and_a_field_of_nobody_is_wrong():
-    """log_uniform's t_min may stay when the law becomes log_normal; t_mim may not."""
-    left_over = ConfigDict({"name": "log_normal", "mean": 0.0, "t_min": 1e-3})
-    build.call(process.TIMES, left_over, "times")
-    wrong = ConfigDict({"name": "log_normal", "maen": 0.0})
-    with pytest.raises(
-        ValueError, match=r"times.maen .* log_normal, did you mean 'mean"
-    ):
-        build.call(process.TIMES, wrong, "times")
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("model.patch", 8, "mlp; it takes depth, dropout, dtype, width"),
+        ("times.t_min", 1e-3, "log_normal; it takes clock, mean, std"),
+        (
+            "times.maen",
+            0.0,
+            "log_normal, did you mean 'mean'?; it takes clock, me",
+        ),
+        ("process.beta_min", 0.1, "variance_exploding; it takes none"),
+        ("data.path", "x.npz", "mixture; it takes balanced, classes,"),
+    ],
+)
+def test_a_field_that_a_constructor_does_not_take_is_refused(field, value, words):
+    (_, line) = lines(small(**{field: value}))
+    assert line.strip().startswith(f"{field} is not an argument of {words}")
+
+
+def test_another_name_leaves_the_fields_of_the_file_over():
+    """But not those that are given with it, on a command line or in a sweep."""
+    config = defaults.smoke(defaults.digits())
+    grid.override(config, {"model.name": "mlp", "data.name": "mixture", "data.d": 3})
+    assert build.build(config).model == MLP(width=16, depth=1, num_classes=0)
+    assert build.to_json(config)["model"]["patch"] == 4  # kept, as older runs kept it
+    grid.override(config, {"model.num_heads": 2})
+    (_, line) = lines(config)
+    assert "model.num_heads is not an argument of mlp" in line
+
+
+def test_a_switch_clears_what_the_other_constructor_does_not_take():
+    config = defaults.switch(defaults.cifar(), model="mlp", data="digits")
+    assert (config.model.patch, config.model.num_heads) == (None, None)
+    assert (config.model.width, config.model.dtype) == (384, "bfloat16")
+    assert config.data.num_examples == 5_000
+    own = defaults.switch(config, model="my_nets:Net").model
+    assert own.name == "my_nets:Net" and "width" not in own
 
 
 def test_classes_are_counted_from_the_labels():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import gmm_capacity as configs
-from memsep_jax import empirical, experiments, gap, mixture, process
+from memsep_jax import defaults, empirical, experiments, gap, mixture, process
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import capacity
@@ -116,7 +116,7 @@ def test_the_smallest_width_is_the_first_below_the_error_of_the_theorem():
 
 def test_what_has_no_exact_network_is_refused_and_leaves_nothing(tmp_path):
     cases = (
-        (lambda c: c.data.update(name="digits"), "data.name=mixture has one"),
+        (lambda c: defaults.switch(c, data="digits"), "data.name=mixture has one"),
         (lambda c: c.data.update(law="low_rank"), "data.law=low_rank: .* low-rank"),
         (lambda c: c.sweep.update(width=()), "sweep.width=.*at least one value"),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import gmm_width_decay
-from memsep_jax import experiments
+from memsep_jax import defaults, experiments
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import ensemble
@@ -92,7 +92,7 @@ def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
 
 def test_the_likelihood_needs_a_known_truth(tmp_path):
     config = smoke()
-    config.data.update(name="digits", k=None, d=None, scale=None)
+    defaults.switch(config, data="digits")
     with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -15,12 +15,13 @@ ROOMS = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ALONE = {
+    "checks", "keys", "process", "neighbours", "fidelity", "parallel", "checkpoint",
+}  # fmt: skip
     "checks",
     "keys",
     "process",
     "neighbours",
     "fidelity",
-    "defaults",
     "parallel",
     "checkpoint",
 }
@@ -31,10 +32,10 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
     {"models"},
-    {"data", "train", "prune", "parallel", "checkpoint", "defaults"},
+    {"data", "train", "prune", "parallel", "checkpoint"},
     {"sources", "readers"},  # older names of two rooms of data
     {"weights", "features"},
-    {"experiments"},
+    {"experiments", "defaults"},
     {"main"},
 ]
 # Inside experiments, rooms and modules beside them: what each may import of the others.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import gmm_lipschitz
-from memsep_jax import empirical, experiments, lipschitz, mixture
+from memsep_jax import defaults, empirical, experiments, lipschitz, mixture
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import lipschitz as experiment
@@ -113,7 +113,7 @@ def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_
 
 def test_a_truth_that_is_not_known_is_refused_and_leaves_nothing(tmp_path):
     config = tiny()
-    config.data.name = "digits"
+    defaults.switch(config, data="digits")
     with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

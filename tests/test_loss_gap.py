@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import gmm_loss_gap
-from memsep_jax import empirical, experiments, gap, mixture, process
+from memsep_jax import defaults, empirical, experiments, gap, mixture, process
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import loss_gap
@@ -128,6 +128,7 @@ def test_a_truth_without_closed_form_is_refused_and_leaves_nothing(
     data, message, tmp_path
 ):
     config = tiny()
+    defaults.switch(config, data=data.get("name", config.data.name))
     config.data.update(data)
     with pytest.raises(build.ConfigError, match=message):
         experiments.run(config, tmp_path / "run")

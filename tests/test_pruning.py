@@ -263,6 +263,9 @@ def test_the_main_job_reports_its_pruning(tmp_path):
     assert "3 of 8 heads were removed" in page and "control: fine-tuned" in page
 
 
+MLP = {"model.name": "mlp", "model.patch": None, "model.num_heads": None}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -272,8 +275,8 @@ def test_the_main_job_reports_its_pruning(tmp_path):
         ({"prune.group": "layers"}, "prune.group=layers must be one of heads,"),
         ({"prune.clock": "ddpm"}, "prune.clock=ddpm must be empty, or one of"),
         ({"prune.lr": 0.0}, "prune.lr=0.0 must be positive"),
-        ({"prune_times.a": -1.0}, "a=-1.0, b=2.0"),
-        ({"model.name": "mlp"}, "prune.group='heads': the network has none; a dit has"),
+        ({"prune_times.a": -1.0}, "prune_times.a=-1.0, prune_times.b=2.0"),
+        (MLP, "prune.group='heads': the network has none; a dit has"),
     ],
 )
 def test_a_pruning_that_cannot_be_is_refused_before_anything(

@@ -28,6 +28,7 @@ import numpy as np
 
 from memsep_jax import checkpoint
 from memsep_jax.experiments import record
+from memsep_jax.experiments.config import command, schema
 
 ROOT = Path(__file__).parents[2]
 CACHE: Path | None = None  # compiled programs, shared by the children of a session
@@ -181,6 +182,7 @@ def config(*args):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
         made.update_from_flattened_dict({field: value})
+    schema.leave_over(made, command.given_fields(args))
     return made.lock()
 
 

@@ -27,7 +27,7 @@ from faults import harness
 from memsep_jax import checkpoint, defaults, experiments, features, weights
 from memsep_jax.data import archives, sources
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import build, command
+from memsep_jax.experiments.config import build, command, schema
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import audit
 from memsep_jax.models import inception
@@ -252,7 +252,7 @@ def written(fields: dict) -> list[str]:
 
 def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
     no_compiling = """
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments import training
 def refuse(*args, **kwargs):
     raise AssertionError("compiled")
 training.make_steps = training.init_params = refuse
@@ -1007,12 +1007,12 @@ def test_h79_a_name_that_is_cut_or_replaced_ends_in_a_hash():
 def test_h79_a_field_that_comes_later_changes_no_hash(monkeypatch):
     """Or a run would begin anew where the package is a newer one."""
     name, _ = named({"data.path": "a/b"})
-    newer, config = defaults.train(), command.load("configs/digits.py")
-    for one in (newer, config):
-        with one.unlocked():
-            one.train.later = 3
+    group = schema.TRAIN["train"]
+    newer = group.fields | {"later": schema.field(3, "A newer release's.")}
+    monkeypatch.setitem(schema.TRAIN, "train", group._replace(fields=newer))
+    config = command.load("configs/digits.py")
+    assert config.train.later == 3
     config.data.path = "a/b"
-    monkeypatch.setattr(defaults, "train", lambda: newer)
     args = [], "configs/digits.py", config.copy_and_resolve_references(), config
     args[2].data.path = None
     assert command.default_workdir(*args) == name

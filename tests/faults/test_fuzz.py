@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from faults import harness
 from memsep_jax import experiments
 from memsep_jax.data import sources
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments.config import build, checks
 from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import training_run
 from memsep_jax.models import MODELS
@@ -46,7 +46,7 @@ VALUES = (
 )  # fmt: skip
 TABLES = (PROCESSES, TIMES, PREDICTIONS, MODELS, OPTIMIZERS, TIME_GRIDS)
 WORDS = (
-    *build.RULES["train.order"][1].removeprefix("one of ").split(", "),
+    *build.ORDERS,
     *build.SAMPLERS, "empirical", "truth", "trained", "raw", "neurons", "blocks",
     "random", "true", "unique", "none", "npz", "folder", "digits", "mixture",
     "low_rank", "boxes", "student_t", "cosine", "pixels", "given", "inception",
@@ -90,13 +90,13 @@ def door(tmp_path, monkeypatch):
                 return str(error)
         raise AssertionError("it went through the door without passing it")
 
-    late = build._late
+    late = checks.late
 
     def eagerly(law):  # 1,000 draws: to compile them takes ten times as long
         with jax.disable_jit():
             return late(law)
 
-    monkeypatch.setattr(build, "_late", eagerly)
+    monkeypatch.setattr(checks, "late", eagerly)
     return enter
 
 

@@ -1,12 +1,11 @@
-"""How a command line becomes a config: files, fields, names of workdirs.
+"""How a command line becomes a config: files, fields and names of workdirs.
 
-ml_collections checks the types of the fields; what is here makes every mistake one
+ml_collections checks the types of the fields. This module turns every mistake into one
 message, and reads numbers as people write them.
 """
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import json
 import re
@@ -19,8 +18,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from memsep_jax import defaults
+from memsep_jax.experiments.config import schema
 
-SHARED = ("run.", "sweep.")  # groups whose fields leave a run where it is
+SHARED = ("run.", "sweep.")  # fields that do not change the directory of a run
 LONG = 120  # characters of a workdir's name: a file system takes 255 bytes
 UNSAFE = r"[^\w.=,+-]"  # what a shell or a file system may take for more than a letter
 
@@ -37,10 +37,10 @@ class ConfigFile(flags.ArgumentParser):
     """
 
     argument: str
-    given: ConfigDict  # what the file gives, before any field of the command is set
+    given: ConfigDict  # as the file gives it, before the command sets any field
 
     def parse(self, argument):
-        """Reads the file; refuses fields on the command line that it lacks."""
+        """Reads the file, and refuses fields on the command line that it lacks."""
         config = load(argument)
         self.argument, self.given = argument, config.copy_and_resolve_references()
         # Where ml_collections itself looks for the fields that a person gives.
@@ -53,14 +53,14 @@ class ConfigFile(flags.ArgumentParser):
 
 
 def default_workdir(argv: list[str], argument: str, given, config) -> str:
-    """runs/<config>[-variant][-field=value ...]: other values, another directory.
+    """runs/<config>[-variant][-field=value ...]: other values have another directory.
 
-    By what the config holds and not by how the command spells it: 1e3 and 1000 are one
-    run. A name that is cut, or cannot show a value as it is, ends in a hash of the
-    whole config. The config.json of a run, where nothing is changed, means its workdir.
+    The name depends on what the config holds, not on how the command spells it: 1e3 and
+    1000 are one run. A name that is cut, or that cannot show a value as it is, ends in
+    a hash of the whole config. An unchanged config.json means the workdir of its run.
 
     Args: argv and argument, the words of the command and of its --config; given, the
-      config as the file gives it, and config, as the command does.
+      config as the file gives it; config, as the command changed it.
     """
     file, _, variant = argument.partition(":")
     path, before, now = Path(file), _values(given), _values(config)
@@ -76,7 +76,7 @@ def default_workdir(argv: list[str], argument: str, given, config) -> str:
     # With "=" in a value, one field could read as two.
     if name != whole or len(name) > LONG or "=" in "".join([variant, *texts.values()]):
         name = f"{name[: LONG - 9]}-{_digest(before | now)}"
-    # Names were once made of the words: a run that has such a name goes on in it.
+    # Names were once made of the words: a run with such a name continues in it.
     former = Path("runs", _former_name(argv))
     with contextlib.suppress(UsageError):
         if _values(load(f"{former}/config.json")) == before | now:
@@ -85,10 +85,10 @@ def default_workdir(argv: list[str], argument: str, given, config) -> str:
 
 
 def _values(config) -> dict:
-    """What tells a run from others, by field; a report belongs to what it draws."""
+    """The fields that tell a run from others; a report belongs to what it draws."""
     return {
         name: value
-        for name, value in _fields(config)
+        for name, value in schema.values(config)
         if not name.startswith(SHARED) and (name, value) != ("experiment", "report")
     }
 
@@ -98,15 +98,8 @@ def _short(name):
     last = name.rpartition(".")[2]
     # train.steps and sampler.steps must not share a directory, nor train_as.crop and
     # samples_as.crop of an audit.
-    return last if _lasts().get(last) == [name] else name
-
-
-@functools.cache
-def _lasts():
-    found: dict[str, list[str]] = {}
-    for name in _values(defaults.train()):
-        found.setdefault(name.rpartition(".")[2], []).append(name)
-    return found
+    known = [n for n in schema.train_fields() if n.rpartition(".")[2] == last]
+    return last if [n for n in known if not n.startswith(SHARED)] == [name] else name
 
 
 def _written(value) -> str:
@@ -121,9 +114,9 @@ def _written(value) -> str:
 
 
 def _digest(values):
-    """Of what is not as by default: a field that comes later leaves it as it is."""
-    known = defaults.train() if "model.name" in values else defaults.audit()
-    by_default = dict(_fields(known))
+    """A hash of what is not at its default, so that new fields do not change it."""
+    known = schema.TRAIN if "model.name" in values else schema.AUDIT
+    by_default = {name: field.default for name, field, _ in schema.leaves(known)}
     own = {k: v for k, v in values.items() if v != by_default.get(k)}
     text = json.dumps(own, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -148,7 +141,7 @@ def _former_name(argv):
 
 
 def joined(argv):
-    """--config FILE and --config.a.b VALUE, in two words, as one with "="."""
+    """--config FILE and --config.a.b VALUE as one word, with "="."""
     joined: list[str] = []
     for argument in argv:
         if (
@@ -162,10 +155,17 @@ def joined(argv):
     return joined
 
 
+def given_fields(argv) -> list[str]:
+    """ "group.field" of every field that the command sets."""
+    matches = (re.match(r"--(?:no)?config\.([^=]*)", word) for word in joined(argv))
+    return [match[1] for match in matches if match]
+
+
 def readable(argument):
-    """1e3, given for an integer, is 1000."""
+    """Reads 1e3, given for an integer, as 1000."""
     name, equals, value = argument.partition("=")
-    if _default(name)[0] is int and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):
+    integer = {field.kind for field in _declared(name)} == {int}
+    if integer and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):
         number = float(value)
         if number < 1e15 and number % 1 == 0:
             value = repr(int(number))
@@ -175,19 +175,19 @@ def readable(argument):
 def is_emptied(argument):
     """Whether it sets a field to None that is None unless given."""
     name, _, value = argument.partition("=")
-    kind, default = _default(name)
-    return value in ("None", "none") and kind is not None and default is None
+    known = _declared(name)
+    return value in ("None", "none") and bool(known) and known[0].default is None
 
 
-def _default(name):
-    """The type and the default of --config.a.b, or (None, None)."""
-    *groups, field = name.removeprefix("--config.").split(".")
-    for known in defaults.train(), defaults.audit():
-        for group in groups:
-            known = known.get(group) if isinstance(known, ConfigDict) else None
-        if isinstance(known, ConfigDict) and field in known:
-            return known.get_type(field), known[field]
-    return None, None
+def _declared(flag):
+    """The field of --config.a.b: a list of it, or an empty one."""
+    name = flag.removeprefix("--config.")
+    return [
+        field
+        for known in (schema.TRAIN, schema.AUDIT)
+        for other, field, _ in schema.leaves(known)
+        if other == name
+    ][:1]
 
 
 def load(argument: str) -> ConfigDict:
@@ -228,28 +228,19 @@ def load(argument: str) -> ConfigDict:
 def _check_fields(config, argv):
     """Raises UsageError with every --config.field that the config does not have."""
     wrong = []
-    known = dict(_fields(config))
-    for argument in joined(argv):
-        match = re.match(r"--(?:no)?config\.([^=]*)", argument)
-        if match is None or match[1] in known or match[1] in config:
+    known = dict(schema.values(config))
+    for given in given_fields(argv):
+        if given in known or given in config:
             continue
-        close = difflib.get_close_matches(match[1], known, 1)
-        if "." not in match[1] or not close:  # the group is missing or wrong
+        close = difflib.get_close_matches(given, known, 1)
+        if "." not in given or not close:  # the group is missing or wrong
             last = {name.rpartition(".")[2] for name in known}
-            word = difflib.get_close_matches(match[1].rpartition(".")[2], last, 1)
+            word = difflib.get_close_matches(given.rpartition(".")[2], last, 1)
             close = [n for n in known if n.rpartition(".")[2] in word] or close
         options = " or ".join(f"--config.{name}" for name in close)
         wrong.append(
-            f"--config.{match[1]} is not a field of the config"
+            f"--config.{given} is not a field of the config"
             + (f", did you mean {options}?" if options else "")
         )
     if wrong:
         raise UsageError("\n".join(wrong))
-
-
-def _fields(config, prefix=""):
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments.config import build, schema
 
 AXES = {  # axis of config.sweep -> the field of the config that it varies
     "num_examples": ("data", "num_examples"),
@@ -254,6 +254,7 @@ def override(config, values: dict[str, Any]) -> None:
             place[field] = value
         except TypeError as error:
             raise build.ConfigError(f"{name}: {error}") from error
+    schema.leave_over(config, values)
 
 
 def check(config) -> build.Parts:

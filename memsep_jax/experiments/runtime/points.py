@@ -28,7 +28,7 @@ from rich.table import Table
 from memsep_jax import defaults
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, fields, grid, schema
 from memsep_jax.experiments.runtime import locks
 
 # Exit codes of errors that are of no single point: what a person must change, a disk
@@ -361,7 +361,7 @@ def path_of(workdir, config, point) -> Path:
 def _folder(workdir, config) -> Path:
     """The folder of the points; its name stands for all of the config but its axes."""
     rest = build.to_json(config)
-    for group in ("sweep", "emm", "run"):
+    for group in schema.groups(fields.POINTS, fields.RUN):
         rest.pop(group, None)
     rest |= build.looks(config)
     text = json.dumps(rest, sort_keys=True)

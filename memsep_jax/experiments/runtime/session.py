@@ -8,21 +8,16 @@ from pathlib import Path
 
 import jax
 
-from memsep_jax import defaults, parallel
+from memsep_jax import parallel
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import grid
+from memsep_jax.experiments.config import fields, grid, schema
 from memsep_jax.experiments.config.build import differences, looks, to_json
 from memsep_jax.experiments.runtime import circumstances, locks, terminal
 from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
 from memsep_jax.experiments.runtime.terminal import Terminal
 
-# Groups that change no weight, and points that are kept by their values.
-AFTER_TRAINING = (
-    "sampler", "memorization", "prune", "prune_times", "sweep", "measure", "emm",
-)  # fmt: skip
-LENGTHS = ("train.steps", "train.epochs")  # a longer run goes on
 WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
 
 
@@ -222,7 +217,7 @@ class Session:
 
     def _harmless(self, name):
         """Whether a field changes no number."""
-        return name.split(".")[0] == "run" and name not in looks(self.config)
+        return schema.role(name) == fields.RUN and name not in looks(self.config)
 
     def _changes(self):
         old = record.read_json(self.workdir / "config.json")
@@ -231,19 +226,20 @@ class Session:
         # A field that came later was what it is by default.
         later = [
             change
-            for change in differences(old, to_json(defaults.train()))
+            for change in differences(old, to_json(schema.defaults(schema.of(old))))
             if change[1] is None
         ]
         grid.modernize(old)
-        changes = differences(old, grid.modernize(to_json(self.config)))
+        new = grid.modernize(to_json(self.config))
+        changes = differences(schema.settled(old), schema.settled(new))
         return [change for change in changes if change not in later]
 
     def _check_config(self):
         """Another config may not go on with this one's weights."""
         conflicts = []
         for name, old, new in self._changes():
-            group = name.split(".")[0]
-            longer = name in LENGTHS and None not in (old, new) and old < new
+            role = schema.role(name)
+            longer = role == fields.GROWS and None not in (old, new) and old < new
             if longer:
                 self.say(f"{name}: {old} -> {new}, the run goes on")
                 if self.config.optimizer.get("schedule") == "cosine":
@@ -253,7 +249,7 @@ class Session:
                     )
             elif (
                 self._harmless(name)
-                or group in AFTER_TRAINING
+                or role in (fields.AFTER, fields.POINTS)
                 or self.allow_config_change
             ):
                 self.say(f"{name}: {old} -> {new}")

@@ -20,9 +20,9 @@ from rich.table import Table
 from memsep_jax import data, defaults, features, memorization, neighbours, weights
 from memsep_jax.data import DataError, Source, arrays, readers, sources
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments.config import build, schema
 from memsep_jax.experiments.reporting import report, tables, verdict
-from memsep_jax.experiments.studies.compare import FEW, Sets, measure, share
+from memsep_jax.experiments.studies.compare import Sets, measure, share
 from memsep_jax.fidelity import SMALL
 
 WORKING = 2e8  # bytes that a compiler, a search or a network needs at least
@@ -121,7 +121,7 @@ def _write(session, result, metrics, origins):
 
 def check(config):
     """Refuses fields that are wrong for any images.   Raises: build.ConfigError."""
-    build.check_kinds(config, defaults.audit())
+    build.check_kinds(config)
     wrong = [
         f"--config.{name}=... is required: a folder of images or a zip of one, an .npz "
         "or .npy, the workdir of a run, or the name of a data set"
@@ -136,23 +136,7 @@ def check(config):
             readers.check_preparation(how)
         except ValueError as error:
             wrong.append(f"{where}{error}")
-    group = config.memorization
-    rules = {
-        "memorization.threshold": (0 < group.threshold < 1, "in (0, 1); usually 1/3"),
-        "memorization.near": (group.near >= 2, "at least 2 neighbours"),
-        "memorization.tiles": (group.tiles >= 1, "at least 1 tile a side"),
-        "memorization.cells": (group.cells >= 1, "at least 1 cell"),
-        "quality.points": (config.quality.points >= FEW, f"at least {FEW} images"),
-        "run.chunk": (config.run.chunk >= 1, "at least 1 sample"),
-        "run.memory": (
-            config.run.memory is None or config.run.memory > 0,
-            "positive: GiB, or None: what the machine has",
-        ),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            first, field = name.split(".")
-            wrong.append(f"{name}={config[first][field]} must be {rule}")
+    wrong += schema.broken_rules(config)
     if wrong:
         raise build.ConfigError("\n".join(wrong))
 
@@ -274,6 +258,11 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
         images = None if x is None else Source(x)
     elif "model" in known:
+        if own := schema.own_code(known):
+            raise DataError(
+                f"--config.{role}={where} is a run with code of its own "
+                f"({', '.join(own)}), which an audit does not run: give its images"
+            )
         splits = build.build(defaults.restored(known)).splits
         part = splits.held_out if role == "held_out" else splits.train
         if part is not None and splits.pixels:
@@ -451,7 +440,7 @@ def space(config, name, sets, label):
     Raises: weights.WeightsError; build.ConfigError.
     """
     maker = build.look_up(features.FEATURES, name, "features.name")
-    given = {"path": config.features.path, "images": sets.train, "labels": label}
+    given = dict(config.features.items()) | {"images": sets.train, "labels": label}
     room = max(WORKING, min(allowed(config, sets)[0] - _held(sets), ROOM))
     given |= {"seed": config.seed, "memory": room}
     taken = inspect.signature(maker).parameters

@@ -12,20 +12,20 @@ import numpy as np
 
 from memsep_jax import checkpoint, data
 from memsep_jax.experiments import record, training
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments.config import build, fields, schema
 from memsep_jax.experiments.runtime import locks
 from memsep_jax.experiments.studies import monitor, pruning, training_run
 
 POLL = 1.0  # seconds between two tries to read what another run has yet to write
 # The groups of a config that a trained network depends on, apart from the seed.
-TRAINING = ("data", "process", "times", "prediction", "model", "optimizer", "train")
+TRAINING = schema.groups(fields.TRAINING)
 
 
 def tag(config, groups) -> str:
     """A short name of the values of some groups of a config, and of its seed."""
     known = build.to_json(config)
     if "sampler" in groups:
-        del known["model"]["dropout"]  # is off
+        known["model"].pop("dropout", None)  # is off
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
         some |= build.looks(config)

@@ -1,0 +1,194 @@
+"""The name of a group and its other fields become one object, a constructor's.
+
+The signature of the constructor says what the group takes; MODULE:FUNCTION is a user's.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import site
+import sys
+import sysconfig
+from pathlib import Path
+
+from memsep_jax.experiments.config import schema
+from memsep_jax.experiments.config.schema import did_you_mean
+
+
+class ConfigError(ValueError):
+    """What a person must change in the config, all of it at once."""
+
+    exit_code = 2
+
+
+# Arguments that come from elsewhere: flax's own, the process, the number of labels.
+NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
+
+
+def call(table: dict, group, what: str, **given):
+    """table[group.name](the other fields of the group that are not None, **given).
+
+    A field that the constructor does not take is left out: `untaken` refuses those
+    that a person gave. A user's own function also gets only what it takes of `given`.
+
+    Raises: ValueError: an unknown name, a missing argument, and whatever the
+      constructor has to say.
+    """
+    constructor = look_up(table, group["name"], f"{what}.name")
+    fields = given_to(group, arguments(constructor))
+    if is_own(group["name"]):
+        given = given_to(given, parameters(constructor))
+    check_given(constructor, {*fields, *given}, what, group["name"])
+    with naming(what, group):
+        return constructor(**fields, **given)
+
+
+def look_up(table, name, what: str):
+    """table[name], or the user's own MODULE:FUNCTION.
+
+    Raises: ConfigError with the known names.
+    """
+    if is_own(name):
+        return _own(name, what)
+    if name not in table:
+        raise ConfigError(
+            f"{what}={name!r} is not known{did_you_mean(str(name), table)}; "
+            f"choose one of {', '.join(sorted(table))}"
+        )
+    return table[name]
+
+
+def is_own(name) -> bool:
+    """Whether a name is a user's own MODULE:FUNCTION."""
+    return isinstance(name, str) and ":" in name
+
+
+def _own(name, what):
+    """The function of a user's module, in the current directory or on the path."""
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:  # of an installed command
+        sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()  # the file may be a moment old
+        is_name = all(part.isidentifier() for part in module.split("."))
+        spec = importlib.util.find_spec(module) if is_name else None
+        if spec is None:
+            raise ConfigError(
+                f"{what}={name!r}: there is no {module}.py in {here} or on PYTHONPATH"
+            )
+        # A config.json is data, and may be anybody's: it must not reach os.system.
+        if _is_installed(spec.origin):
+            raise ConfigError(
+                f"{what}={name!r}: {module} is an installed package; import the "
+                "function in a file of your own, and name that file"
+            )
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(
+            f"{what}={name!r}: {module} cannot be imported ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+    if not callable(found):
+        known = [n for n in vars(sys.modules[module]) if not n.startswith("_")]
+        raise ConfigError(
+            f"{what}={name!r}: {module} has no function {attribute!r}"
+            f"{did_you_mean(attribute, known)}"
+        )
+    return found
+
+
+def _is_installed(origin):
+    """Whether a module belongs to python or to an installed package."""
+    if origin in (None, "built-in", "frozen"):
+        return True
+    kept = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
+    kept += [*site.getsitepackages(), site.getusersitepackages()]
+    return any(Path(origin).resolve().is_relative_to(Path(k).resolve()) for k in kept)
+
+
+def parameters(constructor) -> set[str] | None:
+    """The names of a constructor's arguments; None where it takes any."""
+    known = inspect.signature(constructor).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return None
+    return set(known)
+
+
+def arguments(constructor) -> set[str] | None:
+    """Those of its arguments that are fields of a config."""
+    known = parameters(constructor)
+    return None if known is None else known - NOT_CONFIGURED
+
+
+def given_to(fields, taken: set[str] | None) -> dict:
+    """The fields of a group that have a value and are taken."""
+    return {
+        field: value
+        for field, value in fields.items()
+        if field != "name" and value is not None and (taken is None or field in taken)
+    }
+
+
+def untaken(table: dict, group, what: str, left_over, also=frozenset()) -> list[str]:
+    """A line for each field of a group that was given and that nothing reads.
+
+    Args:
+      left_over: "group.field" of the values of another choice of name.
+      also: fields that are read beside the constructor's.
+    """
+    try:
+        constructor = look_up(table, group["name"], f"{what}.name")
+    except ConfigError:
+        return []  # `call` says so
+    taken, known, lines = arguments(constructor), schema.train_fields(), []
+    if taken is None:
+        return []
+    for field, value in group.items():
+        name = f"{what}.{field}"
+        default = known[name].default if name in known else None
+        if field == "name" or field in taken | also or value in (None, default):
+            continue
+        if name not in left_over:
+            # A field of another constructor is no slip of the keyboard.
+            meant = "" if name in known else did_you_mean(field, taken | also)
+            lines.append(
+                f"{name} is not an argument of {group['name']}{meant}; it takes "
+                f"{', '.join(sorted(taken | also)) or 'none'}"
+            )
+    return lines
+
+
+def check_given(constructor, given, what, name):
+    """Python says this too, but not which field of which group."""
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(constructor).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in given
+    ]
+    if missing:
+        raise ValueError(
+            "\n".join(f"{what}.{field} must be given for {name}" for field in missing)
+        )
+
+
+@contextlib.contextmanager
+def naming(what: str, fields):
+    """Errors inside speak of arguments, patch=3, and here of fields, model.patch=3.
+
+    Args: what, the group; fields, the names of its fields.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        names = "|".join(map(re.escape, fields))
+        pattern = rf"(?<![\w.=/-])(?=({names})=)"
+        error.args = (re.sub(pattern, f"{what}.", str(error)),)
+        raise

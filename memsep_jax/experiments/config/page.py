@@ -1,0 +1,95 @@
+"""docs/configs.md: every config file and every field, from the files and the schema.
+
+python -m memsep_jax.experiments.config.page > docs/configs.md
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+from memsep_jax.experiments.config.fields import (
+    RESULT,
+    ROLES,
+    STOPS,
+    WATCHED,
+    Field,
+    Group,
+)
+from memsep_jax.experiments.config.schema import AUDIT, TRAIN, marked
+
+
+def page(configs: Path) -> str:
+    """docs/configs.md.   Args: configs, the folder of the config files."""
+    lines = [
+        "# Configs",
+        "",
+        "A config file says what differs from the defaults. This page is made by",
+        "",
+        "    python -m memsep_jax.experiments.config.page > docs/configs.md",
+        "",
+        "## Files",
+        "",
+        "Run one with `python -m memsep_jax.main --config=configs/FILE.py[:VARIANT]`.",
+        "",
+        "| File | What it asks | Variants |",
+        "|---|---|---|",
+        *map(_file_row, sorted(configs.glob("*.py"))),
+        "",
+        "## Roles",
+        "",
+        "A role says what a change of the field means for a workdir that holds a run.",
+        "",
+        *(f"- **{role}**: {words}." for role, words in ROLES.items()),
+        "",
+        f"Where {' or '.join(f'`{name}`' for name in marked(STOPS))} may end training",
+        "early, it depends on these fields too: "
+        + ", ".join(f"`{name}`" for name in marked(WATCHED))
+        + ".",
+        "",
+    ]
+    for title, schema in (
+        ("Fields of a training, and of studies that train", TRAIN),
+        ("Fields of an audit", AUDIT),
+    ):
+        lines += [f"## {title}", ""]
+        plain = {name: one for name, one in schema.items() if isinstance(one, Field)}
+        lines += _table("", Group("", RESULT, plain, named=False))
+        for name, one in schema.items():
+            if isinstance(one, Group):
+                lines += [f"### {name}", "", one.help, "", *_table(name, one)]
+    return "\n".join(lines)
+
+
+def _table(name, group):
+    rows = [
+        "| Field | Type | Default | Rule | Role | What it is |",
+        "|---|" * 1 + "---|" * 5,
+    ]
+    for field, known in group.fields.items():
+        default = "" if known.default is None else f"`{known.default!r}`"
+        rule = known.rule.text() if known.rule else ""
+        only = f" Only for {', '.join(known.of)}." if known.of else ""
+        cells = (
+            f"`{name}.{field}`" if name else f"`{field}`",
+            known.kind.__name__, default, rule, known.role or group.role,
+            known.help + only,
+        )  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return [*rows, ""]
+
+
+def _file_row(path):
+    tree = ast.parse(path.read_text())
+    first = (ast.get_docstring(tree) or "").partition("\n")[0]
+    variants = {"full": None, "smoke": None}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", "") == "variant_of"
+        ):
+            variants |= {keyword.arg: None for keyword in node.keywords}
+    return f"| `{path.name}` | {first} | {', '.join(variants)} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(Path("configs")))

@@ -1,0 +1,132 @@
+"""A name becomes a constructor: one of the tables, or a user's own function."""
+
+import pytest
+
+from memsep_jax import defaults, experiments, sources
+from memsep_jax.experiments import record
+from memsep_jax.experiments.config import build, construct
+from memsep_jax.experiments.studies import audit
+
+MINE = """
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from memsep_jax import process, sources
+
+
+class Net(nn.Module):
+    size: int = 4
+
+    @nn.compact
+    def __call__(self, x, level, label=None, train=False):
+        h = jnp.append(x.ravel(), level)
+        return nn.Dense(x.size)(nn.relu(nn.Dense(self.size)(h))).reshape(x.shape)
+
+
+def slow(rate=1.0):
+    def sigma(t):
+        return jnp.sqrt(-jnp.expm1(-2 * rate * t))
+
+    return process.Process(lambda t: jnp.exp(-rate * t), sigma)
+
+
+def ring(count):
+    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    x = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    return sources.Source(x)
+
+
+def study(config, session, resume_step=None):
+    session.begin("")
+    (session.workdir / "mine.txt").write_text(config.model.name)
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A file of a user's own, in the current directory; its name."""
+    name = f"mine_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def own(mine):
+    config = defaults.switch(defaults.train(), model=f"{mine}:Net", data=f"{mine}:ring")
+    config.model.size = 8
+    config.data.count = 40
+    return defaults.smoke(config)
+
+
+def test_the_fields_of_a_group_are_the_arguments_of_the_users_function(mine):
+    config = own(mine)
+    config.process.name, config.process.rate = f"{mine}:slow", 2.0
+    config.sampler.update(t_min=1e-3, t_max=3.0)
+    config.times.update(name="uniform", t_min=1e-3, t_max=3.0)
+    parts = build.build(config)
+    assert parts.model.size == 8
+    assert parts.splits.train.x.shape == (16, 2)
+    assert parts.process.alpha(0.5) == pytest.approx(0.3679, rel=1e-3)
+    config.model.sise = 8
+    with pytest.raises(build.ConfigError, match="sise is not .* did you mean 'size'?"):
+        build.build(config)
+
+
+def test_a_network_and_points_of_ones_own_are_trained(mine, tmp_path):
+    experiments.run(own(mine), tmp_path / "run")
+    assert record.read_json(tmp_path / "run" / "run.json")["status"] == "complete"
+    known = record.read_json(tmp_path / "run" / "config.json")
+    assert defaults.restored(known).model.to_dict() == own(mine).model.to_dict()
+    build.build(defaults.restored(known))
+
+
+def test_a_study_of_ones_own_is_run(mine, tmp_path):
+    config = defaults.smoke(defaults.train())
+    config.experiment = f"{mine}:study"
+    experiments.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "mine.txt").read_text() == "dit"
+
+
+def test_an_audit_does_not_run_the_code_of_a_run(mine, tmp_path):
+    known = build.to_json(own(mine))
+    for name in ("config.json", "run.json"):
+        record.write_json(tmp_path / "run" / name, known)
+    with pytest.raises(sources.DataError, match=f"code of its own .*{mine}:ring"):
+        audit.images_of(str(tmp_path / "run"), "train")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nobodys:f", "model.name='nobodys:f': there is no nobodys.py in "),
+        ("{}:Nut", "has no function 'Nut', did you mean 'Net'?"),
+        ("{}:number", "has no function 'number'"),
+        ("os:system", "os is an installed package"),
+        ("numpy:load", "numpy is an installed package"),
+        ("broken:f", "broken cannot be imported (ZeroDivisionError"),
+        ("../x:f", "there is no"),
+        (":f", "there is no"),
+        ("no.where:f", "no.where cannot be imported"),
+    ],
+)
+def test_a_function_that_is_not_there_is_one_message(name, words, mine, tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(build.ConfigError) as caught:
+        construct.look_up({}, name.format(mine), "model.name")
+    assert words in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_message_names_the_fields_behind_the_arguments():
+    group = {"name": "dit", "patch": 3, "width": 8}
+    with (
+        pytest.raises(ValueError) as caught,
+        construct.naming("model", group),
+    ):
+        raise ValueError("patch=3 and width=8, in /a/patch=3, of min_width=1")
+    assert str(caught.value) == (
+        "model.patch=3 and model.width=8, in /a/patch=3, of min_width=1"
+    )
