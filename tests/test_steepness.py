@@ -12,7 +12,7 @@ from memsep_jax import empirical, experiments, lipschitz, mixture
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime import record
-from memsep_jax.experiments.studies import lipschitz as experiment
+from memsep_jax.experiments.studies import steepness
 from memsep_jax.models import mlp
 
 
@@ -93,7 +93,7 @@ def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_
     parts, truth = build.build(point.config), build.truth(point.config)
     params = off_zero(training.init_params(parts, jax.random.key(1)))
     data, times = jnp.asarray(parts.splits.train.x), jnp.array([1e-3, 0.5])
-    look = jax.jit(functools.partial(experiment.norms, parts=parts, m=4, iters=200))
+    look = jax.jit(functools.partial(steepness.norms, parts=parts, m=4, iters=200))
     found = look(params, truth, data, times, jax.random.key(2))
     score_fn = training.score_fn(parts, params)
     bound = mlp.lipschitz_bound(params)
