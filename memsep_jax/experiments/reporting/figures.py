@@ -52,17 +52,24 @@ STYLE: Any = {
 styled = matplotlib.rc_context(STYLE)
 CELL = 64  # pixels of an image in a grid of samples, at least
 
-_warned: set[str] = set()
 
+def quietly(say):
+    """(draw, *args) -> None, which calls draw(*args) and survives a full disk.
 
-def quietly(say, draw, *args):
-    """draw(*args); a disk that is full is one warning, not the end of the run."""
-    try:
-        draw(*args)
-    except OSError as error:
-        if not _warned:
-            _warned.add(str(error))
-            say(f"warning: no picture, and no more warnings of this kind: {error}")
+    The first picture that cannot be written is one warning, not the end of the run.
+    """
+    warned = False
+
+    def attempt(draw, *args):
+        nonlocal warned
+        try:
+            draw(*args)
+        except OSError as error:
+            if not warned:
+                say(f"warning: no picture, and no more warnings of this kind: {error}")
+            warned = True
+
+    return attempt
 
 
 def save_samples(path, samples):

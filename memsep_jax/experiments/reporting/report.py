@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import csv
-import functools
 import re
 from pathlib import Path, PurePath
 
@@ -39,7 +38,7 @@ def write(workdir, say, place=None, config=None):
     Raises: ConflictError where numbers are missing. A disk that takes no more is one
       warning: the numbers are what a run is for.
     """
-    attempt = functools.partial(figures.quietly, say)
+    attempt = figures.quietly(say)
     _write(Path(workdir), attempt, config, place)
 
 
@@ -80,7 +79,7 @@ def write_sweep(workdir, draw, say):
     Args: draw, (metrics, points) -> (name, caption, figure) for each figure; points
       is what `record.read_points` gives.
     """
-    attempt = functools.partial(figures.quietly, say)
+    attempt = figures.quietly(say)
     _write_sweep(Path(workdir), draw, attempt)
 
 
@@ -122,7 +121,7 @@ def _write_sweep(workdir, draw, attempt):
 
 def write_audit(workdir, say):
     """As `write`, for the numbers of an audit; and pairs.png beside them."""
-    _write_audit(Path(workdir), functools.partial(figures.quietly, say))
+    _write_audit(Path(workdir), figures.quietly(say))
 
 
 def _write_audit(workdir, attempt, config=None):

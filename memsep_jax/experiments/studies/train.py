@@ -539,6 +539,7 @@ class _Watcher:
     def __init__(self, config, parts, session, generate):
         self.config, self.parts, self.session = config, parts, session
         self.generate = generate
+        self._attempt = figures.quietly(session.say)
         self._losses = make_losses(config, parts, session.pause)
         points = config.run.evaluate_points
         splits = parts.splits
@@ -571,7 +572,7 @@ class _Watcher:
             if name == RATIOS[0]:
                 path = self.session.workdir / "samples" / f"step_{step:08d}.png"
                 save = figures.save_samples
-                figures.quietly(self.session.say, save, path, samples[:GRID])
+                self._attempt(save, path, samples[:GRID])
             # The null level is measured once, at the end: the held-out points stay.
             ratio = memorization.ratio_of(
                 self.search(data.like(self.parts.splits.train.x, samples)),
