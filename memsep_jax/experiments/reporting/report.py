@@ -42,14 +42,14 @@ def write(workdir, say, place=None, config=None):
     _write(Path(workdir), attempt, config, place)
 
 
-def run(config, workdir, drawings=None):
-    """Experiment `report`: draws again, without training; a full disk is an error.
+def run(config, workdir, draw_sweep=None):
+    """Draws again, without training; a full disk is an error.
 
-    Args: drawings, by the name of a sweeping experiment: see `write_sweep`.
+    Args: draw_sweep, of the study that left the numbers: see `write_sweep`.
     """
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
-    if draw_sweep := (drawings or {}).get(metrics.get("experiment")):
+    if draw_sweep is not None:
         _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
     elif metrics.get("experiment") == "audit":
         _write_audit(workdir, lambda draw, *args: draw(*args), config)
@@ -232,7 +232,7 @@ def _mean(value):
 def _cell(value, interval):
     if not isinstance(value, dict):
         return "" if value is None else f"{value:,}" if _whole(value) else f"{value}"
-    mean, low, high = (value[k] for k in ("mean", "low", "high"))
+    mean, low, high = value["mean"], value["low"], value["high"]
     if mean is None:
         return ""
     whole = mean == round(mean) and abs(mean) < 1e9

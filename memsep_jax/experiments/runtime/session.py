@@ -77,10 +77,11 @@ class Session:
     a lock in the workdir, and watches those of the others.
     """
 
-    def __init__(self, workdir, config, allow_config_change=False):
+    def __init__(self, workdir, config, allow_config_change=False, resume_step=None):
         self.workdir = Path(workdir)
         self.config = config
         self.allow_config_change = allow_config_change
+        self.resume_step: int | None = resume_step  # the checkpoint to return to
         self.before: dict = {}  # run.json as it was found
         self.status: dict = {"seconds": {}}
         self.stop: int | None = None

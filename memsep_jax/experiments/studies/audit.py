@@ -52,7 +52,7 @@ FEWER = 250  # samples that are looked at with their axes exchanged
 FILES = 10_000  # ... and training files that are prepared so, at most
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Audits config.samples against config.train."""
     with session.phase("data"):
         check(config)

@@ -506,7 +506,7 @@ def law(sets, title, see=None) -> dict:
         **found,
         "page": page,
         "excess": (found["samples"] - found["train"]) / page,
-        "interval": (float(spread["low"]), float(spread["high"])),
+        "interval": (float(spread.low), float(spread.high)),
     }
 
 

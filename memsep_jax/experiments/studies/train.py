@@ -46,7 +46,7 @@ GRID = 64  # images in a grid of samples
 RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Trains and evaluates; returns when report.html is written."""
     with session.phase("data"):
         parts = build.build(config)
@@ -56,7 +56,7 @@ def run(config, session, resume_step=None):
     session.say(_describe(parts, config))
     # Compiled once for all of the run.
     generate = network_samples(config, parts, session)
-    state = parallel.local(learn(config, parts, session, resume_step, generate))
+    state = parallel.local(learn(config, parts, session, session.resume_step, generate))
     session.part()
     if not parallel.is_first():
         return
