@@ -397,9 +397,22 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
     Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
     Returns: Estimate of [], per dimension.
     """
+    return _floor(lambda x: score_fn(x, t), x, process, t)
+
+
+def floor_of(scores, process: Process, t) -> Estimate:
+    """`floor`, of scores that are known already.
+
+    Args: scores [m, *e], of the law at draws of it at time t; t [] > 0.
+    Returns: Estimate of [], per dimension.
+    """
+    return _floor(lambda score: score, scores, process, t)
+
+
+def _floor(score_of, draws, process, t):
     _check_times(t)
     v = process.sigma(t) ** 2
-    return estimate(_each(lambda x: 1 - v * jnp.mean(score_fn(x, t) ** 2), x))
+    return estimate(_each(lambda draw: 1 - v * jnp.mean(score_of(draw) ** 2), draws))
 
 
 def spectrum(

@@ -17,14 +17,6 @@ ROOMS = {
 ALONE = {
     "checks", "keys", "process", "neighbours", "fidelity", "parallel", "checkpoint",
 }  # fmt: skip
-    "checks",
-    "keys",
-    "process",
-    "neighbours",
-    "fidelity",
-    "parallel",
-    "checkpoint",
-}
 FREE = {"__version__", "arrays", "checks", "keys"}  # what stands alone may import them
 FLOORS = [  # a room imports from its own row and those above it here
     {"arrays", "checks", "keys"},

@@ -1,14 +1,12 @@
 """Mitigations on one frontier: settings, shared networks, matched comparisons."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import mitigate_digits
 from memsep_jax import checkpoint, defaults, experiments, sampling
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
@@ -16,14 +14,9 @@ from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import mitigate, networks, store
 from memsep_jax.experiments.studies import training_run as job
 
-CONFIG = Path(__file__).parent.parent / "configs" / "mitigate_digits.py"
-
 
 def smoke(**changes):
-    spec = importlib.util.spec_from_file_location("mitigate_digits", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = mitigate_digits.get_config("smoke")
     config.update_from_flattened_dict(changes)
     return config
 
@@ -83,7 +76,7 @@ def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
         ("model.dropout=0.2", False),
     ],
 )
-def test_points_share_what_is_measured_only_where_nothing_else_differs(setting, shared):
+def test_points_share_measurements_only_where_nothing_else_differs(setting, shared):
     config = smoke()
     config.sweep.setting = ("prune.ratio=0.2", setting)
     first, second = map(mitigate._alike, grid.points(config))

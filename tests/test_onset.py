@@ -1,28 +1,23 @@
 """Times along training: closed forms of crossings, of their fit, and of noise."""
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import onset_digits
 from memsep_jax import checkpoint, experiments
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import monitor, onset
 
-CONFIG = Path(__file__).parent.parent / "configs" / "onset_digits.py"
 STEPS = 2.0 ** np.arange(11)  # 1 .. 1024
 
 
 def smoke(**changes):
-    spec = importlib.util.spec_from_file_location("onset_digits", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = onset_digits.get_config("smoke")
     config.update_from_flattened_dict(changes)
     return config
 

@@ -35,7 +35,7 @@ def run(config, workdir, work, **options):
         return points.run(config, session, work, **options)
 
 
-def test_a_point_is_a_value_of_every_axis_and_a_seed_moves_all():
+def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_all():
     config = small_grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
     config.update(seed=5)
     config.data.update(seed=7, truth_seed=9)
@@ -266,11 +266,11 @@ def test_a_second_process_joins_a_sweep_and_leads_after_the_first(
 def test_the_interval_is_students():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t_{.975, 2} = 4.3027."""
     found = results.mean_interval(np.array([1.0, 2.0, 3.0]))
-    assert found["mean"] == 2
-    np.testing.assert_allclose(found["high"] - 2, 4.302653 / np.sqrt(3), rtol=1e-6)
-    np.testing.assert_allclose(2 - found["low"], 4.302653 / np.sqrt(3), rtol=1e-6)
+    assert found.mean == 2
+    np.testing.assert_allclose(found.high - 2, 4.302653 / np.sqrt(3), rtol=1e-6)
+    np.testing.assert_allclose(2 - found.low, 4.302653 / np.sqrt(3), rtol=1e-6)
     alone = results.mean_interval(np.array([1.0]))
-    assert alone["mean"] == 1 and np.isnan(alone["low"])  # one seed knows no error
+    assert alone.mean == 1 and np.isnan(alone.low)  # one seed knows no error
 
 
 def test_seeds_become_means_of_numbers_and_of_curves():

@@ -18,11 +18,6 @@ ALWAYS = {"loss", "noise_levels", "ratio", "distances"}
 IMAGES = {"pairs_first", "pairs_most", "pairs_least"}
 
 
-@pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(figures, "_warned", set())
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made but not rendered, which takes the time, where words count."""

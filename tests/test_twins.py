@@ -1,25 +1,19 @@
 """Twins share weights, keys and noises, and no training point."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from configs import twins_digits
 from memsep_jax import data, experiments
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime.session import Session
 from memsep_jax.experiments.studies import networks, training_run, twins
 
-CONFIG = Path(__file__).parent.parent / "configs" / "twins_digits.py"
-
 
 def smoke(**changes):
-    spec = importlib.util.spec_from_file_location("twins_digits", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = twins_digits.get_config("smoke")
     config.update_from_flattened_dict(changes)
     return config
 
@@ -58,7 +52,7 @@ def fake(points, held_out=None):
     )
 
 
-def test_twins_that_copy_are_like_their_own_points_and_not_like_each_other():
+def test_twins_that_copy_are_like_their_own_points_not_each_other():
     rng = np.random.default_rng(0)
     a, b, new = rng.normal(size=(3, 40, 20)).astype(np.float32)
     held_out = rng.normal(size=(30, 20)).astype(np.float32)

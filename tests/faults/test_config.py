@@ -857,7 +857,6 @@ def small_inception(monkeypatch):
     """The rules of its weights, without its network: one tensor is all."""
     monkeypatch.setattr(inception, "shapes", lambda: {"fc.bias": (1008,)})
     monkeypatch.setattr(figures, "encode", lambda figure, kind: kind.encode())
-    monkeypatch.setattr(figures, "_warned", set())
 
 
 def inception_weights(kind, path):

@@ -275,7 +275,7 @@ def test_b23_pictures_that_cannot_be_written_are_one_warning(tmp_path):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    figures.quietly(said.append, full)
+    figures.quietly(said.append)(full)
     assert len(said) == 1
     assert "No space left" in said[0]
 

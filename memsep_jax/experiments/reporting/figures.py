@@ -52,17 +52,24 @@ STYLE: Any = {
 styled = matplotlib.rc_context(STYLE)
 CELL = 64  # pixels of an image in a grid of samples, at least
 
-_warned: set[str] = set()
 
+def quietly(say):
+    """(draw, *args) -> None, which calls draw(*args) and survives a full disk.
 
-def quietly(say, draw, *args):
-    """draw(*args); a disk that is full is one warning, not the end of the run."""
-    try:
-        draw(*args)
-    except OSError as error:
-        if not _warned:
-            _warned.add(str(error))
-            say(f"warning: no picture, and no more warnings of this kind: {error}")
+    The first picture that cannot be written is one warning, not the end of the run.
+    """
+    warned = False
+
+    def attempt(draw, *args):
+        nonlocal warned
+        try:
+            draw(*args)
+        except OSError as error:
+            if not warned:
+                say(f"warning: no picture, and no more warnings of this kind: {error}")
+            warned = True
+
+    return attempt
 
 
 def save_samples(path, samples):
@@ -288,6 +295,23 @@ def scatter(samples, memorized=None, lines=None):
     return figure
 
 
+class Interval(NamedTuple):
+    """Means with their confidence intervals, each a number or an array."""
+
+    mean: Any
+    std: Any
+    low: Any
+    high: Any
+
+    @classmethod
+    def read(cls, value) -> "Interval":
+        """From the form in metrics.json, or a list of those: null is nan again."""
+        if isinstance(value, dict):
+            return cls(*(np.array(value.get(name), float) for name in cls._fields))
+        fields = ([one.get(name) for one in value] for name in cls._fields)
+        return cls(*(np.array(field, float) for field in fields))
+
+
 class Line(NamedTuple):
     """The points of one line, with their intervals where these are known."""
 
@@ -298,6 +322,18 @@ class Line(NamedTuple):
     high: Any = None  # [k]
     style: str = "o-"
     color: str | None = None  # None: the next of COLORS
+
+
+def line(x, value, label=None, style="o-", color=None, log=False) -> Line:
+    """A line with its band.
+
+    Args: value, as `Interval.read` takes it; log, for a log axis: it has no 0, so no
+      band reaches below a tenth of its mean.
+    """
+    mean, _, low, high = Interval.read(value)
+    if log:
+        low = np.maximum(low, mean / 10)
+    return Line(x, mean, label, low, high, style, color)
 
 
 class Panel(NamedTuple):
@@ -390,7 +426,7 @@ def frontier(tracks, xlabel, ylabel, level=None):
     """Shares against quality, both with intervals; the points of a track are joined.
 
     Args:
-      tracks: name -> [(text, x, y)], x and y with "mean", "low" and "high".
+      tracks: name -> [(text, x, y)], x and y as `Interval.read` takes them.
       level: a share to draw as a line.
     """
     figure = Figure(figsize=(9.5, 5.4), layout="constrained")
@@ -419,7 +455,7 @@ def bars(labels, series, xlabel, levels):
     """Shares side by side: for each label one bar of every series.
 
     Args:
-      series: name -> one {"mean", "low", "high"} for each label.
+      series: name -> one interval for each label, as `Interval.read` takes them.
       levels: a share for each label, drawn as a dotted line.
     """
     count = len(series)
@@ -497,11 +533,7 @@ def clouds(panels):
 
 def _bars(values):
     """[3, k]: means, and how far their intervals reach below and above."""
-    rows = [
-        [np.nan if v[k] is None else v[k] for k in ("mean", "low", "high")]
-        for v in values
-    ]
-    mean, low, high = np.array(rows, float).reshape(-1, 3).T
+    mean, _, low, high = Interval.read(values)
     return np.stack([mean, *np.nan_to_num([mean - low, high - mean])])
 
 

@@ -6,7 +6,6 @@ There are three kinds of pages: of a run, of a sweep and of an audit.
 import base64
 import contextlib
 import csv
-import functools
 import re
 from pathlib import Path, PurePath
 
@@ -42,19 +41,19 @@ def write(workdir, say, place=None, config=None):
       the command, which may hide training images.
     Raises: ConflictError where numbers are missing.
     """
-    attempt = functools.partial(figures.quietly, say)
+    attempt = figures.quietly(say)
     _write(Path(workdir), attempt, config, place)
 
 
-def run(config, workdir, drawings=None, say=print):
-    """Experiment `report`: draws again, without training; a full disk is an error.
+def run(config, workdir, draw_sweep=None, say=print):
+    """Draws again, without training; a full disk is an error.
 
-    Args: drawings, by the name of a sweeping experiment: see `write_sweep`; say, a line
+    Args: draw_sweep, of the study that left the numbers: see `write_sweep`; say, a line
       to the person.
     """
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
-    if draw_sweep := (drawings or {}).get(metrics.get("experiment")):
+    if draw_sweep is not None:
         _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
     elif metrics.get("experiment") == "audit":
         _write_audit(workdir, lambda draw, *args: draw(*args), config)
@@ -82,7 +81,7 @@ def write_sweep(workdir, draw, say):
     Args: draw, (metrics, points) -> (name, caption, figure) of each picture; points
       are those of `record.read_points`.
     """
-    attempt = functools.partial(figures.quietly, say)
+    attempt = figures.quietly(say)
     _write_sweep(Path(workdir), draw, attempt)
 
 
@@ -121,7 +120,7 @@ def _write_sweep(workdir, draw, attempt):
 
 def write_audit(workdir, say):
     """As `write`, for the numbers of an audit; and pairs.png beside them."""
-    _write_audit(Path(workdir), functools.partial(figures.quietly, say))
+    _write_audit(Path(workdir), figures.quietly(say))
 
 
 def _write_audit(workdir, attempt, config=None):

@@ -37,10 +37,18 @@ class Session:
       for it.
     """
 
-    def __init__(self, workdir, config, allow_config_change=False, shared=False):
+    def __init__(
+        self,
+        workdir,
+        config,
+        allow_config_change=False,
+        resume_step=None,
+        shared=False,
+    ):
         self.workdir = Path(workdir)
         self.config = config
         self.allow_config_change = allow_config_change
+        self.resume_step: int | None = resume_step  # the checkpoint to return to
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)

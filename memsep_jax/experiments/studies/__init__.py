@@ -2,6 +2,7 @@
 
 import jax
 
+from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report
 from memsep_jax.experiments.runtime import points
@@ -14,80 +15,85 @@ from memsep_jax.experiments.studies import (
     emm,
     ensemble,
     factors,
-    lipschitz,
     loss_gap,
     mitigate,
     onset,
     optimum,
+    steepness,
+    study,
     training_run,
     twins,
     unfinished,
 )
+from memsep_jax.experiments.studies.study import Study
 
-# name -> run(config, session, resume_step)
+
+def _report(config, session):
+    """Draws the numbers of a workdir again, without computing any of a finished run."""
+    status = points.status(session.workdir)
+    if status is not None:
+        session.say(status)
+    if (own := unfinished.config_of(session.workdir, config)) is not None:
+        _check_alone(config)
+        with Session(session.workdir, own) as held:
+            unfinished.run(own, held)
+        return
+    path = session.workdir / "metrics.json"
+    if status is not None and not path.exists():
+        session.say("figures are drawn at the end of the sweep: give its command")
+        return
+    name = (record.read_json(path) or {}).get("experiment")
+    if name and name not in EXPERIMENTS:
+        # A name that was read is no reason to run the code of a file.
+        raise build.ConfigError(
+            f"{session.workdir} holds experiment={name}, which this package does not "
+            "have: remove run.json there and give the command of the run again, which "
+            "draws the figures; finished points are not measured again"
+        )
+    report.run(config, session.workdir, DRAWINGS.get(name), session.say)
+
+
 EXPERIMENTS = {
-    "audit": audit.run,
-    "band_swap": band_swap.run,
-    "calibrate": calibrate.run,
-    "capacity": capacity.run,
-    "emm": emm.run,
-    "ensemble": ensemble.run,
-    "factors": factors.run,
-    "lipschitz": lipschitz.run,
-    "loss_gap": loss_gap.run,
-    "mitigate": mitigate.run,
-    "prune": mitigate.run,  # the same, over criteria and ratios
-    "onset": onset.run,
-    "optimum": optimum.run,
-    "report": report.run,
-    "train": training_run.run,
-    "twins": twins.run,
+    "audit": Study(run=audit.run),
+    "band_swap": band_swap.STUDY,
+    "calibrate": calibrate.STUDY,
+    "capacity": capacity.STUDY,
+    "emm": emm.STUDY,
+    "ensemble": ensemble.STUDY,
+    "factors": factors.STUDY,
+    "lipschitz": steepness.STUDY,
+    "loss_gap": loss_gap.STUDY,
+    "mitigate": mitigate.STUDY,
+    "onset": onset.STUDY,
+    "optimum": Study(run=optimum.run),
+    "prune": mitigate.STUDY,  # the same question, over criteria and ratios
+    "report": Study(run=_report),
+    "train": Study(run=training_run.run),
+    "twins": twins.STUDY,
 }
-DRAWINGS = {  # of the sweeps: what `report` draws again
-    "band_swap": band_swap.draw,
-    "calibrate": calibrate.draw,
-    "capacity": capacity.draw,
-    "emm": emm.draw,
-    "ensemble": ensemble.draw,
-    "factors": factors.draw,
-    "lipschitz": lipschitz.draw,
-    "loss_gap": loss_gap.draw,
-    "mitigate": mitigate.draw,
-    "onset": onset.draw,
-    "prune": mitigate.draw,
-    "twins": twins.draw,
-}
-# Studies whose points several processes may share.
-SHARED = DRAWINGS.keys() - {"calibrate"}
+# What `report` draws again, by the name of the experiment.
+DRAWINGS = {name: one.draw for name, one in EXPERIMENTS.items() if one.draw}
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
-    """Runs config.experiment in a workdir, or goes on with it where it stopped.
+    """Runs config.experiment in a workdir, or continues it where it stopped.
 
     Args:
       config: a ConfigDict, as the files in configs/ make it.
       workdir: a directory; everything is written there and nowhere else.
-      resume_step: go back to this checkpoint; newer ones are moved aside.
-      allow_config_change: go on although the config changed what is computed.
+      resume_step: return to this checkpoint; newer ones are moved aside.
+      allow_config_change: continue although the config changed what is computed.
     Raises:
       ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError,
       FailedError and Interrupted, each with the `exit_code` of the command line.
     """
-    experiment = build.look_up(EXPERIMENTS, config.experiment, "experiment")
-    shared = config.experiment in SHARED
-    session = Session(workdir, config, allow_config_change, shared)
-    if config.experiment == "report":
-        status = points.status(workdir)
-        if status is not None:
-            session.say(status)
-        if (own := unfinished.config_of(session.workdir, config)) is not None:
-            _check_alone(config)
-            with Session(workdir, own) as session:
-                unfinished.run(own, session)
-        elif status is None or (session.workdir / "metrics.json").exists():
-            experiment(config, workdir, DRAWINGS, session.say)
-        else:
-            session.say("figures are drawn at the end of the sweep: give its command")
+    named = build.look_up(EXPERIMENTS, config.experiment, "experiment")
+    experiment = study.of(named)
+    session = Session(
+        workdir, config, allow_config_change, resume_step, experiment.shared
+    )
+    if config.experiment == "report":  # reads a workdir that another run may hold
+        experiment(config, session)
     elif session.is_complete() and resume_step is None:
         session.say(f"already complete: {workdir}")
         if config.experiment == "audit":
@@ -99,9 +105,9 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
     else:
         with session:
             _check_alone(config)
-            if config.experiment in DRAWINGS:  # whose points are made of these values
+            if experiment.measure or experiment.draw:  # points are made of its values
                 build.check(config)
-            experiment(config, session, resume_step)
+            experiment(config, session)
 
 
 def _check_alone(config):

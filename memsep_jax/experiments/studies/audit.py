@@ -43,7 +43,7 @@ FEWER = 250  # samples that are tried with exchanged axes or colours, at most
 FILES = 10_000  # training files that are prepared in another way, at most
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Audits config.samples against config.train."""
     with session.phase("data"):
         check(config)

@@ -26,8 +26,8 @@ from memsep_jax import empirical, gap, memorization, mixture, neighbours, proces
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
-from memsep_jax.experiments.studies import ensemble, results
+from memsep_jax.experiments.studies import ensemble
+from memsep_jax.experiments.studies.study import Study
 
 CURVES = ("inside", "outside", "below", "above")
 
@@ -39,31 +39,23 @@ class Bands(NamedTuple):
     pairs: dict[str, np.ndarray]  # curve -> [., 2], the low and high of score.banded
 
 
-def run(config, session, resume_step=None):
-    """Samples and measures every band of every point; draws the curves."""
-    with session.phase("data"):
-        parts = grid.check(config)
-        build.truth(config)
-        build.look_up(SCORES, config.measure.swap, "measure.swap")
-        if config.measure.bands > config.sampler.steps:
-            raise build.ConfigError(
-                f"measure.bands={config.measure.bands} must be at most "
-                f"sampler.steps={config.sampler.steps}: a band is one step or more"
-            )
-    session.begin(parts.splits.fingerprint, parts.splits)
-    rows = points.run(
-        config,
-        session,
-        functools.partial(measure, session=session),
-        alike=grid.shape,
-    )
-    results.finish(config, session, rows, draw, swap=config.measure.swap)
+def check(config) -> build.Parts:
+    """The parts of the first point.   Raises: ConfigError."""
+    parts = grid.check(config)
+    build.truth(config)
+    build.look_up(SWAPS, config.measure.swap, "measure.swap")
+    if config.measure.bands > config.sampler.steps:
+        raise build.ConfigError(
+            f"measure.bands={config.measure.bands} must be at most "
+            f"sampler.steps={config.sampler.steps}: a band is one step or more"
+        )
+    return parts
 
 
 def cut(times, bands: int) -> Bands:
     """Cuts the grid into bands of equally many steps: on a log grid, equal in log t.
 
-    The first band begins at 0 and the last has no end, so that together they are all
+    The first band begins at 0 and the last has no end, so that together they cover all
     times. The final Tweedie step belongs to the first band.
 
     Args: times [steps + 1], decreasing.
@@ -82,11 +74,11 @@ def cut(times, bands: int) -> Bands:
 
 
 def sampler(config, parts, copying):
-    """One program for all bands.
+    """One program that samples all bands.
 
     Args: copying, the weights of the score that copies -> ScoreFn.
-    Returns: (weights, truth, key, pairs [p, 2]) -> [p, m, *e], the sample i of every
-      pair from the same noise.
+    Returns: (weights, truth, key, pairs [p, 2]) -> [p, m, *e], where sample i of every
+      pair starts from the same noise.
     """
     shape = parts.splits.train.x.shape[1:]
 
@@ -108,13 +100,13 @@ def sampler(config, parts, copying):
 def measure(points, session):
     """Samples all bands of some points.
 
-    Yields: for each, the numbers of a row, or the error that it failed with.
+    Yields: for each point its numbers and curves, or the error that it failed with.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
         built = [build.build(config) for config in configs]
     config, parts = configs[0], built[0]
-    weights, copying = SCORES[config.measure.swap](configs, built, session)
+    weights, copying = SWAPS[config.measure.swap](configs, built, session)
     bands = cut(parts.times, config.measure.bands)
     pairs = np.concatenate([bands.pairs[name] for name in CURVES])
     drawn = jax.jit(sampler(config, parts, copying))
@@ -127,9 +119,9 @@ def measure(points, session):
             samples = np.asarray(drawn(its, truth, build.keys(one.seed).sample, pairs))
         seconds = time.monotonic() - started
         with session.phase("neighbours"):
-            found = _look(samples, own.splits, config.memorization.threshold, bands)
+            row = _compared(samples, own.splits, config.memorization.threshold, bands)
         middles = np.sqrt(bands.edges[:-1] * bands.edges[1:])
-        yield found | {
+        yield row | {
             "t": middles,
             "edges": bands.edges,
             "collapse_time": _collapse_time(truth, own),
@@ -138,13 +130,12 @@ def measure(points, session):
         }
 
 
-def _look(samples, splits, threshold, bands):
-    """What became of the samples [p, m, *e] of all pairs."""
+def _compared(samples, splits, threshold, bands):
+    """The samples [p, m, *e] of all pairs against the training points, as curves."""
     search = neighbours.searcher(np.asarray(splits.train.x))
-
     finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
     flat = np.nan_to_num(samples).reshape(-1, *samples.shape[2:])
-    found = neighbours.Neighbours(
+    near = neighbours.Neighbours(
         *(a.reshape(*samples.shape[:2], -1) for a in search(flat))
     )
     null = np.nan
@@ -153,9 +144,9 @@ def _look(samples, splits, threshold, bands):
     # The pairs of `below` start with nowhere and end with everywhere.
     start = len(bands.edges) * 2 - 2
     nowhere, everywhere = start, start + len(bands.edges) - 1
-    nearest, place = found.distances[..., 0].mean(axis=1), found.indices[..., 0]
+    nearest, place = near.distances[..., 0].mean(axis=1), near.indices[..., 0]
     numbers = {
-        "ratio": memorization.copied(found, threshold).mean(axis=1),
+        "ratio": memorization.copied(near, threshold).mean(axis=1),
         "overlap": (place == place[everywhere]).mean(axis=1),
         "distance": nearest / nearest[nowhere],
     }
@@ -176,7 +167,7 @@ def _look(samples, splits, threshold, bands):
 
 
 def _half(edges, ratios):
-    """Where, in log t, a curve reaches half of its copies; nan where it has none."""
+    """The time, by log t, at which a curve has half of its copies; nan without any."""
     if not ratios[-1] > 0:
         return np.nan
     rising = np.maximum.accumulate(ratios)
@@ -184,10 +175,11 @@ def _half(edges, ratios):
 
 
 def _spacing_time(parts, threshold):
-    """Where noise is a third as long as the training points are apart: a guess.
+    """The time at which noise is a third as long as the spacing of training points.
 
-    sigma / alpha sqrt(d) = threshold times the mean distance to the next point. A point
-    that the truth denoises from there on stays within a third of the spacing.
+    sigma / alpha sqrt(d) = threshold times the mean distance to the next point. This is
+    a heuristic: a point that the truth denoises from there on stays within a third of
+    the spacing.
     """
     x = np.asarray(parts.splits.train.x)
     spacing = neighbours.nearest(x, x).distances[:, 1].mean()
@@ -197,7 +189,7 @@ def _spacing_time(parts, threshold):
 
 
 def _collapse_time(truth, parts):
-    """Where it is known: for components of unit variance, more than one point each."""
+    """`gap.collapse_time`; nan unless components have unit variance and n > k."""
     n = parts.splits.num_distinct
     if not isinstance(truth, mixture.Mixture) or truth.factors is not None:
         return np.nan
@@ -224,13 +216,13 @@ def _trained(configs, built, session):
     return each, functools.partial(training.score_fn, built[0])
 
 
-# measure.swap -> (the weights of each point, or why it has none; weights -> the score
-# that copies)
-SCORES = {"empirical": _empirical, "trained": _trained}
+# measure.swap -> (configs, built, session) -> the weights of each point, or the error
+# that it failed with; and weights -> the score that copies.
+SWAPS = {"empirical": _empirical, "trained": _trained}
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
+    """(name, caption, figure) of each picture: see `study.Study`."""
     copying = {"empirical": "empirical score", "trained": "network"}[metrics["swap"]]
     yield (
         "ratio",
@@ -267,13 +259,8 @@ def _figure(metrics, copying, what, ylabel, level):
         lines = []
         for name, (label, x, style) in labels.items():
             label = None if panels else label  # a legend in the first panel only
-            mean, low, high = (
-                np.array(row[f"{name}_{what}"][k], float)
-                for k in ("mean", "low", "high")
-            )
-            lines.append(
-                figures.Line(row[x]["mean"], mean, label, low, high, style=style)
-            )
+            times = row[x]["mean"]
+            lines.append(figures.line(times, row[f"{name}_{what}"], label, style))
         ends = [row["edges"]["mean"][0], row["edges"]["mean"][-1]]
         if level and row[level]["mean"] is not None:
             height = [row[level]["mean"]] * 2
@@ -281,11 +268,19 @@ def _figure(metrics, copying, what, ylabel, level):
         for name, style in (("collapse_time", ":"), ("spacing_time", "-.")):
             if (t := row[name]["mean"]) is not None:
                 lines.append(figures.Line([t, t], [0, 1], style=style, color="#666666"))
-        title = grid.label(row)
         panels.append(
             figures.Panel(
-                title, lines, "time t", ylabel, yscale="linear",
+                grid.label(row), lines, "time t", ylabel, yscale="linear",
                 percent=level is not None,
             )
         )  # fmt: skip
     return figures.curves(panels)
+
+
+STUDY = Study(
+    measure,
+    draw,
+    check,
+    conclude=lambda config, *_: {"swap": config.measure.swap},
+    alike=grid.shape,
+)

@@ -1,8 +1,8 @@
 """Which metric sees which kind of copy: known mixtures of copies and fresh images.
 
 A share of the samples are training images, all changed in one way; the others are
-images that nobody trained on. So it is known which are copies, and what a metric
-should say.
+images that nobody trained on. So it is known which samples are copies, and what a
+metric should say.
 """
 
 import functools
@@ -16,7 +16,7 @@ from PIL import Image
 from memsep_jax import data, features, fidelity, memorization, neighbours
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.reporting import figures, report
+from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import audit, results
 from memsep_jax.experiments.studies.compare import (
     Sets,
@@ -27,6 +27,7 @@ from memsep_jax.experiments.studies.compare import (
     tiled_together,
     tiles_of,
 )
+from memsep_jax.experiments.studies.study import Study
 
 ABOUT = (
     '"says" is the share of copies that a metric reports by its own rule, less that of '
@@ -35,19 +36,20 @@ ABOUT = (
     "are far below 0, and the samples nearer to training images than to held-out ones, "
     "where a set copies."
 )
-FIRST = ("kind", "true share", "says ")  # columns, as wide as a terminal is
+FIRST = ("kind", "true share", "says ")  # the columns that fit into a terminal
 FALSE = 0.01  # of honest samples that are taken for copies, for metrics without a rule
 
 
-def run(config, session, resume_step=None):
-    """A row for every kind of copy, and one where all samples are fresh."""
+def run(config, session):
+    """Measures every kind of copy, and samples that are all fresh."""
     with session.phase("data"):
         sets, fresh, notes = read(config)
         spaces = {
             name: audit.space(config, name, sets, None)
             for name in config.calibration.features
         }
-        held = sets._replace(samples=fresh, pool=fresh)  # and copies, about as many
+        # The copies take about as much memory as the fresh images.
+        held = sets._replace(samples=fresh, pool=fresh)
         session.status["memory"], room = audit.check_memory(
             config, held, *spaces.values()
         )
@@ -67,37 +69,32 @@ def run(config, session, resume_step=None):
         }
         spaces = {name: of for name, of in known.items() if of is not None}
     paths, points = [], []
-    with session.phase("kinds"), session.progress("kinds", len(KINDS)) as update:
-        for i, (kind, change) in enumerate(KINDS.items()):
+    with session.phase("kinds"), session.progress("kinds", len(CHANGES)) as update:
+        for i, (kind, change) in enumerate(CHANGES.items()):
             paths.append(session.workdir / "points" / f"{i:02d}-{kind}.npz")
-            work = functools.partial(look, config, sets, fresh, change, spaces, room)
+            work = functools.partial(score, config, sets, fresh, change, spaces, room)
             points.append(record.kept(paths[-1], work))
             update(i + 1, kind)
-    rows = [row(kind, at) for kind, at in zip(KINDS, points, strict=True)]
+    rows = [row(kind, at) for kind, at in zip(CHANGES, points, strict=True)]
     columns = sorted(rows[-1], key=lambda name: not name.startswith(FIRST))
     why = [f"{row['metric']}: {row['why']}" for row in left_out]
     why += [text for at in points for text in at.get("left out", np.array([])).tolist()]
     about = ABOUT
     if why:
         about += f" Left out: {'; '.join(dict.fromkeys(why))}."
-    metrics = {
-        "experiment": config.experiment,
-        "about": about,
-        "columns": [name for name in columns if name != "seeds"],
-        "points": [str(path.relative_to(session.workdir)) for path in paths],
-        "table": rows,
-    }
-    record.write_json(session.workdir / "metrics.json", metrics)
-    session.write_status()
-    with session.phase("report"):
-        report.write_sweep(session.workdir, draw, session.say)
-    session.write_status()
-    session.say(results.summary(session.workdir))
-    session.say(f"report: {session.workdir / 'report.html'}")
+    results.publish(
+        config,
+        session,
+        draw,
+        about=about,
+        columns=[name for name in columns if name != "seeds"],
+        points=[str(path.relative_to(session.workdir)) for path in paths],
+        table=rows,
+    )
 
 
 def read(config):
-    """Sets without samples, fresh images, and notes.   Raises: build.ConfigError."""
+    """The sets without samples, fresh images, and notes.   Raises: ConfigError."""
     if not config.train or not config.pool:
         raise build.ConfigError(
             "--config.train=IMAGES and --config.pool=OTHERS are required: training "
@@ -125,7 +122,7 @@ def read(config):
     return sets, fresh, origin.notes + other.notes
 
 
-# Kinds of copies: uint8 [h, w, c] -> [h, w, c].
+# Changes of an image: uint8 [h, w, c] -> [h, w, c].
 
 
 def _noise(std):
@@ -177,7 +174,7 @@ def _array(image, like):
     return np.asarray(image).reshape(like.shape)
 
 
-KINDS = {
+CHANGES = {  # kind of copy -> (image, rng) -> the copy; None: no copies
     "fresh": None,
     "exact": lambda x, rng: x,
     "noise 8": _noise(8),
@@ -195,10 +192,10 @@ KINDS = {
 
 
 class Known(NamedTuple):
-    """What does not change with the samples, in one space."""
+    """All that is independent of the samples, in one space of features."""
 
     space: features.Extractor
-    felt: Sets
+    features: Sets
     search: Callable
     held_out: neighbours.Neighbours
     own: np.ndarray  # [n] distances to the nearest other training point
@@ -209,18 +206,18 @@ def known_of(space, sets, memory) -> Known:
 
     Raises: UndefinedError: all training images are one point.
     """
-    felt = sets.map(lambda _, x: space.apply(x, memory))
-    check_distinct(felt.train)
-    search = neighbours.searcher(felt.train, 2, memory=memory)
-    held_out, own = search(felt.held_out), search(felt.train).distances[:, 1]
-    return Known(space, felt, search, held_out, own)
+    seen = sets.map(lambda _, x: space.apply(x, memory))
+    check_distinct(seen.train)
+    search = neighbours.searcher(seen.train, 2, memory=memory)
+    held_out, own = search(seen.held_out), search(seen.train).distances[:, 1]
+    return Known(space, seen, search, held_out, own)
 
 
-def look(config, sets, fresh, change, spaces, memory) -> dict:
+def score(config, sets, fresh, change, spaces, memory) -> dict:
     """All scores of one mixture: arrays, per sample and of the whole set.
 
-    Args: spaces, {name: Known}.   memory: as `compare.measure` has it.
-    Returns: what has no value is left out, and "left out" has the reasons.
+    Args: spaces, {name: Known}; memory, as in `compare.measure`.
+    Returns: the scores that have a value, and the reasons for the others as "left out".
     """
     rng = np.random.default_rng(config.seed)
     count = 0 if change is None else _copies(config, fresh)
@@ -230,114 +227,107 @@ def look(config, sets, fresh, change, spaces, memory) -> dict:
     sets = sets._replace(samples=np.concatenate([copies, fresh]))
     group = config.memorization
     left_out: list[dict] = []
-    found = {"is_copy": np.arange(len(sets.samples)) < count}
-    for name, (scores, null) in _pixel_scores(sets, group, memory).items():
-        found[f"score/{name}"], found[f"null/{name}"] = scores, null
+    scores = {"is_copy": np.arange(len(sets.samples)) < count}
+    for name, pair in _pixel_scores(sets, group, memory).items():
+        scores[f"score/{name}"], scores[f"null/{name}"] = pair
     for name, known in spaces.items():
-        felt = known.felt._replace(samples=known.space.apply(sets.samples, memory))
-        near, held, own = known.search(felt.samples), known.held_out, known.own
-        found[f"score/1/3 {name}"], found[f"null/1/3 {name}"] = (
-            _thirds(near),
-            _thirds(held),
-        )
-        found[f"score/authentic {name}"] = _outside(near, own)
-        found[f"null/authentic {name}"] = _outside(held, own)
-        found |= _of_sets(config, felt, near, held, name, left_out)
+        seen = known.features._replace(samples=known.space.apply(sets.samples, memory))
+        near, held, own = known.search(seen.samples), known.held_out, known.own
+        scores[f"score/1/3 {name}"] = _thirds(near)
+        scores[f"null/1/3 {name}"] = _thirds(held)
+        scores[f"score/authentic {name}"] = _outside(near, own)
+        scores[f"null/authentic {name}"] = _outside(held, own)
+        scores |= _of_sets(config, seen, near, held, name, left_out)
     why = [f"{row['metric']} {row['reference']}: {row['why']}" for row in left_out]
-    found["left out"] = np.array(why, np.str_)
-    return found
+    scores["left out"] = np.array(why, np.str_)
+    return scores
 
 
 def _copies(config, fresh):
-    """How many copies are beside the fresh images."""
+    """The number of copies among the samples, beside the fresh images."""
     share = config.calibration.share
     return round(len(fresh) * share / (1 - share))
 
 
-def _of_sets(config, felt, near, held, space, left_out):
-    """What is measured of the samples as a whole, in one space."""
+def _of_sets(config, seen, near, held, space, left_out):
+    """The metrics of the samples as a whole, in one space."""
     works = {
-        "C_T": lambda: copying(config, felt, near, held)["value"],
-        "FLD gap": lambda: _likelihood(config, felt),
-        "FD train - held-out": lambda: _distances(felt),
+        "C_T": lambda: copying(config, seen, near, held)["value"],
+        "FLD gap": lambda: _likelihood(config, seen),
+        "FD train - held-out": lambda: _distances(seen),
     }
-    found = {k: attempt(left_out, [k], space, work) for k, work in works.items()}
+    values = {k: attempt(left_out, [k], space, work) for k, work in works.items()}
     return {
         f"set/{metric} {space}": np.array(value)
-        for metric, value in found.items()
+        for metric, value in values.items()
         if value is not None
     }
 
 
-def _likelihood(config, felt):
-    check_dim(felt.train)
+def _likelihood(config, seen):
+    check_dim(seen.train)
     return memorization.feature_likelihood(
-        felt.train, felt.held_out, felt.samples, config.seed
+        seen.train, seen.held_out, seen.samples, config.seed
     ).gap
 
 
-def _distances(felt):
-    check_dim(felt.train)
-    n = min(len(felt.held_out), len(felt.train))
+def _distances(seen):
+    check_dim(seen.train)
+    n = min(len(seen.held_out), len(seen.train))
     to_train, to_held_out = (
-        fidelity.frechet(felt.samples, x[:n], warn=False)
-        for x in (felt.train, felt.held_out)
+        fidelity.frechet(seen.samples, x[:n], warn=False)
+        for x in (seen.train, seen.held_out)
     )
     return to_train - to_held_out
 
 
 def _pixel_scores(sets, group, memory):
-    """{metric: (of samples, of held-out images)}; small where a copy."""
+    """{metric: (of samples, of held-out images)}; copies have small ones."""
     k = min(group.near, len(neighbours.distinct(sets.train)))
     search = neighbours.searcher(sets.train, k, memory=memory)
     flips = memorization.with_flips(search)
     near, held = search(sets.samples), search(sets.held_out)
     own = search(sets.train).distances[:, 1]
-
     shape = sets.train.shape[1:]
     tiles, most = tiles_of(shape, group.tiles), tiled_together(shape, memory)
+    images = ((sets.samples, near), (sets.held_out, held))
 
-    def tiled(x, found):
-        return memorization.nearest_tiled(x, sets.train, found.indices, tiles, most)
+    def tiled(x, near):
+        nearest = memorization.nearest_tiled(x, sets.train, near.indices, tiles, most)
+        return nearest.distances
 
     return {
         "1/3": (_thirds(near), _thirds(held)),
-        "1/3 flips": (
-            _thirds(flips(sets.samples)),
-            _thirds(flips(sets.held_out)),
-        ),
+        "1/3 flips": tuple(_thirds(flips(x)) for x, _ in images),
         "authentic": (_outside(near, own), _outside(held, own)),
         "calibrated l2": tuple(
-            memorization.calibrated_l2(found.distances) for found in (near, held)
+            memorization.calibrated_l2(near.distances) for _, near in images
         ),
-        "tiled l2": tuple(
-            tiled(x, found).distances
-            for x, found in ((sets.samples, near), (sets.held_out, held))
-        ),
+        "tiled l2": tuple(tiled(x, near) for x, near in images),
     }
 
 
-def _thirds(found):
-    return memorization.quotient(*found.distances[:, :2].T)
+def _thirds(near):
+    return memorization.quotient(*near.distances[:, :2].T)
 
 
-def _outside(found, own):
-    """d(g, x*) over that from x* to its nearest other one: above 1 authentic."""
-    return found.distances[:, 0] / own[found.indices[:, 0]]
+def _outside(near, own):
+    """d(g, x*) over the distance from x* to its nearest other: above 1, authentic."""
+    return near.distances[:, 0] / own[near.indices[:, 0]]
 
 
-RULES = {"1/3": 1 / 3, "authentic": 1.0}  # a copy is below; others have none
+RULES = {"1/3": 1 / 3, "authentic": 1.0}  # a copy is below; other metrics have no rule
 
 
 def row(kind, at) -> dict:
-    """What each metric says of one mixture.
+    """A row of the table: what each metric says about one mixture.
 
     "says ...": the share of copies beyond the null level, by the metric's own rule.
     "sees ...": the share of the copies that it finds while it takes 1 % of held-out
     images for copies.
     """
     copy = at["is_copy"]
-    found = {"kind": kind, "true share": _interval(copy)}
+    cells = {"kind": kind, "true share": _interval(copy)}
     names = [name.removeprefix("score/") for name in at if name.startswith("score/")]
     for name in names:
         scores, null = at[f"score/{name}"], at[f"null/{name}"]
@@ -345,15 +335,15 @@ def row(kind, at) -> dict:
         if rule is not None:
             counts = [(int((s < rule).sum()), len(s)) for s in (scores, null)]
             value, (low, high) = memorization.excess(*counts[0], *counts[1])
-            found[f"says {name}"] = {"mean": value, "low": low, "high": high}
+            cells[f"says {name}"] = {"mean": value, "low": low, "high": high}
     for name in names:
         if copy.any():
             limit = np.quantile(at[f"null/{name}"], FALSE)
-            found[f"sees {name}"] = _interval(at[f"score/{name}"][copy] < limit)
+            cells[f"sees {name}"] = _interval(at[f"score/{name}"][copy] < limit)
     for name in at:
         if name.startswith("set/"):
-            found[name.removeprefix("set/")] = round(float(at[name]), 3)
-    return found | {"seeds": 1}
+            cells[name.removeprefix("set/")] = round(float(at[name]), 3)
+    return cells | {"seeds": 1}
 
 
 def _interval(flags):
@@ -362,7 +352,7 @@ def _interval(flags):
 
 
 def draw(metrics, points):
-    """A table of metrics and kinds, coloured."""
+    """(name, caption, figure) of each picture: see `study.Study`."""
     rows = [row for row in metrics["table"] if row["true share"]["mean"] > 0]
     names = [name for name in rows[0] if name.startswith("sees ")]
     shares = [[row[name]["mean"] for name in names] for row in reversed(rows)]
@@ -381,3 +371,6 @@ def draw(metrics, points):
             "copies found at 1 % false ones",
         ),
     )
+
+
+STUDY = Study(run=run, draw=draw)

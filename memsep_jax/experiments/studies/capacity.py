@@ -14,7 +14,6 @@ from Phat_t at each step. The theorem's network sees t; here each network has it
 and its time input is a constant.
 """
 
-import functools
 import time
 from typing import Any, NamedTuple
 
@@ -27,49 +26,46 @@ from memsep_jax import empirical, gap, mixture, process
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import ensemble, results
+from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import exact
 
 TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1
 SWEPT = ("num_examples", "width")
 
 
-class Members(NamedTuple):
-    """What the networks of one width do not share, stacked: [m, ...]."""
+class Tasks(NamedTuple):
+    """What differs between the networks of one width, stacked: [m, ...]."""
 
     x: jax.Array  # [m, n_max, d] training points, padded
-    n: jax.Array  # [m] how many of them are real
+    n: jax.Array  # [m] the number of real ones
     t: jax.Array  # [m] the one time of the network
     target: Any  # params of exact.Attention, padded: the score to fit
     keys: Any  # build.Keys of [m] keys
 
 
-def run(config, session, resume_step=None):
-    """Fits and measures every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        _check_axes(config)
-        parts = grid.check(config)
-        _check_times(config, parts.process)
-        _true_params(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    rows = points.run(
-        config,
-        session,
-        functools.partial(measure, session=session),
-        alike=lambda point: point.values["width"],
-    )
+def check(config) -> build.Parts:
+    """The parts of the first point.   Raises: ConfigError."""
+    _check_axes(config)
+    parts = grid.check(config)
+    _check_times(config, parts.process)
+    _true_params(config)
+    return parts
+
+
+def conclude(config, rows, parts, session) -> dict:
+    """The exact networks, and the smallest trained ones that meet the error."""
     times = np.asarray(config.measure.times)
     about = {"times": times, "sigma": jax.vmap(parts.process.sigma)(times)}
     about |= {"eps": config.measure.eps, "widths": sorted(config.sweep.width)}
     with session.phase("exact"):
         about["exact"] = exact_networks(config)
-    # The smallest of the widths that did not fail would be called the smallest.
+    # Where a width failed, the smallest of the others need not be the smallest.
     of_all = results.whole(config, rows, lambda values: int(values["num_examples"]))
     about["smallest"] = smallest(of_all, config.measure.eps, about["sigma"], times)
     sizes = sorted(config.sweep.num_examples)
     session.say(_widths(about["smallest"], sizes))
-    results.finish(config, session, rows, draw, **about)
+    return about
 
 
 def exact_networks(config) -> list[dict]:
@@ -117,38 +113,36 @@ def _exact_error(config, params, score_fn, x, made) -> float:
 def measure(points, session):
     """Fits the networks of some points of one width: one for each target and time.
 
-    Yields: for each point, the numbers of a row, or the error that it failed with;
-      errors are E || s_net - s ||^2 under Phat_t, [times], on draws that no network was
-      trained on.
+    Yields: for each point its numbers, or the error that it failed with; "..._error" is
+      E || s_net - s ||^2 under Phat_t, [times], on draws that no network was trained
+      on.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
         built = [build.build(config) for config in configs]
-        members = _members(configs, built)
+        tasks = _tasks(configs, built)
     config, parts = configs[0], built[0]
     started = time.monotonic()
     with session.phase("train"):
-        state, losses = _fit(config, parts, members)
+        state, losses = _fit(config, parts, tasks)
     seconds = (time.monotonic() - started) / len(points)
     with session.phase("evaluate"):
 
-        def error(params, member):
-            x = _noised(
-                member.keys.evaluate, member, parts.process, config.measure.draws
-            )
+        def error(params, task):
+            x = _noised(task.keys.evaluate, task, parts.process, config.measure.draws)
             student = training.score_fn(parts, params)
-            teacher = _teacher(parts.process, member)
+            teacher = _teacher(parts.process, task)
 
             def of_one(x):
-                return gap.fisher(student, teacher, x[None], member.t)
+                return gap.fisher(student, teacher, x[None], task.t)
 
-            # A few draws at a time: the teacher looks at [draws, n] pairs.
+            # A few draws at a time: the teacher compares [draws, n] pairs.
             return jnp.mean(jax.lax.map(of_one, x, batch_size=gap.BATCH))
 
-        errors = np.asarray(jax.jit(jax.vmap(error))(state.params, members))
-    grid = (len(points), len(TARGETS), len(config.measure.times))
-    errors, losses = errors.reshape(grid), losses.reshape(grid)
-    parameters = training.count(state.params) // len(members.t)
+        errors = np.asarray(jax.jit(jax.vmap(error))(state.params, tasks))
+    shape = (len(points), len(TARGETS), len(config.measure.times))
+    errors, losses = errors.reshape(shape), losses.reshape(shape)
+    parameters = training.count(state.params) // len(tasks.t)
     applied = np.asarray(state.step).reshape(len(points), -1).min(axis=1)
     failed = ensemble.failures(applied, parts.steps)
     for why, error, loss in zip(failed, errors, losses, strict=True):
@@ -162,13 +156,13 @@ def measure(points, session):
 
 
 def smallest(rows, eps, sigma, times) -> list[dict]:
-    """The smallest width that meets the error of Theorem 5.1: null where none does.
+    """The smallest width that meets the error of Theorem 5.1, None where none does.
 
-    Of the mean error over the seeds ("width"), and of each seed alone ("by_seed").
+    By the mean error over the seeds ("width"), and by each seed alone ("by_seed").
 
     Args: rows, those of `points.run`.   sigma, times: [times].
     """
-    found = []
+    widths = []
     sizes = sorted({row["num_examples"].item() for row in rows})
     for name, power in TARGETS.items():
         for i, t in enumerate(times):
@@ -183,7 +177,7 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
                     width: np.mean([of_seed[width] for of_seed in errors.values()])
                     for width in next(iter(errors.values()))
                 }
-                found.append(
+                widths.append(
                     {
                         "target": name,
                         "t": float(t),
@@ -192,17 +186,17 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
                         "by_seed": [_first(e, limit) for e in errors.values()],
                     }
                 )
-    return found
+    return widths
 
 
-def _widths(found, sizes) -> Table:
-    """The smallest widths, a row for each n, a column for each target and time."""
+def _widths(rows, sizes) -> Table:
+    """The smallest widths as a table: n down, target and time across."""
     shown = Table(title="smallest width that meets the error of Theorem 5.1")
     shown.add_column("n", justify="right")
-    columns = sorted({(row["target"], row["t"]) for row in found})
+    columns = sorted({(row["target"], row["t"]) for row in rows})
     for target, t in columns:
         shown.add_column(f"{target}, t = {t:.3g}", justify="right")
-    width = {(r["target"], r["t"], r["num_examples"]): r["width"] for r in found}
+    width = {(r["target"], r["t"], r["num_examples"]): r["width"] for r in rows}
     for n in sizes:
         cells = (width.get((*column, n), "n/a") or "none" for column in columns)
         shown.add_row(f"{n:,}", *map(str, cells))
@@ -210,34 +204,12 @@ def _widths(found, sizes) -> Table:
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
-    table, widths = metrics["table"], metrics["widths"]
-    sizes = sorted({row["num_examples"] for row in table})
-    times, eps = metrics["times"], metrics["eps"]
-    for i, (t, sigma) in enumerate(zip(times, metrics["sigma"], strict=True)):
-        panels = []
-        for name, power in TARGETS.items():
-            lines = []
-            for n in sizes:
-                rows = {row["width"]: row for row in table if row["num_examples"] == n}
-                own = [w for w in widths if w in rows]  # others failed
-                mean, low, high = (
-                    np.array([rows[w][f"{name}_error"][k][i] for w in own], float)
-                    * sigma**power
-                    for k in ("mean", "low", "high")
-                )
-                low = np.maximum(low, mean / 10)  # a log axis has no 0
-                lines.append(figures.Line(own, mean, f"n = {n:,}", low, high))
-            limit = figures.Line(
-                [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--",
-                color="black",
-            )  # fmt: skip
-            panels.append(
-                figures.Panel(
-                    f"{name} score", [*lines, limit], "width",
-                    f"error x sigma$^{power}$",
-                )
-            )  # fmt: skip
+    """(name, caption, figure) of each picture: see `study.Study`."""
+    widths = metrics["widths"]
+    sizes = sorted({row["num_examples"] for row in metrics["table"]})
+    times = metrics["times"]
+    for i, t in enumerate(times):
+        panels = [_error_panel(metrics, name, i, sizes) for name in TARGETS]
         caption = (
             f"Measured: error of trained networks at t = {t:g} against their width, "
             "under the noised training set. Dashed: the error of Theorem 5.1 of Ye "
@@ -254,6 +226,25 @@ def draw(metrics, points):
         "cannot do it is not a theorem.",
         _smallest_figure(metrics, sizes, times),
     )
+
+
+def _error_panel(metrics, name, i, sizes):
+    """The errors of one target at the i-th time, and that of Theorem 5.1."""
+    widths, eps, power = metrics["widths"], metrics["eps"], TARGETS[name]
+    scale, lines = metrics["sigma"][i] ** power, []
+    for n in sizes:
+        rows = {r["width"]: r for r in metrics["table"] if r["num_examples"] == n}
+        own = [w for w in widths if w in rows]  # others failed
+        errors = (rows[w][f"{name}_error"] for w in own)
+        at_time = [{end: curve[i] for end, curve in e.items()} for e in errors]
+        line = figures.line(own, at_time, f"n = {n:,}", log=True)
+        ends = {end: scale * getattr(line, end) for end in ("mean", "low", "high")}
+        lines.append(line._replace(**ends))
+    limit = figures.Line(
+        [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--", color="black"
+    )
+    ylabel = f"error x sigma$^{power}$"
+    return figures.Panel(f"{name} score", [*lines, limit], "width", ylabel)
 
 
 def _smallest_figure(metrics, sizes, times):
@@ -298,14 +289,14 @@ def _smallest_figure(metrics, sizes, times):
     )
 
 
-def _members(configs, built):
-    """For each point its targets, and for each of these its times."""
+def _tasks(configs, built):
+    """One task for each point, target and time, in this order."""
     points = [exact.empirical_params(parts.splits.train.x) for parts in built]
     truths = [_true_params(config) for config in configs]
     n_max = max(len(own["points"]) for own in points)
     keys = max(n_max, *(len(own["points"]) for own in truths))
-    members = [
-        Members(
+    tasks = [
+        Tasks(
             _padded(own, n_max)["points"],
             jnp.asarray(len(own["points"])),
             jnp.float32(t),
@@ -316,7 +307,7 @@ def _members(configs, built):
         for target in (own, true)
         for t in config.measure.times
     ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
 
 
 def _padded(params, keys):
@@ -325,46 +316,46 @@ def _padded(params, keys):
     log_weights = params.get("log_weights", jnp.zeros(len(points)))
     return {
         "points": jnp.pad(points, [(0, short), (0, 0)]),
-        # Of which exp is 0 too, and JAX_DEBUG_INFS=1 is for what nobody meant.
+        # Not -inf: exp of this is 0 too, and JAX_DEBUG_INFS=1 stops at infinities.
         "log_weights": jnp.pad(log_weights, (0, short), constant_values=-1e30),
         "variance": params.get("variance", jnp.zeros(())),
     }
 
 
-def _teacher(made, member):
-    """The score to fit: both are exact attention, so one program has both."""
-    network = exact.Attention(made, len(member.target["points"]))
-    return lambda x, t: network.apply({"params": member.target}, x, t)
+def _teacher(made, task):
+    """The score to fit: both are exact attention, so one program computes both."""
+    network = exact.Attention(made, len(task.target["points"]))
+    return lambda x, t: network.apply({"params": task.target}, x, t)
 
 
-def _noised(key, member, made, m):
-    """m draws from Phat_t at the member's time.   Returns: [m, d]."""
+def _noised(key, task, made, m):
+    """m draws from Phat_t at the time of a task.   Returns: [m, d]."""
     rows_key, eps_key = jax.random.split(key)
-    x0 = member.x[jax.random.randint(rows_key, (m,), 0, member.n)]
-    return process.perturb(made, x0, member.t, jax.random.normal(eps_key, x0.shape))
+    x0 = task.x[jax.random.randint(rows_key, (m,), 0, task.n)]
+    return process.perturb(made, x0, task.t, jax.random.normal(eps_key, x0.shape))
 
 
-def _fit(config, parts, members):
+def _fit(config, parts, tasks):
     """All networks at once.   Returns: train.TrainState [m, ...], last losses [m]."""
 
-    def loss(member):
-        teacher, sigma = _teacher(parts.process, member), parts.process.sigma(member.t)
+    def loss(task):
+        teacher, sigma = _teacher(parts.process, task), parts.process.sigma(task.t)
 
         def of_example(params, x, key):
-            error = training.score_fn(parts, params)(x, member.t) - teacher(x, member.t)
+            error = training.score_fn(parts, params)(x, task.t) - teacher(x, task.t)
             # In units of the noise, where both scores are of order 1 at every t.
             return jnp.mean((sigma * error) ** 2)
 
         return of_example
 
-    def batch(member, key):
-        return _noised(key, member, parts.process, config.train.batch_size)
+    def batch(task, key):
+        return _noised(key, task, parts.process, config.train.batch_size)
 
-    return ensemble.fit(config, parts, members, loss, lambda member: parts.tx, batch)
+    return ensemble.fit(config, parts, tasks, loss, lambda task: parts.tx, batch)
 
 
 def _true_params(config):
-    """Of the exact network of the truth.   Raises: ConfigError where there is none."""
+    """The params of the exact network of the truth.   Raises: ConfigError."""
     truth = build.truth(config)
     if not isinstance(truth, mixture.Mixture):
         raise build.ConfigError(
@@ -398,3 +389,8 @@ def _check_times(config, made):
 def _first(errors, limit):
     """The smallest width with an error within the limit, or None.   errors: {width}."""
     return min((w for w, error in errors.items() if error <= limit), default=None)
+
+
+STUDY = Study(
+    measure, draw, check, conclude=conclude, alike=lambda point: point.values["width"]
+)

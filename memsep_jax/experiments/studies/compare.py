@@ -517,7 +517,7 @@ def law(sets, title, see=None) -> dict:
         **far,
         "page": page,
         "excess": (far["samples"] - far["train"]) / page,
-        "interval": (float(spread["low"]), float(spread["high"])),
+        "interval": (float(spread.low), float(spread.high)),
     }
 
 

@@ -2,8 +2,8 @@
 
 EMM_eps = max {n : E R(n) >= 1 - eps} (Gu 2023, section 2), for the setting of the
 config, or for every setting of the sweep: bracketing and bisection on log n, several
-seeds for each n. Finished networks are not trained again, also where eps or the bracket
-is another one now.
+seeds for each n. Finished networks are not trained again, even after a change of eps or
+of the bracket.
 """
 
 import functools
@@ -16,35 +16,35 @@ from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import networks, results
+from memsep_jax.experiments.studies.results import AXES, OTHER
+from memsep_jax.experiments.studies.study import Study
 
-# Which ratio of a network counts: that of the weights that are sampled, and others.
-KINDS = {
+# The ratios of a network that an EMM is computed from; the first one is the result.
+RATIO_OF = {
     "ratio": "sampled weights",
     "raw": "raw weights",
     "ema": "EMA weights",
     "highest": "highest along training",
 }
-OTHER = tuple(axis for axis in grid.AXES if axis != "num_examples")
 COLUMNS = (
-    "setting", "num_examples", "d", "width", "depth", "weight_decay", "ratio", "null",
-    "raw", "ema", "highest", "emitted", "frechet", "precision", "recall", "steps",
-    "parameters", "seeds",
+    *AXES, "ratio", "null", "raw", "ema", "highest", "emitted", "frechet", "precision",
+    "recall", "steps", "parameters", "seeds",
 )  # fmt: skip
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Searches the EMM of every setting; returns when the figures are drawn."""
     with session.phase("data"):
         limits, splits = check(config)
     session.begin(splits.fingerprint, splits)
     rows, every, searches = [], [], []
     for choice in choices(config):
-        found, done = search(choice, limits, session)
-        searches.append(found)
+        outcome, done = search(choice, limits, session)
+        searches.append(outcome)
         for some, its in done:
             every += grid.points(some)
             rows += its
-        session.say(sentence(found))
+        session.say(sentence(outcome))
     results.finish(
         config, session, rows, draw, every=every, emm=searches, level=_level(config),
         columns=COLUMNS,
@@ -69,10 +69,10 @@ def at(choice, n: int):
 
 
 def check(config) -> tuple[tuple[int, int, int], data.Splits]:
-    """Everything that can be wrong, before a network is trained.
+    """Checks everything that can be wrong, before a network is trained.
 
-    Returns: the smallest and largest sizes that all settings have data for, and of what
-      they must be multiples; the data at emm.high.
+    Returns: the smallest and largest sizes that all settings have data for, and the
+      number that sizes must be multiples of; the data at emm.high.
     Raises: build.ConfigError.
     """
     low, high = config.emm.low, config.emm.high
@@ -91,7 +91,7 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
     if wrong:
         raise build.ConfigError("\n".join(wrong))
     smallest, largest, multiple = 2, high, 1
-    if config.data.name != "mixture":  # that has as many as are asked for
+    if config.data.name != "mixture":  # a mixture has as many points as one wants
         largest = min(_pool(choice) for choice in choices(config))
     for choice in choices(config):
         (first, *_) = grid.points(choice)
@@ -110,14 +110,14 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
 
 
 def _pool(choice) -> int:
-    """How many training points there are."""
+    """The number of training points of a setting."""
     config = grid.points(choice)[0].config
     config.data.update(num_examples=None, duplicates=0.0)
     return len(build.build(config).splits.train.x)
 
 
 def _classes(config) -> int:
-    """Of the source, whatever the labels of the run are."""
+    """The number of classes of the source, whatever the labels of the run are."""
     labelled = config.copy_and_resolve_references()
     labelled.data.update(labels="true", num_labels=None, num_examples=None)
     return build.build(labelled).num_classes
@@ -127,7 +127,7 @@ def search(choice, limits, session):
     """The EMM of one setting.
 
     Args: choice, of `choices`; limits, of `check`.
-    Returns: the result, and [(config, rows)] for every size that was looked at.
+    Returns: the result, and [(config, rows)] for every size that was measured.
     """
     group, level, seeds = choice.emm, _level(choice), choice.sweep.seeds
     smallest, largest, multiple = limits
@@ -141,13 +141,13 @@ def search(choice, limits, session):
         )  # fmt: skip
         if n is None:
             break
-        networks_then = (len(done) + 1) * seeds
-        if group.budget is not None and networks_then > group.budget:
+        needed = (len(done) + 1) * seeds
+        if group.budget is not None and needed > group.budget:
             ended = f"emm.budget={group.budget} networks"
             break
         some = at(choice, n)
         done[n] = some, _rows(some, session, what=f"n = {n:,}")
-        if failed := seeds - len(done[n][1]):  # the mean of the others is another one
+        if failed := seeds - len(done[n][1]):  # a mean of the others would be biased
             ended = f"{failed} failed networks of n = {n:,}"
             break
         ratio = mean(done[n][1], "ratio")
@@ -158,11 +158,11 @@ def search(choice, limits, session):
 
 
 def _rows(some, session, what):
-    """Of the networks that did not fail."""
+    """The rows of the networks that did not fail."""
     work = functools.partial(networks.measure, session=session)
     try:
         return points.run(some, session, work, what=what)
-    except points.FailedError:  # said at the end, where other sizes are known
+    except points.FailedError:  # reported at the end, if other sizes succeeded
         return []
 
 
@@ -172,22 +172,22 @@ def mean(rows, kind) -> float:
 
 
 def result(choice, rows: dict[int, list], ended=None) -> dict:
-    """What the networks at the sizes that were looked at say of the EMM.
+    """The EMM by the networks at the sizes that were measured.
 
-    Returns: for every kind of ratio, {"value", "low", "high"}; a value is None where
-      the level lies outside, and "beyond" then says on which side of which size.
+    Returns: for every ratio, {"value", "low", "high"}; a value is None where the level
+      lies outside, and "beyond" then says on which side of which size.
     """
     level, samples = _level(choice), choice.sampler.num_samples
     sizes = list(rows)
-    found = {
+    outcome = {
         "setting": grid.label(grid.points(choice)[0].values, OTHER),
         "sizes": sizes,
         "seeds": choice.sweep.seeds,
         "ended": ended,
-    }  # fmt: skip
-    for kind in KINDS:
+    }
+    for kind in RATIO_OF:
         one: dict = {"value": None, "low": None, "high": None, "beyond": None}
-        found[kind] = one
+        outcome[kind] = one
         if not sizes:
             one["beyond"] = "not known"
             continue
@@ -203,23 +203,25 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
             low, high = memorization.effective_interval(sizes, counts, samples, level)
             value = memorization.effective_memorization(sizes, means, level)
             one |= {"value": value, "low": low, "high": high}
-    return found
+    return outcome
 
 
-def sentence(found: dict) -> str:
+def sentence(outcome: dict) -> str:
     """The result of one setting for a person."""
-    name = f" ({found['setting']})" if found["setting"] else ""
-    text = f"EMM{name}: {shown(found['ratio'])}"
-    others = [
-        f"{KINDS[kind]} {shown(found[kind])}" for kind in ("raw", "ema", "highest")
-    ]
-    text += f"; {'; '.join(others)}"
-    if found["ratio"]["value"] is None and found["sizes"]:
+    name = f" ({outcome['setting']})" if outcome["setting"] else ""
+    _, *others = RATIO_OF
+    text = "; ".join(
+        [
+            f"EMM{name}: {shown(outcome['ratio'])}",
+            *(f"{RATIO_OF[kind]} {shown(outcome[kind])}" for kind in others),
+        ]
+    )
+    if outcome["ratio"]["value"] is None and outcome["sizes"]:
         text += (
             ". The level lies outside: give other emm.low and emm.high, more data, or "
             "another emm.eps"
         )
-    return text + (f" [ended by {found['ended']}]" if found["ended"] else "")
+    return text + (f" [ended by {outcome['ended']}]" if outcome["ended"] else "")
 
 
 def shown(one: dict) -> str:
@@ -237,56 +239,41 @@ def _level(config) -> float:
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the search: see `report.write_sweep`."""
-    level = metrics["level"]
-    text = " ".join(f"{sentence(found)}." for found in metrics["emm"])
-    groups: dict = {}
-    for row in metrics["table"]:
-        groups.setdefault(_setting(row), []).append(row)
-    drawn = [found for found in metrics["emm"] if found["setting"] in groups]
+    """(name, caption, figure) of each picture: see `study.Study`."""
+    level, searches = metrics["level"], metrics["emm"]
+    sentences = " ".join(f"{sentence(outcome)}." for outcome in searches)
+    groups = results.grouped(metrics["table"], results.setting)
+    drawn = [outcome for outcome in searches if outcome["setting"] in groups]
     curves, null = [], None
-    for i, found in enumerate(drawn):
-        rows = groups[found["setting"]]
-        label = found["setting"] or "memorized samples"
-        curves.append(line(rows, "ratio", label, figures.COLORS[i]))
-        value = found["ratio"]
+    for i, outcome in enumerate(drawn):
+        rows, color = groups[outcome["setting"]], figures.COLORS[i]
+        label = outcome["setting"] or "memorized samples"
+        curves.append(results.line(rows, "ratio", label, color=color))
+        value = outcome["ratio"]
         if value["value"] is not None:
             ends = [value["low"], value["value"], value["high"]]
-            curves.append(
-                figures.Line(ends, [level] * 3, style="|-", color=figures.COLORS[i])
-            )
-        null = null or line(rows, "null", "null level", figures.GREY, "--")
+            curves.append(figures.Line(ends, [level] * 3, style="|-", color=color))
+        null = null or results.line(rows, "null", "null level", "--", figures.GREY)
     yield (
         "emm",
         "Memorized samples against the number of training points; the EMM is where the "
         f"curve crosses {100 * level:.0f} %, with its 95 % interval as a bar "
-        f"(bootstrap over seeds and samples). Bands: 95 % intervals over seeds. {text}",
+        "(bootstrap over seeds and samples). Bands: 95 % intervals over seeds. "
+        + sentences,
         figures.curves([_panel("", [*curves, null])]),
     )
+    _, *others = RATIO_OF
+    panels = []
+    for outcome in drawn:
+        rows = groups[outcome["setting"]]
+        lines = [results.line(rows, kind, RATIO_OF[kind]) for kind in others]
+        panels.append(_panel(outcome["setting"] or "", lines))
     yield (
         "weights",
         "The same by raw and by EMA weights at the end, and the highest ratio of all "
-        "snapshots of either, which the paper keeps.",
-        figures.curves(
-            [
-                _panel(found["setting"] or "", [
-                    line(groups[found["setting"]], kind, text)
-                    for kind, text in list(KINDS.items())[1:]
-                ])
-                for found in drawn
-            ]
-        ),
-    )  # fmt: skip
-
-
-def line(rows, kind, label, color=None, style="o-"):
-    """A ratio against n, from rows of metrics.json's table."""
-    rows = sorted(rows, key=lambda row: row["num_examples"])
-    mean, low, high = (
-        np.array([row[kind][k] for row in rows], float) for k in ("mean", "low", "high")
+        "snapshots of either, which the paper reports.",
+        figures.curves(panels),
     )
-    n = [row["num_examples"] for row in rows]
-    return figures.Line(n, mean, label, low, high, style, color)
 
 
 def _panel(title, lines):
@@ -296,5 +283,4 @@ def _panel(title, lines):
     )  # fmt: skip
 
 
-def _setting(row):
-    return grid.label(row, OTHER)
+STUDY = Study(run=run, draw=draw, joint=True)

@@ -1,6 +1,6 @@
 """Many small networks of one shape, trained and sampled in one compiled program.
 
-Experiment `ensemble`: the points of config.sweep, a network each. Networks that differ
+Experiment `ensemble`: a network for each point of config.sweep. Networks that differ
 only in seed, number of points or weight decay are one vmapped ensemble.
 """
 
@@ -16,40 +16,30 @@ from memsep_jax import data, memorization, mixture, sampling, train
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import results
+from memsep_jax.experiments.studies.study import Study
 
 
 class Members(NamedTuple):
-    """What the networks of an ensemble do not share, stacked."""
+    """What differs between the networks of an ensemble, stacked."""
 
     x: jax.Array  # [m, n_max, *e] training points, padded
-    n: jax.Array  # [m] how many of them are real
+    n: jax.Array  # [m] the number of real ones
     weight_decay: jax.Array  # [m]
     keys: Any  # build.Keys of [m] keys
 
 
-def run(config, session, resume_step=None):
-    """Trains and measures every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        if config.measure.likelihood:
-            build.truth(config)
-        parts = grid.check(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    rows = points.run(
-        config,
-        session,
-        functools.partial(measure, session=session),
-        alike=grid.shape,
-        what="networks",
-    )
-    results.finish(config, session, rows, draw)
+def check(config) -> build.Parts:
+    """The parts of the first point.   Raises: ConfigError."""
+    if config.measure.likelihood:
+        build.truth(config)
+    return grid.check(config)
 
 
 def measure(points, session):
     """Trains the networks of some points of one shape.
 
-    Yields: for each, the numbers of a row, or the error that it alone failed with.
+    Yields: for each point its numbers, or the error that it alone failed with.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
@@ -82,92 +72,39 @@ def measure(points, session):
         }
         with session.phase("neighbours"):
             held_out = None if own.splits.held_out is None else own.splits.held_out.x
-            found = memorization.ratio(
-                samples,
-                np.asarray(own.splits.train.x),
-                held_out,
-                config.memorization.threshold,
-            )
-        low, high = found.interval
+            train_x = np.asarray(own.splits.train.x)
+            threshold = config.memorization.threshold
+            result = memorization.ratio(samples, train_x, held_out, threshold)
+        low, high = result.interval
         row |= {
-            "ratio": found.value,
+            "ratio": result.value,
             "ratio_low": low,
             "ratio_high": high,
-            "null": np.nan if found.null is None else found.null,
+            "null": np.nan if result.null is None else result.null,
             "samples": samples,
-            "memorized": found.memorized,
-            "train": np.asarray(own.splits.train.x)[: len(samples)],
+            "memorized": result.memorized,
+            "train": train_x[: len(samples)],
         }
         yield row
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
+    """(name, caption, figure) of each picture: see `study.Study`."""
     rows = metrics["table"]
     varied = [a for a in grid.AXES if len({row.get(a) for row in rows}) > 1]
     varied = varied or [next(a for a in grid.AXES if a in rows[0])]
     *others, axis = sorted(varied, key=lambda a: a != "setting")
     label = grid.LABELS[axis]
-    if axis == "setting":  # no number: its place in the table
+    if axis == "setting":  # not a number: its place in the table stands for it
         label += ", by its place in the table"
         places = {row[axis]: i for i, row in enumerate(rows, 1)}
         rows, points = (
             [row | {axis: np.asarray(places[str(row[axis])])} for row in some]
             for some in (rows, points)
         )
-    groups: dict[str | None, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(grid.label(row, others), []).append(row)
-
-    def lines(name):
-        for label, group in groups.items():
-            x = [row[axis] for row in group]
-            values = (
-                [np.nan if row[name][k] is None else row[name][k] for row in group]
-                for k in ("mean", "low", "high")
-            )
-            mean, low, high = map(np.asarray, values)
-            yield figures.Line(x, mean, label, low, high)
-
-    scales = {"weight_decay": "symlog", "setting": "linear"}
-    scale = {"xscale": scales.get(axis, "log")}
-    scale |= {"xlabel": label}
-    (null, *_) = lines("null")
-    null = null._replace(style="--", color="#666666", label="null level", low=None)
-    panels = [
-        figures.Panel(
-            "copies", [*lines("ratio"), null], ylabel="memorized samples",
-            yscale="linear", percent=True, **scale,
-        )
-    ]  # fmt: skip
-    if "log_likelihood" in rows[0]:
-        panels.append(
-            figures.Panel(
-                "held-out points", list(_lost(points, others, axis)),
-                ylabel="log-likelihood below the truth's, nats", **scale,
-            )
-        )  # fmt: skip
-    caption = "Share of memorized samples against " + label
-    if len(panels) > 1:
-        caption += (
-            ". Right, how far the log-likelihood of held-out points under the model, "
-            "by its probability-flow ODE, lies below that under the truth: medians "
-            "over points and seeds, the range of the seeds as a band, 0.01 where it is "
-            "less"
-        )
-    yield "curves", caption + ".", figures.curves(panels)
+    yield _curves(rows, points, others, axis, label)
     if len(varied) == 2:
-        columns, names = (sorted({row[a] for row in rows}) for a in varied)
-        shares = np.full((len(names), len(columns)), np.nan)
-        for row in rows:
-            place = names.index(row[varied[1]]), columns.index(row[varied[0]])
-            value = row["ratio"]["mean"]
-            shares[place] = np.nan if value is None else value
-        label = [grid.LABELS[a] for a in varied]
-        figure = figures.heatmap(
-            shares, names, columns, label[1], label[0], "memorized samples"
-        )
-        yield "heatmap", "The same as a table of means over the seeds.", figure
+        yield _heatmap(rows, varied)
     first = [point for point in points if int(point["seed"]) == 0]
     if first and {point["samples"].shape[1:] for point in first} == {(2,)}:
         panels = []
@@ -180,19 +117,66 @@ def draw(metrics, points):
         yield "clouds", caption, figures.clouds(panels)
 
 
+def _curves(rows, points, others, axis, label):
+    """Memorized samples and lost likelihood against an axis."""
+    groups = results.grouped(rows, lambda row: grid.label(row, others))
+
+    def lines(name):
+        for text, group in groups.items():
+            x = [row[axis] for row in group]
+            yield figures.line(x, [row[name] for row in group], text)
+
+    scales = {"weight_decay": "symlog", "setting": "linear"}
+    scale = {"xlabel": label, "xscale": scales.get(axis, "log")}
+    (null, *_) = lines("null")
+    null = null._replace(style="--", color="#666666", label="null level", low=None)
+    panels = [
+        figures.Panel(
+            "copies", [*lines("ratio"), null], ylabel="memorized samples",
+            yscale="linear", percent=True, **scale,
+        )
+    ]  # fmt: skip
+    caption = "Share of memorized samples against " + label
+    if "log_likelihood" in rows[0]:
+        panels.append(
+            figures.Panel(
+                "held-out points", list(_lost(points, others, axis)),
+                ylabel="log-likelihood below the truth's, nats", **scale,
+            )
+        )  # fmt: skip
+        caption += (
+            ". Right, how far the log-likelihood of held-out points under the model, "
+            "by its probability-flow ODE, lies below that under the truth: medians "
+            "over points and seeds, with the range of the seeds as a band; less than "
+            "0.01 is shown as 0.01"
+        )
+    return "curves", caption + ".", figures.curves(panels)
+
+
+def _heatmap(rows, varied):
+    """Memorized samples as a table of the two axes that vary."""
+    columns, names = (sorted({row[a] for row in rows}) for a in varied)
+    shares = np.full((len(names), len(columns)), np.nan)
+    for row in rows:
+        place = names.index(row[varied[1]]), columns.index(row[varied[0]])
+        shares[place] = figures.Interval.read(row["ratio"]).mean
+    across, down = (grid.LABELS[axis] for axis in varied)
+    figure = figures.heatmap(shares, names, columns, down, across, "memorized samples")
+    return "heatmap", "The same as a table of means over the seeds.", figure
+
+
 def _lost(points, others, axis):
     """Lines of the nats that each network loses: median and range over the seeds."""
-    groups: dict[str | None, dict] = {}
-    for point in points:
-        label = grid.label(point, others)
-        nats = point["truth_log_likelihood"] - point["log_likelihood"]
-        line = groups.setdefault(label, {})
-        line.setdefault(point[axis].item(), []).append(max(nats.item(), 0.01))
-    for label, line in groups.items():
+    groups = results.grouped(points, lambda point: grid.label(point, others))
+    for label, some in groups.items():
+        nats: dict = {}
+        for point in some:
+            lost = point["truth_log_likelihood"] - point["log_likelihood"]
+            nats.setdefault(point[axis].item(), []).append(max(lost.item(), 0.01))
         middle, low, high = (
-            [f(values) for values in line.values()] for f in (np.median, min, max)
+            [f(values) for values in nats.values()] for f in (np.median, min, max)
         )
-        yield figures.Line(list(line), middle, label, low, high)
+        yield figures.Line(list(nats), middle, label, low, high)
 
 
 def learn(configs, built):
@@ -255,17 +239,17 @@ def fit(config, parts, members, loss, tx, batch):
     state = jax.jit(jax.vmap(init))(members)
     advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
 
-    def steps(found, members, first, last):
-        return advance(found[0], members, first, last)
+    def steps(carry, members, first, last):
+        return advance(carry[0], members, first, last)
 
     state, losses = record.paced(steps)((state, None), parts.steps, members)
     return state, np.asarray(losses)
 
 
 def failures(applied, steps: int) -> list[train.NonFiniteError | None]:
-    """For each network why it failed, None where it did not: nan spoils no other.
+    """The error of each network, None where it succeeded: nan spreads to no other.
 
-    Args: applied [m], the steps of training that were finite, of so many steps.
+    Args: applied [m], the number of training steps that were finite; steps, of all.
     """
     return [
         None
@@ -297,7 +281,7 @@ def _members(configs, built):
 
 
 def _samples(config, parts, weights, configs):
-    """[m, num_samples, *e], each network from its own seed."""
+    """Samples [m, num_samples, *e], of each network from its own seed."""
     keys = jnp.stack([build.keys(c.seed).sample for c in configs])
     keys = jax.vmap(lambda key: jax.random.split(key, config.sampler.num_samples))(keys)
 
@@ -343,11 +327,14 @@ def _likelihoods(config, parts, weights, built, configs):
         value, known = value.astype(np.float64), np.asarray(known, np.float64)
         rows.append(
             {
-                # The median first: the flow of an overfitted network throws some
-                # points far away, and the mean is theirs.
+                # The median, because the flow of an overfitted network throws some
+                # points far away, and these few decide the mean.
                 "log_likelihood": np.median(value),
                 "log_likelihood_mean": value.mean(),
                 "truth_log_likelihood": np.median(known),
             }
         )
     return rows
+
+
+STUDY = Study(measure, draw, check, alike=grid.shape, what="networks")

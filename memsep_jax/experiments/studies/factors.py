@@ -1,46 +1,29 @@
-"""What drives memorization: a grid over any fields, one picture and table a factor.
+"""What drives memorization: a grid over any fields, with a picture for each factor.
 
-Each of sweep.points changes some fields of the config; {} is the base. What
-differs in the value of the same fields is one factor (Gu 2023, sections 4 to 6).
+Each of sweep.points changes some fields of the config; {} is the base. Points that
+give other values to the same field are one factor (Gu 2023, sections 4 to 6).
 """
 
 import ast
-import functools
 from typing import NamedTuple
-
-import numpy as np
 
 from memsep_jax.experiments.config import grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import networks, results
 from memsep_jax.experiments.studies.emm import COLUMNS
+from memsep_jax.experiments.studies.study import Study
 
 
 class Value(NamedTuple):
     """One value of a factor."""
 
     factor: str  # the fields, such as "model.width"
-    number: float | None  # where it is one
+    number: float | None  # None where the value is not a number
     text: str
 
 
-def run(config, session, resume_step=None):
-    """Trains and measures every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        parts = grid.check(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    work = functools.partial(networks.measure, session=session)
-    rows = points.run(config, session, work, what="networks")
-    table = results.over_seeds(rows, grid.points(config))
-    results.finish(
-        config, session, rows, draw, columns=COLUMNS, base=base_values(config),
-        groups=groups(table),
-    )  # fmt: skip
-
-
 def value_of(setting: str) -> Value:
-    """What a setting says: its first field is the factor, the others go with it.
+    """The value that a setting gives to its first field, the factor.
 
     "train.batch_size=128; optimizer.lr=1e-3" is the value 128 of train.batch_size.
     """
@@ -56,7 +39,7 @@ def value_of(setting: str) -> Value:
 
 
 def base_values(config) -> dict:
-    """What the config itself has for each factor; None where it is not set."""
+    """The config's own value of each factor; None where it is not set."""
     settings = map(grid.fields_of, grid.axes(config).get("setting", ()))
     factors = {next(iter(fields)) for fields in settings if fields}
     places = {factor: factor.partition(".") for factor in factors}
@@ -64,23 +47,24 @@ def base_values(config) -> dict:
 
 
 def groups(table) -> dict[str, list[int]]:
-    """Which rows of the table belong to a factor; the base to all of them."""
+    """The indices of the table's rows of each factor; the base belongs to all."""
     base = [i for i, row in enumerate(table) if not row.get("setting")]
-    found: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}
     for i, row in enumerate(table):
         if row.get("setting"):
-            found.setdefault(value_of(row["setting"]).factor, list(base)).append(i)
+            members.setdefault(value_of(row["setting"]).factor, list(base)).append(i)
     for axis in grid.AXES:
         values = {row[axis] for row in table if axis in row}
         if axis not in ("setting", "num_examples") and len(values) > 1:
-            found[axis] = list(base)
-    return found or {"num_examples": base}
+            members[axis] = list(base)
+    return members or {"num_examples": base}
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of every factor: see `report.write_sweep`."""
+    """(name, caption, figure) of each picture: see `study.Study`."""
     table = metrics["table"]
-    for i, (factor, members) in enumerate(groups(table).items()):  # without gaps
+    # Grouped again: the table has no rows of points that failed.
+    for i, (factor, members) in enumerate(groups(table).items()):
         rows = [table[k] for k in members]
         yield (
             f"factor_{i}",
@@ -98,31 +82,26 @@ def _panel(factor, rows, base):
         ticks = list(dict.fromkeys(named))
         rows = [row for _, row in placed]
         placed = [(ticks.index(k), row) for k, row in zip(named, rows, strict=True)]
-    lines: dict[str | None, list] = {}
-    for place, row in sorted(placed, key=lambda pair: pair[0]):
-        others = [a for a in grid.AXES if a not in ("setting", factor)]
-        lines.setdefault(grid.label(row, others), []).append((place, row))
-    drawn = []
-    for i, (label, some) in enumerate(lines.items()):
+    placed.sort(key=lambda pair: pair[0])
+    others = [axis for axis in grid.AXES if axis not in ("setting", factor)]
+    by_label = results.grouped(placed, lambda pair: grid.label(pair[1], others))
+    lines = []
+    for i, (label, some) in enumerate(by_label.items()):
         color = figures.COLORS[i % len(figures.COLORS)]
         x = [place for place, _ in some]
+        ratio, null = ([row[name] for _, row in some] for name in ("ratio", "null"))
         style = "o-" if ticks is None else "o"
-        for kind, kind_style, text in (("ratio", style, label), ("null", "--", None)):
-            mean, low, high = (
-                np.array([row[kind][k] for _, row in some], float)
-                for k in ("mean", "low", "high")
-            )
-            ends = (low, high) if kind == "ratio" else (None, None)
-            drawn.append(figures.Line(x, mean, text, *ends, kind_style, color))
+        lines.append(figures.line(x, ratio, label, style, color))
+        lines.append(figures.line(x, null, None, "--", color)._replace(low=None))
     return figures.Panel(
-        "", drawn, grid.LABELS.get(factor, factor), "memorized samples",
+        "", lines, grid.LABELS.get(factor, factor), "memorized samples",
         xscale=_scale([place for place, _ in placed]) if ticks is None else "linear",
         yscale="linear", percent=True, ticks=ticks,
     )  # fmt: skip
 
 
 def _place(factor, row, base):
-    """Where a row stands on the axis of a factor: a number, or a text."""
+    """The place of a row on the axis of a factor: a number, or a text."""
     if factor in row:
         return row[factor]
     if not row.get("setting"):
@@ -141,3 +120,13 @@ def _scale(places):
     if min(places) > 0:
         return "log" if max(places) >= 4 * min(places) else "linear"
     return "symlog" if max(places) > 0 else "linear"
+
+
+def _conclude(config, rows, parts, session):
+    table = results.over_seeds(rows, grid.points(config))
+    return {"base": base_values(config), "groups": groups(table)}
+
+
+STUDY = Study(
+    networks.measure, draw, conclude=_conclude, columns=COLUMNS, what="networks"
+)

@@ -1,7 +1,8 @@
 """The loss gap against time: where the empirical score loses less than the truth.
 
-Experiment `loss_gap` (Ye 2025, Figure 1). No network: each point of config.sweep is a
-truth and n draws of it, and all numbers are exact but for the draws of X_t.
+Experiment `loss_gap` (Ye 2025, Figure 1). There is no network: each point of
+config.sweep is a truth and n draws of it, and all numbers are exact but for the draws
+of X_t.
 """
 
 import functools
@@ -15,55 +16,61 @@ from memsep_jax import empirical, gap, mixture
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import results
+from memsep_jax.experiments.studies.study import Study
 
-MARKS = ("o-", "s--", "^:", "D-.", "v-")  # of each n, where the colour is that of d
+MARKS = ("o-", "s--", "^:", "D-.", "v-")  # one for each n, where the colour shows d
 
 
-def run(config, session, resume_step=None):
-    """Measures every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        parts = grid.check(config)
-        build.truth(config)
-        if config.data.law not in (None, "separated"):
-            raise build.ConfigError(
-                f"data.law={config.data.law}: the saturated loss gap and the collapse "
-                "time are known for components of unit variance: data.law=separated"
-            )
-    session.begin(parts.splits.fingerprint, parts.splits)
-    look = jax.jit(
-        functools.partial(curves, process=parts.process, m=config.measure.draws)
-    )
-    times = jnp.asarray(config.measure.times)
+def check(config) -> build.Parts:
+    """The parts of the first point.   Raises: ConfigError."""
+    parts = grid.check(config)
+    build.truth(config)
+    if config.data.law not in (None, "separated"):
+        raise build.ConfigError(
+            f"data.law={config.data.law}: the saturated loss gap and the collapse "
+            "time are known for components of unit variance: data.law=separated"
+        )
+    return parts
 
-    def work(points):
-        for point in points:
-            with session.phase("data"):
-                own, truth = build.build(point.config), build.truth(point.config)
-            with session.phase("measure"):
-                data = jnp.asarray(own.splits.train.x)
-                key = build.keys(point.config.seed).evaluate
-                found = jax.block_until_ready(look(truth, data, times, key))
-                n, (k, d) = own.splits.num_distinct, truth.means.shape
-                # One point of each component never overlaps another.
-                collapse = gap.collapse_time(n, k, d, own.process) if n > k else np.inf
-                bound = gap.information_bound(jnp.ones(d), own.process, times[0], n)
-            about = {"times": config.measure.times, "collapse_time": collapse}
-            yield found | about | {"bound": bound}
 
-    rows = points.run(config, session, work)
+def share(config, parts, session) -> dict:
+    """The compiled `curves`, one program for all points of a size."""
+    of_all = {"process": parts.process, "m": config.measure.draws}
+    return {"compiled": jax.jit(functools.partial(curves, **of_all))}
+
+
+def measure(points, session, compiled):
+    """Yields, for each point, its curves and numbers."""
+    for point in points:
+        config = point.config
+        times = jnp.asarray(config.measure.times)
+        with session.phase("data"):
+            parts, truth = build.build(config), build.truth(config)
+        with session.phase("measure"):
+            data, key = jnp.asarray(parts.splits.train.x), build.keys(config.seed)
+            row = jax.block_until_ready(compiled(truth, data, times, key.evaluate))
+            n, (k, d) = parts.splits.num_distinct, truth.means.shape
+            # One point of each component never overlaps another.
+            collapse = gap.collapse_time(n, k, d, parts.process) if n > k else np.inf
+            bound = gap.information_bound(jnp.ones(d), parts.process, times[0], n)
+        about = {"times": config.measure.times, "collapse_time": collapse}
+        yield row | about | {"bound": bound}
+
+
+def conclude(config, rows, parts, session) -> dict:
+    """Writes and shows the ratio of the gap to its saturated value."""
     table = results.over_seeds(rows)
     session.lead()
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
     session.say(_ratios(table))
-    results.finish(config, session, rows, draw)
+    return {}
 
 
 def curves(truth, data, times, key, process, m):
-    """Everything about the loss gap of one data set (Ye 2025, section 4).
+    """The loss gap of one data set and what explains it (Ye 2025, section 4).
 
-    Args: truth of unit variances, data [n, d], times [k] increasing, m draws a time.
+    Args: truth of unit variances, data [n, d], times [k] increasing, m draws per time.
     Returns:
       dict of [k]: gap (the Fisher form), loss_side (of Proposition 4.1), difference
       (draw by draw), each with its standard error; saturated, ratio (gap over it);
@@ -81,9 +88,9 @@ def curves(truth, data, times, key, process, m):
         x, _ = gap.noised(key, data, process, t, m)  # the draws of both sides
         fresh = mixture.sample(fresh_key, mixture.diffuse(truth, process, t), m)
         seen = jax.lax.map(lambda x: posterior(x, t), x, batch_size=gap.BATCH)
-        # One pass over the data gives the scores too: `floor` takes them as they are.
+        # The pass over the data that gave the posterior gives the scores too.
         fitted = (process.alpha(t) * seen.mean - x) / process.sigma(t) ** 2
-        least = gap.floor(lambda score, t: score, process, fitted, t)
+        least = gap.floor_of(fitted, process, t)
         saturated = gap.saturated(jnp.ones(data.shape[1]), process, t)
         return {
             **_estimate("gap", both.fisher),
@@ -101,11 +108,11 @@ def curves(truth, data, times, key, process, m):
         return gap.kl(truth, data, process, t, key, m).value
 
     curve_key, kl_key = jax.random.split(key)
-    found = gap.curve(at, times, curve_key)
+    along = gap.curve(at, times, curve_key)
     first, last = gap.curve(kl, times[jnp.array([0, -1])], kl_key)
-    measured = gap.Estimate(found["gap"], found["gap_error"])
+    measured = gap.Estimate(along["gap"], along["gap_error"])
     return {
-        **found,
+        **along,
         "integral": gap.kl_integral(times, measured, process).value,
         "twice_kl": 2 * (first - last),
         "remaining": 2 * last,
@@ -113,10 +120,8 @@ def curves(truth, data, times, key, process, m):
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
-    groups: dict[int, list[dict]] = {}
-    for row in metrics["table"]:
-        groups.setdefault(row.get("d"), []).append(row)
+    """(name, caption, figure) of each picture: see `study.Study`."""
+    groups = results.grouped(metrics["table"], lambda row: row.get("d"))
     gaps, floors, ratios, weights = [], [], [], []
     for number, (d, rows) in enumerate(groups.items()):
         title = "" if d is None else f"d = {d}"
@@ -125,8 +130,8 @@ def draw(metrics, points):
             label, color = grid.label(row, ["num_examples"]), _of(figures.COLORS, i)
             lines += [_line(row, "gap", label, color), _mark(row, color)]
             floor_lines.append(_line(row, "floor_empirical", label, color))
-            collapse, _, _ = _values(row, "collapse_time")  # nan: it never does
-            if len(groups) > 1:  # one colour a d, one marker an n
+            collapse = figures.Interval.read(row["collapse_time"]).mean  # nan: never
+            if len(groups) > 1:  # a colour for each d, a marker for each n
                 label = title if i == 0 else None
                 color = _of(figures.COLORS, number)
             for chosen, name in ((ratios, "ratio"), (weights, "largest")):
@@ -178,21 +183,14 @@ def _estimate(name, estimate):
     return {name: estimate.value, f"{name}_error": estimate.error}
 
 
-def _values(row, name):
-    """Mean, low and high of a row as arrays: null on disk is nan again."""
-    return (np.asarray(row[name][k], float) for k in ("mean", "low", "high"))
-
-
 def _line(row, name, label, color=None, style="o-"):
-    mean, low, high = _values(row, name)
-    return figures.Line(
-        np.asarray(row["times"]["mean"]), mean, label, low, high, style, color
-    )
+    times = np.asarray(row["times"]["mean"])
+    return figures.line(times, row[name], label, style, color)
 
 
 def _mark(row, color):
     """A short vertical line through the saturated value at the collapse time."""
-    t, _, _ = _values(row, "collapse_time")
+    t = figures.Interval.read(row["collapse_time"]).mean
     known = np.interp(
         np.log(t), *np.log([row[k]["mean"] for k in ("times", "saturated")])
     )
@@ -201,14 +199,13 @@ def _mark(row, color):
 
 
 def _columns(table):
-    """The curves of all points, one row a time, for ratio.csv."""
+    """The curves of all points, a row for each time, for ratio.csv."""
     columns: dict[str, list] = {}
     for row in table:
         for axis in grid.AXES:
             if axis in row:
-                columns.setdefault(axis, []).extend(
-                    [row[axis]] * len(row["times"]["mean"])
-                )
+                values = [row[axis]] * len(row["times"]["mean"])
+                columns.setdefault(axis, []).extend(values)
         for name in ("times", "gap", "saturated", "ratio"):
             columns.setdefault(name, []).extend(row[name]["mean"])
         for end in ("low", "high"):
@@ -217,18 +214,18 @@ def _columns(table):
 
 
 def _ratios(table):
-    """The ratios for the terminal: a row a time, a column a point."""
+    """The ratios for the terminal: times down, points across."""
     shown = Table(title="loss gap / saturated value")
     shown.add_column("time", justify="right")
     cells = []
     for row in table:
         shown.add_column(grid.label(row, ["d", "num_examples"]), justify="right")
-        cells.append(
-            [
-                f"{m:.2f} [{a:.2f}, {b:.2f}]"
-                for m, a, b in zip(*_values(row, "ratio"), strict=True)
-            ]
-        )
+        mean, _, low, high = figures.Interval.read(row["ratio"])
+        triples = zip(mean, low, high, strict=True)
+        cells.append([f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in triples])
     for t, *row in zip(table[0]["times"]["mean"], *cells, strict=True):
         shown.add_row(f"{t:g}", *row)
     return shown
+
+
+STUDY = Study(measure, draw, check, share, conclude)

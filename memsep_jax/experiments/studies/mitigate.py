@@ -2,12 +2,12 @@
 
 Experiments `prune` and `mitigate`: every one of sweep.points is a network that is
 trained with some switches of the config (or taken from models/, or from prune.source),
-pruned where prune.ratio asks for it, fine-tuned, and looked at on the way. The point
+pruned where prune.ratio asks for it, fine-tuned, and measured on the way. The point
 {} is the control: neither switches nor pruning, and the same extra steps.
 
-The re-test, where measure.targets asks for it: what the final network emits in more
-samples, what a gradient search for an initial noise finds, and what it emits after
-fine-tuning without the switches.
+Where measure.targets asks for it, a re-test follows: what the final network emits in
+more samples, what a gradient search for an initial noise finds, and what the network
+emits after fine-tuning without the switches.
 """
 
 import functools
@@ -35,13 +35,14 @@ from memsep_jax.experiments.studies.pruning import (
     tuner,
     watcher,
 )
+from memsep_jax.experiments.studies.study import Study
 from memsep_jax.train import NonFiniteError
 
-# What `Tools` depend on, besides the seed.
+# The groups of a config that `Programs` depend on, beside the seed.
 SAMPLING = (
     "data", "process", "prediction", "model", "sampler", "memorization", "measure",
 )  # fmt: skip
-MORE = 4  # times as many samples in the re-test
+MORE = 4  # the re-test draws so many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
     "frechet",
@@ -57,8 +58,8 @@ RETEST = {
 }
 
 
-class Tools(NamedTuple):
-    """What networks of one seed and shape share, however they are trained."""
+class Programs(NamedTuple):
+    """The compiled programs of one seed and shape, however a network is trained."""
 
     generate: Callable  # (weights, start, stop) -> samples
     watch: Callable  # `pruning.watcher`
@@ -66,70 +67,69 @@ class Tools(NamedTuple):
     find: Callable  # `finder`
 
 
-def run(config, session, resume_step=None):
-    """Trains, prunes and measures every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        parts = grid.check(config)
-        source = _source(config, parts, session.say)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    shared: dict[str, Tools] = {}  # compiled once, not for every way of training
+def share(config, parts, session) -> dict:
+    """The state of prune.source, and programs that are compiled once for all points."""
+    source = _source(config, parts, session.say)
+    known: dict[str, Programs] = {}
 
-    def work(points):
-        key = networks.tag(points[0].config, SAMPLING)
-        if key not in shared:
-            shared[key] = _tools(config, points[0], session)
-        return measure(points, shared[key], session, source)
+    def programs_of(point):
+        key = networks.tag(point.config, SAMPLING)
+        if key not in known:
+            known[key] = _programs(config, point, session)
+        return known[key]
 
-    rows = points.run(config, session, work, alike=_alike, what="networks")
-    _compare(rows)
-    # A frontier without some of its points would be another one.
-    of_all = results.whole(
-        config, rows, lambda values: family(str(values.get("setting", "")))[0]
-    )
-    results.finish(
-        config, session, rows, draw, columns=COLUMNS, matched=matched(of_all)
-    )
+    return {"programs_of": programs_of, "source": source}
 
 
-def measure(some, tools, session, source=None):
-    """Everything about some points that differ in no more than what is pruned.
+def measure(some, session, programs_of, source):
+    """Trains, prunes and measures points that differ in nothing but what is pruned.
 
-    Args: source, the state to start from; None: it is trained.
-    Yields: for each, the numbers of a row, or the error that it alone failed with.
+    Args: source, the state to start from, or None to train one.
+    Yields: for each point its numbers, or the error that it alone failed with.
     """
-    config = some[0].config
+    config, programs = some[0].config, programs_of(some[0])
     with session.phase("data"):
         parts = build.build(config)
     try:
-        params = _trained(config, parts, session, tools.generate, source)
+        params = _trained(config, parts, session, programs.generate, source)
     except NonFiniteError as error:  # they share the network
         yield from [error] * len(some)
         return
     tune, measured, done = tuner(config, parts), {}, {}
 
-    def look(point):
+    def one(point):
         with session.phase("prune"):
             stays = keep(point.config, parts, params, measured)
             which = stays.tobytes()
             if which not in done:  # two criteria may agree
-                # What is trained otherwise, and not pruned, is as it was trained.
-                more = (
-                    tune if not (stays.all() and point.values.get("setting")) else None
+                # An unpruned network of a setting stays as it was trained.
+                tuned = not (stays.all() and point.values.get("setting"))
+                done[which] = cut(
+                    config, params, stays, programs.watch, tune if tuned else None
                 )
-                done[which] = cut(config, params, stays, tools.watch, more)
-            found = done[which]
-        row = _row(point.config, found)
+            pruned = done[which]
+        row = _row(point.config, pruned)
         row |= cost(parts, params, stays, config.prune.group)
         if config.measure.targets:
             with session.phase("re-test"):
-                row |= retest(config, parts, found, tools)
+                row |= retest(config, parts, pruned, programs)
         return row
 
     for point in some:
-        yield points.attempt(look, point)
+        yield points.attempt(one, point)
 
 
-def _tools(config, point, session) -> Tools:
+def conclude(config, rows, parts, session) -> dict:
+    """Every way of pruning against random pruning.   Adds frechet_rise to the rows."""
+    _compare(rows)
+    # A frontier that lacks some of its points is not the frontier.
+    complete = results.whole(
+        config, rows, lambda values: family(str(values.get("setting", "")))[0]
+    )
+    return {"matched": matched(complete)}
+
+
+def _programs(config, point, session) -> Programs:
     """Args: config, of the sweep: without the setting of the point."""
     one, plain = point.config, grid.seeded(config, point.values["seed"])
     dropout = plain.model.dropout
@@ -137,7 +137,7 @@ def _tools(config, point, session) -> Tools:
     plain.model.dropout = dropout
     parts = build.build(one)
     generate = training_run.network_samples(one, parts, session)
-    return Tools(
+    return Programs(
         generate,
         watcher(one, parts, generate),
         tuner(plain, build.build(plain)),
@@ -145,20 +145,20 @@ def _tools(config, point, session) -> Tools:
     )
 
 
-def _row(config, found: Pruned):
-    """What is final, and what it was on the way."""
-    last = -1 if config.prune.ratio else 0  # what lost nothing is as it was trained
-    row = {name: values[last] for name, values in found.numbers.items()}
+def _row(config, pruned: Pruned):
+    """The numbers of the final network, and those on the way."""
+    last = -1 if config.prune.ratio else 0  # an unpruned network is as it was trained
+    row = {name: values[last] for name, values in pruned.numbers.items()}
     for name in ("ratio", "emitted", "frechet", "precision", "recall"):
-        row[f"untuned_{name}"] = found.numbers[name][0]
-        row[f"tuned_{name}"] = found.numbers[name][-1]
-        row[f"along_{name}"] = found.numbers[name]
-    removed = int((~found.keep).sum())
-    return row | {"steps": found.steps, "removed": removed, "keep": found.keep}
+        row[f"untuned_{name}"] = pruned.numbers[name][0]
+        row[f"tuned_{name}"] = pruned.numbers[name][-1]
+        row[f"along_{name}"] = pruned.numbers[name]
+    removed = int((~pruned.keep).sum())
+    return row | {"steps": pruned.steps, "removed": removed, "keep": pruned.keep}
 
 
 def _compare(rows):
-    """Adds frechet_rise: over the control of the same seed, as it was trained."""
+    """Adds frechet_rise, above the control of the same seed as it was trained."""
     controls = {
         int(row["seed"]): row["frechet"] for row in rows if not row.get("setting")
     }
@@ -172,7 +172,7 @@ def _compare(rows):
 
 
 def _alike(point):
-    """Equal for points that differ in nothing but which units fall."""
+    """A key that is equal for points that differ only in which units are removed."""
     known = build.to_json(point.config)
     del known["prune"]["criterion"], known["prune"]["ratio"]
     return json.dumps(known, sort_keys=True)
@@ -180,10 +180,9 @@ def _alike(point):
 
 def _trained(config, parts, session, generate, source):
     """The weights that are sampled, trained here unless they come from `source`."""
+    state = source
     if source is None:
         state = networks.trained(config, parts, session, generate)
-    else:
-        state = source
     return training.sampled_weights(state, config)
 
 
@@ -196,8 +195,8 @@ def _source(config, parts, say=lambda text: None):
         return None
     path = Path(config.prune.source)
     like = training_run.initial_state(config, parts)
-    look = functools.partial(_newest, path, like, parts)
-    return networks.awaited(look, path, config.run.wait, say)
+    newest = functools.partial(_newest, path, like, parts)
+    return networks.awaited(newest, path, config.run.wait, say)
 
 
 def _newest(path, like, parts):
@@ -222,31 +221,31 @@ def _newest(path, like, parts):
 # Does it come back?
 
 
-def retest(config, parts, found: Pruned, tools: Tools) -> dict:
+def retest(config, parts, pruned: Pruned, programs: Programs) -> dict:
     """More samples, a search for initial noise, and fine-tuning without the switches.
 
-    Returns: shares of the training points: emitted by other samples, found by search
-      (and held-out ones alike), emitted after fine-tuning.
+    Returns: shares of the training points: emitted by other samples, found by the
+      search (and of held-out points), emitted after fine-tuning.
     """
-    m = config.sampler.num_samples
-    row = {"emitted_more": tools.watch(found.weights, m, MORE * m)["emitted"]}
-    row |= search(config, parts, found.weights, tools.find)
-    # As many steps as pruned networks have; what was pruned stays so.
-    again = cut(config, found.weights, found.keep, tools.watch, tools.tune)
+    m, weights = config.sampler.num_samples, pruned.weights
+    row = {"emitted_more": programs.watch(weights, m, MORE * m)["emitted"]}
+    row |= search(config, parts, weights, programs.find)
+    # As many steps as pruned networks get; removed units stay removed.
+    again = cut(config, weights, pruned.keep, programs.watch, programs.tune)
     return row | {
         f"again_{name}": again.numbers[name][-1] for name in ("ratio", "emitted")
     }
 
 
 def finder(config, parts):
-    """(weights, targets [k, *e], keys [k]) -> what the nearest noises give, [k, *e]."""
+    """(weights, targets [k, *e], keys [k]) -> samples [k, *e] of the nearest noises."""
     start, shape = parts.times[0], parts.splits.train.x.shape[1:]
     radius = float(parts.process.sigma(start)) * math.sqrt(math.prod(shape))
     name = config.sampler.name
     method = name if name in sampling.ODE_METHODS else "heun"
 
     def flow_of(weights):
-        # checkpoint: the trajectory is kept, and not what the network did on the way.
+        # checkpoint: the backward pass keeps the trajectory, not all activations.
         score_fn = jax.checkpoint(training.score_fn(parts, weights))
         return sampling.ode(score_fn, parts.process, parts.times, method)
 
@@ -261,33 +260,33 @@ def finder(config, parts):
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def advance(found, weights, targets, first, last):
-        def body(i, found):
+    def advance(states, weights, targets, first, last):
+        def body(i, states):
             return jax.vmap(lambda state, target: stages(weights, target)[1](state, i))(
-                found, targets
+                states, targets
             )
 
-        return jax.lax.fori_loop(first, last, body, found)
+        return jax.lax.fori_loop(first, last, body, states)
 
     @jax.jit
-    def end(found, weights):
-        return jax.vmap(flow_of(weights))(sampling.best_noise(found))
+    def end(states, weights):
+        return jax.vmap(flow_of(weights))(sampling.best_noise(states))
 
     paced = record.paced(advance)
 
     def find(weights, targets, keys):
-        found = begin(weights, targets, keys)
+        states = begin(weights, targets, keys)
         rounds = stages(weights, targets[0])[2]
-        return end(paced(found, rounds, weights, targets), weights)
+        return end(paced(states, rounds, weights, targets), weights)
 
     return find
 
 
 def search(config, parts, weights, find) -> dict:
-    """Which share of some training points an initial noise can be found for.
+    """The share of some training points for which an initial noise can be found.
 
-    The flow is invertible, so every point has a noise; what is searched is one of the
-    length that sampling draws. Held-out points, searched alike, are the null level.
+    The flow is invertible, so every point has a noise; the search is for one of the
+    length that sampling draws. The same search for held-out points is the null level.
 
     Args: find, `finder`.
     """
@@ -299,14 +298,14 @@ def search(config, parts, weights, find) -> dict:
     targets = np.concatenate([points[first], held_out])
     keys = jax.random.split(build.keys(config.seed).evaluate, len(targets))
     drawn = np.asarray(find(weights, jnp.asarray(targets), keys))
-    # Among all points that it might be: found is what is nearest by a wide margin.
+    # A target is found where it is the nearest of all points, by a wide margin.
     near = neighbours.nearest(drawn, np.concatenate([points, held_out]))
     own = np.concatenate([first, len(points) + np.arange(len(held_out))])
     close = memorization.copied(near, config.memorization.threshold)
-    found = close & (near.indices[:, 0] == own)
-    null = found[len(first) :]
+    hits = close & (near.indices[:, 0] == own)
+    null = hits[len(first) :]
     return {
-        "found": found[: len(first)].mean(),
+        "found": hits[: len(first)].mean(),
         "found_null": null.mean() if len(null) else np.nan,
     }
 
@@ -315,7 +314,7 @@ def search(config, parts, weights, find) -> dict:
 
 
 def family(setting: str) -> tuple[str, str]:
-    """What is done, and how much of it: what is joined by a line, and its label."""
+    """The kind of a setting, which a line joins, and its amount, the label."""
     fields = grid.parse(setting)
     if not fields:
         return "control", ""
@@ -345,10 +344,11 @@ def frontier(quality, copies):
 
 
 def advantage(ours, theirs) -> float:
-    """How many copies less `ours` has at matched quality: the mean over the qualities.
+    """The copies that `ours` saves at matched quality: the mean over the qualities.
 
-    Args: (quality [k], copies [k]) of all points of either, in one seed. Compared are
-      their frontiers, at every quality of a point that both reach.
+    Their frontiers are compared at every quality of a point that both reach.
+
+    Args: (quality [k], copies [k]) of all points of either, in one seed.
     """
     start = max(np.min(ours[0]), np.min(theirs[0]))
     levels = np.unique(np.concatenate([ours[0], theirs[0]]))
@@ -359,9 +359,9 @@ def advantage(ours, theirs) -> float:
 def matched(rows) -> list[dict]:
     """Every way of pruning against random pruning, at matched quality and memorization.
 
-    Returns: for each, the mean over seeds and its interval of: how much less it
-    memorizes at equal Frechet distance, and how much nearer its samples are at equal
-    memorization. Positive is better than random.
+    Returns: for each, the mean over seeds and its interval of the memorization that it
+      saves at equal Frechet distance, and of the Frechet distance that it saves at
+      equal memorization. Positive is better than random.
     """
     clouds: dict[str, dict[int, list]] = {}
     for row in rows:
@@ -376,7 +376,7 @@ def matched(rows) -> list[dict]:
         np.isfinite(p).all() for s in clouds.values() for v in s.values() for p in v
     ):
         return []
-    found = []
+    compared = []
     for name, seeds in clouds.items():
         if name == base or seeds.keys() != clouds[base].keys():
             continue
@@ -386,21 +386,21 @@ def matched(rows) -> list[dict]:
         ]
         copies = [advantage(a, b) for a, b in pairs]
         quality = [advantage(a[::-1], b[::-1]) for a, b in pairs]
-        found.append(
+        compared.append(
             {
                 "name": name,
-                "ratio": results.mean_interval(copies),
-                "frechet": results.mean_interval(quality),
+                "ratio": results.mean_interval(copies)._asdict(),
+                "frechet": results.mean_interval(quality)._asdict(),
             }
         )
-    return found
+    return compared
 
 
 # Pictures.
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
+    """(name, caption, figure) of each picture: see `study.Study`."""
     table = metrics["table"]
     tracks = _tracks(table)
     null = table[0]["null"]["mean"]
@@ -461,25 +461,21 @@ def _tracks(table):
 def _along(table):
     """A panel for every ratio: its criteria, and the control."""
     control = [row for row in table if not row.get("setting")]
-    ratios: dict[str, list] = {}
-    for row in table:
-        name, value = family(row.get("setting", ""))
-        if name.startswith("pruned"):
-            ratios.setdefault(value, []).append((name.removeprefix("pruned: "), row))
+    pruned = [(*family(row.get("setting", "")), row) for row in table]
+    pruned = [one for one in pruned if one[0].startswith("pruned")]
 
-    def line(row, label, **kwargs):
-        mean, low, high = (
-            np.array(row["along_ratio"][k], float) for k in ("mean", "low", "high")
-        )
-        return figures.Line(row["steps"]["mean"], mean, label, low, high, **kwargs)
+    def line(row, label, **style):
+        steps = row["steps"]["mean"]
+        return figures.line(steps, row["along_ratio"], label, **style)
 
     panels = []
-    for ratio, rows in ratios.items():
-        # All bands would hide each other.
-        lines = [
-            line(row, name)._replace(**{} if name in BANDS else {"low": None})
-            for name, row in rows
-        ]
+    for ratio, some in results.grouped(pruned, lambda one: one[1]).items():
+        lines = []
+        for name, _, row in some:
+            name = name.removeprefix("pruned: ")
+            lines.append(line(row, name))
+            if name not in BANDS:  # all bands would hide each other
+                lines[-1] = lines[-1]._replace(low=None)
         lines += [line(row, "control", style="o--", color="black") for row in control]
         panels.append(
             figures.Panel(
@@ -490,18 +486,18 @@ def _along(table):
     return panels
 
 
-def _words(found):
+def _words(compared):
     """The comparison with random pruning as sentences."""
 
     def listed(what, scale, digits):
-        for row in found:
-            mean, low, high = (row[what][k] for k in ("mean", "low", "high"))
+        for row in compared:
+            mean, _, low, high = figures.Interval.read(row[what])
             text = f"{scale * mean:+.{digits}f}"
-            if low is not None:
+            if not np.isnan(low):
                 text += f" [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
             yield f"{row['name'].removeprefix('pruned: ')} {text}"
 
-    if not found:
+    if not compared:
         return ""
     return (
         " Against random pruning, over all points of fine-tuning, positive is better: "
@@ -509,3 +505,6 @@ def _words(found):
         f"{'; '.join(listed('ratio', 100, 1))}. Frechet distance nearer at equally "
         f"many copies: {'; '.join(listed('frechet', 1, 2))}."
     )
+
+
+STUDY = Study(measure, draw, grid.check, share, conclude, COLUMNS, _alike, "networks")

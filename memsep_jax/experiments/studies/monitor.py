@@ -199,6 +199,7 @@ class Monitor:
         self.config, self.parts, self.session, self.log = config, parts, session, log
         self.generate, self.calendar = generate, Calendar.of(config, parts)
         self._losses = make_losses(config, parts, session.pause)
+        self._draw = figures.quietly(session.say)
         rows = record.read_metrics(log.workdir / "metrics.jsonl")
         losses = [r["held_out_losses"] for r in rows if r.get("held_out_losses")]
         self._best = min(map(np.mean, losses), default=np.inf)
@@ -272,7 +273,7 @@ class Monitor:
             if name == RATIOS[0]:
                 path = self.session.workdir / "samples" / f"step_{step:08d}.png"
                 save = figures.save_samples
-                figures.quietly(self.session.say, save, path, samples[:GRID])
+                self._draw(save, path, samples[:GRID])
             # The null level is measured once, at the end: the held-out points stay.
             ratio = memorization.ratio_of(
                 self.search(data.like(self.parts.splits.train.x, samples)),

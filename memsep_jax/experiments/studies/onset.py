@@ -1,13 +1,13 @@
 """When along training do samples become good, and when do they become copies?
 
-Experiment `onset`: networks of every n are looked at where run.snapshots kept them. Two
-times, in steps (Bonnaire 2025, arXiv 2505.17638): tau_gen, at which the Frechet
-distance of samples from held-out points has come down almost to its best, and tau_mem,
-at which copies begin. Between them a network generalizes. The paper: tau_gen does not
-depend on n, tau_mem grows like n.
+Experiment `onset`: networks of every n are evaluated where run.snapshots kept them,
+which gives two times, in steps (Bonnaire 2025, arXiv 2505.17638): tau_gen, at which the
+Frechet distance of samples from held-out points has come down almost to its best, and
+tau_mem, at which copies begin. Between them a network generalizes. In the paper tau_gen
+does not depend on n, and tau_mem grows like n.
 """
 
-import functools
+import itertools
 import time
 from typing import NamedTuple
 
@@ -16,21 +16,21 @@ import numpy as np
 from memsep_jax import checkpoint
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
 from memsep_jax.experiments.studies import (
-    emm,
     monitor,
     networks,
     pruning,
     results,
     training_run,
 )
+from memsep_jax.experiments.studies.results import AXES
+from memsep_jax.experiments.studies.study import Study
 
 WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 TIMES = {"tau_gen": "tau_gen: good samples", "tau_mem": "tau_mem: copies"}
 ALONG = ("ratio", "ratio_low", "ratio_high", "frechet", "precision", "recall")
 COLUMNS = (
-    "setting", "num_examples", "d", "width", "depth", "weight_decay",
+    *AXES,
     *(f"{weights}_{which}" for weights in WEIGHTS for which in TIMES),
     "ratio", "null", "frechet", "seeds",
 )  # fmt: skip
@@ -43,21 +43,11 @@ class Fit(NamedTuple):
     low: float  # Student's 95 % interval of the slope, over the seeds
     high: float
     factor: float
-    sizes: list[int]  # those that count: where all seeds have a tau
-
-
-def run(config, session, resume_step=None):
-    """Trains the networks and looks at their snapshots; draws the curves."""
-    with session.phase("data"):
-        parts = check(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    work = functools.partial(measure, session=session)
-    rows = points.run(config, session, work, what="networks")
-    results.finish(config, session, rows, draw, columns=COLUMNS, onset=onsets(rows))
+    sizes: list[int]  # those of which all seeds have a tau
 
 
 def check(config) -> build.Parts:
-    """What can be wrong, before anything is compiled or written.
+    """Checks what can be wrong, before anything is compiled or written.
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
@@ -90,11 +80,11 @@ def check(config) -> build.Parts:
     return parts
 
 
-# Times from what was measured along training.
+# Times from measurements along training.
 
 
 def smoothed(values):
-    """The running median of three: one outlier is gone, what is monotone is itself.
+    """The running median of three: it removes one outlier and keeps monotone values.
 
     Args: values [k].   Returns: [k]; both ends as they are.
     """
@@ -107,8 +97,8 @@ def crossing(steps, values, level: float) -> float:
     """The first step at which values have risen to a level, linear in log step.
 
     Args: steps [k] positive and increasing, values [k].
-    Returns: the first of the steps where the level is there from the start (it is at
-      most that), nan where it is not reached: censored.
+    Returns: the first of the steps where the level is there from the start (an upper
+      bound), nan where the level is not reached.
     """
     steps, values = np.asarray(steps, float), np.asarray(values, float)
     (above,) = np.nonzero(values >= level)
@@ -124,11 +114,11 @@ def crossing(steps, values, level: float) -> float:
 def times(steps, ratios, distances, level: float, tolerance: float) -> dict:
     """Tau_gen and tau_mem of one network.
 
-    tau_gen: of the way of the Frechet distance from the first snapshot to its best, no
-    more than `tolerance` is left. tau_mem: the ratio of memorized samples reaches
-    `level`. Both of running medians of three, so that no single snapshot, drawn too
-    well or too badly, makes a time or the best; and the way is long, where a share of
-    the best itself would be within the noise of the distance.
+    tau_gen: no more than the share `tolerance` is left of the way of the Frechet
+    distance from the first snapshot to its best. tau_mem: the ratio of memorized
+    samples reaches `level`. Both use running medians of three, so that no single lucky
+    or unlucky snapshot decides a time or the best. The tolerance is a share of the way,
+    because a share of the best itself would be within the noise of the distance.
 
     Args: steps, ratios, distances [k], along training.
     """
@@ -143,8 +133,8 @@ def times(steps, ratios, distances, level: float, tolerance: float) -> dict:
 def fit(sizes, taus) -> Fit:
     """The line through log tau against log n, for each seed; its mean over the seeds.
 
-    A size of which a seed has no tau is left out for all: only the fast seeds of a size
-    reach it within the run, and would bend the line.
+    A size of which some seed has no tau is left out for all seeds: only its fast seeds
+    get there within the run, and would bend the line.
 
     Args: sizes [s], taus [s, seeds], nan where not reached.
     Returns: Fit; nan with fewer than two sizes, and no interval with one seed.
@@ -155,8 +145,7 @@ def fit(sizes, taus) -> Fit:
     if len(kept) < 2:
         return Fit(np.nan, np.nan, np.nan, np.nan, kept)
     slopes, starts = np.polyfit(np.log(kept), np.log(taus[known]), 1)
-    found = results.mean_interval(slopes)
-    slope, low, high = (float(found[name]) for name in ("mean", "low", "high"))
+    slope, _, low, high = map(float, results.mean_interval(slopes))
     return Fit(slope, low, high, float(np.exp(starts.mean())), kept)
 
 
@@ -164,40 +153,34 @@ def onsets(rows) -> list[dict]:
     """Times against n and their fits, for every setting, weights and time.
 
     Args: rows, those of `points.run`.
-    Returns: for each, means and intervals over the seeds of log tau [s], in how many of
-      the seeds it was reached [s], and "fit".
+    Returns: for each, geometric means of tau and their intervals over the seeds [s],
+      the number of seeds that reached it [s], and "fit".
     """
-    groups: dict = {}
-    for row in rows:
-        sizes = groups.setdefault(grid.label(row, emm.OTHER), {})
-        by_seed = sizes.setdefault(row["num_examples"].item(), {})
-        by_seed[int(row.get("seed", 0))] = row
     seeds = sorted({int(row.get("seed", 0)) for row in rows})
-    found = []
-    for setting, sizes in groups.items():
-        for weights in WEIGHTS:
-            for which in TIMES:
-                ordered = sorted(sizes)
-                taus = np.array(
-                    [  # what failed is, as what was not reached, nan
-                        [sizes[n].get(s, {}).get(f"{weights}_{which}") for s in seeds]
-                        for n in ordered
-                    ],
-                    float,
-                )
-                logs = results.mean_interval(np.log(taus).T)
-                found.append(
-                    {
-                        "setting": setting,
-                        "weights": weights,
-                        "time": which,
-                        "sizes": ordered,
-                        **{k: np.exp(logs[k]) for k in ("mean", "low", "high")},
-                        "reached": np.isfinite(taus).sum(axis=1),
-                        "fit": fit(ordered, taus)._asdict(),
-                    }
-                )
-    return found
+    laws = []
+    for setting, some in results.grouped(rows, results.setting).items():
+        known = {(r["num_examples"].item(), int(r.get("seed", 0))): r for r in some}
+        sizes = sorted({n for n, _ in known})
+        for weights, which in itertools.product(WEIGHTS, TIMES):
+            name = f"{weights}_{which}"
+            # A point that failed is nan, as is a time that was not reached.
+            by_size = [[known.get((n, s), {}).get(name) for s in seeds] for n in sizes]
+            taus = np.array(by_size, float)
+            mean, _, low, high = map(np.exp, results.mean_interval(np.log(taus).T))
+            laws.append(
+                {
+                    "setting": setting,
+                    "weights": weights,
+                    "time": which,
+                    "sizes": sizes,
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "reached": np.isfinite(taus).sum(axis=1),
+                    "fit": fit(sizes, taus)._asdict(),
+                }
+            )
+    return laws
 
 
 # Networks.
@@ -206,7 +189,7 @@ def onsets(rows) -> list[dict]:
 def measure(points, session):
     """Trains networks, and measures the raw and EMA weights of every snapshot.
 
-    Yields: for each point, the numbers of a row; curves are over steps, [k].
+    Yields: for each point its numbers, and curves over the steps, [k].
     """
     for point in points:
         started, config = time.monotonic(), point.config
@@ -219,23 +202,23 @@ def measure(points, session):
         _check_kept(folder, steps)
         like = {"params": state.params, "ema": state.ema}
         watch = pruning.watcher(config, parts, generate)
-        looks: dict[str, list] = {weights: [] for weights in WEIGHTS}
+        along: dict[str, list] = {weights: [] for weights in WEIGHTS}
         with session.phase("sample"):
             for step in steps:
                 kept = checkpoint.restore(folder, step, like)
-                looks["raw"].append(watch(kept["params"]))
-                looks["ema"].append(watch(kept["ema"]))
-        last = looks[config.sampler.weights][-1]
+                along["raw"].append(watch(kept["params"]))
+                along["ema"].append(watch(kept["ema"]))
+        last = along[config.sampler.weights][-1]
         row = {name: last[name] for name in ("ratio", "null", "frechet")}
         row |= {"steps": np.array(steps), "seconds": time.monotonic() - started}
-        for weights, along in looks.items():
-            curves = {name: np.array([a[name] for a in along]) for name in ALONG}
+        for weights, its in along.items():
+            curves = {name: np.array([a[name] for a in its]) for name in ALONG}
             row |= {f"{weights}_{name}": curve for name, curve in curves.items()}
-            found = times(
+            taus = times(
                 steps, curves["ratio"], curves["frechet"],
                 config.measure.onset_level, config.measure.onset_tolerance,
             )  # fmt: skip
-            row |= {f"{weights}_{which}": tau for which, tau in found.items()}
+            row |= {f"{weights}_{which}": tau for which, tau in taus.items()}
         yield row
 
 
@@ -254,10 +237,13 @@ def _check_kept(folder, steps):
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
-    groups: dict = {}
-    for row in metrics["table"]:
-        groups.setdefault(grid.label(row, emm.OTHER), []).append(row)
+    """(name, caption, figure) of each picture: see `study.Study`."""
+    groups = results.grouped(metrics["table"], results.setting)
+    titles = {
+        (setting, weights): ", ".join(filter(None, (setting, text)))
+        for setting in groups
+        for weights, text in WEIGHTS.items()
+    }
     for name, what, percent, caption in (
         ("ratio", "memorized samples", True, "Memorized samples"),
         (
@@ -267,13 +253,12 @@ def draw(metrics, points):
     ):  # fmt: skip
         panels = [
             figures.Panel(
-                ", ".join(filter(None, (setting, WEIGHTS[weights]))),
-                [_along(row, f"{weights}_{name}") for row in rows],
+                title,
+                [_along(row, f"{weights}_{name}") for row in groups[setting]],
                 "training step", what, yscale="linear" if percent else "log",
                 percent=percent,
             )
-            for setting, rows in groups.items()
-            for weights in WEIGHTS
+            for (setting, weights), title in titles.items()
         ]  # fmt: skip
         yield (
             name,
@@ -281,56 +266,56 @@ def draw(metrics, points):
             "Bands: 95 % intervals over the seeds.",
             figures.curves(panels),
         )
+    laws = results.grouped(
+        metrics["onset"], lambda row: (row["setting"], row["weights"])
+    )
     panels, words = [], []
-    for setting in groups:
-        for weights, text in WEIGHTS.items():
-            found = [
-                row
-                for row in metrics["onset"]
-                if (row["setting"], row["weights"]) == (setting, weights)
-            ]
-            title = ", ".join(filter(None, (setting, text)))
-            lines = [line for i, row in enumerate(found) for line in _against_n(row, i)]
-            words += [f"{title}, {_words(row)}." for row in found]
-            panels.append(
-                figures.Panel(title, lines, "training points n", "training step")
-            )
+    for key, title in titles.items():
+        lines = [line for i, row in enumerate(laws[key]) for line in _against_n(row, i)]
+        words += [f"{title}, {_words(row)}." for row in laws[key]]
+        panels.append(figures.Panel(title, lines, "training points n", "training step"))
     yield (
         "onset",
-        "When samples become good and when they become copies, against the number of "
-        "training points: geometric means over the seeds with 95 % intervals; no mark "
-        "where a seed does not reach it. Dashed: the line through the logarithms. "
-        + " ".join(words),
+        "The times at which samples become good and at which they become copies, "
+        "against the number of training points: geometric means over the seeds with "
+        "95 % intervals; no mark where a seed does not get there. Dashed: the line "
+        "through the logarithms. " + " ".join(words),
         figures.curves(panels),
     )
 
 
 def _along(row, name):
-    mean, low, high = (np.array(row[name][k], float) for k in ("mean", "low", "high"))
-    if name.endswith("frechet"):
-        low = np.maximum(low, mean / 10)  # a log axis has no 0
-    label = f"n = {row['num_examples']:,}"
-    return figures.Line(row["steps"]["mean"], mean, label, low, high, ".-")
+    label, log = f"n = {row['num_examples']:,}", name.endswith("frechet")
+    return figures.line(row["steps"]["mean"], row[name], label, ".-", log=log)
 
 
 def _against_n(row, i):
     """A time with its interval, and its line."""
-    mean, low, high = (np.array(row[k], float) for k in ("mean", "low", "high"))
-    color, found = figures.COLORS[i], row["fit"]
-    yield figures.Line(row["sizes"], mean, TIMES[row["time"]], low, high, "o", color)
-    if found["slope"] is not None:
-        ends = np.array([found["sizes"][0], found["sizes"][-1]], float)
-        tau = found["factor"] * ends ** found["slope"]
+    color, law = figures.COLORS[i], row["fit"]
+    yield figures.line(row["sizes"], row, TIMES[row["time"]], "o", color)
+    if law["slope"] is not None:
+        ends = np.array([law["sizes"][0], law["sizes"][-1]], float)
+        tau = law["factor"] * ends ** law["slope"]
         yield figures.Line(ends, tau, style="--", color=color)
 
 
 def _words(row):
-    """ "tau_mem ~ n^0.9 [0.8, 1.0]", and where it was not reached."""
-    found = row["fit"]
+    """ "tau_mem ~ n^0.9 [0.8, 1.0]", and the sizes at which it was not reached."""
+    law = row["fit"]
     text = f"{row['time']}: too few sizes for a line"
-    if found["slope"] is not None:
-        text = f"{row['time']} ~ n^{found['slope']:.2f}"
-        if found["low"] is not None:
-            text += f" [{found['low']:.2f}, {found['high']:.2f}]"
-    left = [n for n in row["sizes"] if n not in found["sizes"]]
+    if law["slope"] is not None:
+        text = f"{row['time']} ~ n^{law['slope']:.2f}"
+        if law["low"] is not None:
+            text += f" [{law['low']:.2f}, {law['high']:.2f}]"
+    left = [n for n in row["sizes"] if n not in law["sizes"]]
     return text + (f", not reached by all seeds of n = {left}" if left else "")
+
+
+STUDY = Study(
+    measure,
+    draw,
+    check,
+    conclude=lambda config, rows, parts, session: {"onset": onsets(rows)},
+    columns=COLUMNS,
+    what="networks",
+)

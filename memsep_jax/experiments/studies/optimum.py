@@ -12,7 +12,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies.evaluate import evaluate, finish, make_generate
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Samples and evaluates config.optimum.score; nothing is trained."""
     makers = {"empirical": _empirical, "truth": _truth}
     maker = build.look_up(makers, config.optimum.score, "optimum.score")

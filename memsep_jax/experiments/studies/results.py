@@ -1,4 +1,4 @@
-"""What comes of the points of a sweep: means over the seeds, tables and the report."""
+"""From the points of a sweep to its results: means over seeds, tables, the report."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,23 +10,31 @@ from scipy import stats
 
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import grid
-from memsep_jax.experiments.reporting import report, tables
+from memsep_jax.experiments.reporting import figures, report, tables
+from memsep_jax.experiments.reporting.figures import Interval
 from memsep_jax.experiments.runtime import points
 
-WORD = 16  # characters of a setting that a terminal shows in a line
-
-
-WIDE = 5  # columns of the table that a terminal shows, where an experiment ranks them
-
-
-# Of a point, but nothing to be averaged over seeds.
+WORD = 16  # characters of a setting that a terminal shows on a line
+WIDE = 5  # columns of the table that a terminal shows, where a study ranks them
+# The columns that say which point a row is, the setting first, which says most.
+AXES = tuple(sorted(grid.AXES, key=lambda axis: axis != "setting"))
+OTHER = tuple(axis for axis in grid.AXES if axis != "num_examples")
+# Numbers of one point alone, which no mean over seeds describes.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
+
+
+def grouped(rows: list[dict], key: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+    """The rows by key(row), in the order in which the keys appear."""
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def whole(config, rows: list[dict], key: Callable[[dict], Any]) -> list[dict]:
     """The rows of those groups of points, equal in key(values), of which none failed.
 
-    What is concluded from several points is not concluded from what is left of them.
+    A conclusion from several points must not be drawn from the remainder of them.
     """
     known = {grid.values_of(row) for row in rows}
     gaps = {
@@ -38,14 +46,14 @@ def whole(config, rows: list[dict], key: Callable[[dict], Any]) -> list[dict]:
 
 
 def finish(config, session, rows: list[dict], draw, every=None, columns=None, **about):
-    """Numbers, figures, report, and a table for the person.
+    """Writes the numbers, figures and report of a sweep, and shows its table.
 
-    points.csv has a row for every point, empty where it failed; metrics.json means over
-    the seeds that did not, their number, and what `about` adds.
+    points.csv has a row for every point, empty where it failed; metrics.json has the
+    means over the seeds that succeeded, their number, and `about`.
 
     Args: draw, as `report.write_sweep` takes it; every, the points of the rows where
-      they are not all points of config.sweep; columns, of the table that is shown, in
-      their order: those that the rows have.
+      they are not all points of config.sweep; columns of the table that is shown, in
+      their order, those that the rows do not have left out.
     Raises: FailedError at the end, where points failed.
     """
     session.lead()  # one process alone writes what is of all points
@@ -68,16 +76,25 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
     if columns is not None:
         measured = {name for row in table for name in row}
         about["columns"] = [name for name in columns if name in measured]
-    metrics = {
-        "experiment": config.experiment,
+    about |= {
         "points": [str(path.relative_to(session.workdir)) for path in done],
         "failed": {
             path.stem: (record.read_json(points.why(path)) or {}).get("error")
             for path in failed
         },
         "table": table,
-        **about,
     }
+    publish(config, session, draw, **about)
+    if failed:
+        raise points.failure(failed, len(every))
+
+
+def publish(config, session, draw, **about):
+    """Writes metrics.json and the report, and shows the table.
+
+    Args: draw, as `report.write_sweep` takes it; about, what metrics.json holds.
+    """
+    metrics = {"experiment": config.experiment, **about}
     record.write_json(session.workdir / "metrics.json", metrics)
     session.write_status()  # the report shows the seconds so far
     with session.phase("report"):
@@ -85,14 +102,13 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
     session.write_status()
     session.say(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
-    if failed:
-        raise points.failure(failed, len(every))
 
 
 def summary(workdir) -> Table:
-    """The means over the seeds as a table, without what is the same everywhere.
+    """The means over the seeds as a table, without columns that are constant.
 
-    Of more columns than a terminal is wide, the first, as metrics["columns"] has them.
+    Where there are more columns than a terminal is wide, the first ones, in the order
+    of metrics["columns"].
     """
     metrics = record.read_json(workdir / "metrics.json")
     columns, rows = tables.table(metrics, intervals=False)
@@ -101,10 +117,10 @@ def summary(workdir) -> Table:
     shown = Table(title=f"{metrics['experiment']}: means over {counts} seeds")
     every = zip(columns, zip(*rows, strict=True), strict=True)
     kept = [(name, c) for name, c in every if len(set(c)) > 1 or len(rows) == 1]
-    if "columns" in metrics:  # how many seeds is always said where it is not the same
+    if "columns" in metrics:  # the number of seeds is always shown where it varies
         kept = kept[:WIDE] + [column for column in kept[WIDE:] if column[0] == "seeds"]
     for name, cells in kept:
-        # What says a setting is read, not compared: a line of it is not cut to bits.
+        # A setting is read and not compared, so its words are not broken.
         words = max((len(word) for cell in cells for word in cell.split()), default=1)
         side: Any = "left" if name == "setting" else "right"
         shown.add_column(
@@ -119,10 +135,11 @@ def summary(workdir) -> Table:
 def over_seeds(
     rows: list[dict], every: Iterable[Any] = (), axes=grid.AXES
 ) -> list[dict]:
-    """The seeds of each point as one: for every number its mean and 95 % interval.
+    """The seeds of each point as one row: for every number its mean and 95 % interval.
 
-    Args: every, the points that should have a row: where all seeds of one failed,
-      there are its values, and 0 seeds; axes, what a point has besides its seed.
+    Args: every, the points that should have a row: where all seeds of one failed, the
+      row holds its values and 0 seeds; axes, what tells a point apart from others
+      of its seed.
     """
     groups: dict[tuple, list[dict]] = {
         grid.values_of(p.values, axes): [] for p in every
@@ -136,17 +153,19 @@ def over_seeds(
             if name in axes or name == "seed":
                 continue
             shapes = {np.shape(row[name]) for row in group}
-            # Of curves, all; of samples and the like, nothing.
+            # Curves have a mean at each place; samples and the like have none.
             if len(shapes) == 1 and len(min(shapes)) < 2 and name not in OWN:
-                merged[name] = mean_interval(np.stack([row[name] for row in group]))
+                each = np.stack([row[name] for row in group])
+                merged[name] = mean_interval(each)._asdict()
         table.append(merged)
     return table
 
 
-def mean_interval(values, level=0.95) -> dict:
-    """Mean over the first axis, standard deviation, and Student's interval for it.
+def mean_interval(values, level=0.95) -> Interval:
+    """Mean over the first axis, standard deviation, and Student's interval of the mean.
 
-    Args: values [s, ...].   Returns: {"mean", "std", "low", "high"}, each [...].
+    Args: values [s, ...].   Returns: Interval of arrays [...]; nan but for the mean
+      where s is 1.
     """
     values = np.asarray(values, np.float64)
     mean = values.mean(axis=0)
@@ -155,4 +174,16 @@ def mean_interval(values, level=0.95) -> dict:
         std = values.std(axis=0, ddof=1)
         error = std / np.sqrt(len(values))
         half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
-    return {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
+    return Interval(mean, std, mean - half, mean + half)
+
+
+def line(rows: list[dict], name: str, label=None, style="o-", color=None):
+    """A number of the table's rows against their num_examples, with its band."""
+    rows = sorted(rows, key=lambda row: row["num_examples"])
+    n = [row["num_examples"] for row in rows]
+    return figures.line(n, [row[name] for row in rows], label, style, color)
+
+
+def setting(row: dict) -> str | None:
+    """The label of a row without its number of training points."""
+    return grid.label(row, OTHER)

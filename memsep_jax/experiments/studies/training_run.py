@@ -27,7 +27,7 @@ from memsep_jax.experiments.studies.stepper import Stepper, compiled, status
 from memsep_jax.experiments.studies.store import Store
 
 
-def run(config, session, resume_step=None):
+def run(config, session):
     """Trains and evaluates; returns when report.html is written."""
     with session.phase("data"):
         parts = build.build(config)
@@ -37,7 +37,7 @@ def run(config, session, resume_step=None):
     session.say(_describe(parts, config))
     # Made here, so that all of the run shares one compiled program.
     generate = network_samples(config, parts, session)
-    state = parallel.local(learn(config, parts, session, resume_step, generate))
+    state = parallel.local(learn(config, parts, session, session.resume_step, generate))
     session.part()
     if not parallel.is_first():
         return

@@ -4,8 +4,8 @@ Experiment `twins`: for every n, two networks of the same initial weights and th
 keys are trained on disjoint halves of 2 n points, and sampled from the same noises.
 While they memorize, each draws its own points; where they generalize, both draw the
 same ones (Kadkhodaie 2024, arXiv 2310.02557, section 2). So do networks that have
-learned nothing yet: agreement counts where the samples are good, by their Frechet
-distance.
+learned nothing yet: agreement means something only where the samples are good, by
+their Frechet distance.
 """
 
 import functools
@@ -17,24 +17,14 @@ from memsep_jax import data, fidelity, memorization
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
-from memsep_jax.experiments.studies import emm, networks, results, training_run
+from memsep_jax.experiments.studies import networks, results, training_run
+from memsep_jax.experiments.studies.results import AXES
+from memsep_jax.experiments.studies.study import Study
 
 COLUMNS = (
-    "setting", "num_examples", "d", "width", "depth", "weight_decay", "share",
-    "share_null", "cosine", "cosine_null", "ratio", "null", "own", "frechet",
-    "ratio_first", "ratio_second", "seeds",
+    *AXES, "share", "share_null", "cosine", "cosine_null", "ratio", "null", "own",
+    "frechet", "ratio_first", "ratio_second", "seeds",
 )  # fmt: skip
-
-
-def run(config, session, resume_step=None):
-    """Trains and compares the twins of every point; draws the curves."""
-    with session.phase("data"):
-        parts = check(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    work = functools.partial(measure, session=session)
-    rows = points.run(config, session, work, what="pairs of twins")
-    results.finish(config, session, rows, draw, columns=COLUMNS)
 
 
 def halves(config) -> tuple:
@@ -72,15 +62,15 @@ def check(config) -> build.Parts:
 def measure(points, session):
     """Trains, samples and compares the twins of some points.
 
-    Yields: for each, the numbers of a row. The first twin is the one whose samples are
-      compared with all samples of the second.
+    Yields: for each point its numbers. The samples of the first twin are compared with
+      all samples of the second.
     """
     for point in points:
         started = time.monotonic()
         twins = halves(point.config)
         with session.phase("data"):
             built = [build.build(config) for config in twins]
-        # One program, which folds in the seed alone: equal noises for both.
+        # One program for both; its noises depend on the seed alone, so they are equal.
         generate = training_run.network_samples(twins[0], built[0], session)
         samples = []
         for config, parts in zip(twins, built, strict=True):
@@ -95,12 +85,13 @@ def measure(points, session):
 
 
 def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
-    """What samples [m, *e] of the same noises have in common, and with their own data.
+    """How like samples [m, *e] of the same noises are, to each other and to their data.
 
-    Returns: share, cosine and their null levels as `memorization.reproducibility` has
-      them; ratio, the share of memorized samples of both; own, the mean cosine between
-      a sample and the nearest point of its own training set, about the same centre;
-      frechet, the distance of all samples from held-out points, on pixels.
+    Returns: share, cosine and their null levels as in `memorization.reproducibility`;
+      ratio, the share of memorized samples of both; own, the mean cosine between a
+      sample and the nearest point of its own training set, about the same centre; null
+      and frechet against the held-out points, which both twins share: the share that a
+      search takes for copies, and the distance of all samples from them, on pixels.
     """
     pairs = memorization.reproducibility(a, b, threshold)
     centre = (a.mean(axis=0) + b.mean(axis=0)) / 2
@@ -114,22 +105,20 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
         "null": np.nan,
         "frechet": np.nan,
     }
-    for name, x, splits in (
-        ("first", a, first.splits),
-        ("second", b, second.splits),
-    ):
-        own = np.asarray(splits.train.x)
-        held_out = None if splits.held_out is None else np.asarray(splits.held_out.x)
-        found = memorization.ratio(x, own, held_out, threshold)
-        near = own[found.neighbours.indices[:, 0]]
+    fresh = first.splits.held_out
+    held_out = None if fresh is None else np.asarray(fresh.x)
+    for name, x, parts in (("first", a, first), ("second", b, second)):
+        own = np.asarray(parts.splits.train.x)
+        result = memorization.ratio(x, own, held_out, threshold)
+        near = own[result.neighbours.indices[:, 0]]
         row |= {
-            f"ratio_{name}": found.value,
-            f"ratio_{name}_low": found.interval[0],
-            f"ratio_{name}_high": found.interval[1],
+            f"ratio_{name}": result.value,
+            f"ratio_{name}_low": result.interval[0],
+            f"ratio_{name}_high": result.interval[1],
             f"own_{name}": memorization.cosine(x, near, centre).mean(),
         }
-        if found.null is not None:
-            row["null"] = found.null
+        if result.null is not None:
+            row["null"] = result.null  # of the second twin
     if held_out is not None and len(held_out) > 3:
         both, real = (c.reshape(len(c), -1) for c in (np.concatenate([a, b]), held_out))
         row["frechet"] = fidelity.frechet(both, real, warn=False)
@@ -140,42 +129,37 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
-    groups: dict = {}
-    for row in metrics["table"]:
-        groups.setdefault(grid.label(row, emm.OTHER), []).append(row)
+    """(name, caption, figure) of each picture: see `study.Study`."""
     shares, cosines = [], []
-    for title, rows in groups.items():
-        line = functools.partial(emm.line, rows)
-        shares.append(
-            figures.Panel(
-                title or "", [
-                    line("share", "twins draw the same sample"),
-                    line("ratio", "a sample is memorized"),
-                    line("share_null", "mismatched twins", figures.GREY, "--"),
-                    line("null", "held-out points are memorized", "black", ":"),
-                ],
-                "training points n of each twin", "share of samples",
-                yscale="linear", percent=True,
-            )
-        )  # fmt: skip
-        cosines.append(
-            figures.Panel(
-                title or "", [
-                    line("cosine", "twin samples"),
-                    line("own", "a sample and its nearest training point"),
-                    line("cosine_null", "mismatched twins", figures.GREY, "--"),
-                ],
-                "training points n of each twin", "cosine similarity", yscale="linear",
-            )
-        )  # fmt: skip
+    for title, rows in results.grouped(metrics["table"], results.setting).items():
+        line = functools.partial(results.line, rows)
+        panel = functools.partial(
+            figures.Panel,
+            title or "",
+            xlabel="training points n of each twin",
+            yscale="linear",
+        )
+        lines = [
+            line("share", "twins draw the same sample"),
+            line("ratio", "a sample is memorized"),
+            line("share_null", "mismatched twins", "--", figures.GREY),
+            line("null", "held-out points are memorized", ":", "black"),
+        ]
+        shares.append(panel(lines, ylabel="share of samples", percent=True))
+        lines = [
+            line("cosine", "twin samples"),
+            line("own", "a sample and its nearest training point"),
+            line("cosine_null", "mismatched twins", "--", figures.GREY),
+        ]
+        cosines.append(panel(lines, ylabel="cosine similarity"))
     yield (
         "share",
         "Reproducibility and memorization of twins, two networks trained on disjoint "
-        "sets of n points from the same weights, sampled from the same noises. The "
-        "same sample: nearer to its twin than a third of the distance to the nearest "
-        "other sample of the twin. It says something where samples are good: see their "
-        "Frechet distance in the table. Bands: 95 % intervals over the seeds.",
+        "sets of n points from the same weights, sampled from the same noises. Two "
+        "samples are the same where a sample is nearer to its twin than a third of the "
+        "distance to the nearest other sample of the twin. That means something where "
+        "samples are good: see their Frechet distance in the table. Bands: 95 % "
+        "intervals over the seeds.",
         figures.curves(shares),
     )
     yield (
@@ -184,3 +168,6 @@ def draw(metrics, points):
         "of a sample with the nearest point that its network was trained on.",
         figures.curves(cosines),
     )
+
+
+STUDY = Study(measure, draw, check, columns=COLUMNS, what="pairs of twins")

@@ -14,36 +14,28 @@ from memsep_jax import empirical, gap, lipschitz, memorization, mixture, samplin
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import points
+from memsep_jax.experiments.reporting.figures import Interval
 from memsep_jax.experiments.studies import ensemble, results
+from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import mlp
 
 SMALL = 0.1  # slopes are fitted where sigma is at most this
 SCORES = ("truth", "empirical", "network")
-# Of the networks, by decay; the empirical score is red, the truth black.
+# Colours of the networks, by decay; the empirical score is red, the truth black.
 COLORS = [c for c in figures.COLORS if c not in (figures.RED, "black")]
 
 
-def run(config, session, resume_step=None):
-    """Trains and probes every point; returns when the figures are drawn."""
-    with session.phase("data"):
-        parts = grid.check(config)
-        build.truth(config)
-    session.begin(parts.splits.fingerprint, parts.splits)
-    rows = points.run(
-        config,
-        session,
-        functools.partial(measure, session=session),
-        alike=grid.shape,
-        what="networks",
-    )
-    results.finish(config, session, rows, draw)
+def check(config) -> build.Parts:
+    """The parts of the first point.   Raises: ConfigError."""
+    parts = grid.check(config)
+    build.truth(config)
+    return parts
 
 
 def measure(points, session):
     """Trains the networks of some points of one shape and probes all scores.
 
-    Yields: for each point the numbers of a row, or the error that it failed with.
+    Yields: for each point its numbers and curves, or the error that it failed with.
     """
     configs = [point.config for point in points]
     with session.phase("data"):
@@ -53,7 +45,7 @@ def measure(points, session):
     weights = training.sampled_weights(state, configs[0])
     group, parts = configs[0].measure, built[0]
     times = jnp.asarray(group.times)
-    look = jax.jit(
+    probe = jax.jit(
         functools.partial(norms, parts=parts, m=group.draws, iters=group.iters)
     )
     sigma = np.asarray(jax.vmap(parts.process.sigma)(times))
@@ -67,12 +59,12 @@ def measure(points, session):
         data = jnp.asarray(own.splits.train.x)
         with session.phase("measure"):
             key = build.keys(config.seed).evaluate
-            found = jax.device_get(look(params, build.truth(config), data, times, key))
+            row = jax.device_get(probe(params, build.truth(config), data, times, key))
         for name in SCORES:
             for curve in ("midpoints", "noised_median"):
-                slope = _slope(sigma, found[f"{name}_{curve}"])
-                found[f"{name}_{curve.split('_')[0]}_slope"] = slope
-        yield found | {"sigma": sigma, "path_sigma": path_sigma, "loss": losses[i]}
+                slope = _slope(sigma, row[f"{name}_{curve}"])
+                row[f"{name}_{curve.split('_')[0]}_slope"] = slope
+        yield row | {"sigma": sigma, "path_sigma": path_sigma, "loss": losses[i]}
 
 
 def norms(params, truth, data, times, key, parts, m, iters):
@@ -112,7 +104,7 @@ def norms(params, truth, data, times, key, parts, m, iters):
             ),
         }
 
-    probes, found = gap.curve(at, times, curve_key)
+    probes, curves = gap.curve(at, times, curve_key)
     probes = {name: (x, times) for name, x in probes.items()}
     shape = m, *data.shape[1:]
     starts = sampling.prior(start_key, process, parts.times[0], shape)
@@ -133,19 +125,19 @@ def norms(params, truth, data, times, key, parts, m, iters):
             norm_key,
         )
         for place, norm in own.items():
-            found[f"{name}_{place}"] = jnp.max(norm.value, axis=1)
-            found[f"{name}_{place}_median"] = jnp.median(norm.value, axis=1)
+            curves[f"{name}_{place}"] = jnp.max(norm.value, axis=1)
+            curves[f"{name}_{place}_median"] = jnp.median(norm.value, axis=1)
             converged.append(jnp.ravel(norm.converged))
-        largest = [found[f"{name}_{place}"] for place in probes]
-        found[f"{name}_largest"] = jnp.max(jnp.stack(largest), axis=0)
-    return found | {
+        largest = [curves[f"{name}_{place}"] for place in probes]
+        curves[f"{name}_largest"] = jnp.max(jnp.stack(largest), axis=0)
+    return curves | {
         "layer_bound": layers,
         "converged": jnp.mean(jnp.concatenate(converged)),
     }
 
 
 def _at_all(norm, probes, key):
-    """norm(x, t, key) at all probes in one loop: it is compiled once.
+    """norm(x, t, key) at all probes in one loop, so that it is compiled once.
 
     Args: probes, name -> (x [k, m, d], t [k]).   Returns: name -> Norm of [k, m].
     """
@@ -153,20 +145,20 @@ def _at_all(norm, probes, key):
     t = jnp.concatenate([jnp.repeat(t, x.shape[1]) for x, t in probes.values()])
     keys = jax.random.split(key, len(x))
     norms = jax.lax.map(lambda a: norm(*a), (x, t, keys), batch_size=gap.BATCH)
-    found, start = {}, 0
+    by_name, start = {}, 0
     for name, (x, _) in probes.items():
         stop = start + x.shape[0] * x.shape[1]
         parts = (a[start:stop].reshape(x.shape[:2]) for a in norms)
-        found[name], start = lipschitz.Norm(*parts), stop
-    return found
+        by_name[name], start = lipschitz.Norm(*parts), stop
+    return by_name
 
 
 def draw(metrics, points):
-    """(name, caption, figure) of the sweep: see `report.write_sweep`."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in _over_seeds(points):
-        axes = [a for a in grid.AXES if a in row and a != "weight_decay"]
-        groups.setdefault(tuple((a, row[a]) for a in axes), []).append(row)
+    """(name, caption, figure) of each picture: see `study.Study`."""
+    axes = [axis for axis in grid.AXES if axis != "weight_decay"]
+    groups = results.grouped(
+        _over_seeds(points), lambda row: tuple((a, row[a]) for a in axes if a in row)
+    )
     for values, rows in groups.items():
         ending = ",".join(f"{axis}={value}" for axis, value in values)
         ending = f"_{ending}" if len(groups) > 1 else ""
@@ -192,16 +184,16 @@ def draw(metrics, points):
 
 def _over_seeds(points):
     """Geometric means of all curves: norms of two seeds differ by a factor."""
-    groups: dict[tuple, list[dict]] = {}
-    for point in points:
-        values = tuple((a, point[a].item()) for a in grid.AXES if a in point)
-        groups.setdefault(values, []).append(point)
+    groups = results.grouped(
+        points,
+        lambda point: tuple((a, point[a].item()) for a in grid.AXES if a in point),
+    )
     rows = []
     for values, group in groups.items():
         rows.append(dict(values))
         for name in (k for k, v in group[0].items() if v.ndim == 1):
             logs = results.mean_interval(np.log([point[name] for point in group]))
-            rows[-1][name] = {k: np.exp(v) for k, v in logs.items()}
+            rows[-1][name] = Interval(*map(np.exp, logs))._asdict()
     return rows
 
 
@@ -260,15 +252,7 @@ def _decay(row):
 
 
 def _line(row, name, label, color, style="o-", x="sigma"):
-    return figures.Line(
-        row[x]["mean"],
-        row[name]["mean"],
-        label,
-        row[name]["low"],
-        row[name]["high"],
-        style,
-        color,
-    )
+    return figures.line(row[x]["mean"], row[name], label, style, color)
 
 
 def _panel(title, lines):
@@ -281,3 +265,6 @@ def _slope(sigma, norm):
     if small.sum() < 2:
         return np.nan
     return np.polyfit(np.log(sigma[small]), np.log(norm[small]), 1)[0]
+
+
+STUDY = Study(measure, draw, check, alike=grid.shape, what="networks")
