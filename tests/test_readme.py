@@ -1,7 +1,6 @@
 """The python of README and docs runs, and their commands parse."""
 
 import contextlib
-import importlib
 import io
 import re
 import shlex
@@ -12,7 +11,7 @@ import pytest
 from absl import flags
 
 from configs import digits, onset_digits
-from memsep_jax import defaults, experiments, main, models, process, sources
+from memsep_jax import defaults, experiments, main
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 
@@ -95,25 +94,17 @@ def test_a_users_file_is_short_and_is_shown_whole():
         assert len(path.read_text().splitlines()) <= 40
 
 
-def of_user(name, table, monkeypatch):
-    """A name of the form file:function, known also where `look_up` does not import."""
-    file, _, function = name.partition(":")
+@pytest.fixture
+def users_files(monkeypatch):
+    """The folder of a user's files, as where a command is started."""
     monkeypatch.syspath_prepend(ROOT / "docs" / "extending")
-    try:
-        build.look_up({}, name, "name")
-    except build.ConfigError:
-        monkeypatch.setitem(
-            table, name, getattr(importlib.import_module(file), function)
-        )
-    return name
 
 
-def test_a_users_process_network_and_data_make_a_run(monkeypatch, tmp_path):
+def test_a_users_process_network_and_data_make_a_run(users_files, tmp_path):
     config = digits.get_config("smoke")
-    known = (models.MODELS, process.PROCESSES, sources.SOURCES)
-    names = ("my_network:ConvNet", "my_process:cosine", "my_data:rings")
-    model, cosine, rings = map(of_user, names, known, [monkeypatch] * 3)
-    config.model.update(name=model, width=8, depth=1, patch=None, num_heads=None)
+    model, cosine, rings = "my_network:ConvNet", "my_process:cosine", "my_data:rings"
+    defaults.switch(config, model=model)
+    config.model.update(width=8, depth=1)
     config.process.name, config.prediction.name = cosine, "noise"
     config.times.update(name="uniform", t_min=0.01, t_max=0.99)
     config.sampler.update(t_min=0.01, t_max=0.99)
@@ -125,10 +116,9 @@ def test_a_users_process_network_and_data_make_a_run(monkeypatch, tmp_path):
     assert metrics["memorization"]["samples"] == config.sampler.num_samples
 
 
-def test_a_users_study_makes_a_sweep(monkeypatch, tmp_path):
-    pytest.importorskip("memsep_jax.experiments.studies.study")
+def test_a_users_study_makes_a_sweep(users_files, tmp_path):
     config = onset_digits.get_config("smoke")
-    config.experiment = of_user("my_study:study", experiments.EXPERIMENTS, monkeypatch)
+    config.experiment = "my_study:study"
     config.sweep.update(seeds=2, num_examples=(16, 64))
     experiments.run(config, tmp_path)
     few, many = record.read_json(tmp_path / "metrics.json")["table"]
