@@ -206,6 +206,7 @@ def _cifar_archive(root):
         import tensorflow_datasets
         from tensorflow_datasets.core.download import checksums
 
+        logging.info("fetching %s to %s", CIFAR_URL, root / "downloads")
         _fail_soon()
         known = checksums.UrlInfo(CIFAR_BYTES, CIFAR_SHA256, manual.name)
         manager = tensorflow_datasets.download.DownloadManager(

@@ -55,10 +55,7 @@ def refused(*arguments, tmp_path, code=2, **kwargs) -> str:
     workdir = tmp_path / "not" / "yet"
     result = harness.run(*arguments, workdir=workdir, **kwargs)
     assert result.code == code, result.output
-    said = "" if "cifar10" not in str(arguments) else "Downloading and preparing"
-    assert result.stdout[:25] == said and "Traceback" not in result.stderr, (
-        result.output
-    )
+    assert not result.stdout and "Traceback" not in result.stderr, result.output
     assert result.stderr.startswith("error: "), result.output
     assert result.stderr.count("error: ") == 1, result.output
     assert not workdir.parent.exists()
