@@ -213,11 +213,11 @@ def test_every_point_becomes_a_run_and_all_a_table_and_a_picture(whole):
 @pytest.mark.slow
 def test_finished_points_are_not_done_again(whole):
     file, points, workdir, _ = whole
-    runs = [runs.place(workdir, point) / "run.json" for point in points]
-    before = [path.stat().st_mtime_ns for path in runs]
+    paths = [runs.place(workdir, point) / "run.json" for point in points]
+    before = [path.stat().st_mtime_ns for path in paths]
     code, said = launched("run", file, workdir)
     assert code == 0, said
-    assert [path.stat().st_mtime_ns for path in runs] == before
+    assert [path.stat().st_mtime_ns for path in paths] == before
 
 
 @pytest.mark.slow
