@@ -80,6 +80,7 @@ class Session:
         self.before: dict = {}  # run.json as it was found
         self.status: dict = {"seconds": {}}
         self.stop: int | None = None
+        # No emoji: "my_file:ring:" would show one.
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self._begun = False
         self._made: list[Path] = []  # directories that were not there
