@@ -214,7 +214,7 @@ def test_what_training_cannot_do_is_refused(changes, words):
     assert any(words in line for line in found), found
 
 
-def test_a_second_source_is_not_fetched_either_for_a_config_that_is_wrong(monkeypatch):
+def test_a_second_source_is_not_fetched_for_a_wrong_config(monkeypatch):
     def fetch(name, mix_from=None, **arguments):
         assert mix_from is None, "fetched"
         return splits(name, **arguments)

@@ -62,7 +62,7 @@ def own(mine):
     return defaults.smoke(config)
 
 
-def test_the_fields_of_a_group_are_the_arguments_of_the_users_function(mine):
+def test_the_fields_are_the_arguments_of_the_users_function(mine):
     config = own(mine)
     config.process.name, config.process.rate = f"{mine}:slow", 2.0
     config.sampler.update(t_min=1e-3, t_max=3.0)

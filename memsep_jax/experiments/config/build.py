@@ -124,9 +124,9 @@ def build(config, read=sources.source) -> Parts:
     attempt(checks.batch, config, jax.device_count())
 
     splits = None
-    # Nothing is fetched for a bad config.
+    # Nothing is fetched for a bad config, nor read in absurd sizes.
     remote = {config.data.name, config.data.get("mix_from")} & {*REMOTE}
-    if not (attempt.wrong and remote):
+    if not (attempt.wrong and remote) and not schema.broken_rules(config, "data"):
         try:
             splits = attempt(_splits, config.data, read)
         except data.DataError:

@@ -156,6 +156,7 @@ def seeded(config, seed: int):
     if not config.prune.source:  # a network from elsewhere has its data
         one.data.seed = config.data.seed + seed
         one.data.truth_seed = (config.data.truth_seed or 0) + seed
+        schema.excuse(one, ["data.truth_seed"])  # only a mixture reads it
     return one
 
 

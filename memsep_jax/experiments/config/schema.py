@@ -594,18 +594,26 @@ def leave_over(config, given) -> None:
     Args: given, the fields that were set on top of the file, "model.name" among them:
       only these must be taken by the new constructor.
     """
-    left = {*config.get(LEFT_OVER, ())}
+    left = set()
     if "model" in config:
-        left |= {
+        left = {
             f"{group}.{field}"
             for group in CONSTRUCTED
             if f"{group}.name" in given
             for field, value in config[group].items()
             if value is not None and field != "name"
         }
-    if left := left - set(given):
-        with config.unlocked():
+    excuse(config, left, given)
+
+
+def excuse(config, names, given=()) -> None:
+    """Lets a config hold fields that nothing reads, except those that were given."""
+    left = {*config.get(LEFT_OVER, ()), *names} - {*given}
+    with config.unlocked():
+        if left:
             config[LEFT_OVER] = tuple(sorted(left))
+        elif LEFT_OVER in config:
+            del config[LEFT_OVER]
 
 
 def did_you_mean(word: str, known) -> str:

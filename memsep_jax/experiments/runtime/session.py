@@ -51,6 +51,7 @@ class Session:
         self.resume_step: int | None = resume_step  # the checkpoint to return to
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
+        # No emoji: "my_file:ring:" would show one.
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
         self._shared = shared
