@@ -70,8 +70,8 @@ def test_both_targets_are_one_padded_network(x64):
         (exact.mixture_params(truth), mixture.score(truth, OU)),
     ):
         target = capacity._padded(params, 9)
-        member = capacity.Members(data, jnp.asarray(5), t, target, None)
-        found = jax.jit(capacity._teacher(OU, member))(x, t)
+        task = capacity.Tasks(data, jnp.asarray(5), t, target, None)
+        found = jax.jit(capacity._teacher(OU, task))(x, t)
         np.testing.assert_allclose(found, jax.jit(score_fn)(x, t), rtol=1e-10)
 
 

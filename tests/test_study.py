@@ -74,7 +74,7 @@ def test_a_study_checks_shares_concludes_and_draws(ask, tmp_path, monkeypatch):
         raise build.ConfigError("no")
 
     with pytest.raises(build.ConfigError, match="no"):
-        dataclasses.replace(own, check=refuse)(config("own"), None)
+        ask(dataclasses.replace(own, check=refuse), width=(4,))
 
 
 def test_a_function_of_config_and_session_is_an_experiment(ask, tmp_path):
