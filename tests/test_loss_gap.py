@@ -128,7 +128,9 @@ def test_a_truth_without_closed_form_is_refused_and_leaves_nothing(
     data, message, tmp_path
 ):
     config = tiny()
-    defaults.switch(config, data=data.get("name", config.data.name))
+    if "name" in data:
+        config.sweep.d = ()  # an axis that only a mixture has
+        defaults.switch(config, data=data["name"])
     config.data.update(data)
     with pytest.raises(build.ConfigError, match=message):
         experiments.run(config, tmp_path / "run")
