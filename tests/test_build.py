@@ -349,7 +349,9 @@ def test_networks_and_points_are_shared_only_where_they_stop_alike(rule, tmp_pat
     def places(field="seed", value=0, **rule):
         config = small(**rule, **{field: value})
         (point, *_) = grid.points(config)
-        return networks.name(config), points.path_of(tmp_path, config, point)
+        return networks.folder(config, tmp_path), points.path_of(
+            tmp_path, config, point
+        )
 
     def shared(*change, **rule):
         pairs = zip(places(**rule), places(*change, **rule), strict=True)
@@ -373,6 +375,23 @@ def test_a_tag_without_such_a_rule_is_that_of_the_groups_alone():
     text = json.dumps(some, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
     assert networks.tag(config, networks.TRAINING) == tag
+
+
+def test_a_network_keeps_the_folder_of_an_earlier_version(tmp_path):
+    """Its name was made without fields that came later, while they are not set."""
+    config = small()
+    known = build.to_json(config)
+    some = {name: known[name] for name in ("seed", *networks.TRAINING)}
+    for field in ("alpha", "crop", "exif"):
+        del some["data"][field]
+    text = json.dumps(some, sort_keys=True)
+    tag = hashlib.sha256(text.encode()).hexdigest()[:12]
+    former = tmp_path / "models" / f"seed={config.seed}-{tag}"
+    today = networks.folder(config, tmp_path)
+    former.mkdir(parents=True)
+    assert networks.folder(config, tmp_path) == former != today
+    config.data.crop = "center"
+    assert networks.folder(config, tmp_path) not in (former, today)
 
 
 def test_a_run_may_become_longer_in_epochs_and_not_shorter(tmp_path):

@@ -1,5 +1,6 @@
 """Points of a grid: each once, each kept, and their seeds as one."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -167,6 +168,18 @@ def test_points_that_are_no_dicts_of_fields_are_refused(bad):
         build.build(small_grid(points=bad))
 
 
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"optimizer.lr": "a"}, "optimizer.lr='a' must be a number"),
+        ({"optimiser.lr": 1.0}, "not a field .*, did you mean 'optimizer.lr'"),
+    ],
+)
+def test_a_point_that_no_config_can_be_says_what_can(bad, words):
+    with pytest.raises(build.ConfigError, match=f"sweep.points={{.*{words}"):
+        grid.points(small_grid(points=({}, bad)))
+
+
 def test_a_study_that_was_done_with_strings_goes_on_with_dicts(tmp_path):
     """However the numbers were written, and in names that were cut."""
     long = "optimizer.lr=1e-5; data.path=" + "a" * 200
@@ -183,6 +196,22 @@ def test_a_study_that_was_done_with_strings_goes_on_with_dicts(tmp_path):
     other = small_grid(points=({"optimizer.lr": 1e19},), width=(4,))
     with pytest.raises(points.FailedError):  # there is work to do, and nobody to do it
         run(other, tmp_path, None)
+
+
+def test_points_in_the_folder_of_an_earlier_version_are_kept(tmp_path):
+    config = small_grid(width=(4,))
+    run(config, tmp_path, lambda some: [{"y": 1.0}] * len(some))
+    (folder,) = (tmp_path / "points").iterdir()
+    known = build.to_json(config)
+    for group in ("sweep", "emm", "run"):
+        del known[group]
+    for field in ("alpha", "crop", "exif"):  # came later
+        del known["data"][field]
+    text = json.dumps(known, sort_keys=True)
+    tag = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder.rename(folder.with_name(tag))
+    assert [row["y"] for row in run(config, tmp_path, None)] == [1.0] * 2
+    assert len(list((tmp_path / "points").iterdir())) == 1
 
 
 # Several processes.

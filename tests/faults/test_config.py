@@ -210,6 +210,7 @@ WRONG = {
     "run.log_every": 0,
     "run.save_every": -1,
     "run.keep": 0,
+    "run.pack": "",
     "times.name": "uniform",
     "times.t_min": 2.0,
     "times.t_max": 1.0,
@@ -238,6 +239,7 @@ TOLD = [  # of each, what the line must say
     "run.log_every=0 must be at least 1",
     "run.save_every=-1 must be at least 1",
     "run.keep=0 must be at least 1",
+    "run.pack='' must be the name of a file, or None",
     "times.t_min=2.0, times.t_max=1.0 must satisfy 0 <= t_min < t_max",
 ]
 

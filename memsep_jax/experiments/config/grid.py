@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memsep_jax.experiments.config import build, schema
+from memsep_jax.experiments.config.fields import KINDS
 
 AXES = {  # axis of config.sweep -> the field of the config that it varies
     "num_examples": ("data", "num_examples"),
@@ -249,12 +250,15 @@ def override(config, values: dict[str, Any]) -> None:
             place = place.get(group, {}) if hasattr(place, "get") else {}
         if field not in place:
             raise build.ConfigError(
-                f"{name} is not a field of the config{build.did_you_mean(field, place)}"
+                f"{name} is not a field of the config"
+                f"{build.did_you_mean(name, dict(schema.values(config)))}"
             )
         try:
             place[field] = value
         except TypeError as error:
-            raise build.ConfigError(f"{name}: {error}") from error
+            known = schema.train_fields().get(name)
+            rule = f"{value!r} must be {KINDS[known.kind][1]}" if known else error
+            raise build.ConfigError(f"{name}={rule}") from error
     schema.leave_over(config, values)
 
 

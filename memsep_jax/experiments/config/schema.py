@@ -7,8 +7,11 @@ the file format is a ConfigDict, and most rules compare a value with a bound.
 
 import difflib
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,6 +21,7 @@ from memsep_jax.experiments.config.fields import (
     AFTER,
     GROWS,
     KINDS,
+    NEWER,
     POINTS,
     RESULT,
     RUN,
@@ -109,11 +113,20 @@ TRAIN: dict[str, Field | Group] = {
         mix_from=unset(str, "The second source: a name without arguments, or an .npz."),
         deduplicate=unset(bool, "Keeps each distinct point once."),
         path=unset(str, "File or folder to read.", of=("npz", "latents", "folder")),
-        stream=unset(bool, "Leaves the images on disk.", of=("npz", "latents", "tfds")),
+        stream=unset(
+            bool, "Leaves the images on disk.",
+            of=("npz", "latents", "cifar10", "tfds"),
+        ),
         skip_bad=unset(bool, "Leaves out images that cannot be read.", of=FOLDER),
-        crop=unset(str, "How images become square: squeeze or center.", of=FOLDER),
-        exif=unset(bool, "Turns images as their EXIF tag says.", of=FOLDER),
-        alpha=unset(str, "What transparent pixels become: white, drop.", of=FOLDER),
+        crop=unset(
+            str, "How images become square: squeeze or center.", mark=NEWER, of=FOLDER,
+        ),
+        exif=unset(
+            bool, "Turns images as their EXIF tag says.", mark=NEWER, of=FOLDER,
+        ),
+        alpha=unset(
+            str, "What transparent pixels become: white, drop.", mark=NEWER, of=FOLDER,
+        ),
         dataset=unset(str, "Data set of TensorFlow Datasets.", of=("tfds",)),
         data_dir=unset(
             str, "Where TensorFlow Datasets keeps its data.", of=("cifar10", "tfds"),
@@ -422,7 +435,10 @@ TRAIN: dict[str, Field | Group] = {
             listed("memsep_jax.experiments.runtime.trackers:TRACKERS"),
         ),
         shard=field(False, "Splits the state over the devices, as FSDP does."),
-        pack=unset(str, "File that holds the whole state, to continue elsewhere."),
+        pack=unset(
+            str, "File that holds the whole state, to continue elsewhere.",
+            Rule("the name of a file, or None", lambda value: bool(Path(value).name)),
+        ),
         wait=field(
             0.0, "Seconds to wait for a checkpoint at prune.source.",
             at_least(0, "seconds"),
@@ -679,8 +695,30 @@ def broken_rules(config, *only: str) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             lines.append(f"{name}={value} must be a finite number")
         elif rule and not rule.accepts(value):
-            lines.append(f"{name}={value} must be {rule.text()}")
+            lines.append(f"{name}={value or repr(value)} must be {rule.text()}")
     return lines
+
+
+def tags(known: dict) -> list[str]:
+    """Names for a folder that belongs to the plain values of some groups.
+
+    The first is today's. The second, where there is one, is that of a version without
+    the fields marked NEWER; such a folder holds the same results.
+    """
+    newer = [name.partition(".") for name in marked(NEWER)]
+    former = {
+        group: {
+            field: value
+            for field, value in fields.items()
+            if (group, ".", field) not in newer or value is not None
+        }
+        if isinstance(fields, dict)
+        else fields
+        for group, fields in known.items()
+    }
+    texts = (json.dumps(some, sort_keys=True) for some in (known, former))
+    made = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts]
+    return list(dict.fromkeys(made))
 
 
 def own_code(known: dict) -> list[str]:

@@ -11,8 +11,6 @@ nobody has. The lock of a process that was killed is free.
 """
 
 import contextlib
-import hashlib
-import json
 import time
 import traceback
 from collections import Counter
@@ -364,9 +362,8 @@ def _folder(workdir, config) -> Path:
     for group in schema.groups(fields.POINTS, fields.RUN):
         rest.pop(group, None)
     rest |= build.looks(config)
-    text = json.dumps(rest, sort_keys=True)
-    tag = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Path(workdir) / "points" / tag
+    folders = [Path(workdir) / "points" / tag for tag in schema.tags(rest)]
+    return next((folder for folder in folders if folder.exists()), folders[0])
 
 
 def short(error) -> str:

@@ -4,9 +4,8 @@ models/ of a workdir has a folder for every network, named by its seed and by al
 that a trained network depends on: all points and all starts that need it share it.
 """
 
-import hashlib
-import json
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -23,23 +22,30 @@ TRAINING = schema.groups(fields.TRAINING)
 
 def tag(config, groups) -> str:
     """A short name of the values of some groups of a config, and of its seed."""
+    return tags(config, groups)[0]
+
+
+def tags(config, groups) -> list[str]:
+    """The `tag`, and what an earlier version called it."""
     known = build.to_json(config)
     if "sampler" in groups:
         known["model"].pop("dropout", None)  # is off
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
         some |= build.looks(config)
-    return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:12]
+    return schema.tags(some)
 
 
-def name(config) -> str:
-    """The name of the folder of a trained network."""
-    return f"seed={config.seed}-{tag(config, TRAINING)}"
+def folder(config, workdir) -> Path:
+    """The folder of a trained network, in the workdir of its sweep."""
+    names = (f"seed={config.seed}-{one}" for one in tags(config, TRAINING))
+    folders = [Path(workdir) / "models" / name for name in names]
+    return next((one for one in folders if one.exists()), folders[0])
 
 
 def trained(config, parts, session, generate=None):
     """The train.TrainState of a network, trained here unless it already was."""
-    where = session.workdir / "models" / name(config)
+    where = folder(config, session.workdir)
     # Points that other processes do may need the same network.
     with locks.held(where.with_name(f".{where.name}.lock"), session.say):
         return training_run.learn(config, parts, session, None, generate, where)
@@ -91,7 +97,7 @@ def measured(config, session) -> dict:
         watch = pruning.watcher(config, parts, generate)
         both = {"raw": watch(state.params), "ema": watch(state.ema)}
     ratios = {which: numbers["ratio"] for which, numbers in both.items()}
-    where = session.workdir / "models" / name(config)
+    where = folder(config, session.workdir)
     rows = record.read_metrics(where / "metrics.jsonl")
     along = [row[which] for row in rows for which in monitor.RATIOS if which in row]
     return (

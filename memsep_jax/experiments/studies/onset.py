@@ -198,7 +198,7 @@ def measure(points, session):
         generate = training_run.network_samples(config, parts, session)
         state = networks.trained(config, parts, session, generate)
         steps = sorted(monitor.snapshot_steps(config, len(parts.splits.train.x)))
-        folder = session.workdir / "models" / networks.name(config) / "snapshots"
+        folder = networks.folder(config, session.workdir) / "snapshots"
         _check_kept(folder, steps)
         like = {"params": state.params, "ema": state.ema}
         watch = pruning.watcher(config, parts, generate)
