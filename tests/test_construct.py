@@ -23,6 +23,26 @@ class Net(nn.Module):
         return nn.Dense(x.size)(nn.relu(nn.Dense(self.size)(h))).reshape(x.shape)
 
 
+class Deaf(nn.Module):
+    def __call__(self, x):
+        return x
+
+
+class Broken(nn.Module):
+    def __call__(self, *args):
+        return nobody
+
+
+class Flat(nn.Module):
+    @nn.compact
+    def __call__(self, x, *args):
+        return nn.Dense(1)(x)
+
+
+class NoModule:
+    pass
+
+
 def slow(rate=1.0):
     def sigma(t):
         return jnp.sqrt(-jnp.expm1(-2 * rate * t))
@@ -104,7 +124,7 @@ def test_an_audit_does_not_run_the_code_of_a_run(mine, tmp_path):
     [
         ("nobodys:f", "model.name='nobodys:f': there is no nobodys.py in "),
         ("{}:Nut", "has no function 'Nut', did you mean 'Net'?"),
-        ("{}:number", "has no function 'number'"),
+        ("{}:number", ":number' is int, not a function or a class"),
         ("os:system", "os is an installed package"),
         ("numpy:load", "numpy is an installed package"),
         ("broken:f", "broken cannot be imported (ZeroDivisionError"),
@@ -118,6 +138,22 @@ def test_a_function_that_is_not_there_is_one_message(name, words, mine, tmp_path
     with pytest.raises(build.ConfigError) as caught:
         construct.look_up({}, name.format(mine), "model.name")
     assert words in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("Deaf", r"raises TypeError: Deaf.__call__\(\) takes 2 .* but 4 were given"),
+        ("Broken", r"raises NameError: .*\(.*mine_.*\.py:\d+\)$"),
+        ("Flat", r"makes \(1,\) of x \[2\]: the result must have the shape of x"),
+        ("NoModule", "must be a flax module, .* has no attribute 'init'"),
+    ],
+)
+def test_a_network_of_ones_own_that_cannot_be_called(name, words, mine):
+    config = own(mine)
+    config.model = {"name": f"{mine}:{name}"}
+    with pytest.raises(build.ConfigError, match=words):
+        build.build(config)
 
 
 def test_a_message_names_the_fields_behind_the_arguments():

@@ -6,6 +6,8 @@ name becomes an object in construct.
 
 import contextlib
 import json
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -139,7 +141,7 @@ def build(config, read=sources.source) -> Parts:
     model = attempt(_model, config.model, num_classes)
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
     if model is not None and shape is not None:
-        attempt(_check_shape, config.model, model, shape)
+        attempt(_check_shape, config.model, model, shape, num_classes)
     attempt(checks.mitigations, config, splits, num_classes)
     if splits is not None and isinstance(splits.train.x, data.Rows):
         attempt(checks.stream, config)
@@ -334,10 +336,40 @@ def _times(group, grid):
         return grid(group.t_min, group.t_max, min(group.steps, schema.MOST_TIMES))
 
 
-def _check_shape(group, model, shape):
+def _check_shape(group, model, shape, num_classes):
     if hasattr(model, "check"):
         with naming("model", group):
             model.check(shape)
+    elif is_own(group.name):
+        _check_own(group.name, model, shape, num_classes)
+
+
+def _check_own(name, model, shape, num_classes):
+    """Traces a user's network once, as a training calls it."""
+    label = jnp.zeros((), jnp.int32) if num_classes else None
+
+    def call_network(x, t):
+        params = model.init(jax.random.key(0), x, t, label)["params"]
+        return model.apply({"params": params}, x, t, label, None)
+
+    try:
+        made = jax.eval_shape(call_network, jnp.zeros(shape), jnp.zeros(()))
+    except Exception as error:  # whatever the user's module raises
+        path = sys.modules[name.partition(":")[0]].__file__
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f" ({path}:{lines[-1]})" if lines else ""
+        first_line, *_ = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {first_line}"
+        raise ConfigError(
+            f"model.name={name!r} must be a flax module, called as (x, t, label, "
+            f"gates): of x {list(shape)} it raises {reason}{where}"
+        ) from error
+    if getattr(made, "shape", None) != tuple(shape):
+        raise ConfigError(
+            f"model.name={name!r} makes {getattr(made, 'shape', type(made).__name__)} "
+            f"of x {list(shape)}: the result must have the shape of x"
+        )
 
 
 def _splits(group, read=sources.source):
