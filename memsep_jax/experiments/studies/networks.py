@@ -36,10 +36,19 @@ def tags(config, groups) -> list[str]:
     return schema.tags(some)
 
 
+def name(config) -> str:
+    """The name of the folder of a trained network."""
+    return names(config)[0]
+
+
+def names(config) -> list[str]:
+    """The `name`, and what an earlier version called it."""
+    return [f"seed={config.seed}-{one}" for one in tags(config, TRAINING)]
+
+
 def folder(config, workdir) -> Path:
     """The folder of a trained network, in the workdir of its sweep."""
-    names = (f"seed={config.seed}-{one}" for one in tags(config, TRAINING))
-    folders = [Path(workdir) / "models" / name for name in names]
+    folders = [Path(workdir) / "models" / one for one in names(config)]
     return next((one for one in folders if one.exists()), folders[0])
 
 
