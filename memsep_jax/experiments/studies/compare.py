@@ -555,8 +555,8 @@ def _nearer(config, points, title, left_out):
             [fidelity.frechet(samples[i::FOLDS], x, warn=False) for i in range(FOLDS)]
             for x in others
         )
-        differences = np.subtract(to_train, to_held_out)
-        return mean_interval(differences.tolist()) | {"images": len(samples)}
+        interval = mean_interval(np.subtract(to_train, to_held_out))
+        return interval._asdict() | {"images": len(samples)}
 
     name = f"{title} to train less that to held-out"
     return attempt(left_out, [name], "held_out", difference)
