@@ -15,7 +15,6 @@ import numpy as np
 from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
-from memsep_jax.arrays import Arr, Float, Keys, Num, Point, Points, Scalar
 from memsep_jax.mixture import Law
 from memsep_jax.process import (
     Process,
@@ -26,6 +25,7 @@ from memsep_jax.process import (
     time_of,
 )
 from memsep_jax.score import ScoreFn
+from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 
 BATCH = 250  # draws at a time: memory does not grow with their number
 # Standard errors from which a gap counts. At many times and configs, 2 or 3 would flag

@@ -81,7 +81,7 @@ def digests(workdir, points):
 def slowed(file):
     """The same sweep, whose steps take a while."""
     text = (
-        "import time\nfrom memsep_jax.experiments.runtime import record\n"
+        "import time\nfrom memsep_jax.experiments import record\n"
         "_write = record.Metrics.write\n"
         "def write(self, **row):\n    _write(self, **row)\n    time.sleep(0.5)\n"
         "record.Metrics.write = write\n"
