@@ -114,12 +114,9 @@ def _check_points(x, where, pixels):
         check_layout(x, where)
     low, high, below = limits(x)
     refuse(np.isnan(low), where, "NaN or Inf")
-    if x.ndim != 4:
+    if x.ndim != 4 or not pixels:
         return ()
-    notes = []
-    if pixels:
-        notes = check_range(x, where, low, high, below)
-    return tuple(notes)
+    return tuple(check_range(x, where, low, high, below))
 
 
 def check_labels(labels, n, where):
@@ -300,9 +297,7 @@ def pixels(x, where):
     if x.dtype != np.uint8:
         refuse(~np.isfinite(low), where, "NaN or Inf")
     notes = tuple(check_range(x, where, low, high, below))
-    if x.dtype == np.uint8:
-        return x, notes
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8), notes
+    return x if x.dtype == np.uint8 else to_uint8(x), notes
 
 
 def limits(x):

@@ -183,12 +183,11 @@ def _bare():
     return [
         name
         for name, read in SOURCES.items()
-        if all(p.default is not p.empty for p in _parameters(read))
+        if all(
+            p.default is not p.empty
+            for p in inspect.signature(read).parameters.values()
+        )
     ]
-
-
-def _parameters(read):
-    return inspect.signature(read).parameters.values()
 
 
 # Images of any origin.

@@ -91,6 +91,12 @@ def read_npz(path):
         return None
 
 
+def write_bytes(path, content: bytes):
+    """Writes a file whole."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
 def write_csv(path, columns: dict):
     """Writes columns of one length."""
     # The name of a file may be no text: then its bytes are shown.

@@ -739,7 +739,7 @@ def test_security_the_umask_is_kept(mask, tmp_path):
         tree = {"x": np.zeros(3, np.float32)}
         checkpoint.save(workdir / "checkpoints", 1, tree)
         checkpoint.pack(workdir / "packed.npz", 1, tree)
-        report._save(workdir / "figures" / "a.png", b"")
+        record.write_bytes(workdir / "figures" / "a.png", b"")
     finally:
         os.umask(before)
     written = list(workdir.rglob("*"))

@@ -42,7 +42,7 @@ def inside(made, name, looked_at):
         if not (made.alpha(t) > 0 and made.sigma(t) > 0)
     ]
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ConfigError("\n".join(wrong))
 
 
 def lengths(group, optimizer):

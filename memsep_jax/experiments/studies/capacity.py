@@ -24,7 +24,7 @@ from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture, process
 from memsep_jax.experiments import training
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, checks, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.experiments.studies.study import Study
@@ -48,7 +48,8 @@ def check(config) -> build.Parts:
     """The parts of the first point.   Raises: ConfigError."""
     _check_axes(config)
     parts = grid.check(config)
-    _check_times(config, parts.process)
+    times = {f"measure.times[{i}]": t for i, t in enumerate(config.measure.times)}
+    checks.inside(parts.process, config.process.name, times)
     _true_params(config)
     return parts
 
@@ -374,15 +375,6 @@ def _check_axes(config):
             raise build.ConfigError(
                 f"sweep.{axis}={config.sweep[axis]}: capacity sweeps num_examples and "
                 "width, at least one value of each, and no other axis"
-            )
-
-
-def _check_times(config, made):
-    for t in config.measure.times:
-        if not (made.alpha(t) > 0 and made.sigma(t) > 0):
-            raise build.ConfigError(
-                f"measure.times: t={t} is outside of process {config.process.name}, "
-                "where alpha and sigma must both be positive"
             )
 
 

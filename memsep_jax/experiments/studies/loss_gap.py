@@ -61,7 +61,6 @@ def measure(points, session, compiled):
 def conclude(config, rows, parts, session) -> dict:
     """Writes and shows the ratio of the gap to its saturated value."""
     table = results.over_seeds(rows)
-    session.lead()
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
     session.say(_ratios(table))
     return {}
