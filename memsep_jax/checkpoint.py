@@ -251,8 +251,8 @@ def _strange(directory) -> list[str]:
     """Names that are no step, no step set aside, and no leftover of a save."""
     known = {str(step) for step in steps(directory)}
     ours = re.compile(rf"(corrupt|abandoned)-|.*{re.escape(TMP)}")
-    found = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
-    return sorted(name for name in found if name not in known and not ours.match(name))
+    names = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
+    return sorted(name for name in names if name not in known and not ours.match(name))
 
 
 def _remove(path):
@@ -314,7 +314,7 @@ def _check(path, manifest, like):
     with _reading("manifest"):
         schema, table = manifest["schema"], manifest["leaves"]
         sealed = manifest["sha256"] == _seal(table)
-        found = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
+        saved = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
     if not sealed:
         raise _DamagedError("manifest digest mismatch")
     if schema != SCHEMA:
@@ -325,9 +325,9 @@ def _check(path, manifest, like):
     wanted = _by_path(like)
     expected = {n: (tuple(a.shape), str(a.dtype)) for n, a in wanted.items()}
     wrong = [
-        f"  {n}: saved {found.get(n, 'absent')}, expected {expected.get(n, 'absent')}"
-        for n in sorted(found.keys() | expected.keys())
-        if found.get(n) != expected.get(n)
+        f"  {n}: saved {saved.get(n, 'absent')}, expected {expected.get(n, 'absent')}"
+        for n in sorted(saved.keys() | expected.keys())
+        if saved.get(n) != expected.get(n)
     ]
     if wrong:
         more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []

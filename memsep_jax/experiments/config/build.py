@@ -34,7 +34,7 @@ from memsep_jax.models import MODELS
 __all__ = [
     "MODELS", "ORDERS", "ConfigError", "Keys", "Parts", "build", "call", "check",
     "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "keys",
-    "lengths", "look_up", "looks", "sampling_options", "to_json", "truth",
+    "lengths", "look_up", "sampling_options", "to_json", "truth", "watched",
 ]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def ema_decay(config):
     return train.ema_decay(group.ema_half_life, group.batch_size, group.ema_ramp)
 
 
-def looks(config) -> dict:
+def watched(config) -> dict:
     """What else changes a trained network where a rule may end training early.
 
     What such a rule sees depends on these fields; without one, they change no network.
@@ -256,14 +256,14 @@ def to_json(config) -> dict:
 
 def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
     """(field, old, new) for every leaf that differs."""
-    found = []
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
+            changes += differences(a, b, f"{name}.")
         elif a != b:
-            found.append((name, a, b))
-    return found
+            changes.append((name, a, b))
+    return changes
 
 
 # Objects.

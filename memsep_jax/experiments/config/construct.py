@@ -86,7 +86,7 @@ def _own(name, what):
                 f"{what}={name!r}: {module} is an installed package; import the "
                 "function in a file of your own, and name that file"
             )
-        found = getattr(importlib.import_module(module), attribute, None)
+        function = getattr(importlib.import_module(module), attribute, None)
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's module raises
@@ -94,13 +94,13 @@ def _own(name, what):
             f"{what}={name!r}: {module} cannot be imported ({type(error).__name__}: "
             f"{error})"
         ) from error
-    if not callable(found):
+    if not callable(function):
         known = [n for n in vars(sys.modules[module]) if not n.startswith("_")]
         raise ConfigError(
             f"{what}={name!r}: {module} has no function {attribute!r}"
             f"{did_you_mean(attribute, known)}"
         )
-    return found
+    return function
 
 
 def _is_installed(origin):

@@ -12,7 +12,7 @@ from memsep_jax import parallel
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import fields, grid, schema
-from memsep_jax.experiments.config.build import differences, looks, to_json
+from memsep_jax.experiments.config.build import differences, to_json, watched
 from memsep_jax.experiments.runtime import circumstances, locks, terminal
 from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
@@ -226,7 +226,7 @@ class Session:
 
     def _harmless(self, name):
         """Whether a field changes no number."""
-        return schema.role(name) == fields.RUN and name not in looks(self.config)
+        return schema.role(name) == fields.RUN and name not in watched(self.config)
 
     def _changes(self):
         old = record.read_json(self.workdir / "config.json")

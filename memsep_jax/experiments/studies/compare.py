@@ -404,10 +404,10 @@ def _tests(config, points, near, left_out):
         check_dim(points.train)
         most = min(config.quality.points, MODELLED)
         some = points.map(lambda name, x: _some(x, most, config.seed))
-        found = memorization.feature_likelihood(
+        test = memorization.feature_likelihood(
             some.train, some.held_out, some.samples, config.seed
         )
-        return {"fld": found.fld, "fld_train": found.fld_train, "gap": found.gap}
+        return {"fld": test.fld, "fld_train": test.fld_train, "gap": test.gap}
 
     def c_t():
         return copying(config, points, near.samples, near.held_out)

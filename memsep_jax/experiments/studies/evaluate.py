@@ -19,7 +19,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies import compare
 
-LOOKED = 256  # the most images that a network of features takes at once
+TOGETHER = 256  # images, at most, in a network of features at once
 
 
 def make_generate(config, parts, mesh, score_of, session=None):
@@ -184,7 +184,7 @@ def _laws(sets, pixels, config, chunked):
 
     @functools.cache  # not made where all chunks are on disk
     def space():
-        shape, most = some.samples.shape[1:], min(LOOKED, config.run.chunk)
+        shape, most = some.samples.shape[1:], min(TOGETHER, config.run.chunk)
         return features.random_conv(shape, config.seed, most)
 
     def see(name, x):

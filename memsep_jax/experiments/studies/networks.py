@@ -28,7 +28,7 @@ def tag(config, groups) -> str:
         known["model"].pop("dropout", None)  # is off
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
-        some |= build.looks(config)
+        some |= build.watched(config)
     return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:12]
 
 
