@@ -135,7 +135,7 @@ def restore_newest(directory, like, at_most: int | None = None):
     directory = Path(directory)
     if strange := _strange(directory):
         logging.warning(
-            "%s holds what is no checkpoint: %s; it is left alone",
+            "%s holds files that are no checkpoints: %s; they are left alone",
             directory,
             ", ".join(strange[:10]),
         )

@@ -87,7 +87,7 @@ def inception(
     params = _fitted(incept.params_of, tensors, path)
     if "digest" in about and about["digest"] != checkpoint.digest(tensors):
         raise WeightsError(
-            f"{path}: damaged (other tensors than its digest tells); convert it again"
+            f"{path}: damaged (other tensors than in its digest); convert it again"
         )
     standard = "digest" in about and about.get("standard") == "true"
     network = incept.Inception(like)
@@ -113,7 +113,7 @@ def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
 def lpips(shape, path=None, chunk: int = 64) -> Extractor:
     """Points whose squared distance is LPIPS, of images at 64 x 64: 31,872 features.
 
-    They are for neighbours: few sets have enough images for a covariance of so many.
+    They are for neighbours: few sets have enough images for their covariance.
 
     Args, Raises: as `alexnet`.   Source: Zhang 2018 (arXiv 1801.03924).
     """
@@ -378,7 +378,7 @@ def _alexnet(name, of, shape, path, chunk):
     if path is None:
         raise WeightsError(
             f"{name} has no weights here: give the path of an .npz file with the names "
-            "that memsep_jax/models/alexnet.py tells"
+            "in memsep_jax/models/alexnet.py"
         )
     try:
         data, tensors = _npz(path)

@@ -390,9 +390,9 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
     """1 - v I / d, I = E || s ||^2: the least eps-loss that any score has on a law.
 
     The best guess of the noise is E[eps | X_t] = -sigma s(X_t, t), s the score of the
-    noised law, and what it leaves is E |eps|^2/d - E |sigma s|^2/d. Of P_t it is the
-    least loss on new data; of Phat_t, the least loss on the training set: 0 while the
-    noised training points keep apart.
+    noised law, which leaves E |eps|^2/d - E |sigma s|^2/d. For P_t it is the least
+    loss on new data; for Phat_t, the least loss on the training set: 0 while the noised
+    training points keep apart.
 
     Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
     Returns: Estimate of [], per dimension.

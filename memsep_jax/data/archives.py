@@ -199,7 +199,7 @@ def _cifar_way(root):
 
 
 def _cifar_archive(root):
-    """The path of the archive: the local one, or what is fetched to downloads."""
+    """The path of the archive: the local one, or the one fetched to downloads."""
     if (manual := _cifar_manual(root)).exists():
         return manual
     try:

@@ -1,7 +1,7 @@
 """Points as arrays, in memory or on disk: their units, names, and what they may hold.
 
 Images are uint8, or float32 in [-1, 1]. Rooms that read files call these checks, so
-that the same is refused, converted and told for training and for audits.
+that training and audits refuse, convert and report the same.
 """
 
 import hashlib
@@ -291,7 +291,7 @@ def pixels(x, where):
     if x.shape[3] not in (1, 3, 4):
         raise DataError(
             f"{where} is {x.shape}, of {x.shape[3]} channels: images have 1, 3 or 4; "
-            "of latents, give what they decode to"
+            "decode latents first"
         )
     low, high, below = limits(x)
     if x.dtype != np.uint8:

@@ -1,7 +1,7 @@
 """Images as people keep them, in folders and zips of folders: uint8 [n, h, w, 3].
 
-All files of images come in here, for training and for audits alike: what is read,
-converted, refused, counted and told is the same for both.
+All files of images come in here, so training and audits read, convert, refuse, count
+and report the same.
 """
 
 import collections
@@ -457,7 +457,7 @@ class _Reader:
         if image.mode == "F" or not 0 <= low <= high < 2**16:
             raise DataError(
                 f"{Path(self.path) / name}: its pixels are {grey.dtype} in "
-                f"[{low:.4g}, {high:.4g}], and nobody knows what is white; save "
+                f"[{low:.4g}, {high:.4g}], and which value is white is unknown; save "
                 "8 bits, 0 .. 255, or 16 bits, 0 .. 65535"
             )
         self.deep = max(self.deep, (int(high), name))

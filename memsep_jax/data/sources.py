@@ -67,7 +67,7 @@ def mixture_truth(
     if not given.keys() <= set(taken):
         raise ValueError(
             f"law={law!r} does not take {', '.join(sorted(given.keys() - set(taken)))}"
-            f"; it takes {', '.join(taken) or 'nothing'} besides k, d and scale"
+            f"; beside k, d and scale it takes {', '.join(taken) or 'nothing'}"
         )
     return LAWS[law](jax.random.key(truth_seed), k, d, scale, **given)
 

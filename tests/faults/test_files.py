@@ -475,7 +475,10 @@ def test_h72_deep_files_that_do_not_fill_their_range_are_refused(tmp_path):
         "floats": ((x.astype(np.float32), "tiff"), r"float32 in \[0, 1\]"),
         "int32": (((255 * x).astype(np.int32), "tiff"), "end at 255 .*hold 8 bits"),
         "12 bits": (((4095 * x).astype(np.uint16), "png"), "end at 4,095 .*12 bits"),
-        "negative": (((255 * x).astype(np.int32) - 9, "tiff"), "nobody knows"),
+        "negative": (
+            ((255 * x).astype(np.int32) - 9, "tiff"),
+            "white is unknown",
+        ),
     }
     for (images, name), words in cases.values():
         where = grey(tmp_path, images, name)

@@ -478,7 +478,7 @@ def test_c39_a_set_smaller_than_a_batch_is_drawn_by_a_stated_rule(
     experiments.run(config, tmp_path)
     said = capsys.readouterr().out
     assert f"n = {n} training points are fewer than the batch of 8" in said
-    assert "each point once an epoch" in said
+    assert "each point once per epoch" in said
     numbers = record.read_json(tmp_path / "metrics.json")
     assert numbers["memorization"]["samples"] == 12
     rows = np.asarray(data.indices(n, jax.random.key(0), 0, 8))

@@ -172,7 +172,7 @@ def test_b21_what_is_not_a_step_is_left_alone(copy, trained, caplog):
         (checkpoints / f"{step}{checkpoint.TMP}").mkdir()
         (checkpoints / f"{step}{checkpoint.TMP}" / "half").write_bytes(b"torn")
     learn(harness.config(*ARGS), copy)
-    assert caplog.text.count("holds what is no checkpoint") == 1
+    assert caplog.text.count("holds files that are no checkpoints") == 1
     assert all(name in caplog.text for name in ("12", "notes", "readme.txt"))
     assert harness.digest(copy) == harness.digest(trained)
     assert checkpoint.steps(checkpoints) == [6, 8, 10]

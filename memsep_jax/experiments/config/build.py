@@ -81,7 +81,7 @@ def check(config):
     if "model" in config and (missing := schema.missing(config)):
         raise ConfigError("\n".join(missing))
     check_kinds(config)
-    # Of one training, `build` says this with all the rest.
+    # For a single training, `build` says this with all the rest.
     if "model" in config and config.get("experiment") != "train":
         _refuse(schema.broken_rules(config, "sweep"))
 
@@ -370,7 +370,7 @@ def _law(group, made_process):
 
 
 def _shape(group):
-    """Of one example, where the choice of a subset is wrong; None where unknown."""
+    """The shape of an example where the choice of a subset is wrong; None: unknown."""
     choice = _choice() - {"resolution"}
     rest = {field: None if field in choice else v for field, v in group.items()}
     with contextlib.suppress(ValueError, TypeError):
@@ -388,7 +388,7 @@ def _notes(config, splits, steps):
     if n < batch:
         notes.append(
             f"n = {n} training points are fewer than the batch of {batch}: a batch "
-            "crosses epochs, each point once an epoch"
+            "crosses epochs, each point once per epoch"
         )
     decay = ema_decay(config)  # at the end
     decay = float(decay(jnp.float32(steps))) if callable(decay) else decay

@@ -273,7 +273,7 @@ class Session:
         self._check_streams()
 
     def _check_streams(self):
-        """Other random numbers are as another seed: what is kept would not fit them."""
+        """Other random numbers are another seed, which kept results would not fit."""
         changed = circumstances.changed_streams(self.before)
         if changed and not self.allow_config_change:
             raise ConflictError(

@@ -223,8 +223,8 @@ def check_sizes(sets):
             raise build.ConfigError(
                 f"--config.{name} has images of {_size(x)}, --config.train of "
                 f"{_size(sets.train)}: give all in the size and colours that were "
-                "trained on; --config.resolution=N resizes folders, and blurs what is "
-                "compared"
+                "trained on; --config.resolution=N resizes folders, and blurs "
+                "their images"
             )
 
 

@@ -105,7 +105,7 @@ def measure(
             "samples": len(images),
             "flips": group.flips,
             "exact_copies": int(columns["exact_copy"].sum()),
-            # Of one colour they may be equal by chance.
+            # Images of one colour may be equal by chance.
             "exact_varied": sum(
                 int(images[i].min() < images[i].max())
                 for i in np.flatnonzero(columns["exact_copy"])

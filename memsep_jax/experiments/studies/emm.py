@@ -45,6 +45,7 @@ def run(config, session):
             every += grid.points(some)
             rows += its
         session.say(sentence(outcome))
+    session.lead()  # one process alone writes the files of all sizes
     results.finish(
         config, session, rows, draw, every=every, emm=searches, level=_level(config),
         columns=COLUMNS,

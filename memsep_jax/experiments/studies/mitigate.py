@@ -42,7 +42,7 @@ from memsep_jax.train import NonFiniteError
 SAMPLING = (
     "data", "process", "prediction", "model", "sampler", "memorization", "measure",
 )  # fmt: skip
-MORE = 4  # the re-test draws so many times the samples
+MORE = 4  # the re-test draws this many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
     "frechet",
