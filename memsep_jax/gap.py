@@ -15,15 +15,9 @@ import numpy as np
 from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
+from memsep_jax.checks import is_known
 from memsep_jax.mixture import Law
-from memsep_jax.process import (
-    Process,
-    check_time,
-    diffusion2,
-    is_known,
-    perturb,
-    time_of,
-)
+from memsep_jax.process import Process, check_time, diffusion2, perturb, time_of
 from memsep_jax.score import ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 

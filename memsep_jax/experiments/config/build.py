@@ -340,7 +340,7 @@ def _check_shape(group, model, shape):
             model.check(shape)
 
 
-def _splits(group, read=sources.source):
+def _splits(group, read):
     source = look_up(sources.SOURCES, group["name"], "data.name")
     if is_own(group["name"]):
         read = _reader(group["name"], source, read)
@@ -373,8 +373,10 @@ def _shape(group):
     """The shape of an example where the choice of a subset is wrong; None: unknown."""
     choice = _choice() - {"resolution"}
     rest = {field: None if field in choice else v for field, v in group.items()}
+    if group.name in REMOTE:
+        return None
     with contextlib.suppress(ValueError, TypeError):
-        return None if group.name in REMOTE else _splits(rest).train.x.shape[1:]
+        return _splits(rest, sources.source).train.x.shape[1:]
 
 
 def _optimizer(config, steps, warmup):

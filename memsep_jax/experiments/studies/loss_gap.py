@@ -182,7 +182,7 @@ def _estimate(name, estimate):
     return {name: estimate.value, f"{name}_error": estimate.error}
 
 
-def _line(row, name, label, color=None, style="o-"):
+def _line(row, name, label, color, style="o-"):
     times = np.asarray(row["times"]["mean"])
     return figures.line(times, row[name], label, style, color)
 
