@@ -365,7 +365,8 @@ def _make_room(directory, needed):
 
 
 def _not_saved(path, needed, error):
-    free = shutil.disk_usage(_existing(path.parent)).free
+    place = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
     return StorageError(
         f"could not save {path} ({_short(error)}): needed {needed:,} "
         f"bytes, {free:,} are free. Earlier steps are untouched: free some space "
@@ -374,15 +375,14 @@ def _not_saved(path, needed, error):
 
 
 def _by_path(tree):
-    return {_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _nbytes(arrays):
     return sum(a.nbytes for a in arrays.values())
-
-
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _sha256(array):
@@ -415,9 +415,3 @@ def _without_tracebacks():
 
 def _short(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
-def _existing(path):
-    while not path.exists():
-        path = path.parent
-    return path

@@ -435,8 +435,9 @@ def _decode(read, name, path):
     """Writes the splits of a prepared TFDS set as an .npz, image by image."""
     if "train" not in read:
         raise DataError(f"{name}: no split 'train' among {sorted(read)}")
+    held_out = "test" if "test" in read else "validation"
     with zipfile.ZipFile(path, "w") as archive:
-        for split, role in (("train", "train"), (_tested(read), "test")):
+        for split, role in (("train", "train"), (held_out, "test")):
             if split not in read:
                 continue
             examples = read[split]
@@ -467,8 +468,3 @@ def _decode(read, name, path):
                 with archive.open(f"{role}_labels.npy", "w") as file:
                     labels = np.array(labels, np.int32)
                     np.lib.format.write_array(file, labels, allow_pickle=False)
-
-
-def _tested(read):
-    """The split that is held out."""
-    return "test" if "test" in read else "validation"

@@ -233,7 +233,7 @@ def _figures(numbers, pairs_too):
     share = memorization.quotient(table["d1"], table["d2"])
     memorized = table["memorized"] == 1
     yield "distances", figures.distance_ratios(share, memorized, final["threshold"])
-    if pairs_too and _of_images(metrics):
+    if pairs_too and len(metrics["data"]["shape"]) == 3:  # images
         for name in GROUPS:
             yield f"pairs_{name}", _pairs(numbers["pairs.npz"], name, memorized)
     elif pairs_too:
@@ -338,12 +338,10 @@ def _settings(config):
         group: [(k, _shown(v)) for k, v in fields.items() if v is not None and v != []]
         for group, fields in groups.items()
     }
-    first = {group: sorted(fields, key=_name_first) for group, fields in shown.items()}
-    return list(first.items())
-
-
-def _name_first(field):
-    return field[0] != "name", field[0]
+    return [
+        (group, sorted(fields, key=lambda field: (field[0] != "name", field[0])))
+        for group, fields in shown.items()
+    ]
 
 
 def _shown(value):
@@ -357,7 +355,3 @@ def _shown(value):
 def pathless(text: str) -> str:
     """A text without the directories of its absolute paths: others read the page."""
     return re.sub(PATH, ".../", text)
-
-
-def _of_images(metrics):
-    return len(metrics["data"]["shape"]) == 3
