@@ -356,7 +356,7 @@ def test_b25_parents_are_made_and_any_name_is_good(tmp_path):
     assert (workdir / "report.html").exists()
 
 
-def test_b26_the_newest_steps_stay_and_the_best_besides(tmp_path, monkeypatch):
+def test_b26_the_newest_steps_and_the_best_one_stay(tmp_path, monkeypatch):
     """The held-out loss grows from step to step, as in every run that memorizes."""
     worse = iter(range(100))
     monkeypatch.setattr(

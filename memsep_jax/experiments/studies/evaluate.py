@@ -49,7 +49,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
         x = begin(weights, start, count)
         steps = len(parts.times)  # and the last one to 0
         x = np.asarray(pace(count)(x, steps, weights, start))[: stop - start]
-        # Images as they would be saved: what is measured is what a person can see.
+        # Images as they would be saved: measured as a person would see them.
         return data.to_uint8(x) if x.ndim == 4 and parts.splits.pixels else x
 
     made: list = []  # at the first call, which brings the weights

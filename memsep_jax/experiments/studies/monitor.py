@@ -1,4 +1,4 @@
-"""A training as it is watched: when, what is measured and logged, and when it ends."""
+"""The calendar, the log and the measurements of a training, and when it ends early."""
 
 import contextlib
 import functools
