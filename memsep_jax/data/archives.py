@@ -272,10 +272,10 @@ def _cifar_batches(path):
         raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
     batches = []
     for name in CIFAR_TRAIN + CIFAR_TEST:
-        content = members.get(name, np.empty(0, np.uint8))
-        if not content.size or content.size % CIFAR_RECORD:
+        raw = members.get(name, np.empty(0, np.uint8))
+        if not raw.size or raw.size % CIFAR_RECORD:
             raise DataError(f"{path}: {name} is missing or damaged; fetch it again")
-        batches.append(content.reshape(-1, CIFAR_RECORD))
+        batches.append(raw.reshape(-1, CIFAR_RECORD))
         refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
     return batches
 
