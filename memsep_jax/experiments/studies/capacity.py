@@ -14,6 +14,7 @@ from Phat_t at each step. The theorem's network sees t; here each network has it
 and its time input is a constant.
 """
 
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -165,28 +166,21 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
     """
     widths = []
     sizes = sorted({row["num_examples"].item() for row in rows})
-    for name, power in TARGETS.items():
-        for i, t in enumerate(times):
-            for n in sizes:
-                errors: dict[int, dict[int, float]] = {}
-                for row in rows:
-                    if row["num_examples"] == n:
-                        by_width = errors.setdefault(row["seed"].item(), {})
-                        by_width[row["width"].item()] = row[f"{name}_error"][i]
-                limit = eps / sigma[i] ** power
-                mean = {
-                    width: np.mean([of_seed[width] for of_seed in errors.values()])
-                    for width in next(iter(errors.values()))
-                }
-                widths.append(
-                    {
-                        "target": name,
-                        "t": float(t),
-                        "num_examples": n,
-                        "width": _first(mean, limit),
-                        "by_seed": [_first(e, limit) for e in errors.values()],
-                    }
-                )
+    for name, i, n in itertools.product(TARGETS, range(len(times)), sizes):
+        errors: dict[int, dict[int, float]] = {}  # seed -> width -> error
+        for row in rows:
+            if row["num_examples"] == n:
+                of_seed = errors.setdefault(row["seed"].item(), {})
+                of_seed[row["width"].item()] = row[f"{name}_error"][i]
+        mean = {
+            width: np.mean([of_seed[width] for of_seed in errors.values()])
+            for width in next(iter(errors.values()))
+        }
+        limit = eps / sigma[i] ** TARGETS[name]
+        by_seed = [_first(of_seed, limit) for of_seed in errors.values()]
+        chosen = {"width": _first(mean, limit), "by_seed": by_seed}
+        about = {"target": name, "t": float(times[i]), "num_examples": n}
+        widths.append(about | chosen)
     return widths
 
 

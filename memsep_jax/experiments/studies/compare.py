@@ -569,19 +569,14 @@ def _quality(config, points, title, left_out):
         size = min(1_000, len(a) // 2)  # fewer than all, or all draws are the same
         return [fidelity.kid(a, b, size=size, seed=config.seed)]
 
-    def plain(values):
-        return [(value, None) for value in values]
-
-    alone = {("Vendi score",): lambda a: plain([fidelity.vendi(a)])}
+    alone = {("Vendi score",): lambda a: [fidelity.vendi(a)]}
     of_two = {
-        (title,): lambda a, b: plain([fidelity.frechet(a, b, warn=False)]),
+        (title,): lambda a, b: [fidelity.frechet(a, b, warn=False)],
         ("KID",): kid,
-        ("precision", "recall", "density", "coverage"): lambda a, b: plain(
-            fidelity.balls(a, b)
-        ),
+        ("precision", "recall", "density", "coverage"): fidelity.balls,
     }
     rows = []
-    for reference, x in zip(Sets._fields, points, strict=True):
+    for reference, x in points._asdict().items():
         if x is None:
             continue
         works = [(names, work, [x]) for names, work in alone.items()]
@@ -596,15 +591,8 @@ def _quality(config, points, title, left_out):
                 reference,
                 lambda work=work, sets=sets: work(*_equal(config, *sets)),
             )
-            rows += [
-                {
-                    "metric": name,
-                    "value": value,
-                    "std": std,
-                    "reference": reference,
-                    "features": title,
-                    "images": count,
-                }
-                for name, (value, std) in zip(names, values or (), strict=False)
-            ]
+            about = {"reference": reference, "features": title, "images": count}
+            for name, value in zip(names, values or (), strict=False):
+                value, std = value if isinstance(value, fidelity.Kid) else (value, None)
+                rows.append({"metric": name, "value": value, "std": std} | about)
     return rows
