@@ -325,7 +325,7 @@ def refuse(bad, where, what, way_out="repair it"):
     """Raises a DataError that names the first of the bad rows, if any.   bad [n]."""
     if bad.any():
         first = np.flatnonzero(bad)[0]
-        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); {way_out}")
+        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} in all); {way_out}")
 
 
 def histogram(x):

@@ -525,7 +525,7 @@ class _Reader:
                 f"{listed(damaged)}{why}"
             )
             if not (skip_bad and good):
-                more = "; skip_bad=True goes on without them" if good else ""
+                more = "; skip_bad=True continues without them" if good else ""
                 raise DataError(
                     f"{self.path}: {text}; repair them or take them out{more}"
                 )

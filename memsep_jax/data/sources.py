@@ -227,7 +227,7 @@ def origin(
         return result
     rows = slice(*(int(end) if end else None for end in part.groups()))
     if not len(result.images[rows]):
-        raise ValueError(f"{where} is none of the {len(result.images)} images")
+        raise ValueError(f"{where} selects none of {len(result.images)} images")
     labels, files = (
         None if each is None else each[rows] for each in (result.labels, result.files)
     )

@@ -790,7 +790,7 @@ def test_d55_what_cannot_be_read_is_named_ten_at_most(tmp_path):
     assert f"12 of 20 images cannot be read: {names} and 2 more; repair" in str(
         caught.value
     )
-    assert "skip_bad=True goes on without them" in str(caught.value)
+    assert "skip_bad=True continues without them" in str(caught.value)
 
 
 def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
@@ -814,7 +814,7 @@ def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(tmp_path
     with pytest.raises(sources.DataError, match="1 of 1 images .*: bad.png") as caught:
         audit.read(config)
     assert str(caught.value).startswith("--config.samples: ")
-    assert "goes on without" not in str(caught.value)
+    assert "continues without" not in str(caught.value)
     Image.new("RGB", (6, 6)).save(tmp_path / "samples" / "good.png")
     sets, origins, _ = audit.read(config)
     assert (len(sets.samples), len(sets.train)) == (1, 8)

@@ -68,7 +68,7 @@ def mitigations(config, splits, num_classes):
     if group.temperature is not None and group.ambient is not None:
         wrong.append(
             f"train.temperature={group.temperature}, train.ambient={group.ambient}: "
-            "each asks the network for something else; give one of them"
+            "they give the network two different targets; give one of them"
         )
     if config.get("experiment") in TOGETHER:
         wrong += [

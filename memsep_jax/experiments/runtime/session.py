@@ -18,7 +18,7 @@ from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
 from memsep_jax.experiments.runtime.terminal import Terminal
 
-WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
+WAY_OUT = "Give another --workdir, or --allow_config_change to continue anyway"
 
 
 class Session:
