@@ -466,7 +466,7 @@ def test_security_the_search_of_templates_sees_what_it_must():
 # What runs, and what does not.
 
 
-def test_security_a_run_goes_on_from_its_config_json_and_its_file_is_not_run(
+def test_security_a_run_goes_on_from_its_json_and_runs_no_file(
     tmp_path, undrawn, monkeypatch
 ):
     """The .py of the run may be gone, or another program by then."""
@@ -733,9 +733,7 @@ def test_security_a_step_that_is_a_link_is_never_followed(tmp_path, elsewhere):
     assert (elsewhere / "precious").read_text() == "stays"
 
 
-def test_security_a_workdir_that_was_refused_is_taken_away_and_no_link(
-    tmp_path, elsewhere
-):
+def test_security_a_refused_workdir_is_taken_away_and_no_link(tmp_path, elsewhere):
     from memsep_jax.experiments.runtime.session import Session
 
     (tmp_path / "link").symlink_to(elsewhere)

@@ -73,7 +73,8 @@ def test_h82_few_steps_on_images_reassure_nobody(tmp_path, capsys):
     assert "not measured" in out
 
 
-def test_h82_the_quality_of_a_run_stands_beside_that_of_training_points(tmp_path):
+@pytest.mark.slow
+def test_h82_the_quality_stands_beside_that_of_training_points(tmp_path):
     config = harness.config(
         *harness.TINY_DIT,
         "--config.data.num_examples=60",
@@ -94,7 +95,7 @@ def test_h82_the_quality_of_a_run_stands_beside_that_of_training_points(tmp_path
     assert len([*tmp_path.glob("evaluation/*/random_conv-samples/*.npz")]) == 3
 
 
-@pytest.mark.parametrize("kind", ["noise", "blocks", "one page"])
+@pytest.mark.parametrize("kind", harness.some(["noise", "blocks", "one page"]))
 def test_h82_an_audit_of_garbage_reassures_nobody(kind, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (80, 8, 8, 1), np.uint8)
@@ -119,7 +120,7 @@ def test_h82_an_audit_of_garbage_reassures_nobody(kind, tmp_path):
     assert "Nothing here asks for a change" not in text
 
 
-def test_h82_a_run_stopped_early_gets_its_report_and_goes_on_as_if_it_had_not(
+def test_h82_a_run_stopped_early_gets_its_report_and_goes_on(
     whole, tmp_path, monkeypatch, capsys
 ):
     stopped(tmp_path, monkeypatch)
@@ -143,9 +144,8 @@ def test_h82_a_run_stopped_early_gets_its_report_and_goes_on_as_if_it_had_not(
     assert "Not finished" not in read(tmp_path).text
 
 
-def test_h82_a_run_killed_before_its_first_checkpoint_is_shown_by_a_snapshot(
-    tmp_path, monkeypatch
-):
+@pytest.mark.slow
+def test_h82_a_run_killed_before_its_first_save_shows_a_snapshot(tmp_path, monkeypatch):
     args = (*harness.TINY, *IMAGES, "--config.run.save_every=1000")
     stopped(tmp_path, monkeypatch, args, row=20)
     (step,) = harness.checkpoint.steps(tmp_path / "checkpoints")
@@ -163,9 +163,7 @@ def test_h82_a_run_killed_before_its_first_checkpoint_is_shown_by_a_snapshot(
 
 
 @pytest.mark.slow
-def test_h82_a_longer_run_that_was_stopped_is_not_shown_by_its_old_numbers(
-    tmp_path, monkeypatch
-):
+def test_h82_a_longer_run_that_was_stopped_hides_its_old_numbers(tmp_path, monkeypatch):
     experiments.run(harness.config(*harness.TINY), tmp_path)
     old = (tmp_path / "metrics.json").read_bytes()
     stopped(tmp_path, monkeypatch, (*harness.TINY, "--config.train.steps=60"), row=40)
@@ -195,6 +193,7 @@ def test_h82_a_run_without_weights_says_by_what_it_goes_on(tmp_path, monkeypatch
     assert command in str(error.value)
 
 
+@pytest.mark.slow
 def test_h82_a_run_that_stop_gap_ended_says_where(tmp_path):
     """It is finished, and has its report at once."""
     args = (*harness.TINY, "--config.run.evaluate_every=5", "--config.run.save_every=5")
