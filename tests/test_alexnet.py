@@ -65,7 +65,7 @@ def test_the_distance_is_lpips(shape, params, x64):
     np.testing.assert_allclose(jnp.sum((points[0] - points[1]) ** 2), truth, rtol=1e-9)
 
 
-def test_points_are_as_far_as_images_look_apart_so_a_search_finds_the_most_alike(
+def test_points_are_as_far_apart_as_images_look(
     params,
 ):
     x, y = images(32, 32).astype(np.float32)

@@ -165,7 +165,7 @@ def test_what_devices_are_given_is_counted_from_the_program():
     }
 
 
-def test_the_score_of_split_points_is_that_of_one_device_and_sends_what_it_must():
+def test_the_score_of_split_points_is_that_of_one_device():
     scaling, d, b = load("scaling"), 6, 5
     one, four = (scaling.shared_score(jax.devices()[:k], 32, d, b) for k in (1, 4))
     assert scaling.difference(four.call(), one.call()) < 1e-5
@@ -303,7 +303,7 @@ CASE = {"case": "n = 5", "ours_s": 0.5, "items": 10, "unit": "scores", "peer": "
         "peer_s": 1.5, "flops": 1e11, "bytes": 1e8, "product": "float32"}  # fmt: skip
 
 
-def test_a_row_has_the_ratio_to_the_peer_and_the_share_of_the_limit_that_binds():
+def test_a_row_has_its_ratio_and_the_share_of_the_binding_limit():
     row = load("run").row
     found = row(CASE, LIMITS)
     assert (found["ratio"], found["limit"]) == (3, "float32")

@@ -67,7 +67,7 @@ def test_fields_are_arguments_and_none_is_the_default(parts):
     assert made.skip(t) == score.edm(parts.process, 2.0).skip(t)
 
 
-def test_a_field_of_a_sibling_is_left_over_and_a_field_of_nobody_is_wrong():
+def test_a_field_of_a_sibling_is_left_over_and_one_of_nobody_wrong():
     """log_uniform's t_min may stay when the law becomes log_normal; t_mim may not."""
     left_over = ConfigDict({"name": "log_normal", "mean": 0.0, "t_min": 1e-3})
     build.call(process.TIMES, left_over, "times")
@@ -182,7 +182,7 @@ def test_what_training_cannot_do_is_refused(changes, words):
     assert any(words in line for line in found), found
 
 
-def test_a_second_source_is_not_fetched_either_for_a_config_that_is_wrong(monkeypatch):
+def test_no_second_source_is_fetched_for_a_config_that_is_wrong(monkeypatch):
     def fetch(name, mix_from=None, **arguments):
         assert mix_from is None, "fetched"
         return splits(name, **arguments)

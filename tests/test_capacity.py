@@ -90,7 +90,7 @@ def test_both_targets_are_one_padded_network(x64):
         np.testing.assert_allclose(found, jax.jit(score_fn)(x, t), rtol=1e-10)
 
 
-def test_the_smallest_width_is_the_first_below_the_error_of_the_theorem():
+def test_the_smallest_width_is_the_first_below_the_theorems_error():
     """eps / sigma^4 and eps / sigma^2, with sigma = 1/2: 1.6 and 0.4."""
     errors = {8: (2.0, 1.0), 16: (1.7, 1.3), 32: (0.5, 0.3)}  # of two seeds
     rows = [

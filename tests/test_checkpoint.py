@@ -352,7 +352,7 @@ def test_a_manifest_changed_by_hand_is_refused(packed):
             checkpoint.unpack(packed, tree())
 
 
-def test_a_packed_state_of_another_schema_is_refused_with_both_versions(packed):
+def test_a_packed_state_of_another_schema_is_refused_with_both(packed):
     edit(packed, lambda manifest: manifest.update(schema=2))
     with pytest.raises(checkpoint.ConflictError, match="state.npz .*schema 2.*reads 1"):
         checkpoint.unpack(packed, tree())

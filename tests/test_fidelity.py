@@ -22,7 +22,7 @@ def quiet():
     logging.set_verbosity(logging.WARNING)
 
 
-def test_a_set_is_at_distance_zero_from_itself_and_a_shift_is_its_square():
+def test_a_set_is_at_distance_0_from_itself_and_a_shift_squared():
     x = np.random.default_rng(0).normal(size=(300, 5))
     shift = np.arange(5.0)
     assert fidelity.frechet(x, x) < 1e-10
@@ -52,7 +52,7 @@ def test_it_is_the_matrix_square_root_of_the_definition(n):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("n, d", [(30, 100), (300, 20)])
-def test_a_set_is_at_distance_zero_from_itself_whatever_its_covariance(n, d, offset):
+def test_a_set_is_at_distance_0_from_itself_with_any_covariance(n, d, offset):
     """Fewer points than features, constant features, one point many times."""
     x = np.random.default_rng(0).normal(size=(n, d)) + offset
     x[:, :5] = offset
@@ -130,7 +130,7 @@ def test_equal_sets_have_all_and_far_sets_nothing():
     assert fidelity.density_coverage(x, x + 100) == (0, 0)
 
 
-def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision():
+def test_a_dropped_mode_costs_recall_an_invented_one_precision():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=(60, 3)), 50 + rng.normal(size=(20, 3))
     both = np.concatenate([one, two])
@@ -142,7 +142,7 @@ def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision(
     assert density == pytest.approx(6 / 5 * 60 / 80) and coverage == 1
 
 
-def test_a_copy_of_a_point_that_occurs_often_is_inside_its_ball_of_radius_0():
+def test_a_copy_of_a_repeated_point_is_inside_its_ball_of_radius_0():
     rng = np.random.default_rng(2)
     point = rng.normal(size=64)
     b = np.concatenate([np.tile(point, (6, 1)), 10 + rng.normal(size=(20, 64))])
@@ -258,7 +258,7 @@ def test_kid_of_one_law_is_0_on_average_and_of_a_shift_is_its_mean():
         assert abs(found - truth) < 4 * error
 
 
-def test_kid_over_subsets_has_its_seed_its_spread_and_the_mean_of_the_whole():
+def test_kid_over_subsets_has_its_seed_spread_and_the_whole_mean():
     rng = np.random.default_rng(6)
     a, b = rng.normal(size=(60, 4)), 0.5 + rng.normal(size=(80, 4))
     found = fidelity.kid(a, b, subsets=400, size=10)

@@ -71,7 +71,7 @@ def test_the_histogram_has_an_edge_at_any_threshold():
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 3), (9, 2, 1), (3, 3, 4)])
-def test_pairs_show_images_of_any_shape_with_their_distances_and_numbers(shape):
+def test_pairs_show_images_of_any_shape_with_their_distances(shape):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (2, 3, *shape), np.uint8)
     figure = figures.pairs(

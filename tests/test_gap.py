@@ -365,7 +365,7 @@ def test_the_information_bound_is_met_where_points_keep_apart(x64):
     assert merged.value > 4 * merged.error
 
 
-def test_the_entropy_bound_is_met_where_points_keep_apart_and_counts_copies(x64):
+def test_the_entropy_bound_is_met_by_distant_points_and_copies(x64):
     """2 KL(Phat_t0 || P_t0) >= -d log(2 pi e v0) - 2 H(w) - 2 E log p_t0."""
     truth = mixture.separated(jax.random.key(0), 2, D)
     data, key = mixture.sample(jax.random.key(1), truth, 6), jax.random.key(2)

@@ -184,7 +184,7 @@ def tool():
 
 
 @pytest.mark.slow
-def test_weights_survive_the_conversion_and_only_the_standard_file_makes_fid(
+def test_weights_survive_conversion_and_only_the_standard_is_fid(
     tool, tensors, tmp_path, monkeypatch, capsys
 ):
     torch = pytest.importorskip("torch", reason="of the extra dev")

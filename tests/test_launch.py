@@ -181,7 +181,7 @@ def test_an_engine_that_is_not_there_starts_nothing(
 
 
 @pytest.mark.slow
-def test_every_point_becomes_a_run_and_all_of_them_a_table_and_a_picture(whole):
+def test_every_point_becomes_a_run_and_all_a_table_and_a_picture(whole):
     _, points, workdir, said = whole
     assert states(workdir, points) == ["done"] * 4
     assert "4 points, 2 workers (local)" in said and "4 done" in said

@@ -200,7 +200,7 @@ def test_steepness_has_the_unit_of_a_slope_of_the_score(x64, seed, s):
 
 @FEW
 @given(SEEDS)
-def test_the_order_of_the_data_leaves_no_trace_in_bounds_and_densities(x64, seed):
+def test_the_order_of_the_data_changes_no_bound_and_no_density(x64, seed):
     """And a rotation none in bounds."""
     data, x, q = drawn(seed, 6, D), drawn(seed, D), turned(seed)
     here = steepness(data, x, 0.5, jax.random.key(0))

@@ -76,7 +76,7 @@ def test_the_exact_scores_are_those_of_the_data_and_of_the_functions(workdir):
     assert row["empirical_midpoints"][1] >= 0.99 * row["two_point"][1]
 
 
-def test_slopes_are_minus_four_between_points_minus_two_at_them_and_none_of_the_truth(
+def test_slopes_are_minus_4_between_points_and_minus_2_at_them(
     workdir,
 ):
     for point in grid.points(tiny()):
@@ -88,7 +88,7 @@ def test_slopes_are_minus_four_between_points_minus_two_at_them_and_none_of_the_
         np.testing.assert_allclose(row["empirical_noised_median"][:2], 1 / v[:2], 0.01)
 
 
-def test_the_norms_of_a_network_are_its_own_and_below_the_product_of_layers(off_zero):
+def test_the_norms_of_a_network_are_below_the_product_of_layers(off_zero):
     point = grid.points(tiny())[0]
     parts, truth = build.build(point.config), build.truth(point.config)
     params = off_zero(training.init_params(parts, jax.random.key(1)))

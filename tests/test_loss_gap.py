@@ -95,7 +95,7 @@ def test_a_lost_point_is_done_again_and_the_others_are_not(workdir):
         np.testing.assert_array_equal(again[name], value)
 
 
-def test_the_gap_is_saturated_well_before_the_collapse_and_gone_well_after():
+def test_the_gap_is_saturated_before_the_collapse_and_gone_after():
     """And its time integral is twice what the KL divergence lost."""
     d, n, times = 32, 100, jnp.geomspace(0.05, 8.0, 12)
     truth = mixture.separated(jax.random.key(0), 2, d)

@@ -856,7 +856,7 @@ def test_a_plateau_is_where_nothing_beats_the_best_before(rise, found):
 # Twins.
 
 
-def test_equal_twins_are_close_at_cosine_one_and_mismatched_ones_are_not():
+def test_equal_twins_have_cosine_one_and_mismatched_ones_do_not():
     a = RNG.normal(size=(200, 3, 4))
     found = memorization.reproducibility(a, a)
     np.testing.assert_allclose(found.cosine, 1)

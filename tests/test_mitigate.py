@@ -84,7 +84,7 @@ def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
         ("model.dropout=0.2", False),
     ],
 )
-def test_points_share_what_is_measured_only_where_nothing_else_differs(setting, shared):
+def test_points_share_a_measurement_only_where_nothing_differs(setting, shared):
     config = smoke()
     config.sweep.setting = ("prune.ratio=0.2", setting)
     first, second = map(mitigate._alike, grid.points(config))

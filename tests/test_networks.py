@@ -14,7 +14,7 @@ def config(**changes):
     return config
 
 
-def test_a_network_is_trained_once_and_the_highest_ratio_is_of_all_snapshots(tmp_path):
+def test_a_network_is_trained_once_for_the_ratio_of_all_snapshots(tmp_path):
     one = config()
     with Session(tmp_path, one) as session:
         session.begin("of these data")

@@ -110,7 +110,7 @@ def test_the_optimum_copies_fifty_thousand_images_bit_for_bit():
 
 
 @pytest.mark.slow
-def test_the_conditional_optimum_of_fifty_thousand_images_copies_its_label():
+def test_the_conditional_optimum_of_50000_images_copies_its_label():
     labels = np.random.default_rng(1).integers(0, 10_000, 50_000)
     asked = jnp.asarray(labels[:16])
     found = copied(smooth(50_000, 8), asked, labels=labels)

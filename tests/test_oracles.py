@@ -760,7 +760,7 @@ def test_bounds_are_loops_over_pairs(bits, real):
             close(got[i], np.float64(want), bits)
 
 
-def test_the_bound_of_the_paper_waits_until_midpoints_are_those_of_two(x64):
+def test_the_papers_bound_waits_until_midpoints_are_those_of_two(x64):
     """Points on a line, 1 apart: (n - 2) exp(-E) <= 2, E = (alpha / 2)^2 / v."""
     n = 10_000
     data = jnp.arange(float(n))[:, None]

@@ -79,7 +79,7 @@ def test_large_arrays_of_a_state_are_split_by_their_longest_axis(mesh):
     assert parallel.sharded(tree, mesh, least=64)["small"].shard_shape((8, 8)) == (2, 8)
 
 
-def test_a_split_state_trains_as_a_replicated_one_and_takes_its_share_of_memory(mesh):
+def test_a_split_state_trains_as_a_replicated_one_in_less_memory(mesh):
     tx = train.adamw(1e-2, weight_decay=0.1, clip=1.0)
     params = jax.jit(MODEL.init)(jax.random.key(0), X[0], jnp.zeros(()))["params"]
     step = train.make_train_step(loss, tx, 0.9)

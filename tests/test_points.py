@@ -32,7 +32,7 @@ def run(config, workdir, work, **options):
         return points.run(config, session, work, **options)
 
 
-def test_a_point_is_a_value_of_every_axis_and_a_seed_that_moves_everything():
+def test_a_point_is_a_value_of_every_axis_and_a_seed():
     config = small_grid(num_examples=(10, 20), width=(4, 8), weight_decay=(0.0, 0.1))
     config.update(seed=5)
     config.data.update(seed=7, truth_seed=9)

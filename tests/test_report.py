@@ -305,7 +305,7 @@ def test_missing_numbers_are_named_with_the_command_that_makes_them(tmp_path):
     assert not (workdir / "figures").exists()
 
 
-def test_a_full_disk_is_one_warning_after_a_run_and_an_error_when_asked_for(
+def test_a_full_disk_warns_after_a_run_and_fails_a_report(
     tmp_path, undrawn, monkeypatch
 ):
     workdir, said = finished(tmp_path), []

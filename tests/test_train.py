@@ -106,7 +106,7 @@ def standard_errors(values):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_at_temperature_one_the_gradient_has_the_same_mean_and_less_variance(
+def test_at_temperature_1_gradients_have_the_same_mean_less_noise(
     temperature,
 ):
     """And at another temperature it has another mean: the minimiser has moved."""
@@ -199,7 +199,7 @@ def test_up_to_its_time_the_ambient_loss_is_the_ordinary_one(kind):
     assert one != other
 
 
-def test_with_fresh_noise_the_ambient_loss_is_least_at_the_true_denoiser():
+def test_the_ambient_loss_of_fresh_noise_is_least_at_the_denoiser():
     """Its slope there is 0 in every direction, for points -b and b: D = b tanh(...)."""
     made, b, t = process.ornstein_uhlenbeck(), 1.2, jnp.float32(0.8)
     a, v = made.alpha(t), made.sigma(t) ** 2

@@ -58,7 +58,7 @@ def fake(points, held_out=None):
     )
 
 
-def test_twins_that_copy_are_like_their_own_points_and_not_like_each_other():
+def test_twins_that_copy_are_like_their_points_not_each_other():
     rng = np.random.default_rng(0)
     a, b, new = rng.normal(size=(3, 40, 20)).astype(np.float32)
     held_out = rng.normal(size=(30, 20)).astype(np.float32)

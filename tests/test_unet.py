@@ -80,7 +80,7 @@ def test_the_counts_are_those_of_gu_2023(fields, count):
     assert size(shapes(UNet(**fields), (side, side, 3))) == count
 
 
-def test_ncsn_adds_the_image_at_each_lower_level_and_doubles_the_features():
+def test_ncsn_adds_the_image_at_each_level_and_doubles_features():
     found = size(shapes(UNet(width=128, depth=2, variant="ncsn"), (32, 32, 3)))
     images = 9 * 3 * 256 + 256 + 9 * 256 * 256 + 256
     assert found == 35_125_251 + images + 128 * 512
