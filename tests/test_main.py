@@ -128,9 +128,9 @@ def test_debug_shows_the_traceback_of_an_error(tmp_path):
 def test_a_bug_shows_itself_whole_and_exits_1(tmp_path):
     patch = """
 from memsep_jax.experiments.config import build
-def build(config):
+def broken(config):
     raise ZeroDivisionError("a bug")
-build.build = build
+build.build = broken
 """
     result = harness.run(*TINY, workdir=tmp_path / "run", patch=patch)
     assert result.code == 1 and "Traceback" in result.stderr

@@ -258,7 +258,7 @@ def written(fields: dict) -> list[str]:
 
 def test_d47_all_violations_come_in_one_list_and_nothing_is_compiled(tmp_path):
     no_compiling = """
-from memsep_jax.experiments.config import build
+from memsep_jax.experiments import training
 def refuse(*args, **kwargs):
     raise AssertionError("compiled")
 training.make_steps = training.init_params = refuse
