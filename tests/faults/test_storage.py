@@ -329,7 +329,7 @@ except checkpoint.StorageError as error:
     assert checkpoint.steps(tmp_path) == [1]
 
 
-def test_b25_a_workdir_that_cannot_be_written_is_told_before_jax_is_there(tmp_path):
+def test_b25_a_workdir_that_cannot_be_written_is_told_before_jax(tmp_path):
     (tmp_path / "file").write_text("mine")
     workdirs = [
         Path("/proc/1/run"),  # not even root writes there
@@ -493,7 +493,7 @@ def golden():
     }
 
 
-def test_b29_a_checkpoint_of_the_first_schema_is_read_by_every_later_version(tmp_path):
+def test_b29_a_checkpoint_of_the_first_schema_is_always_read(tmp_path):
     """Bitwise; by the digest, and by the bits of what is computed here."""
     directory = shutil.copytree(GOLDEN, tmp_path / "golden")
     like = jax.eval_shape(golden)
