@@ -89,9 +89,7 @@ def _write(workdir, attempt, config=None, place=None):
         for name, figure in _figures(numbers, shown)
     }
     page = _page(workdir, numbers, images, shown)
-    attempt(
-        record.write_bytes, workdir / "report.html", page.encode("utf-8", "replace")
-    )
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _write_sweep(workdir, draw, attempt):
@@ -119,9 +117,7 @@ def _write_sweep(workdir, draw, attempt):
         config=_settings(config),
         images=images,
     )
-    attempt(
-        record.write_bytes, workdir / "report.html", page.encode("utf-8", "replace")
-    )
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _write_audit(workdir, attempt, config=None):
@@ -148,9 +144,7 @@ def _write_audit(workdir, attempt, config=None):
         config=_settings(numbers["config.json"]),
         images=images,
     )
-    attempt(
-        record.write_bytes, workdir / "report.html", page.encode("utf-8", "replace")
-    )
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _may_show(numbers, config):
