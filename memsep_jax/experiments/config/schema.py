@@ -109,7 +109,10 @@ TRAIN: dict[str, Field | Group] = {
         mix_from=unset(str, "The second source: a name without arguments, or an .npz."),
         deduplicate=unset(bool, "Keeps each distinct point once."),
         path=unset(str, "File or folder to read.", of=("npz", "latents", "folder")),
-        stream=unset(bool, "Leaves the images on disk.", of=("npz", "latents", "tfds")),
+        stream=unset(
+            bool, "Leaves the images on disk.",
+            of=("npz", "latents", "cifar10", "tfds"),
+        ),
         skip_bad=unset(bool, "Leaves out images that cannot be read.", of=FOLDER),
         crop=unset(str, "How images become square: squeeze or center.", of=FOLDER),
         exif=unset(bool, "Turns images as their EXIF tag says.", of=FOLDER),

@@ -76,13 +76,18 @@ def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> Non
     def is_open(point):
         return _is_open(workdir, point)
 
-    while left := [p for p in every if not points.claim(path(p)).exists()]:
-        some = False
+    mine: set[str] = set()  # once each: one that does not complete ends no worker
+    while left := [
+        point
+        for point in every
+        if point.name not in mine and not points.claim(path(point)).exists()
+    ]:
+        before = len(mine)
         with contextlib.closing(points.taken(left, path, is_open)) as batches:
             for (point,) in batches:
-                some = True
+                mine.add(point.name)
                 _try(workdir, point, run, say)
-        if not some:
+        if len(mine) == before:
             return
 
 
