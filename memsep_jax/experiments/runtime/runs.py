@@ -71,13 +71,18 @@ def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> Non
             return False
         return not Session(place(workdir, point), point.config).is_complete()
 
-    while left := [p for p in every if not points.claim(path(p)).exists()]:
-        some = False
+    mine: set[str] = set()  # once each: one that does not complete ends no worker
+    while left := [
+        point
+        for point in every
+        if point.name not in mine and not points.claim(path(point)).exists()
+    ]:
+        before = len(mine)
         with contextlib.closing(points.taken(left, path, is_open)) as batches:
             for (point,) in batches:
-                some = True
+                mine.add(point.name)
                 _try(workdir, point, run, say)
-        if not some:
+        if len(mine) == before:
             return
 
 
