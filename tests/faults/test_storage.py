@@ -24,6 +24,7 @@ from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job
 
 # Orbax's own threads complain when a step they read is damaged.
@@ -360,7 +361,7 @@ def test_b26_the_newest_steps_and_the_best_one_stay(tmp_path, monkeypatch):
     """The held-out loss grows from step to step, as in every run that memorizes."""
     worse = iter(range(100))
     monkeypatch.setattr(
-        job,
+        monitor,
         "make_losses",
         lambda *args: lambda params, points: np.full(3, next(worse), np.float32),
     )

@@ -233,8 +233,12 @@ def _error_panel(metrics, name, i, sizes):
         errors = (rows[w][f"{name}_error"] for w in own)
         at_time = [{end: curve[i] for end, curve in e.items()} for e in errors]
         line = figures.line(own, at_time, f"n = {n:,}", log=True)
-        ends = {end: scale * getattr(line, end) for end in ("mean", "low", "high")}
-        lines.append(line._replace(**ends))
+        scaled = {
+            "mean": scale * line.mean,
+            "low": scale * line.low,
+            "high": scale * line.high,
+        }
+        lines.append(line._replace(**scaled))
     limit = figures.Line(
         [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--", color="black"
     )
