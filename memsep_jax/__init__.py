@@ -6,6 +6,7 @@ x [*event] and one time t []; jax.vmap makes the batch.
 Below all (jax only):
   checks        what must be right before anything is traced or compiled
   keys          how a random key branches beside its splits and steps
+  shapes        types of arrays for annotations, which tests check
 Mathematics (jax only):
   process       alpha, sigma and what follows from them; laws of t
   mixture       known truths: Gaussian, low-rank, Student-t, boxes; density, score
@@ -18,12 +19,12 @@ Mathematics (jax only):
   fidelity      quality from feature arrays: Frechet distance, precision, recall, KID,
                 density, coverage, Vendi score
   neighbours    the nearest distinct training points, exactly
-  memorization  what is made of those distances: ratio of copies, null level,
-                intervals; other tests of copying; effective memorization; whether two
-                models draw the same
+  memorization  what follows from those distances: ratio (copies, null level,
+                intervals), copying (other tests), effective (memorization against n),
+                emission (which points come out), reproducibility (of two models)
 Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
-                inception and alexnet, which only look
+                inception and alexnet, which make features
 Learning:
   data          a data set is an array: load, subset, label, duplicate, draw, stream.
                 arrays (what they may hold), readers (folders and zips of images),
@@ -34,25 +35,30 @@ Learning:
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks
   parallel      one mesh over all devices of all processes: batches are split, a state
                 may be; processes that train together
-  checkpoint    what is on disk is whole, verified, and the newest
+  checkpoint    states on disk: whole, verified, and the newest
   weights       safetensors: networks of other projects as ours, and ours for them
   features      images as points: Inception, AlexNet and LPIPS, stand-ins, files
-Experiments (the only rooms that read a config):
-  defaults      every field of a config, with its default; what configs share
-  experiments   run(config, workdir). One run: train, optimum; audit (samples of any
-                model, which compare measures), calibrate (which metric sees which
-                kind of copy). Sweeps, point by point:
-                loss_gap, lipschitz, capacity, ensemble (many small networks at once),
-                band_swap, mitigate (prune: what helps, and whether it comes back),
-                emm (how many training points a network copies), factors (what drives
-                it), twins (two networks on disjoint halves), onset (when it begins).
-                report draws any of them again, and unfinished what a run that stopped
-                early has come to. verdict says what the numbers of a run or an audit
-                mean. What they share is setup, session, sweep, networks (trained once
-                for all points), stepper, store and monitor (one training), evaluate,
-                pruning (one network), record, trackers, figures, dry_run
-  command       how a command line becomes a config
+Experiments (the only rooms that read a config): run(config, workdir)
+  config        fields and schema declare every field; command, sweep_file and grid turn
+                a command line, a file or the axes of a sweep into configs; construct,
+                checks and build turn a config into objects; page writes docs/configs.md
+  training      config -> loss, step, sampler and score, on one screen
+  record        numbers on disk; long work, done and kept in pieces
+  runtime       session (one run in one workdir), locks, signals, processes,
+                circumstances, terminal, trackers; points (a grid of points, each done
+                once, by whoever takes it), runs (points that are runs of their own)
+  reporting     figures, tables, verdict (what the numbers mean), report (the pages)
+  studies       study says what a study is. One run: training_run (stepper, store,
+                monitor, evaluate, pruning, dry_run, unfinished), optimum; audit (of any
+                samples, by compare), calibrate (which metric sees which kind of copy).
+                Sweeps: loss_gap, steepness, capacity, ensemble (many small networks at
+                once), band_swap, mitigate (prune: what helps, and whether it comes
+                back), emm (how many points a network copies), factors (what drives it),
+                twins (two networks on disjoint halves), onset (when it begins); they
+                share networks (trained once for all points), results and overview
+  defaults      the presets that a file in configs/ starts from
   main          the command line
+At the prompt, memsep_jax.sources and memsep_jax.readers are names of rooms of data.
 """
 
 __version__ = "0.1.0"

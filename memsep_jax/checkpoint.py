@@ -135,7 +135,7 @@ def restore_newest(directory, like, at_most: int | None = None):
     directory = Path(directory)
     if strange := _strange(directory):
         logging.warning(
-            "%s holds what is no checkpoint: %s; it is left alone",
+            "%s holds files that are no checkpoints: %s; they are left alone",
             directory,
             ", ".join(strange[:10]),
         )
@@ -251,8 +251,8 @@ def _strange(directory) -> list[str]:
     """Names that are no step, no step set aside, and no leftover of a save."""
     known = {str(step) for step in steps(directory)}
     ours = re.compile(rf"(corrupt|abandoned)-|.*{re.escape(TMP)}")
-    found = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
-    return sorted(name for name in found if name not in known and not ours.match(name))
+    names = [] if not directory.is_dir() else [p.name for p in directory.iterdir()]
+    return sorted(name for name in names if name not in known and not ours.match(name))
 
 
 def _remove(path):
@@ -314,7 +314,7 @@ def _check(path, manifest, like):
     with _reading("manifest"):
         schema, table = manifest["schema"], manifest["leaves"]
         sealed = manifest["sha256"] == _seal(table)
-        found = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
+        saved = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
     if not sealed:
         raise _DamagedError("manifest digest mismatch")
     if schema != SCHEMA:
@@ -325,9 +325,9 @@ def _check(path, manifest, like):
     wanted = _by_path(like)
     expected = {n: (tuple(a.shape), str(a.dtype)) for n, a in wanted.items()}
     wrong = [
-        f"  {n}: saved {found.get(n, 'absent')}, expected {expected.get(n, 'absent')}"
-        for n in sorted(found.keys() | expected.keys())
-        if found.get(n) != expected.get(n)
+        f"  {n}: saved {saved.get(n, 'absent')}, expected {expected.get(n, 'absent')}"
+        for n in sorted(saved.keys() | expected.keys())
+        if saved.get(n) != expected.get(n)
     ]
     if wrong:
         more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
@@ -365,7 +365,8 @@ def _make_room(directory, needed):
 
 
 def _not_saved(path, needed, error):
-    free = shutil.disk_usage(_existing(path.parent)).free
+    place = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
     return StorageError(
         f"could not save {path} ({_short(error)}): needed {needed:,} "
         f"bytes, {free:,} are free. Earlier steps are untouched: free some space "
@@ -374,15 +375,14 @@ def _not_saved(path, needed, error):
 
 
 def _by_path(tree):
-    return {_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _nbytes(arrays):
     return sum(a.nbytes for a in arrays.values())
-
-
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _sha256(array):
@@ -415,9 +415,3 @@ def _without_tracebacks():
 
 def _short(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
-def _existing(path):
-    while not path.exists():
-        path = path.parent
-    return path

@@ -11,19 +11,19 @@ def is_known(*values) -> bool:
     )
 
 
-def check_leaves(tensors, shapes):
+def check_leaves(given, expected):
     """Raises ValueError with a line for each array that does not fit, ten at most.
 
-    Args: tensors, arrays by name.   shapes, the shape that each must have, by name.
+    Args: descriptions of the arrays by name, such as their shapes, as they are and as
+      they must be.
     """
-    wrong = [
-        f"missing: {name} {s}" for name, s in shapes.items() if name not in tensors
+    wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - given.keys()]
+    wrong += [f"unexpected: {n} {given[n]}" for n in given.keys() - expected.keys()]
+    wrong += [
+        f"mismatched: {n} {given[n]}, not {expected[n]}"
+        for n in given.keys() & expected.keys()
+        if given[n] != expected[n]
     ]
-    for name, a in tensors.items():
-        if name not in shapes:
-            wrong.append(f"unexpected: {name} {a.shape}")
-        elif a.shape != shapes[name]:
-            wrong.append(f"mismatched: {name} is {a.shape}, not {shapes[name]}")
     if wrong:
-        rest = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise ValueError("\n".join(wrong[:10] + rest))
+        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise ValueError("\n".join(sorted(wrong)[:10] + more))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from memsep_jax.arrays import Arr, Float, Int, Num, Point, Points, Scalar
-from memsep_jax.process import Process, check_time, is_known
+from memsep_jax.checks import is_known
+from memsep_jax.process import Process, check_time
 from memsep_jax.score import ScoreFn, from_denoiser
+from memsep_jax.shapes import Arr, Float, Int, Num, Point, Points, Scalar
 
 CHUNK = 8_192
 CONTENDERS = 16  # points of each chunk that are recomputed by differences

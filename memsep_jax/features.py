@@ -50,11 +50,11 @@ def pixels(shape) -> Extractor:
 
     def apply(images, memory=math.inf):
         step = _together(memory, least, max(1, len(images)))
-        found = np.empty((len(images), size), np.float32)
+        points = np.empty((len(images), size), np.float32)
         for i in range(0, len(images), step):
             x = _floats(images[i : i + step], shape, np.inf)
-            found[i : i + step] = x.reshape(len(x), size)
-        return found
+            points[i : i + step] = x.reshape(len(x), size)
+        return points
 
     return Extractor("pixels", "FD (pixels)", apply, size, least)
 
@@ -87,7 +87,7 @@ def inception(
     params = _fitted(incept.params_of, tensors, path)
     if "digest" in about and about["digest"] != checkpoint.digest(tensors):
         raise WeightsError(
-            f"{path}: damaged (other tensors than its digest tells); convert it again"
+            f"{path}: damaged (other tensors than in its digest); convert it again"
         )
     standard = "digest" in about and about.get("standard") == "true"
     network = incept.Inception(like)
@@ -97,8 +97,8 @@ def inception(
         return network.apply({"params": params}, levels)[0]
 
     name = "inception" if standard else "inception, unverified weights"
-    found = _extractor(name, one, params, shape, chunk)
-    return found._replace(title="FID") if standard else found
+    extractor = _extractor(name, one, params, shape, chunk)
+    return extractor._replace(title="FID") if standard else extractor
 
 
 def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
@@ -113,7 +113,7 @@ def alexnet(shape, path=None, chunk: int = 256) -> Extractor:
 def lpips(shape, path=None, chunk: int = 64) -> Extractor:
     """Points whose squared distance is LPIPS, of images at 64 x 64: 31,872 features.
 
-    They are for neighbours: few sets have enough images for a covariance of so many.
+    They are for neighbours: few sets have enough images for their covariance.
 
     Args, Raises: as `alexnet`.   Source: Zhang 2018 (arXiv 1801.03924).
     """
@@ -185,22 +185,22 @@ def classifier(
         return -jax.nn.log_softmax(seen(params, x) @ params["out"])[label]
 
     tx = train.adam(1e-3, schedule="cosine", steps=CLASSIFIER_STEPS)
-    found = _extractor("classifier", seen, params, shape, chunk)
+    extractor = _extractor("classifier", seen, params, shape, chunk)
     # The gradient needs the maps of all layers, and their gradients, at once.
-    together = _together(memory, lambda: 3 * found.least(), CLASSIFIER_BATCH)
+    together = _together(memory, lambda: 3 * extractor.least(), CLASSIFIER_BATCH)
     parts = CLASSIFIER_BATCH // together
     step = jax.jit(train.make_train_step(loss, tx, 0.0, parts), donate_argnums=0)
     state, rng = train.init(params, tx), np.random.default_rng(seed)
     for _ in range(CLASSIFIER_STEPS):
         batch = rng.integers(len(images), size=CLASSIFIER_BATCH)
         state, _ = step(state, (_floats(images[batch], shape), labels[batch]), step_key)
-    found = _extractor("classifier", seen, state.params, shape, chunk)
-    scores = found.apply(images, memory) @ np.asarray(state.params["out"])
+    extractor = _extractor("classifier", seen, state.params, shape, chunk)
+    scores = extractor.apply(images, memory) @ np.asarray(state.params["out"])
     share = np.mean(np.argmax(scores, axis=1) == labels)
     note = (
         f"trained on {len(images)} images of {len(kinds)} labels, right on {share:.1%}"
     )
-    return found._replace(note=note)
+    return extractor._replace(note=note)
 
 
 FEATURES: dict[str, Callable[..., Extractor]] = {
@@ -233,13 +233,13 @@ def from_file(path, n: int) -> np.ndarray:
             f"{list(mapped.shape)}"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-        found = np.array(mapped, np.float32)
-    if not np.isfinite(found).all():
-        rows = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        result = np.array(mapped, np.float32)
+    if not np.isfinite(result).all():
+        rows = np.flatnonzero(~np.isfinite(result).all(axis=1))
         raise WeightsError(
             f"{path}: NaN or infinite in {len(rows)} rows, the first of them {rows[0]}"
         )
-    return found
+    return result
 
 
 def _layers(key, inputs, widths):
@@ -254,7 +254,7 @@ def _layers(key, inputs, widths):
 
 def _convolved(layers, h):
     """The maps after ReLU, of half the last one's sides while they are above 8."""
-    found = []
+    maps = []
     for kernel, bias in layers:
         stride = 2 if min(h.shape[:2]) > 8 else 1
         h = jax.lax.conv_general_dilated(
@@ -266,8 +266,8 @@ def _convolved(layers, h):
             precision="highest",
         )[0]
         h = jax.nn.relu(h + bias[None, None])
-        found.append(h)
-    return found
+        maps.append(h)
+    return maps
 
 
 def _extractor(name, one, params, shape, chunk):
@@ -323,17 +323,17 @@ def _patches(jaxpr) -> int:
 
     XLA does not count them, as a convolution takes them while it runs.
     """
-    found = [0]
+    sizes = [0]
     for equation in jaxpr.eqns:
         known = equation.params
         if equation.primitive is jax.lax.conv_general_dilated_p:
             out, kernel = equation.outvars[0].aval, equation.invars[1].aval
             channels = out.shape[known["dimension_numbers"].out_spec[1]]
             patch = kernel.size // channels * out.dtype.itemsize
-            found.append(out.size // channels * patch)
+            sizes.append(out.size // channels * patch)
         inner = [a for a in known.values() if hasattr(a, "eqns")]
-        found += [_patches(a) for a in inner]
-    return max(found)
+        sizes += [_patches(a) for a in inner]
+    return max(sizes)
 
 
 def _floats(images, shape, far=FAR):
@@ -378,7 +378,7 @@ def _alexnet(name, of, shape, path, chunk):
     if path is None:
         raise WeightsError(
             f"{name} has no weights here: give the path of an .npz file with the names "
-            "that memsep_jax/models/alexnet.py tells"
+            "in memsep_jax/models/alexnet.py"
         )
     try:
         data, tensors = _npz(path)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from memsep_jax.arrays import Arr, Float
+from memsep_jax.shapes import Arr, Float
 
 SMALL = 10_000  # with fewer samples a Frechet distance has a visible bias
 TILE = 1_024  # points on each side of a tile: 8 MB of distances

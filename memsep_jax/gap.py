@@ -15,17 +15,11 @@ import numpy as np
 from jax.scipy.special import entr
 
 from memsep_jax import empirical, mixture
-from memsep_jax.arrays import Arr, Float, Keys, Num, Point, Points, Scalar
+from memsep_jax.checks import is_known
 from memsep_jax.mixture import Law
-from memsep_jax.process import (
-    Process,
-    check_time,
-    diffusion2,
-    is_known,
-    perturb,
-    time_of,
-)
+from memsep_jax.process import Process, check_time, diffusion2, perturb, time_of
 from memsep_jax.score import ScoreFn
+from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 
 BATCH = 250  # draws at a time: memory does not grow with their number
 # Standard errors from which a gap counts. At many times and configs, 2 or 3 would flag
@@ -390,9 +384,9 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
     """1 - v I / d, I = E || s ||^2: the least eps-loss that any score has on a law.
 
     The best guess of the noise is E[eps | X_t] = -sigma s(X_t, t), s the score of the
-    noised law, and what it leaves is E |eps|^2/d - E |sigma s|^2/d. Of P_t it is the
-    least loss on new data; of Phat_t, the least loss on the training set: 0 while the
-    noised training points keep apart.
+    noised law, which leaves E |eps|^2/d - E |sigma s|^2/d. For P_t it is the least
+    loss on new data; for Phat_t, the least loss on the training set: 0 while the noised
+    training points keep apart.
 
     Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
     Returns: Estimate of [], per dimension.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax.arrays import Arr, Float, Keys, Num, Point, Points, Scalar
 from memsep_jax.process import Process, check_time
 from memsep_jax.sampling import path
 from memsep_jax.score import Prediction, ScoreFn
+from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 
 
 class Norm(NamedTuple):

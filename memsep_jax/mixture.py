@@ -15,9 +15,9 @@ import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import erfc, logsumexp
 
-from memsep_jax.arrays import Arr, Float, Keys, Scalar
 from memsep_jax.process import Process
 from memsep_jax.score import ScoreFn
+from memsep_jax.shapes import Arr, Float, Keys, Scalar
 
 LEFT_OUT = 16.0  # student_t keeps scales likelier than exp(-16) of the likeliest
 LEVELS = 12  # of the continued fraction of the normal tail: 3e-11 accurate from 5 on

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from memsep_jax.arrays import Arr, Int
+from memsep_jax.shapes import Arr, Int
 
 CONTENDERS = 16  # points beyond k that are recomputed by differences
 PART = 2**28  # bytes of points on disk that are read at a time

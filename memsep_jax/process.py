@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax.arrays import Arr, Num, Point, Scalar
 from memsep_jax.checks import is_known
+from memsep_jax.shapes import Arr, Num, Point, Scalar
 
 
 class Process(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax.arrays import Arr, Float, Keys, Point, Scalar
 from memsep_jax.process import Process, diffusion2, drift, noise_to_signal, time_of
 from memsep_jax.score import ScoreFn, to_denoiser
+from memsep_jax.shapes import Arr, Float, Keys, Point, Scalar
 
 
 def log_times(t_min: float, t_max: float, steps: int) -> Float[Arr, " {steps}+1"]:

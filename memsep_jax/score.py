@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.arrays import Point, Scalar
 from memsep_jax.process import Process, noise_to_signal
+from memsep_jax.shapes import Point, Scalar
 
 ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x [*e], t []) -> [*e]
 

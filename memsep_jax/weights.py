@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from memsep_jax.checkpoint import StorageError
+from memsep_jax.checks import check_leaves
 from memsep_jax.models import DiT, UNet
 from memsep_jax.models.dit import position_features
 from memsep_jax.models.unet import VARIANTS
@@ -335,18 +337,11 @@ def _ours(tensors, rows, like, what):
 
 def _compare(given, expected, what):
     """Refuses tensors whose descriptions, by name, are not as expected."""
-    wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - given.keys()]
-    wrong += [f"unexpected: {n} {given[n]}" for n in given.keys() - expected.keys()]
-    wrong += [
-        f"mismatched: {n} {given[n]}, not {expected[n]}"
-        for n in given.keys() & expected.keys()
-        if given[n] != expected[n]
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise WeightsError(
-            f"not the weights of {what}:\n  " + "\n  ".join(sorted(wrong)[:10] + more)
-        )
+    try:
+        check_leaves(given, expected)
+    except ValueError as error:
+        lines = textwrap.indent(str(error), "  ")
+        raise WeightsError(f"not the weights of {what}:\n{lines}") from None
 
 
 def _shapes(tensors):

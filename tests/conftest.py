@@ -36,6 +36,19 @@ def shapes(request):
     jaxtyping.config.update("jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def children(tmp_path_factory):
+    """Children of tests compile as fast as the tests do, and each program once."""
+    from faults import harness  # not above: it imports the package
+
+    base = tmp_path_factory.getbasetemp()
+    # The workers of xdist have a directory each, side by side.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    harness.CACHE = shared / "jax-cache"
+    harness.XLA_FLAGS = tuple(_FLAGS)
+    harness.OPTIMIZED = False  # the first run of TINY takes 10 s instead of 24
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -104,8 +104,8 @@ def test_all_that_does_not_fit_is_listed(params):
     with pytest.raises(ValueError) as caught:
         alexnet.params_of(odd)
     assert str(caught.value).splitlines() == [
+        "mismatched: AlexNet_0/Conv_0/bias (63,), not (64,)",
         "missing: AlexNet_0/Conv_3/bias (256,)",
-        "mismatched: AlexNet_0/Conv_0/bias is (63,), not (64,)",
         "unexpected: more (2,)",
     ]
     head = "NetLinLayer_2/Conv_0/kernel"

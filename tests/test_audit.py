@@ -246,7 +246,7 @@ BAD = {  # name: (exit code, field, an array or the value, what the message says
     "few": (2, "train", DIGITS[[0, 0, 0]], "fewer than 2 different"),
     "same": (2, "samples", "digits[:60]", "are the same 60 images"),
     "seen": (2, "held_out", "digits[:60]", "all 60 images of .*held_out"),
-    "beyond": (2, "train", "digits[5000:]", "is none of the 1797"),
+    "beyond": (2, "train", "digits[5000:]", "selects none of 1797"),
     "vectors": (3, "train", np.zeros((5, 8), np.float32), "not images"),
     "nan": (3, "train", NAN, r"\[3\] has NaN"),
     "object": (3, "train", np.array([{}, None], object), "allow_pickle is never used"),

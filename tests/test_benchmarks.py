@@ -45,9 +45,16 @@ def test_the_forms_of_the_empirical_score_agree():
         np.testing.assert_allclose(form, truth, rtol=1e-3, atol=1e-3)
 
 
-def quick(name, path):
-    """The command line of a benchmark that run.py --quick starts."""
-    return [f"{name}.py", *" ".join(load("run").RUNS[name]).split(), f"--json={path}"]
+def quick(benchmark, tmp_path, monkeypatch):
+    """The rows of a benchmark as run.py --quick starts it, and those run.py makes."""
+    name, path = benchmark.__name__, tmp_path / "rows.json"
+    words = [*" ".join(load("run").RUNS[name]).split(), f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    benchmark.main()
+    found = json.loads(path.read_text())
+    for row in found["rows"]:
+        assert all(0 < row[column] < math.inf for column in benchmark.COLUMNS), row
+    return found["rows"], load("run").rows({name: found}, LIMITS)
 
 
 LIMITS = {"float32": 1e12, "default": 4e12, "bfloat16": 8e12, "memory": 1e10}
@@ -70,61 +77,41 @@ def check(rows, limits=LIMITS):
 HEADS = 4 * (4 * 16 * 4 + 3 * 4)  # 4 of 8, of size 4, of width 16
 NEURONS = 64 * (2 * 16 + 1)  # 64 of 128
 BLOCKS = 18 * 16**2 + 15 * 16  # 1 of 2
+REMOVED = {
+    "heads": HEADS,
+    "neurons": NEURONS,
+    "blocks": BLOCKS,
+    "heads + neurons": HEADS + NEURONS,
+}
 
 
-@pytest.mark.parametrize(
-    "removed",
-    [
-        {"blocks": BLOCKS},
-        pytest.param(
-            {"heads": HEADS, "neurons": NEURONS, "heads + neurons": HEADS + NEURONS},
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_compact_is_masked_with_fewer_parameters_and_flops(
-    removed, tmp_path, monkeypatch
-):
+@pytest.mark.slow
+def test_compact_is_masked_with_fewer_parameters_and_flops(tmp_path, monkeypatch):
     """Half of the units: the parameters that they have are gone, the outputs stay."""
-    benchmark, path = load("pruned"), tmp_path / "pruned.json"
-    cases = {case: benchmark.CASES[case] for case in removed}
-    monkeypatch.setattr(benchmark, "CASES", cases)
-    monkeypatch.setattr(sys, "argv", quick("pruned", path))
-    benchmark.main()
-    found = json.loads(path.read_text())
-    made = load("run").rows({"pruned": found}, LIMITS)
+    (dense, *rows), made = quick(load("pruned"), tmp_path, monkeypatch)
     check(made)
-    assert [row["peer"] for row in made] == [None] * 2 + ["masked"] * 2 * len(removed)
-    dense, *rows = found["rows"]
-    assert len(rows) == 2 * len(removed)
+    assert [row["peer"] for row in made] == [None] * 2 + ["masked"] * 2 * len(REMOVED)
+    assert len(rows) == 2 * len(REMOVED)
     for masked, compact in zip(rows[::2], rows[1::2], strict=True):
         assert masked["case"] == compact["case"]
         assert (masked["form"], compact["form"]) == ("masked", "compact")
         assert masked["parameters"] == dense["parameters"]
-        assert masked["parameters"] - compact["parameters"] == removed[masked["case"]]
+        assert masked["parameters"] - compact["parameters"] == REMOVED[masked["case"]]
         assert masked["flops"] == dense["flops"] > compact["flops"] > 0
         assert masked["difference"] > 1e-3  # from dense
         assert compact["difference"] < 1e-5  # from masked
-        for row in (dense, masked, compact):
-            assert all(0 < row[n] < math.inf for n in benchmark.COLUMNS), row
 
 
 @pytest.mark.slow
 def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
     """From the same weights and noise: the losses of two steps, and the samples."""
     pytest.importorskip("torch", reason="of the extra dev")
-    benchmark, path = load("train_step"), tmp_path / "step.json"
-    monkeypatch.setattr(sys, "argv", quick("train_step", path))
-    benchmark.main()
-    found = json.loads(path.read_text())
-    check(load("run").rows({"train_step": found}, LIMITS))
-    rows = found["rows"]
+    rows, made = quick(load("train_step"), tmp_path, monkeypatch)
+    check(made)
     assert [(row["network"], row["what"]) for row in rows] == [
         (network, what) for network in ("unet", "dit") for what in ("step", "sampler")
     ]
-    for row in rows:
-        assert row["difference"] < 1e-4, row
-        assert all(0 < row[name] < math.inf for name in benchmark.COLUMNS), row
+    assert all(row["difference"] < 1e-4 for row in rows), rows
 
 
 @pytest.mark.slow
@@ -178,7 +165,7 @@ def test_what_devices_are_given_is_counted_from_the_program():
     }
 
 
-def test_the_score_of_split_points_is_that_of_one_device_and_sends_what_it_must():
+def test_the_score_of_split_points_is_that_of_one_device():
     scaling, d, b = load("scaling"), 6, 5
     one, four = (scaling.shared_score(jax.devices()[:k], 32, d, b) for k in (1, 4))
     assert scaling.difference(four.call(), one.call()) < 1e-5
@@ -289,13 +276,10 @@ def test_costs_devices_and_plan_are_measured_and_written(tmp_path, monkeypatch):
 def test_power_iteration_of_pytorch_finds_our_norms(tmp_path, monkeypatch):
     """And between two of the points it is what two points have."""
     pytest.importorskip("torch", reason="of the extra dev")
-    benchmark, path = load("lipschitz"), tmp_path / "lipschitz.json"
-    monkeypatch.setattr(sys, "argv", quick("lipschitz", path))
-    benchmark.main()
-    of_points, _ = rows = json.loads(path.read_text())["rows"]
-    for row in rows:
-        assert row["difference"] < 1e-4, row
-        assert all(0 < row[name] < math.inf for name in benchmark.COLUMNS), row
+    benchmark = load("lipschitz")
+    rows, _ = quick(benchmark, tmp_path, monkeypatch)
+    assert all(row["difference"] < 1e-4 for row in rows), rows
+    of_points, _ = rows
     # Points of uniform noise are about sqrt(2 d / 3) apart.
     norm = lipschitz.two_point(math.sqrt(2 * 192 / 3), benchmark.OU, benchmark.T)
     assert 0.5 * norm < of_points["largest"] < 2 * norm
@@ -319,7 +303,7 @@ CASE = {"case": "n = 5", "ours_s": 0.5, "items": 10, "unit": "scores", "peer": "
         "peer_s": 1.5, "flops": 1e11, "bytes": 1e8, "product": "float32"}  # fmt: skip
 
 
-def test_a_row_has_the_ratio_to_the_peer_and_the_share_of_the_limit_that_binds():
+def test_a_row_has_its_ratio_and_the_share_of_the_binding_limit():
     row = load("run").row
     found = row(CASE, LIMITS)
     assert (found["ratio"], found["limit"]) == (3, "float32")

@@ -324,8 +324,8 @@ STOPPED = ({"train.stop_gap": 0.1}, {"train.plateau": 2})
 
 @pytest.mark.parametrize("rule", STOPPED)
 def test_how_training_is_looked_at_counts_only_where_that_ends_it(rule, tmp_path):
-    assert build.looks(small()) == {}
-    found = build.looks(small(**rule))
+    assert build.watched(small()) == {}
+    found = build.watched(small(**rule))
     assert found["run.evaluate_every"] == 2 and found["sampler.steps"] == 2
     assert "run.log_every" not in found and "sampler.num_samples" not in found
 

@@ -129,6 +129,6 @@ def test_a_time_without_a_score_is_refused(tmp_path):
     config.times.update(t_max=0.9)
     config.sampler.update(t_max=0.9)
     config.measure.update(times=(0.5, 1.0))
-    with pytest.raises(build.ConfigError, match=r"measure.times: t=1.0 is outside"):
+    with pytest.raises(build.ConfigError, match=r"measure.times\[1\]=1 is outside"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

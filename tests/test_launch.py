@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import json
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ import yaml
 
 from launch import sweep
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import sweep_file
+from memsep_jax.experiments.config import build, sweep_file
 from memsep_jax.experiments.runtime import runs
 from memsep_jax.experiments.studies import overview
 
@@ -81,7 +80,7 @@ def digests(workdir, points):
 def slowed(file):
     """The same sweep, whose steps take a while."""
     text = (
-        "import time\nfrom memsep_jax.experiments.runtime import record\n"
+        "import time\nfrom memsep_jax.experiments import record\n"
         "_write = record.Metrics.write\n"
         "def write(self, **row):\n    _write(self, **row)\n    time.sleep(0.5)\n"
         "record.Metrics.write = write\n"
@@ -246,7 +245,7 @@ def test_what_fails_ends_no_other_and_is_done_again_on_request(tmp_path, capsys)
             raise RuntimeError("no luck\nat all")
         known = {"experiment": "train", "memorization": {"ratio": 0.5}}
         record.write_json(place / "metrics.json", known)
-        record.write_json(place / "config.json", json.loads(config.to_json()))
+        record.write_json(place / "config.json", build.to_json(config))
         record.write_json(place / "run.json", {"status": "complete"})
 
     (workdir / "points").mkdir(parents=True)

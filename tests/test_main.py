@@ -1,14 +1,11 @@
 """The command from outside: help, pipes, names of directories, a run's own config."""
 
-import os
-import pty
 import re
 import subprocess
 import sys
 
 import pytest
 from faults import harness
-from faults.conftest import compilation_cache  # noqa: F401
 
 from memsep_jax.experiments import record
 
@@ -21,11 +18,10 @@ TINY = (
     "--config.run.log_every=1",
     "--config.run.snapshots=0",
 )
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compilation_cache):  # noqa: F811
+def finished(tmp_path_factory):
     """The end of a small run, and its workdir."""
     workdir = tmp_path_factory.mktemp("a run") / "é <script>"
     return harness.run(*TINY, workdir=workdir), workdir
@@ -89,21 +85,10 @@ def test_without_a_config_it_says_what_to_give(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def shell(line, **kwargs):
-    return subprocess.run(
-        ["bash", "-c", line],
-        capture_output=True,
-        text=True,
-        cwd=harness.ROOT,
-        env=harness._environment(1),
-        **kwargs,
-    )
-
-
 def test_a_config_json_starts_the_same_run_elsewhere_whoever_reads(finished, tmp_path):
     """The reader leaves after a line, and the run goes on to the same end."""
     _, workdir = finished
-    done = shell(
+    done = harness.shell(
         f"{sys.executable} -m memsep_jax.main '--config={workdir}/config.json' "
         f"--workdir={tmp_path}/run | head -1; exit ${{PIPESTATUS[0]}}"
     )
@@ -116,46 +101,19 @@ def test_a_config_json_starts_the_same_run_elsewhere_whoever_reads(finished, tmp
 @pytest.mark.parametrize("argument", ["--help", f"{TINY[0]} --dry_run"])
 def test_what_nobody_reads_is_no_error(argument):
     command = f"{sys.executable} -m memsep_jax.main {argument}"
-    done = shell(f"{command} | true; exit ${{PIPESTATUS[0]}}")
+    done = harness.shell(f"{command} | true; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-
-
-def on_a_terminal(arguments, patch="", **variables):
-    """What a command writes to a terminal."""
-    code = f"{patch}\nfrom memsep_jax import main\nmain.run()"
-    master, slave = pty.openpty()
-    env = harness._environment(1) | {"TERM": "xterm-256color", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        (sys.executable, "-c", code, *arguments),
-        stdout=slave,
-        stderr=slave,
-        stdin=slave,
-        cwd=harness.ROOT,
-        env=env | variables,
-    )
-    os.close(slave)
-    written = b""
-    while True:
-        try:
-            piece = os.read(master, 65_536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(master)
-    return process.wait(), written.decode()
 
 
 def test_a_terminal_shows_a_live_bar(tmp_path):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
-    code, text = on_a_terminal(arguments, harness.TRAIN_ONLY)
+    code, text = harness.on_a_terminal(arguments, harness.TRAIN_ONLY)
     assert code == 0, text
     assert "\x1b[" in text and "training" in text and "ETA" in text and "━" in text
 
 
 def test_no_color_leaves_no_colours(tmp_path):
-    code, text = on_a_terminal([TINY[0], "--dry_run"], NO_COLOR="1")
+    code, text = harness.on_a_terminal([TINY[0], "--dry_run"], NO_COLOR="1")
     assert code == 0 and "parameters" in text
     assert not re.search(r"\x1b\[[\d;]*(3[0-7]|9[0-7]|38;)[\d;]*m", text)
 

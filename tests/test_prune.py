@@ -26,10 +26,10 @@ def params(off_zero):
     return off_zero(jax.jit(MODEL.init)(jax.random.key(0), x, jnp.zeros(()))["params"])
 
 
-def gate_loss(params):
+def gate_loss(params, model=MODEL):
     def loss(gates, x0, t, eps):
         def apply(p, x, t):
-            return MODEL.apply({"params": p}, x, t, gates=gates)
+            return model.apply({"params": p}, x, t, gates=gates)
 
         return train.noise_loss(apply, params, VE, x0, t, eps)
 
@@ -53,9 +53,9 @@ def test_the_slope_of_a_gate_is_the_slope_of_its_output_weights(params, x64):
     """dL/dgate_h = <dL/dW_O^h, W_O^h>, for one example, in float64."""
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
     x0, t, eps = (jnp.asarray(a[0], jnp.float64) for a in batch())
-    gates = jnp.ones(SHAPE)
-    slopes = jax.jit(jax.grad(gate_loss(params)))(gates, x0, t, eps)
-    wrt = jax.jit(jax.grad(lambda p: gate_loss(p)(gates, x0, t, eps)))(params)
+    gates, model = jnp.ones(SHAPE), MODEL.clone(dtype="float64")
+    slopes = jax.jit(jax.grad(gate_loss(params, model)))(gates, x0, t, eps)
+    wrt = jax.jit(jax.grad(lambda p: gate_loss(p, model)(gates, x0, t, eps)))(params)
     for layer in range(SHAPE[0]):
         weights = params[f"block_{layer}"]["attention"]["out"]["kernel"]
         grads = wrt[f"block_{layer}"]["attention"]["out"]["kernel"]

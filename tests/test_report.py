@@ -272,7 +272,7 @@ def test_a_full_disk_warns_once_after_a_run_and_fails_a_report(
     def full(path, content):
         raise StorageError(errno.ENOSPC, f"could not write {path.name}")
 
-    monkeypatch.setattr(report, "_save", full)
+    monkeypatch.setattr(record, "write_bytes", full)
     report.write(workdir, said.append)
     assert len(said) == 1 and "could not write loss.png" in said[0]
     with pytest.raises(StorageError):

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memsep_jax import data, defaults
@@ -55,6 +55,8 @@ def test_a_field_has_a_line_of_help_and_accepts_its_default():
             assert field.rule.accepts(field.default), name
 
 
+# The first draw imports the tables, jax among them.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(draws):
     known, name, field = draws.draw(st.sampled_from(RULED))

@@ -59,7 +59,7 @@ def test_the_mixture_draws_from_the_law_that_is_named(law, shape):
 def test_what_a_law_does_not_take_is_refused():
     with pytest.raises(ValueError, match="known: separated, low_rank"):
         sources.mixture(law="cauchy")
-    with pytest.raises(ValueError, match="rank; it takes width besides"):
+    with pytest.raises(ValueError, match="rank; beside k, d and scale it takes width"):
         sources.mixture(law="boxes", rank=2)
     with pytest.raises(ValueError, match="rank=0"):
         sources.mixture(law="low_rank", rank=0)

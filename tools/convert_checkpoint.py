@@ -4,12 +4,12 @@
 
 CHECKPOINT is a .pt or .pth of PyTorch: a state dict, or a dict with one as "model" and
 as "ema", which --ema takes; or a network-snapshot .pkl of EDM, which holds "ema" only
-and takes --i_trust_this_file besides. memsep_jax itself unpickles nothing: this runs
+and also takes --i_trust_this_file. memsep_jax itself unpickles nothing: this runs
 outside of it, and needs torch >= 2.6 and safetensors.
 
-Unpickling can run any code. A .pt is read by torch's own unpickler of weights. Of a
-.pkl every object is rebuilt as an inert record of what it was made with, and the source
-code in it stays text; what is neither tensor nor plain container is refused by name.
+Unpickling can run any code. A .pt is read by torch's own unpickler of weights. Every
+object of a .pkl is rebuilt as an inert record of its arguments, and the source code in
+it stays text; anything but tensors and plain containers is refused by name.
 
 Exit codes: 0 done, 2 usage, 3 refused, 5 not written.
 """

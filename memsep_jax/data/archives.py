@@ -73,15 +73,15 @@ def _pools(path, stream, pixels):
     def chosen(names):
         return [key for key in KEYS[stream :: 2 if stream else 1] if key in names]
 
-    found, names = read_arrays(path, chosen)
+    arrays, names = read_arrays(path, chosen)
     if stream:
-        found |= {key: Rows(_mapped(path, key)) for key in KEYS[::2] if key in names}
-    if "train_images" not in found:
+        arrays |= {key: Rows(_mapped(path, key)) for key in KEYS[::2] if key in names}
+    if "train_images" not in arrays:
         raise DataError(
             f"{path}: not a readable .npz (no 'train_images' among {listed(names)}); "
             "write it again by np.savez(path, train_images=...)"
         )
-    pools = Source(*(found.get(key) for key in KEYS), pixels)
+    pools = Source(*(arrays.get(key) for key in KEYS), pixels)
     if not pixels and (pools.images.dtype, pools.images.ndim) != (np.float32, 4):
         raise DataError(
             f"{path}: train_images {pools.images.dtype}{pools.images.shape} are no "
@@ -142,10 +142,10 @@ def read_arrays(path, choose):
     try:
         if os.path.isdir(path):
             files = {file.stem: file for file in Path(path).glob("*.npy")}
-            found = {
+            arrays = {
                 name: np.load(files[name], allow_pickle=False) for name in choose(files)
             }
-            return {name: native(x) for name, x in found.items()}, sorted(files)
+            return {name: native(x) for name, x in arrays.items()}, sorted(files)
         # Opened here: np.load leaves the file of a damaged .npz open.
         with open(path, "rb") as file:
             read = np.load(file, allow_pickle=False)
@@ -199,7 +199,7 @@ def _cifar_way(root):
 
 
 def _cifar_archive(root):
-    """The path of the archive: the local one, or what is fetched to downloads."""
+    """The path of the archive: the local one, or the one fetched to downloads."""
     if (manual := _cifar_manual(root)).exists():
         return manual
     try:
@@ -252,7 +252,7 @@ def _cifar_batches(path):
     Nothing is extracted: the six members are read from the stream of the archive,
     once its size and digest are those of the true one.
     """
-    found, total = {}, 0
+    members, total = {}, 0
     try:
         _check_cifar(path)
         with tarfile.open(path, "r|gz") as archive:
@@ -267,14 +267,15 @@ def _cifar_batches(path):
                     raise DataError(f"{path}: refused, too large at {member.name!r}")
                 content = archive.extractfile(member)
                 if content is not None and member.name in CIFAR_TRAIN + CIFAR_TEST:
-                    found[member.name] = np.frombuffer(content.read(), np.uint8)
+                    members[member.name] = np.frombuffer(content.read(), np.uint8)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
     batches = []
     for name in CIFAR_TRAIN + CIFAR_TEST:
-        if name not in found or not found[name].size or found[name].size % CIFAR_RECORD:
+        raw = members.get(name, np.empty(0, np.uint8))
+        if not raw.size or raw.size % CIFAR_RECORD:
             raise DataError(f"{path}: {name} is missing or damaged; fetch it again")
-        batches.append(found[name].reshape(-1, CIFAR_RECORD))
+        batches.append(raw.reshape(-1, CIFAR_RECORD))
         refuse(batches[-1][:, 0] > 9, f"{path}: {name}", "a label above 9")
     return batches
 
@@ -329,12 +330,12 @@ def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """
     root = _data_dir(data_dir)
     place, _, version = dataset.partition(":")
-    found = sorted(
+    files = sorted(
         (root / place).glob(f"**/{version or '*'}/{DECODED}"),
         key=lambda path: [int(n) for n in re.findall(r"\d+", path.parent.name)],
     )
-    if found:
-        return npz(found[-1], bool(stream))
+    if files:
+        return npz(files[-1], bool(stream))
     if dataset not in KNOWN:
         raise DataError(
             f"{dataset} is not below {root}, or was not decoded there by a run yet, "
@@ -434,8 +435,9 @@ def _decode(read, name, path):
     """Writes the splits of a prepared TFDS set as an .npz, image by image."""
     if "train" not in read:
         raise DataError(f"{name}: no split 'train' among {sorted(read)}")
+    held_out = "test" if "test" in read else "validation"
     with zipfile.ZipFile(path, "w") as archive:
-        for split, role in (("train", "train"), (_tested(read), "test")):
+        for split, role in (("train", "train"), (held_out, "test")):
             if split not in read:
                 continue
             examples = read[split]
@@ -466,8 +468,3 @@ def _decode(read, name, path):
                 with archive.open(f"{role}_labels.npy", "w") as file:
                     labels = np.array(labels, np.int32)
                     np.lib.format.write_array(file, labels, allow_pickle=False)
-
-
-def _tested(read):
-    """The split that is held out."""
-    return "test" if "test" in read else "validation"

@@ -1,7 +1,7 @@
 """Points as arrays, in memory or on disk: their units, names, and what they may hold.
 
 Images are uint8, or float32 in [-1, 1]. Rooms that read files call these checks, so
-that the same is refused, converted and told for training and for audits.
+that training and audits refuse, convert and report the same.
 """
 
 import hashlib
@@ -114,12 +114,9 @@ def _check_points(x, where, pixels):
         check_layout(x, where)
     low, high, below = limits(x)
     refuse(np.isnan(low), where, "NaN or Inf")
-    if x.ndim != 4:
+    if x.ndim != 4 or not pixels:
         return ()
-    notes = []
-    if pixels:
-        notes = check_range(x, where, low, high, below)
-    return tuple(notes)
+    return tuple(check_range(x, where, low, high, below))
 
 
 def check_labels(labels, n, where):
@@ -294,15 +291,13 @@ def pixels(x, where):
     if x.shape[3] not in (1, 3, 4):
         raise DataError(
             f"{where} is {x.shape}, of {x.shape[3]} channels: images have 1, 3 or 4; "
-            "of latents, give what they decode to"
+            "decode latents first"
         )
     low, high, below = limits(x)
     if x.dtype != np.uint8:
         refuse(~np.isfinite(low), where, "NaN or Inf")
     notes = tuple(check_range(x, where, low, high, below))
-    if x.dtype == np.uint8:
-        return x, notes
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8), notes
+    return x if x.dtype == np.uint8 else to_uint8(x), notes
 
 
 def limits(x):
@@ -330,7 +325,7 @@ def refuse(bad, where, what, way_out="repair it"):
     """Raises a DataError that names the first of the bad rows, if any.   bad [n]."""
     if bad.any():
         first = np.flatnonzero(bad)[0]
-        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} such); {way_out}")
+        raise DataError(f"{where}[{first}] has {what} ({bad.sum()} in all); {way_out}")
 
 
 def histogram(x):

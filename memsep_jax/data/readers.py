@@ -1,7 +1,7 @@
 """Images as people keep them, in folders and zips of folders: uint8 [n, h, w, 3].
 
-All files of images come in here, for training and for audits alike: what is read,
-converted, refused, counted and told is the same for both.
+All files of images come in here, so training and audits read, convert, refuse, count
+and report the same.
 """
 
 import collections
@@ -319,13 +319,13 @@ def _labels(path, files, tree):
 def _told(path, files, about):
     """(labels, None) of dataset.json, or (None, a note that it has none)."""
     try:
-        told = json.loads(about)["labels"]
+        labels = json.loads(about)["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, "its dataset.json has no labels: those of the folders are taken"
-    if told is None:  # so StyleGAN's tool writes a set without labels
+    if labels is None:  # so StyleGAN's tool writes a set without labels
         return None, None
     try:
-        known = {_plain(name): label for name, label in told}
+        known = {_plain(name): label for name, label in labels}
     except (TypeError, ValueError):
         known = {}
     missing = [name for name in files if name not in known]
@@ -457,7 +457,7 @@ class _Reader:
         if image.mode == "F" or not 0 <= low <= high < 2**16:
             raise DataError(
                 f"{Path(self.path) / name}: its pixels are {grey.dtype} in "
-                f"[{low:.4g}, {high:.4g}], and nobody knows what is white; save "
+                f"[{low:.4g}, {high:.4g}], and which value is white is unknown; save "
                 "8 bits, 0 .. 255, or 16 bits, 0 .. 65535"
             )
         self.deep = max(self.deep, (int(high), name))
@@ -520,16 +520,16 @@ class _Reader:
                     f" (zeros at the end of {listed(self.suspect, 3)}, like that of a "
                     "file cut short in copying; if it is black there, save it as PNG)"
                 )
-            told = (
+            text = (
                 f"{len(damaged):,} of {count:,} images cannot be read: "
                 f"{listed(damaged)}{why}"
             )
             if not (skip_bad and good):
-                more = "; skip_bad=True goes on without them" if good else ""
+                more = "; skip_bad=True continues without them" if good else ""
                 raise DataError(
-                    f"{self.path}: {told}; repair them or take them out{more}"
+                    f"{self.path}: {text}; repair them or take them out{more}"
                 )
-            notes.append(f"{told}; left out")
+            notes.append(f"{text}; left out")
         if 0 < self.deep[0] < FULL:
             bits = self.deep[0].bit_length()
             raise DataError(
@@ -554,7 +554,7 @@ class _Reader:
         if self.others:
             notes.append(f"found {n:,} images{self._without()}")
         counts = {field: len(names) for field, names in self.altered.items()}
-        told = {
+        texts = {
             "exif": ("turned as EXIF says", "exif=False leaves them as they are")
             if how.exif
             else ("left as they are, not turned as EXIF says", "exif=True turns them"),
@@ -565,7 +565,7 @@ class _Reader:
             if how.crop == "center"
             else ("squeezed to a square", "crop=center cuts out the middle"),
         }
-        for field, (done, other) in told.items():
+        for field, (done, other) in texts.items():
             if counts[field]:
                 notes.append(f"{counts[field]:,} of {n:,} images were {done} ({other})")
         if self.animated:

@@ -67,7 +67,7 @@ def mixture_truth(
     if not given.keys() <= set(taken):
         raise ValueError(
             f"law={law!r} does not take {', '.join(sorted(given.keys() - set(taken)))}"
-            f"; it takes {', '.join(taken) or 'nothing'} besides k, d and scale"
+            f"; beside k, d and scale it takes {', '.join(taken) or 'nothing'}"
         )
     return LAWS[law](jax.random.key(truth_seed), k, d, scale, **given)
 
@@ -183,12 +183,11 @@ def _bare():
     return [
         name
         for name, read in SOURCES.items()
-        if all(p.default is not p.empty for p in _parameters(read))
+        if all(
+            p.default is not p.empty
+            for p in inspect.signature(read).parameters.values()
+        )
     ]
-
-
-def _parameters(read):
-    return inspect.signature(read).parameters.values()
 
 
 # Images of any origin.
@@ -223,16 +222,16 @@ def origin(
     # A folder may be called so.
     part = None if os.path.exists(os.path.expanduser(where)) else PART.search(where)
     whole = PART.sub("", where) if part else where
-    found = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
+    result = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
     if part is None:
-        return found
+        return result
     rows = slice(*(int(end) if end else None for end in part.groups()))
-    if not len(found.images[rows]):
-        raise ValueError(f"{where} is none of the {len(found.images)} images")
+    if not len(result.images[rows]):
+        raise ValueError(f"{where} selects none of {len(result.images)} images")
     labels, files = (
-        None if each is None else each[rows] for each in (found.labels, found.files)
+        None if each is None else each[rows] for each in (result.labels, result.files)
     )
-    return found._replace(images=found.images[rows], labels=labels, files=files)
+    return result._replace(images=result.images[rows], labels=labels, files=files)
 
 
 def again(where: str, files, **preparation) -> np.ndarray:
@@ -291,20 +290,20 @@ def _of_role(path, role):
             return numbered
         return names if len(names) == 1 else []
 
-    found, names = read_arrays(path, chosen)
-    if not set(found) - {label_name}:
+    arrays, names = read_arrays(path, chosen)
+    if not set(arrays) - {label_name}:
         raise DataError(
             f"{path}: none of {', '.join(named)} among its {len(names):,} arrays "
             f"{listed(names)}; write it again with one of those names"
         )
-    label = found.pop(label_name, None)
-    if all(map(NUMBERED.fullmatch, found)):
-        x, label = joined(found, path)
-        name = listed(found, 3)
+    label = arrays.pop(label_name, None)
+    if all(map(NUMBERED.fullmatch, arrays)):
+        x, label = joined(arrays, path)
+        name = listed(arrays, 3)
     else:
-        name, x = next(iter(found.items()))
+        name, x = next(iter(arrays.items()))
     x, notes = pixels(x, f"{path}: {name}")
-    if len(found) > 1 and label is None:
+    if len(arrays) > 1 and label is None:
         notes += (f"{path}: {name} were joined into {len(x):,} images",)
     check_labels(label, len(x), f"{path}: {label_name}")
     return Source(x, label, notes=notes)

@@ -2,13 +2,13 @@
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
-    """Runs config.experiment in a workdir, or goes on with it where it stopped.
+    """Runs config.experiment in a workdir, or continues it where it stopped.
 
     Args:
       config: a ConfigDict, as the files in configs/ make it.
       workdir: a directory; everything is written there and nowhere else.
-      resume_step: go back to this checkpoint; newer ones are moved aside.
-      allow_config_change: go on although the config changed what is computed.
+      resume_step: return to this checkpoint; newer ones are moved aside.
+      allow_config_change: continue although the config changed what is computed.
     Raises:
       ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError,
       FailedError and Interrupted, each with the `exit_code` of the command line.

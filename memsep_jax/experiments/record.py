@@ -91,6 +91,12 @@ def read_npz(path):
         return None
 
 
+def write_bytes(path, content: bytes):
+    """Writes a file whole."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
 def write_csv(path, columns: dict):
     """Writes columns of one length."""
     # The name of a file may be no text: then its bytes are shown.
@@ -307,15 +313,15 @@ def mapped(one, most: int, pause=lambda: None):
     """
     known: list = []
 
-    def advance(found, total, args, first, last):
-        size = jax.tree.leaves(found)[0].shape[1]
+    def advance(results, total, args, first, last):
+        size = jax.tree.leaves(results)[0].shape[1]
 
-        def body(k, found):
+        def body(k, results):
             rows = jnp.minimum(k * size + jnp.arange(size), total - 1)
             piece = jax.vmap(lambda i: one(i, *args))(rows)
-            return jax.tree.map(lambda a, b: a.at[k].set(b), found, piece)
+            return jax.tree.map(lambda a, b: a.at[k].set(b), results, piece)
 
-        return jax.lax.fori_loop(first, last, body, found)
+        return jax.lax.fori_loop(first, last, body, results)
 
     def every(total, *args):
         if not known:  # traced once, not at every look
@@ -328,12 +334,12 @@ def mapped(one, most: int, pause=lambda: None):
         each, place, run, like = known
         size = at_once(each, min(most, total))
         pieces = -(-total // size)
-        found = jax.tree.map(
+        results = jax.tree.map(
             lambda a: jnp.zeros((pieces, size, *a.shape), a.dtype, device=place), like
         )
-        found = run(found, pieces, total, args)
+        results = run(results, pieces, total, args)
         return jax.tree.map(
-            lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:total], found
+            lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:total], results
         )
 
     return every

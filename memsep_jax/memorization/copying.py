@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from memsep_jax.arrays import Arr, Bool, Float
 from memsep_jax.fidelity import UndefinedError, squared_distances
+from memsep_jax.shapes import Arr, Bool, Float
 
 # Bounds of the log-variances, as in the program of the authors of FLD.
 FLOOR, CEILING = -40.0, 20.0

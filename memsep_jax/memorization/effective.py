@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from memsep_jax.arrays import Arr, Num
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.memorization.ratio import BEGUN
+from memsep_jax.shapes import Arr, Num
 
 ROUNDING = 1e-12  # of means: it must not decide whether a level is reached
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memsep_jax.arrays import Arr, Float
+from memsep_jax.shapes import Arr, Float
 
 
 class Emission(NamedTuple):

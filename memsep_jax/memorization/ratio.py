@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from memsep_jax.arrays import Arr, Bool, Float, Num, Point, Points
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours, distinct, searcher
+from memsep_jax.shapes import Arr, Bool, Float, Num, Point, Points
 
 RATIO = 1 / 3  # the criterion of the papers: d1 < d2 / 3
 BEGUN = 0.05  # a run whose share of copies is above this copies at all

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memsep_jax.arrays import Arr, Float
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.memorization.ratio import RATIO, copied, wilson
 from memsep_jax.neighbours import distinct, searcher
+from memsep_jax.shapes import Arr, Float
 
 
 class Reproducibility(NamedTuple):

@@ -109,7 +109,7 @@ def params_of(tensors):
     Raises: ValueError: a line for each array that is missing, unexpected or misshaped;
       or weights of LPIPS below 0, with which it would not be a distance.
     """
-    check_leaves(tensors, shapes())
+    check_leaves({name: a.shape for name, a in tensors.items()}, shapes())
     heads = [f"NetLinLayer_{i}/Conv_0/kernel" for i in range(len(LAYERS))]
     below = [name for name in heads if np.min(tensors[name]) < 0]
     if below:

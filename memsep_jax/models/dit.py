@@ -121,11 +121,8 @@ class DiT(nn.Module):
         self.check(x.shape)
         if gates is not None and not isinstance(gates, dict):
             gates = {"heads": gates}
-        rows, columns, channels = (
-            x.shape[0] // self.patch,
-            x.shape[1] // self.patch,
-            x.shape[2],
-        )
+        rows, columns = (side // self.patch for side in x.shape[:2])
+        channels = x.shape[2]
         tokens = x.reshape(rows, self.patch, columns, self.patch, channels)
         tokens = tokens.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
         init = nn.initializers.xavier_uniform()

@@ -179,5 +179,5 @@ def params_of(tensors):
     Raises: ValueError: a line for each that is missing, unexpected or mismatched.
     """
     tensors = {n: a for n, a in tensors.items() if not n.endswith("batches_tracked")}
-    check_leaves(tensors, shapes())
+    check_leaves({name: a.shape for name, a in tensors.items()}, shapes())
     return {name: np.asarray(tensors[name], np.float32) for name in shapes()}

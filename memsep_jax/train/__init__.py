@@ -1,5 +1,6 @@
 """Training: the step, what a network learns to predict, and the optimizers."""
 
+# ruff: noqa: F401 - names for a prompt and for other rooms
 from memsep_jax.train.objectives import (
     Question,
     Target,
@@ -31,31 +32,3 @@ from memsep_jax.train.step import (
     init,
     make_train_step,
 )
-
-__all__ = [
-    "OPTIMIZERS",
-    "SCHEDULES",
-    "WINDOW",
-    "NonFiniteError",
-    "Params",
-    "Question",
-    "Skipping",
-    "Target",
-    "TrainState",
-    "adam",
-    "adamw",
-    "ambient",
-    "clean",
-    "constant",
-    "cosine",
-    "ema_decay",
-    "example_keys",
-    "init",
-    "make_train_step",
-    "noise_loss",
-    "prediction_loss",
-    "sgd",
-    "skipped",
-    "skipping",
-    "smoothed",
-]

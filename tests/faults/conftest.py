@@ -1,6 +1,4 @@
-"""One compilation cache for all children of a session, and for these tests."""
-
-import os
+"""What these tests compile again and again is compiled once, in this process too."""
 
 import jax
 import pytest
@@ -9,17 +7,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from faults import harness
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    # The workers of xdist have a directory each, side by side.
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    harness.CACHE = shared / "jax-cache"
-
-
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(compilation_cache):
-    """This process, too, compiles what it runs again and again only once."""
+def compiled_once(children):
     options = {
         "jax_compilation_cache_dir": str(harness.CACHE / "here"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 from memsep_jax import checkpoint
 from memsep_jax.experiments import record
@@ -32,6 +34,11 @@ from memsep_jax.experiments.config import command, schema
 
 ROOT = Path(__file__).parents[2]
 CACHE: Path | None = None  # compiled programs, shared by the children of a session
+# How children compile: as a user's run does, or, for a test, faster.
+XLA_FLAGS: tuple[str, ...] = ()
+OPTIMIZED = True
+# For the environment of a child of a test that is about what XLA makes.
+AS_A_USER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 TIMEOUT = 120.0  # seconds; a child that hangs fails its test, and no other
 
 # An MLP 2 x 32 on points in the plane: 30 steps, 12 samples in 3 chunks.
@@ -96,6 +103,15 @@ def save(directory, step, *args, **kwargs):
     print("saved", step, flush=True)
 checkpoint.save = save
 """
+
+
+def some(cases, count: int = 1) -> list:
+    """All cases of a test; those after the first run among the slow tests only."""
+    params = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] * (i >= count))
+        for i, case in enumerate(params)
+    ]
 
 
 class Child:
@@ -232,6 +248,47 @@ def run(*args, timeout: float = TIMEOUT, **kwargs) -> Result:
     return result._replace(seconds=time.monotonic() - started)
 
 
+def shell(line: str) -> subprocess.CompletedProcess:
+    """A line of bash, run where the package is."""
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=_environment(1),
+    )
+
+
+def on_a_terminal(arguments, patch: str = "", **variables) -> tuple[int, str]:
+    """The exit code of a command, and what it writes to a terminal.
+
+    Args: variables, of the environment, to add.
+    """
+    code = f"{patch}\nfrom memsep_jax import main\nmain.run()"
+    master, slave = pty.openpty()
+    env = _environment(1) | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        (sys.executable, "-c", code, *arguments),
+        stdout=slave,
+        stderr=slave,
+        stdin=slave,
+        cwd=ROOT,
+        env=env | variables,
+    )
+    os.close(slave)
+    written = b""
+    while True:
+        try:
+            piece = os.read(master, 65_536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(master)
+    return process.wait(), written.decode()
+
+
 def wait_for(child: Child, condition, what: str, timeout: float = TIMEOUT):
     """Polls condition() until it is true; fails where the child ends before."""
     limit = time.monotonic() + timeout
@@ -329,6 +386,7 @@ def corrupt(path, how: str = "flip"):
 
 
 def _environment(devices):
+    count = f"--xla_force_host_platform_device_count={devices}"
     # What the tests set for themselves must not reach the child.
     kept = {
         k: v
@@ -337,7 +395,8 @@ def _environment(devices):
     }
     kept |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not OPTIMIZED)),
+        "XLA_FLAGS": " ".join((*XLA_FLAGS, count)),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "default",
     }

@@ -69,7 +69,7 @@ ROWS = {
     "b23": Row("a full disk for pictures only", "one warning, the run goes on"),
     "b24": Row("a save that fails behind our back", "the run ends at once, exit 5; no such step counts as saved"),
     "b25": Row("a workdir that cannot be written, or has an odd name", "told before anything is compiled, exit 2; odd names work"),
-    "b26": Row("a metric that gets worse and worse", "the newest steps stay, and the best besides"),
+    "b26": Row("a metric that gets worse and worse", "the newest steps and the best one stay"),
     "b27": Row("`--resume_step` below the newest", "newer steps are moved aside, and saves go on"),
     "b28": Row("a checkpoint of another model", "exit 2 with up to ten leaves; nothing is cast or half loaded"),
     "b29": Row("a checkpoint of another version", "read bitwise, or exit 2 with both schemas"),

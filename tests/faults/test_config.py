@@ -411,10 +411,6 @@ def variants(path) -> list[str]:
     return str(caught.value).rpartition("choose ")[2].split(", ")
 
 
-def is_a_sweep(path):
-    return runpy.run_path(str(path))["get_config"]().experiment in experiments.DRAWINGS
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_d49_every_variant_of_every_config_parses(path):
     module = runpy.run_path(str(path))
@@ -465,27 +461,22 @@ def dry(path, tmp_path, variant="full", patch=""):
     return result, list(home.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "path",
-    # An audit trains nothing. Large networks take long to trace.
-    [
-        pytest.param(p, marks=[pytest.mark.slow] * (p.stem in ("imagenet", "latents")))
-        for p in CONFIGS
-        if p.stem in ("gmm_size", "emm_cifar")
-        or not (is_a_sweep(p) or p.stem == "audit")
-    ],
-    ids=lambda p: p.stem,
-)
-def test_d49_a_dry_run_of_every_config_prints_and_writes_nothing(path, tmp_path):
-    result, found = dry(path, tmp_path, patch=NOT_MEASURED)
+def assert_printed(result, found):
+    """A table on stdout, and nothing else anywhere."""
     assert result.code == 0 and result.stderr == "" and not found, result.output
-    assert result.seconds < 60  # 20 s on a machine that has nothing else to do
     for pattern in (
-        r"│ parameters +│ [\d,]{5,} +│",
-        r"│ memory, at most +│ [\d,.]+ MiB",
+        r"│ parameters +│ [\d,]{3,} +│",
+        r"│ memory, at most +│ [\d,.]+ [MG]iB",
         r"│ FLOPs per step +│ \d\.?\d*e\+\d+",
     ):
         assert re.search(pattern, result.stdout), (pattern, result.stdout)
+
+
+def test_d49_a_dry_run_prints_a_table_and_writes_nothing(tmp_path):
+    (path,) = (p for p in CONFIGS if p.stem == "mlp_mixture")
+    result, found = dry(path, tmp_path, patch=NOT_MEASURED)
+    assert_printed(result, found)
+    assert result.seconds < 60  # 20 s on a machine that has nothing else to do
 
 
 # 81: what a dry run needs.
@@ -494,15 +485,16 @@ def test_d49_a_dry_run_of_every_config_prints_and_writes_nothing(path, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_h81_a_dry_run_of_every_variant_needs_no_network(path, tmp_path):
-    for variant in variants(path):
+    """All but smoke, whose runs are tests; of large networks, tracing takes long."""
+    for variant in set(variants(path)) - {"smoke"}:
         place = tmp_path / variant
         place.mkdir()
         result, found = dry(path, place, variant, patch=NOT_MEASURED)
-        assert not found, found
         if path.stem in ("audit", "calibrate_cifar"):
+            assert not found, found
             assert result.code == 2 and "trains nothing" in result.stderr
         else:
-            assert result.code == 0 and result.stderr == "", (variant, result.output)
+            assert_printed(result, found)
 
 
 @pytest.mark.slow
@@ -676,7 +668,7 @@ def test_d53_a_pickle_is_no_config(tmp_path):
 # 55, 56, and what else a person may give.
 
 
-def test_d55_an_unreadable_image_is_named_and_an_empty_folder_is_refused(tmp_path):
+def test_d55_a_bad_image_is_named_and_an_empty_folder_refused(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     arguments = (SMOKE, "--config.data.name=folder", f"--config.data.path={pictures}")
@@ -792,7 +784,7 @@ def test_d55_what_cannot_be_read_is_named_ten_at_most(tmp_path):
     assert f"12 of 20 images cannot be read: {names} and 2 more; repair" in str(
         caught.value
     )
-    assert "skip_bad=True goes on without them" in str(caught.value)
+    assert "skip_bad=True continues without them" in str(caught.value)
 
 
 def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
@@ -806,7 +798,7 @@ def test_d55_what_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
     assert found.fingerprint == build.build(of_folder(clean)).splits.fingerprint
 
 
-def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(tmp_path):
+def test_d55_an_audit_skips_too_and_refuses_a_folder_of_no_other(tmp_path):
     damaged(tmp_path / "train")
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "bad.png").write_bytes(b"")
@@ -816,7 +808,7 @@ def test_d55_an_audit_skips_too_and_a_folder_of_nothing_else_is_refused(tmp_path
     with pytest.raises(sources.DataError, match="1 of 1 images .*: bad.png") as caught:
         audit.read(config)
     assert str(caught.value).startswith("--config.samples: ")
-    assert "goes on without" not in str(caught.value)
+    assert "continues without" not in str(caught.value)
     Image.new("RGB", (6, 6)).save(tmp_path / "samples" / "good.png")
     sets, origins, _ = audit.read(config)
     assert (len(sets.samples), len(sets.train)) == (1, 8)

@@ -475,7 +475,10 @@ def test_h72_deep_files_that_do_not_fill_their_range_are_refused(tmp_path):
         "floats": ((x.astype(np.float32), "tiff"), r"float32 in \[0, 1\]"),
         "int32": (((255 * x).astype(np.int32), "tiff"), "end at 255 .*hold 8 bits"),
         "12 bits": (((4095 * x).astype(np.uint16), "png"), "end at 4,095 .*12 bits"),
-        "negative": (((255 * x).astype(np.int32) - 9, "tiff"), "nobody knows"),
+        "negative": (
+            ((255 * x).astype(np.int32) - 9, "tiff"),
+            "white is unknown",
+        ),
     }
     for (images, name), words in cases.values():
         where = grey(tmp_path, images, name)
@@ -593,7 +596,7 @@ def test_h73_every_orientation_is_turned_or_left(kind, orientation, tmp_path):
         assert error.mean() < (9 if kind == "JPEG" else 1e-9)
 
 
-@pytest.mark.parametrize("way", ["crop", "exif", "alpha"])
+@pytest.mark.parametrize("way", harness.some(["crop", "exif", "alpha"]))
 def test_h73_copies_that_another_preparation_hides_are_found(way, tmp_path):
     """A generator that was trained on the middle, unturned or opaque images."""
     x = photos(60, size=(3 * SIDE, 2 * SIDE) if way == "crop" else (SIDE, SIDE))
@@ -650,6 +653,7 @@ def squeezed_copies(tmp_path):
     return dict(samples=samples, train=tmp_path / "train", resolution=SIDE)
 
 
+@pytest.mark.slow
 def test_h73_a_part_of_the_files_is_told_and_still_finds_copies(tmp_path, monkeypatch):
     """A large training set is tried in part, so a part of the copies is found."""
     monkeypatch.setattr(audit, "TRIED", 10)
@@ -663,6 +667,7 @@ def test_h73_a_part_of_the_files_is_told_and_still_finds_copies(tmp_path, monkey
     assert "10 of the 40 images that it changes" in metrics["verdict"]["small"]
 
 
+@pytest.mark.slow
 def test_h73_without_held_out_images_a_way_raises_no_alarm(tmp_path):
     metrics, _ = audited(tmp_path / "run", **squeezed_copies(tmp_path))
     found = metrics["verdict"]
@@ -671,6 +676,7 @@ def test_h73_without_held_out_images_a_way_raises_no_alarm(tmp_path):
     assert "with --config.train_as.crop=center 20.0 %" in found["small"]
 
 
+@pytest.mark.slow
 def test_h73_where_no_way_finds_copies_none_is_reported(tmp_path):
     for name, seed in (("train", 0), ("held_out", 1), ("samples", 2)):
         for i, image in enumerate(photos(20, seed, size=(2 * SIDE, SIDE))):
@@ -692,7 +698,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", harness.some(MISTAKES))
 def test_h73_samples_stored_in_another_order_are_found(name, tmp_path):
     x = photos(100)
     samples = MISTAKES[name](np.concatenate([x[:20], photos(40, 1)]))

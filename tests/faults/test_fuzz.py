@@ -29,7 +29,7 @@ from memsep_jax.score import PREDICTIONS
 from memsep_jax.train import OPTIMIZERS
 
 CONFIGS = {path.stem: path for path in sorted((harness.ROOT / "configs").glob("*.py"))}
-CASES = 6  # of every config, by default
+CASES = 2  # of every config, by default
 THOROUGH = 80  # of every config, where it may take minutes
 WHOLE = 4  # that are run to their end
 EVERY_VALUE = {  # in every field, or in every one of a group

@@ -155,7 +155,7 @@ def test_e58_the_process_grows_by_less_than_the_budget(work):
     """
     done = subprocess.run(
         [sys.executable, "-c", GROWTH.format(points=POINTS, work=WORKS[work])],
-        env=harness._environment(devices=1),
+        env=harness._environment(1) | harness.AS_A_USER,
         capture_output=True,
         text=True,
         check=False,
@@ -341,7 +341,7 @@ class Compiled:
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
 
-def test_e59_fewer_samples_are_less_work_and_a_full_chunk_is_one_program(drawn):
+def test_e59_fewer_samples_are_less_work_and_chunks_one_program(drawn):
     config, parts, _, weights = drawn
     mesh = parallel.make_mesh(jax.devices()[:2])
     config.run.chunk = 12

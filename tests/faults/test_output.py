@@ -6,7 +6,6 @@ import signal
 import sys
 
 import pytest
-from test_main import on_a_terminal, shell
 from test_report import Page, drawn
 
 from faults import harness
@@ -31,7 +30,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compilation_cache):
+def finished(tmp_path_factory):
     """A run with as little around it as there can be: (result, workdir, its HOME)."""
     place = tmp_path_factory.mktemp("output")
     home, workdir = place / "home-of-alice", place / "runs" / NAME
@@ -165,7 +164,7 @@ def test_g67_wandb_asks_nothing_on_a_terminal(tmp_path):
     # A question would be waited for, until this ends it.
     limit = f"import os, signal\nsignal.alarm(100)\n{patch}"
     arguments = [*arguments, f"--workdir={tmp_path}/run"]
-    code, text = on_a_terminal(arguments, limit, **env)
+    code, text = harness.on_a_terminal(arguments, limit, **env)
     assert code == 0 != -signal.SIGALRM, text
     assert "Enter your choice" not in text
     assert len(harness.rows(tmp_path / "run")) == 30
@@ -188,7 +187,7 @@ def test_g68_a_reader_who_leaves_ends_no_run(kind, tmp_path):
     again = f"--config={tmp_path}/run/config.json --config.experiment=report"
     for arguments in (ENDS[kind], again):
         (tmp_path / "run" / "report.html").unlink(missing_ok=True)
-        done = shell(f"{command} {arguments} | true; exit ${{PIPESTATUS[0]}}")
+        done = harness.shell(f"{command} {arguments} | true; exit ${{PIPESTATUS[0]}}")
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert (tmp_path / "run" / "report.html").exists()
     assert record.read_json(tmp_path / "run" / "run.json")["status"] == "complete"
@@ -198,7 +197,7 @@ def test_g68_a_reader_who_leaves_ends_no_run(kind, tmp_path):
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "</dev/null >&- 2>&-"])
 def test_g68_a_run_needs_no_stream(closed, tmp_path):
     command = f"{sys.executable} -m memsep_jax.main {AUDIT} --workdir={tmp_path}/run"
-    done = shell(f"{command} {closed}")
+    done = harness.shell(f"{command} {closed}")
     assert done.returncode == 0, done.stderr
     assert record.read_json(tmp_path / "run" / "run.json")["status"] == "complete"
 

@@ -86,7 +86,7 @@ def reasons(workdir):
     return [path.name for path in workdir.glob("points/*/*.failed.json")]
 
 
-def test_g66_the_others_finish_and_the_same_command_tries_the_failed_one_only(
+def test_g66_the_others_finish_and_only_the_failed_is_tried_again(
     nets, tmp_path, capsys
 ):
     config, nets.fails = small_grid(), diverging
@@ -235,9 +235,7 @@ def work_of(calls, bad):
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_g66_what_is_worked_on_together_is_done_alone_where_one_ends_it(
-    at_once, tmp_path
-):
+def test_g66_points_of_one_program_are_done_alone_where_one_fails(at_once, tmp_path):
     """One by one, or all before the first is known, as in one compiled program."""
     config = defaults.train()
     config.data.update(name="mixture", k=2, d=3)
@@ -313,7 +311,7 @@ def test_g66_a_smallest_width_is_that_of_all_widths():
     assert [list(column.cells)[1] for column in shown.columns] == ["7", "n/a", "n/a"]
 
 
-def test_g66_a_frontier_without_some_of_its_points_is_compared_with_no_other():
+def test_g66_a_frontier_that_lacks_points_is_compared_with_none():
     config = defaults.train()
     settings = defaults.prunings(("random", "small_t", "magnitude"), (0.2, 0.4))
     config.sweep.update(seeds=2, points=settings)
@@ -379,7 +377,7 @@ REAL = (
 
 
 @pytest.mark.slow
-def test_g66_a_killed_sweep_goes_on_and_one_rate_that_diverges_is_all_that_fails(
+def test_g66_a_killed_sweep_goes_on_and_only_what_diverges_fails(
     tmp_path,
 ):
     """SIGKILL when the first two of four networks are done."""

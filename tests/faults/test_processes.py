@@ -144,7 +144,7 @@ def test_f62_the_training_set_may_lie_on_several_hosts():
     np.testing.assert_allclose(found[2], one, rtol=1e-4, atol=1e-5)
 
 
-def test_f62_a_state_that_is_split_over_processes_is_saved_and_goes_on(whole, tmp_path):
+def test_f62_a_state_split_over_processes_is_saved_and_goes_on(whole, tmp_path):
     """FSDP: no process holds it all, and the first one writes it all."""
     workdir, apart = tmp_path / "run", "--config.run.shard=True"
     with together(apart, workdirs=[workdir] * 2, patch=SPLIT + SLOWLY) as children:

@@ -29,7 +29,7 @@ from faults.test_config import Payload
 from memsep_jax import checkpoint, experiments
 from memsep_jax.data import archives, sources
 from memsep_jax.experiments import record
-from memsep_jax.experiments.config import command
+from memsep_jax.experiments.config import build, command
 from memsep_jax.experiments.reporting import figures, report
 
 PACKAGE = sorted((harness.ROOT / "memsep_jax").rglob("*.py"))
@@ -332,6 +332,8 @@ RULES = {
         ("import tools", "from tools import convert_checkpoint",
          "import convert_inception", "import sys\nsys.path.append(x)"),
         "import sys\nsys.argv",
+        # The folder in which a command is started, for a user's own function.
+        allowed={"construct.py": 3},
     ),
     "temporary names": Rule(
         temporary,
@@ -349,9 +351,13 @@ RULES = {
             "import operator\noperator.attrgetter(x)",
         ),
         "from importlib import metadata\nmetadata.version(x); getattr(a, 'b', None)",
-        # A config is a program, and is run in one place; the others choose between
-        # attributes that are written beside them.
-        allowed={"command.py": 2, "__init__.py": 1, "figures.py": 1},
+        # A config and a file of points are programs, each run in one place; a user's
+        # own function is imported in another, and never from an installed package. The
+        # others choose between names that are written beside them.
+        allowed={
+            "command.py": 2, "sweep_file.py": 2, "construct.py": 7, "fields.py": 3,
+            "__init__.py": 1, "figures.py": 1,
+        },
     ),
     "environment": Rule(
         environment,
@@ -477,7 +483,7 @@ def test_security_a_run_goes_on_without_running_its_config_file(
     monkeypatch.setattr(runpy, "run_path", run_path)
     monkeypatch.setattr("sys.argv", ["main"])
     known = command.ConfigFile().parse(str(workdir / "config.json"))
-    assert known.to_dict() == config.to_dict()
+    assert build.to_json(known) == build.to_json(config)
     (workdir / "report.html").unlink(missing_ok=True)
     known.unlock().experiment = "report"
     report.run(known, workdir)
@@ -739,7 +745,7 @@ def test_security_the_umask_is_kept(mask, tmp_path):
         tree = {"x": np.zeros(3, np.float32)}
         checkpoint.save(workdir / "checkpoints", 1, tree)
         checkpoint.pack(workdir / "packed.npz", 1, tree)
-        report._save(workdir / "figures" / "a.png", b"")
+        record.write_bytes(workdir / "figures" / "a.png", b"")
     finally:
         os.umask(before)
     written = list(workdir.rglob("*"))

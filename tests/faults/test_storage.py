@@ -24,6 +24,7 @@ from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime.session import Session
+from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job
 
 # Orbax's own threads complain when a step they read is damaged.
@@ -172,7 +173,7 @@ def test_b21_what_is_not_a_step_is_left_alone(copy, trained, caplog):
         (checkpoints / f"{step}{checkpoint.TMP}").mkdir()
         (checkpoints / f"{step}{checkpoint.TMP}" / "half").write_bytes(b"torn")
     learn(harness.config(*ARGS), copy)
-    assert caplog.text.count("holds what is no checkpoint") == 1
+    assert caplog.text.count("holds files that are no checkpoints") == 1
     assert all(name in caplog.text for name in ("12", "notes", "readme.txt"))
     assert harness.digest(copy) == harness.digest(trained)
     assert checkpoint.steps(checkpoints) == [6, 8, 10]
@@ -329,7 +330,7 @@ except checkpoint.StorageError as error:
     assert checkpoint.steps(tmp_path) == [1]
 
 
-def test_b25_a_workdir_that_cannot_be_written_is_told_before_jax_is_there(tmp_path):
+def test_b25_a_workdir_that_cannot_be_written_is_told_before_jax(tmp_path):
     (tmp_path / "file").write_text("mine")
     workdirs = [
         Path("/proc/1/run"),  # not even root writes there
@@ -356,11 +357,11 @@ def test_b25_parents_are_made_and_any_name_is_good(tmp_path):
     assert (workdir / "report.html").exists()
 
 
-def test_b26_the_newest_steps_stay_and_the_best_besides(tmp_path, monkeypatch):
+def test_b26_the_newest_steps_and_the_best_one_stay(tmp_path, monkeypatch):
     """The held-out loss grows from step to step, as in every run that memorizes."""
     worse = iter(range(100))
     monkeypatch.setattr(
-        job,
+        monitor,
         "make_losses",
         lambda *args: lambda params, points: np.full(3, next(worse), np.float32),
     )
@@ -493,7 +494,7 @@ def golden():
     }
 
 
-def test_b29_a_checkpoint_of_the_first_schema_is_read_by_every_later_version(tmp_path):
+def test_b29_a_checkpoint_of_the_first_schema_is_always_read(tmp_path):
     """Bitwise; by the digest, and by the bits of what is computed here."""
     directory = shutil.copytree(GOLDEN, tmp_path / "golden")
     like = jax.eval_shape(golden)

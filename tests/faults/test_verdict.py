@@ -75,6 +75,7 @@ def test_h82_few_steps_on_images_reassure_nobody(tmp_path, capsys):
     assert "not measured" in out
 
 
+@pytest.mark.slow
 def test_h82_quality_stands_beside_that_of_training_points(tmp_path):
     config = harness.config(
         *harness.TINY_DIT,
@@ -96,7 +97,7 @@ def test_h82_quality_stands_beside_that_of_training_points(tmp_path):
     assert len([*tmp_path.glob("evaluation/*/random_conv-samples/*.npz")]) == 3
 
 
-@pytest.mark.parametrize("kind", ["noise", "blocks", "one page"])
+@pytest.mark.parametrize("kind", harness.some(["noise", "blocks", "one page"]))
 def test_h82_an_audit_of_garbage_reassures_nobody(kind, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (80, 8, 8, 1), np.uint8)
@@ -147,6 +148,7 @@ def test_h82_a_stopped_run_gets_its_report_and_resumes_unchanged(
     assert "Not finished" not in read(tmp_path).text
 
 
+@pytest.mark.slow
 def test_h82_a_run_without_a_checkpoint_is_shown_by_a_snapshot(tmp_path, monkeypatch):
     args = (*harness.TINY, *IMAGES, "--config.run.save_every=1000")
     stopped(tmp_path, monkeypatch, args, row=20)
@@ -195,6 +197,7 @@ def test_h82_a_run_without_weights_says_by_what_it_goes_on(tmp_path, monkeypatch
     assert command in str(error.value)
 
 
+@pytest.mark.slow
 def test_h82_a_run_that_stop_gap_ended_says_where(tmp_path):
     """It is finished, and has its report at once."""
     args = (*harness.TINY, "--config.run.evaluate_every=5", "--config.run.save_every=5")

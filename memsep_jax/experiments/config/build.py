@@ -36,7 +36,7 @@ from memsep_jax.models import MODELS
 __all__ = [
     "MODELS", "ORDERS", "ConfigError", "Keys", "Parts", "build", "call", "check",
     "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "keys",
-    "lengths", "look_up", "looks", "sampling_options", "to_json", "truth",
+    "lengths", "look_up", "sampling_options", "to_json", "truth", "watched",
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def check(config):
     if "model" in config and (missing := schema.missing(config)):
         raise ConfigError("\n".join(missing))
     check_kinds(config)
-    # Of one training, `build` says this with all the rest.
+    # For a single training, `build` says this with all the rest.
     if "model" in config and config.get("experiment") != "train":
         _refuse(schema.broken_rules(config, "sweep"))
 
@@ -206,7 +206,7 @@ def ema_decay(config):
     return train.ema_decay(group.ema_half_life, group.batch_size, group.ema_ramp)
 
 
-def looks(config) -> dict:
+def watched(config) -> dict:
     """What else changes a trained network where a rule may end training early.
 
     What such a rule sees depends on these fields; without one, they change no network.
@@ -258,14 +258,14 @@ def to_json(config) -> dict:
 
 def differences(old: dict, new: dict, prefix="") -> list[tuple[str, Any, Any]]:
     """(field, old, new) for every leaf that differs."""
-    found = []
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
+            changes += differences(a, b, f"{name}.")
         elif a != b:
-            found.append((name, a, b))
-    return found
+            changes.append((name, a, b))
+    return changes
 
 
 # Objects.
@@ -372,7 +372,7 @@ def _check_own(name, model, shape, num_classes):
         )
 
 
-def _splits(group, read=sources.source):
+def _splits(group, read):
     source = look_up(sources.SOURCES, group["name"], "data.name")
     if is_own(group["name"]):
         read = _reader(group["name"], source, read)
@@ -402,11 +402,13 @@ def _law(group, made_process):
 
 
 def _shape(group):
-    """Of one example, where the choice of a subset is wrong; None where unknown."""
+    """The shape of an example where the choice of a subset is wrong; None: unknown."""
     choice = _choice() - {"resolution"}
     rest = {field: None if field in choice else v for field, v in group.items()}
+    if group.name in REMOTE:
+        return None
     with contextlib.suppress(ValueError, TypeError):
-        return None if group.name in REMOTE else _splits(rest).train.x.shape[1:]
+        return _splits(rest, sources.source).train.x.shape[1:]
 
 
 def _optimizer(config, steps, warmup):
@@ -420,7 +422,7 @@ def _notes(config, splits, steps):
     if n < batch:
         notes.append(
             f"n = {n} training points are fewer than the batch of {batch}: a batch "
-            "crosses epochs, each point once an epoch"
+            "crosses epochs, each point once per epoch"
         )
     decay = ema_decay(config)  # at the end
     decay = float(decay(jnp.float32(steps))) if callable(decay) else decay

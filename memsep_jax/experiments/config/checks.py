@@ -42,7 +42,7 @@ def inside(made, name, looked_at):
         if not (made.alpha(t) > 0 and made.sigma(t) > 0)
     ]
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ConfigError("\n".join(wrong))
 
 
 def lengths(group, optimizer):
@@ -68,7 +68,7 @@ def mitigations(config, splits, num_classes):
     if group.temperature is not None and group.ambient is not None:
         wrong.append(
             f"train.temperature={group.temperature}, train.ambient={group.ambient}: "
-            "each asks the network for something else; give one of them"
+            "they give the network two different targets; give one of them"
         )
     if config.get("experiment") in TOGETHER:
         wrong += [

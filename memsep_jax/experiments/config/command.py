@@ -114,7 +114,7 @@ def _written(value) -> str:
 
 
 def _digest(values):
-    """A hash of what is not at its default, so that new fields do not change it."""
+    """A hash of values other than defaults, so that new fields do not change it."""
     known = schema.TRAIN if "model.name" in values else schema.AUDIT
     by_default = {name: field.default for name, field, _ in schema.leaves(known)}
     own = {k: v for k, v in values.items() if v != by_default.get(k)}

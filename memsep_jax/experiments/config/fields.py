@@ -25,7 +25,7 @@ ROLES = {
     RUN: "changes no result",
 }
 
-# Marks, for the rules that end training early by what is seen along the way.
+# Marks, for the rules that end training early by measurements along the way.
 STOPS = "stops"  # such a rule
 NEWER = "newer"  # folders that an earlier version named know nothing of it: see `tags`
 WATCHED = "watched"  # decides what the rule sees, and so counts as training under one

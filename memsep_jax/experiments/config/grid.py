@@ -283,5 +283,5 @@ def check(config) -> build.Parts:
 def values_of(row, axes=(*AXES, "seed")) -> tuple:
     """The values of a row or point: what tells it from the others."""
     known = {axis: np.asarray(row[axis]) for axis in axes if axis in row}
-    # Of several values, such as classes, their text.
+    # Several values, such as classes, are known by their text.
     return tuple((k, str(row[k]) if a.ndim else a.item()) for k, a in known.items())

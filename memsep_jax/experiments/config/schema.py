@@ -487,7 +487,7 @@ AUDIT: dict[str, Field | Group] = {
         flips=field(False, "Compares with mirrored training images too."),
         tiles=field(
             4, "Tiles on each side, of the tiled l2 distance.",
-            at_least(1, "tile a side"),
+            at_least(1, "tile per side"),
         ),
         cells=field(10, "Cells of k-means, for C_T.", at_least(1, "cell")),
     ),

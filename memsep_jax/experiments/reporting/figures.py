@@ -80,8 +80,7 @@ def save_samples(path, samples):
         buffer = io.BytesIO()
         Image.fromarray(grid(samples)).save(buffer, format="PNG")
         content = buffer.getvalue()
-    with record.replacing(path) as part:
-        part.write_bytes(content)
+    record.write_bytes(path, content)
 
 
 def grid(samples):

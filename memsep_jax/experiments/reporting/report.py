@@ -41,8 +41,21 @@ def write(workdir, say, place=None, config=None):
       the command, which may hide training images.
     Raises: ConflictError where numbers are missing.
     """
-    attempt = figures.quietly(say)
-    _write(Path(workdir), attempt, config, place)
+    _write(Path(workdir), figures.quietly(say), config, place)
+
+
+def write_sweep(workdir, draw, say):
+    """As `write`, for the numbers of a sweep.
+
+    Args: draw, (metrics, points) -> (name, caption, figure) of each picture; points
+      are those of `record.read_points`.
+    """
+    _write_sweep(Path(workdir), draw, figures.quietly(say))
+
+
+def write_audit(workdir, say):
+    """As `write`, for the numbers of an audit; and pairs.png beside them."""
+    _write_audit(Path(workdir), figures.quietly(say))
 
 
 def run(config, workdir, draw_sweep=None, say=print):
@@ -53,12 +66,16 @@ def run(config, workdir, draw_sweep=None, say=print):
     """
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
+
+    def attempt(draw, *args):
+        draw(*args)
+
     if draw_sweep is not None:
-        _write_sweep(workdir, draw_sweep, lambda draw, *args: draw(*args))
+        _write_sweep(workdir, draw_sweep, attempt)
     elif metrics.get("experiment") == "audit":
-        _write_audit(workdir, lambda draw, *args: draw(*args), config)
+        _write_audit(workdir, attempt, config)
     else:
-        _write(workdir, lambda draw, *args: draw(*args), config)
+        _write(workdir, attempt, config)
     with contextlib.suppress(OSError):  # the output may go to the full disk itself
         say(f"report: {workdir / 'report.html'}")
 
@@ -72,27 +89,12 @@ def _write(workdir, attempt, config=None, place=None):
         for name, figure in _figures(numbers, shown)
     }
     page = _page(workdir, numbers, images, shown)
-    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
-
-
-def write_sweep(workdir, draw, say):
-    """As `write`, for the numbers of a sweep.
-
-    Args: draw, (metrics, points) -> (name, caption, figure) of each picture; points
-      are those of `record.read_points`.
-    """
-    attempt = figures.quietly(say)
-    _write_sweep(Path(workdir), draw, attempt)
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _write_sweep(workdir, draw, attempt):
-    names = ("metrics.json", "config.json", "run.json")
-    metrics, config, run = (record.read_json(workdir / name) for name in names)
-    if metrics is None or config is None or run is None:
-        raise ConflictError(
-            f"{workdir} has no readable {', '.join(names)}: a report is drawn from the "
-            "numbers of a finished run"
-        )
+    numbers = _read(workdir, ("metrics.json", *OF_RUN))
+    metrics, config, run = numbers.values()
     shown = metrics | {"table": tables.without_gaps(metrics["table"])}
     images = [
         (name, caption, _save_figure(workdir, name, figure, attempt))
@@ -115,12 +117,7 @@ def _write_sweep(workdir, draw, attempt):
         config=_settings(config),
         images=images,
     )
-    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
-
-
-def write_audit(workdir, say):
-    """As `write`, for the numbers of an audit; and pairs.png beside them."""
-    _write_audit(Path(workdir), figures.quietly(say))
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _write_audit(workdir, attempt, config=None):
@@ -132,7 +129,7 @@ def _write_audit(workdir, attempt, config=None):
     }
     if "pairs_pixels" in images:
         png = base64.b64decode(images["pairs_pixels"])
-        attempt(_save, workdir / "pairs.png", png)
+        attempt(record.write_bytes, workdir / "pairs.png", png)
     rows = zip(*numbers["duplicates.csv"].values(), strict=True)
     page = _render(
         "audit.html",
@@ -147,7 +144,7 @@ def _write_audit(workdir, attempt, config=None):
         config=_settings(numbers["config.json"]),
         images=images,
     )
-    attempt(_save, workdir / "report.html", page.encode("utf-8", "replace"))
+    attempt(record.write_bytes, workdir / "report.html", page)
 
 
 def _may_show(numbers, config):
@@ -161,10 +158,8 @@ def _may_show(numbers, config):
 
 def _audit_figures(numbers, pairs_too):
     """(name, figure) for all figures of an audit."""
-    table, threshold = (
-        numbers["per_sample.csv"],
-        numbers["metrics.json"]["memorization"]["threshold"],
-    )
+    table = numbers["per_sample.csv"]
+    threshold = numbers["metrics.json"]["memorization"]["threshold"]
     for space, prefix in ("pixels", ""), ("features", "feature_"):
         if f"{prefix}d1" not in table:
             continue
@@ -232,7 +227,7 @@ def _figures(numbers, pairs_too):
     share = memorization.quotient(table["d1"], table["d2"])
     memorized = table["memorized"] == 1
     yield "distances", figures.distance_ratios(share, memorized, final["threshold"])
-    if pairs_too and _of_images(metrics):
+    if pairs_too and len(metrics["data"]["shape"]) == 3:  # images
         for name in GROUPS:
             yield f"pairs_{name}", _pairs(numbers["pairs.npz"], name, memorized)
     elif pairs_too:
@@ -271,15 +266,10 @@ def _along(pruning):
 def _save_figure(workdir, name, figure, attempt) -> str:
     """Saves a figure as PNG and PDF.   Returns: the PNG in base64, for the page."""
     png = figures.encode(figure, "png")
-    attempt(_save, workdir / "figures" / f"{name}.png", png)
+    attempt(record.write_bytes, workdir / "figures" / f"{name}.png", png)
     pdf = figures.encode(figure, "pdf")
-    attempt(_save, workdir / "figures" / f"{name}.pdf", pdf)
+    attempt(record.write_bytes, workdir / "figures" / f"{name}.pdf", pdf)
     return base64.b64encode(png).decode()
-
-
-def _save(path, content):
-    with record.replacing(path) as part:
-        part.write_bytes(content)
 
 
 def _grids(workdir, unfinished):
@@ -293,7 +283,7 @@ def _grids(workdir, unfinished):
 
 
 def _page(workdir, numbers, images, shown):
-    """The page of a run as text."""
+    """The page of a run."""
     metrics, run = numbers["metrics.json"], numbers["run.json"]
     seconds, unfinished = run.get("seconds", {}), metrics.get("unfinished")
     # Without the report itself: its time is known only after it is written.
@@ -322,7 +312,7 @@ def _page(workdir, numbers, images, shown):
     )
 
 
-def _render(template, **values):
+def _render(template, **values) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -330,7 +320,8 @@ def _render(template, **values):
     environment.filters.update(
         percent=percent, between=between, zip=zip, pathless=pathless
     )
-    return environment.get_template(template).render(**values)
+    page = environment.get_template(template).render(**values)
+    return page.encode("utf-8", "replace")  # the name of a file may be no text
 
 
 def _settings(config):
@@ -341,12 +332,10 @@ def _settings(config):
         group: [(k, _shown(v)) for k, v in fields.items() if v is not None and v != []]
         for group, fields in groups.items()
     }
-    first = {group: sorted(fields, key=_name_first) for group, fields in shown.items()}
-    return list(first.items())
-
-
-def _name_first(field):
-    return field[0] != "name", field[0]
+    return [
+        (group, sorted(fields, key=lambda field: (field[0] != "name", field[0])))
+        for group, fields in shown.items()
+    ]
 
 
 def _shown(value):
@@ -360,7 +349,3 @@ def _shown(value):
 def pathless(text: str) -> str:
     """A text without the directories of its absolute paths: others read the page."""
     return re.sub(PATH, ".../", text)
-
-
-def _of_images(metrics):
-    return len(metrics["data"]["shape"]) == 3

@@ -93,15 +93,15 @@ def about(path) -> str:
 @contextlib.contextmanager
 def held(path, say=lambda text: None):
     """Waits until nobody else has the lock, and has it inside the block."""
-    path, told = Path(path), False
+    path, said = Path(path), False
     while True:
         try:
             handle = take(path)
             break
         except ConflictError as error:
-            if not told:
+            if not said:
                 say(f"waiting: {error}".partition(": wait for it")[0])
-            told = True
+            said = True
             time.sleep(POLL)
     try:
         yield

@@ -135,7 +135,7 @@ def run(
     Raises:
       FailedError where all failed; else `finish` does, when the others are shown.
     """
-    every, told = grid.points(config), False
+    every, said = grid.points(config), False
     with session.progress(what, len(every)) as update:
         sweep = _Sweep(config, session, every, update)
         while left := [point for point in every if sweep.is_open(point)]:
@@ -144,9 +144,9 @@ def run(
                 groups.setdefault(alike(point), []).append(point)
             if any([sweep.did(group, work) for group in groups.values()]):
                 continue
-            if not told:
+            if not said:
                 session.say(f"waiting: other processes are at {len(left)} {what}")
-            told = True
+            said = True
             time.sleep(locks.POLL)
     if not sweep.results:
         raise failure([sweep.path(point) for point in every], len(every))
@@ -361,7 +361,7 @@ def _folder(workdir, config) -> Path:
     rest = build.to_json(config)
     for group in schema.groups(fields.POINTS, fields.RUN):
         rest.pop(group, None)
-    rest |= build.looks(config)
+    rest |= build.watched(config)
     folders = [Path(workdir) / "points" / tag for tag in schema.tags(rest)]
     return next((folder for folder in folders if folder.exists()), folders[0])
 

@@ -50,13 +50,6 @@ def state(workdir: Path, point: Point) -> str:
     return points.state(_path(workdir, point), done, (folder / "run.json").exists())
 
 
-def _is_open(workdir, point):
-    """Whether a point neither failed nor is done."""
-    if points.why(_path(workdir, point)).exists():
-        return False
-    return not Session(place(workdir, point), point.config).is_complete()
-
-
 def counted(states) -> str:
     """ "3 done, 1 running"."""
     counts = Counter(states)
@@ -73,16 +66,23 @@ def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> Non
     def path(point):
         return _path(workdir, point)
 
-    def is_open(point):
-        return _is_open(workdir, point)
+    def is_open(point):  # neither failed nor done
+        if points.why(path(point)).exists():
+            return False
+        return not Session(place(workdir, point), point.config).is_complete()
 
-    while left := [p for p in every if not points.claim(path(p)).exists()]:
-        some = False
+    mine: set[str] = set()  # once each: one that does not complete ends no worker
+    while left := [
+        point
+        for point in every
+        if point.name not in mine and not points.claim(path(point)).exists()
+    ]:
+        before = len(mine)
         with contextlib.closing(points.taken(left, path, is_open)) as batches:
             for (point,) in batches:
-                some = True
+                mine.add(point.name)
                 _try(workdir, point, run, say)
-        if not some:
+        if len(mine) == before:
             return
 
 

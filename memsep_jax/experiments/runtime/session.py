@@ -12,13 +12,13 @@ from memsep_jax import parallel
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import fields, grid, schema
-from memsep_jax.experiments.config.build import differences, looks, to_json
+from memsep_jax.experiments.config.build import differences, to_json, watched
 from memsep_jax.experiments.runtime import circumstances, locks, terminal
 from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
 from memsep_jax.experiments.runtime.terminal import Terminal
 
-WAY_OUT = "Give another --workdir, or --allow_config_change to go on all the same"
+WAY_OUT = "Give another --workdir, or --allow_config_change to continue anyway"
 
 
 class Session:
@@ -226,7 +226,7 @@ class Session:
 
     def _harmless(self, name):
         """Whether a field changes no number."""
-        return schema.role(name) == fields.RUN and name not in looks(self.config)
+        return schema.role(name) == fields.RUN and name not in watched(self.config)
 
     def _changes(self):
         old = record.read_json(self.workdir / "config.json")
@@ -273,7 +273,7 @@ class Session:
         self._check_streams()
 
     def _check_streams(self):
-        """Other random numbers are as another seed: what is kept would not fit them."""
+        """Other random numbers are another seed, which kept results would not fit."""
         changed = circumstances.changed_streams(self.before)
         if changed and not self.allow_config_change:
             raise ConflictError(

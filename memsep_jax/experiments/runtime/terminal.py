@@ -30,7 +30,7 @@ class Terminal(Console):
 def progress(console, say, what: str, total: int, done: int = 0):
     """A live bar, or plain lines where there is no terminal.
 
-    Yields: update(done, text), to be called as often as one likes.
+    Yields: update(done, text), which may be called at any rate.
     """
     if not console.is_terminal:
         yield _plain(say, what, total, done)

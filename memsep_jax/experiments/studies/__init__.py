@@ -76,17 +76,7 @@ DRAWINGS = {name: one.draw for name, one in EXPERIMENTS.items() if one.draw}
 
 
 def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
-    """Runs config.experiment in a workdir, or continues it where it stopped.
-
-    Args:
-      config: a ConfigDict, as the files in configs/ make it.
-      workdir: a directory; everything is written there and nowhere else.
-      resume_step: return to this checkpoint; newer ones are moved aside.
-      allow_config_change: continue although the config changed what is computed.
-    Raises:
-      ConfigError, ConflictError, DataError, NonFiniteError, StorageError, CorruptError,
-      FailedError and Interrupted, each with the `exit_code` of the command line.
-    """
+    """As `experiments.run`, which imports this room once a config is to be run."""
     named = build.look_up(EXPERIMENTS, config.experiment, "experiment")
     experiment = study.of(named)
     session = Session(

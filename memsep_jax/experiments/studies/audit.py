@@ -22,6 +22,7 @@ from memsep_jax.data import DataError, Source, arrays, readers, sources
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, schema
 from memsep_jax.experiments.reporting import report, tables, verdict
+from memsep_jax.experiments.reporting.figures import Interval
 from memsep_jax.experiments.studies.compare import Sets, measure, share
 from memsep_jax.fidelity import SMALL
 
@@ -222,8 +223,8 @@ def check_sizes(sets):
             raise build.ConfigError(
                 f"--config.{name} has images of {_size(x)}, --config.train of "
                 f"{_size(sets.train)}: give all in the size and colours that were "
-                "trained on; --config.resolution=N resizes folders, and blurs what is "
-                "compared"
+                "trained on; --config.resolution=N resizes folders, and blurs "
+                "their images"
             )
 
 
@@ -539,7 +540,7 @@ def nearer(in_features) -> str:
     """To which images the samples are nearer as a whole, in words."""
     if in_features is None or in_features["nearer"] is None:
         return ""
-    mean, low, high = (in_features["nearer"][k] for k in ("mean", "low", "high"))
+    mean, _, low, high = Interval.read(in_features["nearer"])
     side = "as near to the training images as to held-out ones"
     if high < 0:
         side = "nearer to the training images than to held-out ones"

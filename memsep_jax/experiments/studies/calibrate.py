@@ -361,7 +361,7 @@ def draw(metrics, points):
         "The share of the copies of each kind that a metric finds where its threshold "
         "is the one that 1 % of held-out images pass. Distances are to the nearest "
         "training images, in pixels or in the features named: d1 / d2 (1/3), or d1 "
-        "over what is between training images (authentic).",
+        "over the distance between training images (authentic).",
         figures.heatmap(
             shares,
             [row["kind"] for row in reversed(rows)],

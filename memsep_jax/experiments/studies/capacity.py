@@ -14,6 +14,7 @@ from Phat_t at each step. The theorem's network sees t; here each network has it
 and its time input is a constant.
 """
 
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from memsep_jax import empirical, gap, mixture, process
 from memsep_jax.experiments import training
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build, checks, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.experiments.studies.study import Study
@@ -48,7 +49,8 @@ def check(config) -> build.Parts:
     """The parts of the first point.   Raises: ConfigError."""
     _check_axes(config)
     parts = grid.check(config)
-    _check_times(config, parts.process)
+    times = {f"measure.times[{i}]": t for i, t in enumerate(config.measure.times)}
+    checks.inside(parts.process, config.process.name, times)
     _true_params(config)
     return parts
 
@@ -164,28 +166,21 @@ def smallest(rows, eps, sigma, times) -> list[dict]:
     """
     widths = []
     sizes = sorted({row["num_examples"].item() for row in rows})
-    for name, power in TARGETS.items():
-        for i, t in enumerate(times):
-            for n in sizes:
-                errors: dict[int, dict[int, float]] = {}
-                for row in rows:
-                    if row["num_examples"] == n:
-                        by_width = errors.setdefault(row["seed"].item(), {})
-                        by_width[row["width"].item()] = row[f"{name}_error"][i]
-                limit = eps / sigma[i] ** power
-                mean = {
-                    width: np.mean([of_seed[width] for of_seed in errors.values()])
-                    for width in next(iter(errors.values()))
-                }
-                widths.append(
-                    {
-                        "target": name,
-                        "t": float(t),
-                        "num_examples": n,
-                        "width": _first(mean, limit),
-                        "by_seed": [_first(e, limit) for e in errors.values()],
-                    }
-                )
+    for name, i, n in itertools.product(TARGETS, range(len(times)), sizes):
+        errors: dict[int, dict[int, float]] = {}  # seed -> width -> error
+        for row in rows:
+            if row["num_examples"] == n:
+                of_seed = errors.setdefault(row["seed"].item(), {})
+                of_seed[row["width"].item()] = row[f"{name}_error"][i]
+        mean = {
+            width: np.mean([of_seed[width] for of_seed in errors.values()])
+            for width in next(iter(errors.values()))
+        }
+        limit = eps / sigma[i] ** TARGETS[name]
+        by_seed = [_first(of_seed, limit) for of_seed in errors.values()]
+        chosen = {"width": _first(mean, limit), "by_seed": by_seed}
+        about = {"target": name, "t": float(times[i]), "num_examples": n}
+        widths.append(about | chosen)
     return widths
 
 
@@ -238,8 +233,12 @@ def _error_panel(metrics, name, i, sizes):
         errors = (rows[w][f"{name}_error"] for w in own)
         at_time = [{end: curve[i] for end, curve in e.items()} for e in errors]
         line = figures.line(own, at_time, f"n = {n:,}", log=True)
-        ends = {end: scale * getattr(line, end) for end in ("mean", "low", "high")}
-        lines.append(line._replace(**ends))
+        scaled = {
+            "mean": scale * line.mean,
+            "low": scale * line.low,
+            "high": scale * line.high,
+        }
+        lines.append(line._replace(**scaled))
     limit = figures.Line(
         [widths[0], widths[-1]], [eps, eps], f"eps = {eps:g}", style="--", color="black"
     )
@@ -374,15 +373,6 @@ def _check_axes(config):
             raise build.ConfigError(
                 f"sweep.{axis}={config.sweep[axis]}: capacity sweeps num_examples and "
                 "width, at least one value of each, and no other axis"
-            )
-
-
-def _check_times(config, made):
-    for t in config.measure.times:
-        if not (made.alpha(t) > 0 and made.sigma(t) > 0):
-            raise build.ConfigError(
-                f"measure.times: t={t} is outside of process {config.process.name}, "
-                "where alpha and sigma must both be positive"
             )
 
 

@@ -105,7 +105,7 @@ def measure(
             "samples": len(images),
             "flips": group.flips,
             "exact_copies": int(columns["exact_copy"].sum()),
-            # Of one colour they may be equal by chance.
+            # Images of one colour may be equal by chance.
             "exact_varied": sum(
                 int(images[i].min() < images[i].max())
                 for i in np.flatnonzero(columns["exact_copy"])
@@ -404,10 +404,10 @@ def _tests(config, points, near, left_out):
         check_dim(points.train)
         most = min(config.quality.points, MODELLED)
         some = points.map(lambda name, x: _some(x, most, config.seed))
-        found = memorization.feature_likelihood(
+        test = memorization.feature_likelihood(
             some.train, some.held_out, some.samples, config.seed
         )
-        return {"fld": found.fld, "fld_train": found.fld_train, "gap": found.gap}
+        return {"fld": test.fld, "fld_train": test.fld_train, "gap": test.gap}
 
     def c_t():
         return copying(config, points, near.samples, near.held_out)
@@ -555,8 +555,8 @@ def _nearer(config, points, title, left_out):
             [fidelity.frechet(samples[i::FOLDS], x, warn=False) for i in range(FOLDS)]
             for x in others
         )
-        differences = np.subtract(to_train, to_held_out)
-        return mean_interval(differences.tolist()) | {"images": len(samples)}
+        interval = mean_interval(np.subtract(to_train, to_held_out))
+        return interval._asdict() | {"images": len(samples)}
 
     name = f"{title} to train less that to held-out"
     return attempt(left_out, [name], "held_out", difference)
@@ -569,19 +569,14 @@ def _quality(config, points, title, left_out):
         size = min(1_000, len(a) // 2)  # fewer than all, or all draws are the same
         return [fidelity.kid(a, b, size=size, seed=config.seed)]
 
-    def plain(values):
-        return [(value, None) for value in values]
-
-    alone = {("Vendi score",): lambda a: plain([fidelity.vendi(a)])}
+    alone = {("Vendi score",): lambda a: [fidelity.vendi(a)]}
     of_two = {
-        (title,): lambda a, b: plain([fidelity.frechet(a, b, warn=False)]),
+        (title,): lambda a, b: [fidelity.frechet(a, b, warn=False)],
         ("KID",): kid,
-        ("precision", "recall", "density", "coverage"): lambda a, b: plain(
-            fidelity.balls(a, b)
-        ),
+        ("precision", "recall", "density", "coverage"): fidelity.balls,
     }
     rows = []
-    for reference, x in zip(Sets._fields, points, strict=True):
+    for reference, x in points._asdict().items():
         if x is None:
             continue
         works = [(names, work, [x]) for names, work in alone.items()]
@@ -596,15 +591,8 @@ def _quality(config, points, title, left_out):
                 reference,
                 lambda work=work, sets=sets: work(*_equal(config, *sets)),
             )
-            rows += [
-                {
-                    "metric": name,
-                    "value": value,
-                    "std": std,
-                    "reference": reference,
-                    "features": title,
-                    "images": count,
-                }
-                for name, (value, std) in zip(names, values or (), strict=False)
-            ]
+            about = {"reference": reference, "features": title, "images": count}
+            for name, value in zip(names, values or (), strict=False):
+                value, std = value if isinstance(value, fidelity.Kid) else (value, None)
+                rows.append({"metric": name, "value": value, "std": std} | about)
     return rows

@@ -66,7 +66,7 @@ def _network(config):
     """The config of the network that is trained, and the points of its sweep."""
     if "model" not in config:
         raise build.ConfigError(
-            "--dry_run tells what a training takes, and "
+            "--dry_run estimates a training, and "
             f"experiment={config.experiment} trains nothing: leave it out"
         )
     if config.experiment == "emm":

@@ -45,6 +45,7 @@ def run(config, session):
             every += grid.points(some)
             rows += its
         session.say(sentence(outcome))
+    session.lead()  # one process alone writes the files of all sizes
     results.finish(
         config, session, rows, draw, every=every, emm=searches, level=_level(config),
         columns=COLUMNS,
@@ -102,7 +103,7 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
     if high > largest:
         raise build.ConfigError(
             f"emm.high={high}, but there are {largest} training points: lower it, or "
-            "take less of data.num_held_out"
+            "lower data.num_held_out"
         )
     for choice in choices(config):  # the ends, with all that depends on n
         built = [build.build(grid.points(at(choice, n))[0].config) for n in (low, high)]

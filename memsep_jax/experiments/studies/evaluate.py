@@ -19,7 +19,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies import compare
 
-LOOKED = 256  # the most images that a network of features takes at once
+TOGETHER = 256  # images, at most, in a network of features at once
 
 
 def make_generate(config, parts, mesh, score_of, session=None):
@@ -49,7 +49,7 @@ def make_generate(config, parts, mesh, score_of, session=None):
         x = begin(weights, start, count)
         steps = len(parts.times)  # and the last one to 0
         x = np.asarray(pace(count)(x, steps, weights, start))[: stop - start]
-        # Images as they would be saved: what is measured is what a person can see.
+        # Images as they would be saved: measured as a person would see them.
         return data.to_uint8(x) if x.ndim == 4 and parts.splits.pixels else x
 
     made: list = []  # at the first call, which brings the weights
@@ -184,7 +184,7 @@ def _laws(sets, pixels, config, chunked):
 
     @functools.cache  # not made where all chunks are on disk
     def space():
-        shape, most = some.samples.shape[1:], min(LOOKED, config.run.chunk)
+        shape, most = some.samples.shape[1:], min(TOGETHER, config.run.chunk)
         return features.random_conv(shape, config.seed, most)
 
     def see(name, x):

@@ -61,7 +61,6 @@ def measure(points, session, compiled):
 def conclude(config, rows, parts, session) -> dict:
     """Writes and shows the ratio of the gap to its saturated value."""
     table = results.over_seeds(rows)
-    session.lead()
     record.write_csv(session.workdir / "ratio.csv", _columns(table))
     session.say(_ratios(table))
     return {}
@@ -183,7 +182,7 @@ def _estimate(name, estimate):
     return {name: estimate.value, f"{name}_error": estimate.error}
 
 
-def _line(row, name, label, color=None, style="o-"):
+def _line(row, name, label, color, style="o-"):
     times = np.asarray(row["times"]["mean"])
     return figures.line(times, row[name], label, style, color)
 

@@ -42,7 +42,7 @@ from memsep_jax.train import NonFiniteError
 SAMPLING = (
     "data", "process", "prediction", "model", "sampler", "memorization", "measure",
 )  # fmt: skip
-MORE = 4  # the re-test draws so many times the samples
+MORE = 4  # the re-test draws this many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
     "frechet",
@@ -90,11 +90,14 @@ def measure(some, session, programs_of, source):
     config, programs = some[0].config, programs_of(some[0])
     with session.phase("data"):
         parts = build.build(config)
+    state = source
     try:
-        params = _trained(config, parts, session, programs.generate, source)
+        if state is None:
+            state = networks.trained(config, parts, session, programs.generate)
     except NonFiniteError as error:  # they share the network
         yield from [error] * len(some)
         return
+    params = training.sampled_weights(state, config)
     tune, measured, done = tuner(config, parts), {}, {}
 
     def one(point):
@@ -176,14 +179,6 @@ def _alike(point):
     known = build.to_json(point.config)
     del known["prune"]["criterion"], known["prune"]["ratio"]
     return json.dumps(known, sort_keys=True)
-
-
-def _trained(config, parts, session, generate, source):
-    """The weights that are sampled, trained here unless they come from `source`."""
-    state = source
-    if source is None:
-        state = networks.trained(config, parts, session, generate)
-    return training.sampled_weights(state, config)
 
 
 def _source(config, parts, say=lambda text: None):

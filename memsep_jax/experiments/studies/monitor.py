@@ -1,4 +1,4 @@
-"""A training as it is watched: when, what is measured and logged, and when it ends."""
+"""The calendar, the log and the measurements of a training, and when it ends early."""
 
 import contextlib
 import functools
@@ -360,7 +360,7 @@ def first_points(points, count: int):
     return data.read(jax.tree.map(lambda a: a[:count], points))
 
 
-def make_losses(config, parts, pause=lambda: None):
+def make_losses(config, parts, pause):
     """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
 
     The same noise for every call, so that differences are differences of networks.

@@ -32,7 +32,7 @@ def tags(config, groups) -> list[str]:
         known["model"].pop("dropout", None)  # is off
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
-        some |= build.looks(config)
+        some |= build.watched(config)
     return schema.tags(some)
 
 

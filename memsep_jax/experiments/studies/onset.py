@@ -63,7 +63,7 @@ def check(config) -> build.Parts:
             "between two snapshots"
         )
     wrong += [
-        f"train.{field}={config.train[field]}: a run that ends early has not all "
+        f"train.{field}={config.train[field]}: a run that ends early lacks some "
         "snapshots; leave it out"
         for field in ("stop_gap", "plateau")
         if config.train[field] is not None

@@ -4,7 +4,6 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 from memsep_jax.experiments import record
@@ -71,8 +70,7 @@ def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
     }
     record.write_json(workdir / "metrics.json", metrics)
     picture = figures.encode(draw(table, axes, measure), "png")
-    with record.replacing(workdir / "sweep.png") as path:
-        path.write_bytes(picture)
+    record.write_bytes(workdir / "sweep.png", picture)
     return results.summary(workdir)
 
 
@@ -93,12 +91,8 @@ def draw(table, axes, measure):
 
     def line(label, rows):
         rows = sorted(rows, key=at)
-        names = ("mean", "low", "high")
-        gap = dict.fromkeys(names, np.nan)
-        mean, low, high = np.array(
-            [[row.get(measure, gap)[name] for row in rows] for name in names]
-        )
-        return figures.Line([at(row) for row in rows], mean, label, low, high)
+        values = [row.get(measure, {}) for row in rows]  # {}: a gap
+        return figures.line([at(row) for row in rows], values, label)
 
     lines = [line(label or None, rows) for label, rows in groups.items()]
     ends = [row[measure] for row in table if measure in row]

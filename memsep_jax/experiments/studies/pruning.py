@@ -203,7 +203,7 @@ def watcher(config, parts, generate):
 
 
 def tuner(config, parts):
-    """(params, mask) -> (step, TrainState) at each of `looks`: fine-tuning.
+    """(params, mask) -> (step, TrainState) at each of `evaluations`: fine-tuning.
 
     The ordinary step, with the ordinary batches and EMA, at the constant rate prune.lr.
     """
@@ -212,7 +212,7 @@ def tuner(config, parts):
     tx = build.call(
         train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
     )
-    mesh, wanted = parallel.make_mesh(jax.local_devices()), looks(config)
+    mesh, wanted = parallel.make_mesh(jax.local_devices()), evaluations(config)
     step_fn = jax.jit(
         training.make_steps(config, parts._replace(tx=tx), mesh), donate_argnums=0
     )
@@ -242,7 +242,7 @@ def tuner(config, parts):
     return tune
 
 
-def looks(config) -> list[int]:
+def evaluations(config) -> list[int]:
     """The steps of fine-tuning that are measured: the last, and halves of it."""
     steps = {config.prune.steps >> i for i in range(config.prune.looks)}
     return sorted(steps - {0})

@@ -56,7 +56,6 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
       their order, those that the rows do not have left out.
     Raises: FailedError at the end, where points failed.
     """
-    session.lead()  # one process alone writes what is of all points
     every = grid.points(config) if every is None else every
     known = {grid.values_of(row): row for row in rows}
     done: list[Path] = []

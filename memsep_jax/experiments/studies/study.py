@@ -63,7 +63,7 @@ class Study:
         session.begin(parts.splits.fingerprint, parts.splits)
         work = functools.partial(self.measure, session=session, **shared)
         rows = points.run(config, session, work, self.alike, self.what)
-        session.lead()  # one process alone writes what is of all points
+        session.lead()  # one process alone writes the files of all points
         about = self.conclude(config, rows, parts, session)
         draw = self.draw or (lambda metrics, points: ())
         results.finish(config, session, rows, draw, columns=self.columns, **about)
