@@ -20,7 +20,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
 
 
 def __getattr__(name):
-    if name in ("EXPERIMENTS", "DRAWINGS"):
+    if name in ("EXPERIMENTS", "DRAWINGS", "Session"):
         from memsep_jax.experiments import studies
 
         return getattr(studies, name)
