@@ -338,8 +338,18 @@ def _times(group, grid):
 
 def _check_shape(group, model, shape, num_classes):
     if hasattr(model, "check"):
-        with naming("model", group):
-            model.check(shape)
+        try:
+            with naming("model", group):
+                model.check(shape)
+        except ValueError as error:  # of the network as a whole, or of an argument
+            lines = str(error).splitlines()
+            error.args = (
+                "\n".join(
+                    line if line.startswith("model.") else f"model: {line}"
+                    for line in lines
+                ),
+            )
+            raise
     elif is_own(group.name):
         _check_own(group.name, model, shape, num_classes)
 
