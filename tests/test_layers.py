@@ -17,9 +17,9 @@ ROOMS = {
 ALONE = {
     "checks", "keys", "process", "neighbours", "fidelity", "parallel", "checkpoint",
 }  # fmt: skip
-FREE = {"__version__", "arrays", "checks", "keys"}  # what stands alone may import them
+FREE = {"__version__", "shapes", "checks", "keys"}  # what stands alone may import them
 FLOORS = [  # a room imports from its own row and those above it here
-    {"arrays", "checks", "keys"},
+    {"shapes", "checks", "keys"},
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},
@@ -44,7 +44,7 @@ INSIDE: dict[str, set] = {
 }
 EVERYWHERE = {"jax", "numpy", "chex", *sys.stdlib_module_names}
 OWNERS = {  # package: rooms that may import it
-    "jaxtyping": {"arrays"},
+    "jaxtyping": {"shapes"},
     "flax.linen": {"models"},
     "flax.struct": {"train"},
     "optax": {"train"},
