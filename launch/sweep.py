@@ -26,6 +26,7 @@ signal, with everything saved.
 import argparse
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -267,16 +268,16 @@ def run(args, points) -> int:
 
 
 def _follow(at_work, workdir, points):
-    """Says how far the points are, until no worker is at work."""
+    """Says how far the points are, whenever that changes, and how they have ended."""
     said, states = None, dict.fromkeys((point.name for point in points), "waiting")
-    for _ in at_work:
+    for pause in itertools.chain((LOOK_EVERY for _ in at_work), [0.0]):
         for point in points:
             if states[point.name] not in ("done", "failed"):
                 states[point.name] = runs.state(workdir, point)
         if said != (text := runs.counted(states.values())):
             print(text, flush=True)
         said = text
-        time.sleep(LOOK_EVERY)
+        time.sleep(pause)
 
 
 def finish(args, points) -> int:
