@@ -143,7 +143,8 @@ def make_steps(config, parts, mesh):
     too.
 
     Args: rows of `order`, from step `first` on, which the state has come to; None where
-      the dataset is the batch of one step.
+      the dataset is the batch of one step. No more than one where steps may not loop:
+      `train.may_loop`.
     """
     step = make_step(config, parts, mesh)
 
@@ -153,7 +154,16 @@ def make_steps(config, parts, mesh):
         batch = jax.tree.map(lambda a: a[rows[i]], dataset)
         return step(state, batch, dataset)
 
+    def one(state, dataset, rows, first):
+        new, metrics = on_rows(state, dataset, rows, 0)
+        stays = state.step != first
+        state = jax.tree.map(lambda a, b: jnp.where(stays, a, b), state, new)
+        return state, metrics | {"step": state.step}
+
     def steps(state, dataset, rows, first, count):
+        if not train.may_loop(state.params):
+            assert rows is None or len(rows) == 1, len(rows)
+            return one(state, dataset, rows, first)
         count = jnp.where(state.step == first, count, 0)
 
         def body(_, carry):

@@ -31,4 +31,5 @@ from memsep_jax.train.step import (
     example_keys,
     init,
     make_train_step,
+    may_loop,
 )

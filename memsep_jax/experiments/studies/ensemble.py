@@ -226,23 +226,27 @@ def fit(config, parts, members, loss, tx, batch):
         params = parts.model.init(member.keys.init, x, level)["params"]
         return train.init(params, tx(member))
 
-    def advance(state, member, first, last):
+    def take(carry, member, i):
         step = train.make_train_step(loss(member), tx(member), decay)
+        examples = batch(member, jax.random.fold_in(member.keys.data, i))
+        state, metrics = step(carry[0], examples, member.keys.train)
+        return state, metrics["loss"]
 
-        def body(i, carry):
-            examples = batch(member, jax.random.fold_in(member.keys.data, i))
-            state, metrics = step(carry[0], examples, member.keys.train)
-            return state, metrics["loss"]
+    def advance(carry, member, first, last):
+        return jax.lax.fori_loop(first, last, lambda i, c: take(c, member, i), carry)
 
-        return jax.lax.fori_loop(first, last, body, (state, jnp.zeros(())))
+    def one_by_one(carry, members, first, last):
+        for i in range(first, last):
+            carry = one(carry, members, i)
+        return carry
 
     state = jax.jit(jax.vmap(init))(members)
-    advance = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
-
-    def steps(carry, members, first, last):
-        return advance(carry[0], members, first, last)
-
-    state, losses = record.paced(steps)((state, None), parts.steps, members)
+    carry = (state, jnp.zeros(len(state.step)))
+    one = jax.jit(jax.vmap(take, (0, 0, None)), donate_argnums=0)
+    many = jax.jit(jax.vmap(advance, (0, 0, None, None)), donate_argnums=0)
+    single = jax.tree.map(lambda a: a[0], state.params)
+    steps = many if train.may_loop(single) else one_by_one
+    state, losses = record.paced(steps)(carry, parts.steps, members)
     return state, np.asarray(losses)
 
 

@@ -124,7 +124,7 @@ def compiled(config, parts, mesh, state, start=0):
     everywhere = parallel.replicated(mesh)
     places = parallel.sharded(state, mesh) if config.run.shard else everywhere
     state = parallel.place(state, places)
-    most, feed = _feeder(config, parts, mesh)
+    most, feed = _feeder(config, parts, mesh, state)
     steps = jax.jit(
         training.make_steps(config, parts, mesh),
         donate_argnums=0,
@@ -139,7 +139,7 @@ def compiled(config, parts, mesh, state, start=0):
     return state, take, most
 
 
-def _feeder(config, parts, mesh):
+def _feeder(config, parts, mesh, state):
     """The most steps of one call, and (step, count) -> its dataset and rows."""
     points = parts.splits.train
     rows_of = training.order(config, len(points.x))
@@ -148,7 +148,7 @@ def _feeder(config, parts, mesh):
         return 1, lambda step, count: (batch(step), None)
     points = parallel.place(points, parallel.replicated(mesh))
     # Several processes must take equally many, whatever time each of them sees.
-    most = MOST if jax.process_count() == 1 else 1
+    most = MOST if jax.process_count() == 1 and train.may_loop(state.params) else 1
 
     def feed(step, count):
         rows = np.zeros((most, config.train.batch_size), np.int32)
