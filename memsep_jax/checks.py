@@ -17,6 +17,7 @@ def check_leaves(given, expected):
     Args: descriptions of the arrays by name, such as their shapes, as they are and as
       they must be.
     """
+    # All of them, not only the first: their pattern shows which size is wrong.
     wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - given.keys()]
     wrong += [f"unexpected: {n} {given[n]}" for n in given.keys() - expected.keys()]
     wrong += [
