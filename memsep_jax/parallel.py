@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MISSING = 6  # exit code of a process that waits for others that are not there
-SPLIT = 2**14  # numbers: a smaller array is replicated
+# Numbers in an array that is worth splitting; a smaller one, such as a bias, is
+# replicated, since splitting it would save 64 kB and cost a message in each step.
+SPLIT = 2**14
 
 
 def join(where: str, timeout: int = 300) -> None:
@@ -56,6 +58,7 @@ def join(where: str, timeout: int = 300) -> None:
     waiting.daemon = True
     waiting.start()
     try:
+        # Later than `give_up`, which ends the process with a message and code 6.
         jax.distributed.initialize(initialization_timeout=2 * timeout + 60, **place)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -127,7 +130,9 @@ def place(tree, shardings):
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(leaf, sharding):  # others' devices are filled from their own copies
+    # device_put cannot reach the devices of other processes; each of them fills its
+    # own from its copy.
+    def put(leaf, sharding):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
 
     return jax.tree.map(put, jax.device_get(tree), shardings)
@@ -152,6 +157,8 @@ def gather(values) -> jax.Array:
     All processes must call it. It does not wait; np.asarray of its result does.
     """
     mesh, each = make_mesh(), jax.local_device_count()
+    # One row for each device, because the first axis is split over devices and not
+    # over processes; `_on_all` takes every `each`-th again.
     rows = np.repeat(np.asarray(values, np.uint32)[None], each, axis=0)
     split = jax.make_array_from_process_local_data(by_batch(mesh), rows)
     return _on_all(split, each, mesh)
