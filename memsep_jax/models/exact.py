@@ -59,8 +59,8 @@ class Attention(nn.Module):
         )
         alpha = self.process.alpha(t)
         total = self.process.sigma(t) ** 2 + alpha**2 * variance
-        # The logits of the formula minus |x|^2 / (2 A), which softmax ignores, because
-        # the products of the formula are wrong in float32 as t -> 0.
+        # Differences, because the products of the formula are wrong in float32 as
+        # t -> 0. These logits are lower by |x|^2 / (2 A), which softmax ignores.
         gaps = x[None] - alpha * points
         squares = jnp.sum(gaps**2, axis=tuple(range(1, points.ndim)))
         weights = jax.nn.softmax(log_weights - squares / (2 * total))
