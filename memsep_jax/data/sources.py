@@ -26,8 +26,8 @@ from memsep_jax.data.arrays import (
 from memsep_jax.keys import BRANCH
 from memsep_jax.mixture import LAWS, Law, sample
 
-MAX_HELD_OUT = 10_000
-MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
+MAX_HELD_OUT = 10_000  # as many as the test split of CIFAR-10 has
+MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes as float32
 ROLES = {  # names of arrays, of ours and of other programs, by what they are taken for
     "samples": ("samples", "images"),
     "train": ("train_images", "images"),
@@ -43,6 +43,7 @@ def digits() -> Source:
     from sklearn.datasets import load_digits
 
     read = load_digits()
+    # Their 17 levels, 0 .. 16, as the pixels 0 .. 255 of all other images.
     images = np.round(read.images[..., None] * (255 / 16)).astype(np.uint8)
     return Source(images, read.target.astype(np.int32))
 
@@ -63,6 +64,7 @@ def mixture_truth(
         raise ValueError(f"law={law!r} is unknown; known: {', '.join(LAWS)}")
     _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
+    # After key, k, d and scale, which all laws take.
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
     if not given.keys() <= set(taken):
         raise ValueError(
@@ -90,6 +92,7 @@ def mixture(
     _check_numbers(k, d, size)
     shape = dict(rank=rank, noise=noise, dof=dof, width=width)
     truth = mixture_truth(k, d, scale, truth_seed, law, **shape)
+    # Not the key of the law itself, from which its means were drawn.
     key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
     train_key, test_key = jax.random.split(key)
     draw = jax.jit(sample, static_argnums=2)
@@ -219,7 +222,7 @@ def origin(
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
-    # A folder may be called so.
+    # A folder may itself be called images[0:10].
     part = None if os.path.exists(os.path.expanduser(where)) else PART.search(where)
     whole = PART.sub("", where) if part else where
     result = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
