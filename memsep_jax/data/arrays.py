@@ -242,7 +242,6 @@ def check_range(x, where, lowest, highest, below: float):
     """
     low, high = lowest.min(), highest.max()
     notes = []
-
     if len(constant := np.flatnonzero(lowest == highest)):
         notes.append(
             f"{where}: {len(constant)} constant images, the first at {constant[0]}"

@@ -281,7 +281,6 @@ def is_workdir(path) -> bool:
         known = json.loads((Path(path) / "config.json").read_text())
     except (OSError, ValueError):
         return False
-
     ours = {"experiment", "seed", "run", "memorization"}
     return isinstance(known, dict) and ours <= known.keys()
 

@@ -419,7 +419,6 @@ def _dataset(x, label):
     if isinstance(x, Rows):
         return Dataset(x, None if label is None else np.asarray(label, np.int32))
     x = from_uint8(x) if x.dtype == np.uint8 else x
-
     return Dataset(jnp.array(x), None if label is None else jnp.array(label, jnp.int32))
 
 
