@@ -4,8 +4,8 @@ A step is a directory that orbax writes under a temporary name and renames when 
 complete. Orbax notices neither flipped bits nor damaged steps, so a manifest with a
 SHA-256 per leaf is written in the same atomic step and checked on every restore.
 
-To go on elsewhere, `pack` writes a state as one .npz with the same manifest, and
-`unpack` reads it back by the same checks.
+For a run that continues elsewhere, `pack` writes a state as one .npz with the same
+manifest, and `unpack` reads it back with the same checks.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def steps(directory) -> list[int]:
 def save(directory, step: int, tree, keep: int | None = None) -> None:
     """Writes one step, whole or not at all, then drops all but the newest `keep`.
 
-    What an earlier save left behind that failed or was killed is removed first.
+    Leftovers of an earlier save that failed or was killed are removed first.
 
     Raises: StorageError with path, bytes needed and bytes free; earlier steps stay.
     """
@@ -133,7 +133,8 @@ def restore_newest(directory, like, at_most: int | None = None):
     A damaged step is moved to corrupt-<step> and the one before it is tried.
 
     Raises: CorruptError naming all that was tried, when every step is damaged: a run
-      never starts afresh beside the ruins of another. ConflictError as `restore`.
+      never starts afresh where another one has lost its steps. ConflictError as
+      `restore`.
     """
     directory = Path(directory)
     if strange := _strange(directory):
@@ -186,7 +187,7 @@ def clean(directory) -> None:
 
 
 def pack(path, step: int, tree) -> None:
-    """Writes one state as one .npz, whole or not at all, to go on from elsewhere.
+    """Writes one state as one .npz, whole or not at all, to continue from elsewhere.
 
     Each leaf is an array by its path, as np.load reads it (bfloat16 as uint16).
 

@@ -186,7 +186,8 @@ def jacobian(
 ) -> Float[Arr, "d d"]:
     """d score / d x = -I/v + (alpha/v)^2 Cov_w(x_i), v = sigma^2 (Ye 2025, section 5).
 
-    For small d, the size of x; log_weights and temperature as `posterior`.
+    For small d only, as the result is [d, d]; log_weights and temperature as in
+    `posterior`.
     """
     weights = posterior_weights(data, process, x, t, log_weights, temperature)
     points = _floats(data, x.dtype).reshape(len(data), -1)

@@ -227,7 +227,7 @@ def from_file(path, n: int) -> np.ndarray:
     Raises: WeightsError: missing, damaged, not finite, or of other images.
     """
     try:
-        # Mapped: a header that lies of its size is seen before memory is taken.
+        # Mapped, so that a header with a false size is noticed before memory is taken.
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, OverflowError) as error:
         raise WeightsError(
@@ -321,7 +321,7 @@ def _extractor(name, one, params, shape, chunk):
 
 
 def _together(memory, each, most) -> int:
-    """How many of each() bytes fit into a memory: `most`, or fewer, a power of two."""
+    """How many pieces of each() bytes fit: `most`, or a power of two below it."""
     if memory == math.inf:  # then nothing need be compiled to count its bytes
         return most
     fit = int(memory // each())
@@ -331,7 +331,7 @@ def _together(memory, each, most) -> int:
 def _patches(jaxpr) -> int:
     """Bytes of the largest map unrolled into its patches, as a CPU convolves it.
 
-    XLA does not count them, as a convolution takes them while it runs.
+    XLA does not count them, since a convolution allocates them while it runs.
     """
     sizes = [0]
     for equation in jaxpr.eqns:

@@ -37,8 +37,8 @@ class Kid(NamedTuple):
 def frechet(a, b, warn: bool = True) -> float:
     """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
-    An FID only on Inception features; name it after its features, reference and
-    sample sizes.
+    It is an FID only on Inception features. Name it after its features, its reference
+    and both numbers of samples.
 
     Args: a [n, d], b [m, d] features.   warn: if they are few.
     Least: n = m = 2, d = 1.
@@ -144,8 +144,8 @@ def _balls(a, b, near, around):
 def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     """The unbiased MMD^2 with the kernel (x.y / d + 1)^3: 0 on average for one law.
 
-    Computed on `subsets` draws, without replacement, of min(size, n, m) points of each
-    set. The draws overlap, so their spread is not a standard error.
+    It is computed on `subsets` draws, without replacement, of min(size, n, m) points of
+    each set. The draws overlap, so their spread is not a standard error.
 
     Args: a [n, d], b [m, d] features.
     Least: n = m = 2, d = 1.

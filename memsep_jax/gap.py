@@ -206,9 +206,9 @@ def kl(
 
 
 def curve(at, times, key: Keys):
-    """Any function of a time and a key along a grid, one time after another.
+    """Evaluates a function of a time and a key along a grid, one time after another.
 
-    It takes the memory of one time. Each time has its own noise, so the errors are
+    The memory is that of one time. Each time has its own noise, so the errors are
     independent.
 
     Args: at, a function (t [], key) -> tree of arrays; times [k] > 0.
@@ -394,7 +394,7 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
     loss on new data; for Phat_t, the least loss on the training set: 0 while the noised
     training points keep apart.
 
-    Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
+    Args: score_fn, the score of the law from which x [m, *e] are drawn; t [] > 0.
     Returns: Estimate of [], per dimension.
     """
     return _floor(lambda x: score_fn(x, t), x, process, t)
@@ -403,7 +403,7 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
 def floor_of(scores, process: Process, t) -> Estimate:
     """`floor`, of scores that are known already.
 
-    Args: scores [m, *e], of the law at draws of it at time t; t [] > 0.
+    Args: scores [m, *e], those of the law at m draws from it at time t; t [] > 0.
     Returns: Estimate of [], per dimension.
     """
     return _floor(lambda score: score, scores, process, t)

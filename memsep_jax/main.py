@@ -24,7 +24,7 @@ flags.FLAGS["config"].parser = _FILE = command.ConfigFile()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where all is written; by default runs/<config and what was changed>, and of a "
+    "Directory of all output; by default runs/<config and what was changed>, and for a "
     "run's config.json, with nothing changed, that run's own directory.",
 )
 _DRY_RUN = flags.DEFINE_bool(

@@ -253,8 +253,8 @@ def _log_blurred(x, low, high, sigma):
 
 def _log_mean_normal(a, b):
     """log (Q(a) - Q(b)) / (b - a), Q the normal tail; |a| <= b, elementwise."""
-    # Over a short interval both tails are equal to rounding, so Gauss's rule takes the
-    # mean there, to 1e-13 of itself.
+    # Over a short interval both tails are equal up to rounding, so Gauss's rule takes
+    # the mean there, with a relative error of 1e-13.
     half, centre = (b - a) / 2, (a + b) / 2
     short = (half <= 0.5) & (half * centre <= 2)
     # `where` before and after: the other branch must have finite derivatives too.

@@ -25,7 +25,8 @@ def join(where: str, timeout: int = 300) -> None:
     Args: where, "auto" (SLURM, TPU, Kubernetes and Open MPI say it) or
       "HOST:PORT,PROCESSES,INDEX", with the host of process 0; timeout, in seconds,
       after which the process ends with exit code 6.
-    Raises: ValueError where no others could be there, or have other devices.
+    Raises: ValueError: no other process can be joined, or their numbers of devices
+      differ.
     """
     # A run handles SIGTERM itself; the service would take the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -121,7 +122,7 @@ def sharded(tree, mesh: Mesh, least: int = SPLIT):
 
 
 def place(tree, shardings):
-    """A tree, of which every process has a copy, on its devices.
+    """Places a tree, of which every process has a copy, on the devices.
 
     Args: shardings, one for all leaves, or a tree of them.
     """
@@ -152,7 +153,7 @@ def local(tree):
 
 
 def gather(values) -> jax.Array:
-    """values [k], uint32, of each process -> [processes, k], on all of them.
+    """Gathers values [k], uint32, of each process as [processes, k] on all of them.
 
     All processes must call it. It does not wait; np.asarray of its result does.
     """

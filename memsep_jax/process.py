@@ -67,7 +67,7 @@ PROCESSES = {
 
 
 def check_time(t):
-    """Refuses a time at which no process has a score; a traced one passes unseen.
+    """Refuses a time at which no process has a score; a traced one passes unchecked.
 
     Raises: ValueError.
     """

@@ -434,7 +434,8 @@ def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0
         # Along the sphere: if x is out of reach, the rest points away from it.
         along = unit(slope - jnp.sum(slope * here) * here)
         moved = radius * unit(here - length * along)
-        # Without a direction (0, NaN, infinite): a shorter step from the best again.
+        # Where the gradient has no direction (0, NaN or infinite), a shorter step
+        # starts from the best point again.
         z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
         return z.astype(x.dtype), best, least
 

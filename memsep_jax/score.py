@@ -169,7 +169,7 @@ PREDICTIONS = {
 def target(
     prediction: Prediction, process: Process, x0: Point, t: Scalar, eps: Point
 ) -> Point:
-    """What F should answer at X_t: (x0 - skip X_t) / out."""
+    """The answer that F should give at X_t: (x0 - skip X_t) / out."""
     skip, out = prediction.skip(t), prediction.out(t)
     # Expanded, so that x0 cancels exactly if F is the noise, at every sigma.
     kept = 1 - skip * process.alpha(t)

@@ -241,7 +241,11 @@ def edm(tensors: dict, time_scale: float = 1.0):
 
 
 class _Row(NamedTuple):
-    """Theirs is ours (if several, stacked) as mid, then transposed, then as shape."""
+    """How one of their tensors is made of ours.
+
+    Ours, stacked if there are several, are reshaped to `mid`, transposed by `order`,
+    and reshaped to `shape`.
+    """
 
     theirs: str
     ours: tuple[str, ...]

@@ -48,7 +48,7 @@ KNOWN = {  # images to train on and to test, their shape and their classes
 
 
 def npz(path, stream: bool = False) -> Source:
-    """The .npz layout: train_images and, optional, train_labels, test_images, ...
+    """The .npz layout: train_images and, optionally, train_labels, test_images, ...
 
     Images are uint8 or float32 in [-1, 1], [n, h, w, c]; vectors float32 [n, d].
 
@@ -94,7 +94,7 @@ def _pools(path, stream, pixels):
 
 
 def _mapped(path, name):
-    """An array as a map of its file: nothing of it is read.
+    """An array that is mapped from its file, so that none of it is read.
 
     Raises: DataError where it is compressed, or of no plain numbers.
     """
@@ -316,8 +316,8 @@ def _check_cifar(path):
 def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """An image set of TensorFlow Datasets that is, or can be, prepared without TF.
 
-    Its array_record is decoded once, beside it. Its test split, or else its validation
-    split, is what is held out.
+    Its array_record is decoded once, to a file beside it. Its test split, or else its
+    validation split, is held out.
 
     Args: stream: the images stay on disk.
     Raises:
@@ -339,7 +339,7 @@ def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
 def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """A set that an earlier run decoded; nothing is fetched, prepared or written.
 
-    Noise of the same sizes stands for a set in KNOWN that is not there.
+    For a set in KNOWN that is not there, the images are noise of the same shapes.
 
     Raises: DataError: any other set that is not there.
     """

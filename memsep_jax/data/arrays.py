@@ -83,7 +83,7 @@ class Source(NamedTuple):
 def check_source(source, where) -> tuple[str, ...]:
     """Refuses pools on which training would fail later; `where` names the file.
 
-    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but perhaps unintended.   Raises: DataError.
     """
     notes = _check_points(source.images, f"{where}: train_images", source.pixels)
     check_labels(source.labels, len(source.images), f"{where}: train_labels")
@@ -147,7 +147,7 @@ def to_uint8(x):
 
 
 def like(points, x):
-    """x in the units of these points: floats, or pixels."""
+    """x converted to the units of `points`: floats, or pixels."""
     if x.dtype == points.dtype:
         return x
     return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
@@ -238,7 +238,7 @@ def check_range(x, where, lowest, highest, below: float):
 
     Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
       share of floats that are under NOISE.
-    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but perhaps unintended.   Raises: DataError.
     """
     low, high = lowest.min(), highest.max()
     notes = []

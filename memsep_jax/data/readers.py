@@ -1,7 +1,7 @@
 """Images as people keep them, in folders and zips of folders: uint8 [n, h, w, 3].
 
-All files of images come in here, so training and audits read, convert, refuse, count
-and report the same.
+All image files are read here, so training and audits read, convert, refuse, count and
+report the same.
 """
 
 import collections
@@ -62,12 +62,12 @@ FULL = 2**14
 
 
 class Preparation(NamedTuple):
-    """How a file becomes an image; best as the generator's training prepared it."""
+    """How a file becomes an image; best as in the training of the generator."""
 
-    resolution: int | None = None  # side of the square that all are resized to
-    crop: str = "squeeze"  # or center: the largest square in the middle, first
-    exif: bool = True  # turned as the camera was held
-    alpha: str = "white"  # laid below transparent pixels; drop: as if opaque
+    resolution: int | None = None  # side of the square to which all are resized
+    crop: str = "squeeze"  # or center: the largest square in the middle is cut out
+    exif: bool = True  # whether images are turned as the camera was held
+    alpha: str = "white"  # laid below transparent pixels; drop: taken as opaque
 
 
 def check_preparation(how: Preparation):
@@ -164,7 +164,8 @@ def _ignored(part):
 
 def _folder(path) -> _Tree:
     root = Path(path)
-    if not os.path.isdir(root):  # which takes any text
+    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; give the path of a folder of images")
     if is_workdir(root):
         raise DataError(

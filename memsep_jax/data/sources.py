@@ -1,7 +1,7 @@
 """Where data come from: one function per source, which returns its pools as read.
 
 A source is a function of its own arguments that reads files, or none. `origin` reads
-the images of any place that a person names.
+images from any place that a person names.
 """
 
 import inspect
@@ -86,7 +86,7 @@ def mixture(
     dof: float | None = None,
     width: float | None = None,
 ) -> Source:
-    """`size` draws of a known law (mixture.LAWS), and 10,000 fresh ones as its test."""
+    """`size` draws of a known law (mixture.LAWS), and 10,000 more as its test split."""
     if size < 1:
         raise ValueError(f"mixture: size={size} draws: at least 1")
     _check_numbers(k, d, size)
@@ -213,7 +213,7 @@ def origin(
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
         in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
-        of a set of TensorFlow Datasets. With [a:b] at its end: those of them.
+        of a set of TensorFlow Datasets. [a:b] at its end selects those images.
       role: "samples", "train" or "held_out": chooses the array of an .npz (ROLES, its
         only one, or all that np.savez numbered) and the split of a set.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
@@ -250,10 +250,11 @@ def again(where: str, files, **preparation) -> np.ndarray:
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
-    """`origin` without [a:b]; cut: whether that follows."""
+    """`origin` without [a:b].   Args: cut, whether the caller selects [a:b] later."""
     path = os.path.expanduser(where)
     suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path) or suffix == ".zip":  # which takes any text
+    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
+    if os.path.isdir(path) or suffix == ".zip":
         return folder(path, resolution, skip_bad, **preparation)
     if suffix in (".npz", ".npy"):
         return _of_role(path, role)
@@ -272,7 +273,7 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
             f"data set of that name ({error})"
         ) from error
     x, label = pools[2:4] if role == "held_out" else pools[:2]
-    if x is None and cut:  # a part that was cut off by hand
+    if x is None and cut:  # [a:b] of the training set, which a person held out by hand
         x, label = pools[:2]
     if x is None:
         raise DataError(f"{where} has no test split: give images that were held out")

@@ -41,7 +41,7 @@ class Splits(NamedTuple):
     fingerprint: str  # SHA-256 of both
     num_distinct: int  # different points in train
     pixels: bool = True  # whether points [h, w, c] are images
-    files: np.ndarray | None = None  # [n] where each training image was read
+    files: np.ndarray | None = None  # [n] the file of each training image
     classes: tuple[str, ...] | None = None  # the folder of each true label
     notes: tuple[str, ...] = ()  # what a person should know of the files
 

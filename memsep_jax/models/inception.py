@@ -54,7 +54,8 @@ class Inception(nn.Module):
         x = self._block_c(x, "Mixed_6e", 192)
         x = self._block_d(x, "Mixed_7a")
         x = self._block_e(x, "Mixed_7b", average)
-        x = self._block_e(x, "Mixed_7c", largest)  # a slip that is a part of FID
+        # A maximum, by a slip in the graph of 2015, on which every FID depends.
+        x = self._block_e(x, "Mixed_7c", largest)
         features, init = jnp.mean(x, (0, 1)), nn.initializers.lecun_normal(1, 0)
         weight = self.param("fc.weight", init, (1008, 2048))
         bias = self.param("fc.bias", nn.initializers.zeros, (1008,))

@@ -16,7 +16,7 @@ from memsep_jax.score import Prediction, noise, target
 
 
 class Target(NamedTuple):
-    """What a network sees at a time t, and what it should make of it."""
+    """What a network sees at a time t, and what its answer is compared with."""
 
     x: jax.Array  # [*e] noisy point: alpha(t) x0 + sigma(t) eps
     x0: jax.Array  # [*e] the clean point
@@ -24,7 +24,7 @@ class Target(NamedTuple):
     weight: jax.Array | float = 1.0  # [] of the squared error
 
 
-Question = Target  # its earlier name
+Question = Target  # its earlier name, for scripts that were written with it
 
 
 def prediction_loss(
@@ -64,7 +64,7 @@ def noise_loss(apply, params, process: Process, x0, t, eps):
 
 
 def clean(process: Process):
-    """The training point behind X_t: best predicted by the copying E[X_0 | X_t]."""
+    """The training point behind X_t; the empirical E[X_0 | X_t] predicts it best."""
     return lambda x0, t, eps: Target(perturb(process, x0, t, eps), x0, eps)
 
 

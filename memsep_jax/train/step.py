@@ -58,7 +58,7 @@ def example_keys(key, step, size: int):
 
 
 def ema_decay(half_life: float, batch_size: int, ramp: float | None = None):
-    """What a step keeps of the EMA, so that half of it is left after half_life.
+    """The share of the EMA that a step keeps; half of it is left after half_life.
 
     Args:
       half_life: in training examples.
