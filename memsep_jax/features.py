@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, train
+from memsep_jax.data.arrays import from_uint8
 from memsep_jax.models import alexnet as alex
 from memsep_jax.models import inception as incept
 from memsep_jax.weights import WeightsError, read
@@ -355,7 +356,7 @@ def _floats(images, shape, far=FAR):
             "resize them"
         )
     if images.dtype == np.uint8:
-        return images.astype(np.float32) / 127.5 - 1
+        return from_uint8(images)
     if images.dtype.kind != "f" or not np.all(np.abs(images) < far):
         raise ValueError(
             f"images of {images.dtype} must be uint8 of 0 .. 255, or finite floats in "

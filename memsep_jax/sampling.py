@@ -97,10 +97,17 @@ def _ode(score_fn, process, times, method="heun", denoise=True):
         # A scan must return the type that it got, and times may be wider than x.
         return step(x, times[i], times[i + 1]).astype(x.dtype)
 
+    end = _end(score_fn, process, times, denoise)
+    return _Stages(lambda x: x, stage, end, len(times) - 1)
+
+
+def _end(score_fn, process, times, denoise):
+    """The end of a trajectory, (x [*e], key) -> [*e]: Tweedie's step, or x itself."""
+
     def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return _Stages(lambda x: x, stage, end, len(times) - 1)
+    return end
 
 
 def path(score_fn: ScoreFn, process: Process, times: Float[Arr, " k"], method="heun"):
@@ -125,9 +132,7 @@ def _step(score_fn, process, method):
     """One step of the probability flow: (x [*e], t [], t_next []) -> [*e]."""
     if method not in ODE_METHODS:
         raise ValueError(f"method={method!r} is not one of {sorted(ODE_METHODS)}")
-
-    def slope(x, t):
-        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    slope = _slope(score_fn, process)
 
     def euler(x, t, t_next):
         return x + (t_next - t) * slope(x, t)
@@ -144,6 +149,13 @@ def _step(score_fn, process, method):
         return process.alpha(t_next) * moved
 
     return {"euler": euler, "heun": heun, "ddim": ddim}[method]
+
+
+def _slope(score_fn, process):
+    """dx/dt of the probability flow: (x [*e], t []) -> [*e] (Song 2021)."""
+    return lambda x, t: (
+        drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    )
 
 
 ODE_METHODS = ("euler", "heun", "ddim")
@@ -169,9 +181,7 @@ def _sde(score_fn, process, times, denoise=True):
         x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
         return x_next.astype(x.dtype)
 
-    def end(x, key):
-        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
-
+    end = _end(score_fn, process, times, denoise)
     return _Stages(lambda x: x, stage, end, len(times) - 1)
 
 
@@ -276,9 +286,7 @@ def log_likelihood(
     """
     if probes < 0:
         raise ValueError(f"probes={probes} must be 0 (exact trace) or more")
-
-    def slope(x, t):
-        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    slope = _slope(score_fn, process)
 
     def log_prob(x, key=None):
         if not probes:
