@@ -164,6 +164,7 @@ def sides(
         return jnp.sum((s_hat - s) ** 2), rest
 
     divergence, rest = _each(at, x, eps)
+    # From the same draws, so that the error of `difference` is that of the last term.
     return Sides(estimate(divergence + rest), estimate(divergence), estimate(rest))
 
 
@@ -350,6 +351,8 @@ def entropy_bound(
     true = mixture.diffuse(truth, process, t0)
     fit = estimate(_each(lambda x: mixture.log_prob(true, x), x))
     weights = jnp.zeros(len(data)) if log_weights is None else log_weights
+    # Twice the entropy of the noise. With twice that of the weights, it is at least
+    # twice the entropy of Phat_t0, which the KL divergence contains.
     noise = data[0].size * jnp.log(2 * jnp.pi * jnp.e * process.sigma(t0) ** 2)
     entropy = jnp.log(effective_size(weights))
     return Estimate(-noise - 2 * entropy - 2 * fit.value, 2 * fit.error)

@@ -68,6 +68,7 @@ def join(where: str, timeout: int = 300) -> None:
         ) from error
     finally:
         waiting.cancel()
+    # Every process sees all counts, so all of them come to the same decision.
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         jax.distributed.shutdown()  # together: the others raise the same error
@@ -112,6 +113,7 @@ def sharded(tree, mesh: Mesh, least: int = SPLIT):
 
     def of(leaf):
         shape = jnp.shape(leaf)
+        # Only axes that divide evenly: jax refuses to place any other.
         axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
         if math.prod(shape) < least or not axes:
             return replicated(mesh)

@@ -332,7 +332,8 @@ def sampler(
     on (seed, i) only, whatever its batch is.
     """
     flow = _whole(_cut(score_fn, process, times, shape, method, **options))
-    return lambda key: flow(key, key)  # it begins with the key
+    # The start is drawn from the key by `begin`, so the flow takes it in place of x.
+    return lambda key: flow(key, key)
 
 
 def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **options):
@@ -345,6 +346,8 @@ def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **o
     """
     cut = _cut(score_fn, process, times, shape, method, **options)
 
+    # One function for all steps, the last one too, because i may be traced: a caller
+    # then takes any number of them in one compiled loop.
     def step(x, key, i):
         return jax.lax.cond(
             i < cut.steps,

@@ -96,7 +96,7 @@ def _pools(path, stream, pixels):
 def _mapped(path, name):
     """An array that is mapped from its file, so that none of it is read.
 
-    Raises: DataError where it is compressed, or of no plain numbers.
+    Raises: DataError: it is compressed, or does not hold plain numbers.
     """
     try:
         if os.path.isdir(path):
@@ -104,8 +104,8 @@ def _mapped(path, name):
             x = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
             x = _mapped_member(path, f"{name}.npy")
-        # Of anything else, a row would be gathered from all over the file, or turned
-        # byte by byte, at each batch.
+        # Otherwise each batch would gather its rows from all over the file, or swap the
+        # bytes of every number.
         if not (x.flags.c_contiguous and x.dtype.isnative):
             raise ValueError(
                 "it is stored by columns, or in the byte order of another machine"

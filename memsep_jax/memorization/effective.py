@@ -31,6 +31,7 @@ def effective_memorization(sizes, ratios, level: float = 0.9, weights=None) -> f
     Source: Gu 2023, definition 1.
     """
     order, sizes = _check_sizes(sizes, ratios, level)
+    # Both ends are refused rather than extrapolated: beyond the sizes nothing is known.
     weights = np.ones(len(sizes)) if weights is None else np.asarray(weights, float)
     fit = decreasing(np.asarray(ratios, float)[order], weights[order])
     curve = ", ".join(f"{n:g}: {r:.3g}" for n, r in zip(sizes, fit, strict=True))
@@ -84,6 +85,7 @@ def effective_interval(
             f"memorized={counts.tolist()} must be [sizes, seeds], each count in "
             f"0 .. samples={samples}, of at least one sample"
         )
+    # A seed, so that a report made again has the same interval.
     rng, shares = np.random.default_rng(seed), counts[order] / samples
     seeds = shares.shape[1]
     if seeds > 1:

@@ -89,6 +89,8 @@ def mixture_params(mixture: Mixture):
             "mixture: low-rank factors: attention is the score of isotropic components "
             "of one variance only, such as those of mixture.separated"
         )
+    # One variance for all components and directions: only then is |x|^2 / (2 A), which
+    # softmax ignores, the same in all logits.
     variances = np.asarray(mixture.variances)
     if np.any(variances != variances.flat[0]):
         raise ValueError(
@@ -96,6 +98,7 @@ def mixture_params(mixture: Mixture):
             "attention is the score of isotropic components of one variance only"
         )
     params = {"points": mixture.means, "variance": mixture.variances[0, 0]}
+    # Equal weights are what the network has without parameters for them.
     log_weights = np.asarray(mixture.log_weights)
     if np.any(log_weights != log_weights[0]):
         params["log_weights"] = mixture.log_weights

@@ -67,6 +67,7 @@ def lipschitz_bound(params):
     def norm(name):
         return jnp.linalg.norm(params[name]["kernel"], ord=2)
 
+    # From the names, so that the bound needs nothing but the weights.
     depth = sum(name.endswith("_in") for name in params)
     bound = norm("input") * SILU_SLOPE * norm("output")
     for i in range(depth):

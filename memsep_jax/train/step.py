@@ -130,7 +130,7 @@ def _value_and_grad(loss, params, batch, keys, accumulate):
     def of(params, batch, keys):
         return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
 
-    if accumulate == 1:
+    if accumulate == 1:  # a scan of one part would cost compile time only
         return of(params, batch, keys)
     parts = jax.tree.map(
         lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys)
