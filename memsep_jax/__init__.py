@@ -5,7 +5,7 @@ x [*event] and one time t []; jax.vmap makes the batch.
 
 Below all (jax only):
   checks        what must be right before anything is traced or compiled
-  keys          how a random key branches beside its splits and steps
+  keys          a branch of a random key that no split and no step can reach
   shapes        types of arrays for annotations, which tests check
 Mathematics (jax only):
   process       alpha, sigma and what follows from them; laws of t
@@ -58,7 +58,8 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 share networks (trained once for all points), results and overview
   defaults      the presets that a file in configs/ starts from
   main          the command line
-At the prompt, memsep_jax.sources and memsep_jax.readers are names of rooms of data.
+The modules memsep_jax.sources and memsep_jax.readers repeat names of rooms of data, for
+scripts that look for them here.
 """
 
 __version__ = "0.1.0"

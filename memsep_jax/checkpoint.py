@@ -4,8 +4,8 @@ A step is a directory that orbax writes under a temporary name and renames when 
 complete. Orbax notices neither flipped bits nor damaged steps, so a manifest with a
 SHA-256 per leaf is written in the same atomic step and checked on every restore.
 
-To go on elsewhere, `pack` writes a state as one .npz with the same manifest, and
-`unpack` reads it back by the same checks.
+For a run that continues elsewhere, `pack` writes a state as one .npz with the same
+manifest, and `unpack` reads it back with the same checks.
 """
 
 import contextlib
@@ -25,11 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-SCHEMA = 1
-TMP = ".orbax-checkpoint-tmp"
+SCHEMA = 1  # of the manifest: a version that cannot read one says so
+TMP = ".orbax-checkpoint-tmp"  # orbax's own mark of what is not committed yet
 MANIFEST = "manifest.json"  # in a packed file; leaves end in .npy there
-MAX_MANIFEST = 1 << 26  # bytes: some 400,000 leaves
-MAX_HEADER = 1 << 16  # bytes of a .npy before its data
+# Bytes, for some 400,000 leaves: a file that lies cannot ask for more memory.
+MAX_MANIFEST = 1 << 26
+MAX_HEADER = 1 << 16  # bytes of a .npy before its data; its length has 16 bits
 
 
 class CorruptError(RuntimeError):
@@ -71,6 +72,7 @@ def steps(directory) -> list[int]:
     if not directory.is_dir():
         return []
     # An empty directory is no step, though orbax would take it for the latest one.
+    # isdigit alone would accept a superscript 2, which int refuses.
     return sorted(
         int(p.name)
         for p in directory.iterdir()
@@ -81,18 +83,19 @@ def steps(directory) -> list[int]:
 def save(directory, step: int, tree, keep: int | None = None) -> None:
     """Writes one step, whole or not at all, then drops all but the newest `keep`.
 
-    What an earlier save left behind that failed or was killed is removed first.
+    Leftovers of an earlier save that failed or was killed are removed first.
 
     Raises: StorageError with path, bytes needed and bytes free; earlier steps stay.
     """
     directory = Path(directory)
     path = directory / str(step)
     arrays = leaves(tree)
+    # First, since a state that is not finite is refused there, with all steps in place.
     manifest, needed = _manifest(step, arrays), _nbytes(arrays)
     clean(directory)
     try:
         _make_room(directory, needed)
-        if path.exists():
+        if path.exists():  # orbax does not write over a step
             _remove(path)
         with _without_tracebacks(), _checkpointer() as checkpointer:
             checkpointer.save(
@@ -107,7 +110,7 @@ def save(directory, step: int, tree, keep: int | None = None) -> None:
         # their directories again: these go at the next save or start, as after a kill.
         clean(directory)
         raise _not_saved(path, needed, error) from error
-    if keep is not None:
+    if keep is not None:  # only now, when the new step is whole
         for old in steps(directory)[:-keep]:
             _remove(directory / str(old))
 
@@ -130,7 +133,8 @@ def restore_newest(directory, like, at_most: int | None = None):
     A damaged step is moved to corrupt-<step> and the one before it is tried.
 
     Raises: CorruptError naming all that was tried, when every step is damaged: a run
-      never starts afresh beside the ruins of another. ConflictError as `restore`.
+      never starts afresh where another one has lost its steps. ConflictError as
+      `restore`.
     """
     directory = Path(directory)
     if strange := _strange(directory):
@@ -151,6 +155,8 @@ def restore_newest(directory, like, at_most: int | None = None):
             logging.warning(
                 "checkpoint %s is damaged (%s): moved to %s", step, error, moved
             )
+    # Steps that an earlier start set aside count too: with these alone, `None` would
+    # let a run begin again from step 0 without a word.
     older = sorted(p.name for p in directory.glob("corrupt-*"))
     if tried or older:
         raise CorruptError(
@@ -175,12 +181,13 @@ def set_aside(directory, step: int, why: str) -> Path:
 def clean(directory) -> None:
     """Removes what interrupted saves left behind, and nothing else."""
     for path in Path(directory).glob(f"*{TMP}*"):
+        # Never through a link: what it leads to is not ours.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def pack(path, step: int, tree) -> None:
-    """Writes one state as one .npz, whole or not at all, to go on from elsewhere.
+    """Writes one state as one .npz, whole or not at all, to continue from elsewhere.
 
     Each leaf is an array by its path, as np.load reads it (bfloat16 as uint16).
 
@@ -199,6 +206,7 @@ def pack(path, step: int, tree) -> None:
                 archive.writestr(zipfile.ZipInfo(MANIFEST), manifest)
                 for name, array in arrays.items():
                     array = _for_numpy(array)
+                    # zip64, or a leaf of more than 2 GiB would fail when it is written.
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
             file.flush()
@@ -271,7 +279,8 @@ def _restore(path, like):
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             manifest = checkpointer.restore(path.absolute(), args=args).manifest
         digests = _check(path, manifest, like)
-        # Targets bound by the config's tree: a lying file cannot ask for more memory.
+        # Targets are the config's tree: a lying file cannot ask for more memory, and
+        # orbax, which would cast silently to another type, has none to cast to.
         targets = {n: np.empty(a.shape, a.dtype) for n, a in _by_path(like).items()}
         with _reading("arrays"):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
@@ -298,6 +307,7 @@ def _member(archive, name, at_most):
 
 
 def _manifest(step, arrays):
+    # jnp, which counts bfloat16 among the floating types; np does not.
     floating = [a for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)]
     if not all(np.isfinite(a).all() for a in floating):
         raise ArithmeticError(
@@ -315,6 +325,8 @@ def _check(path, manifest, like):
         schema, table = manifest["schema"], manifest["leaves"]
         sealed = manifest["sha256"] == _seal(table)
         saved = {n: (tuple(shape), dtype) for n, (shape, dtype, _) in table.items()}
+    # Before anything in it is believed: a flipped bit in the schema or in a shape must
+    # not pass for another version or another model, which end the run.
     if not sealed:
         raise _DamagedError("manifest digest mismatch")
     if schema != SCHEMA:
@@ -352,6 +364,7 @@ def _verified(like, digests, read):
 
 @contextlib.contextmanager
 def _reading(what):
+    """Any failure of a reader of damaged files is damage: they fail in many ways."""
     try:
         yield
     except Exception as error:
@@ -360,6 +373,7 @@ def _reading(what):
 
 def _make_room(directory, needed):
     directory.mkdir(parents=True, exist_ok=True)
+    # Asked before, so that a save that cannot succeed leaves nothing half-written.
     if shutil.disk_usage(directory).free < needed:
         raise OSError("the disk is full")
 
@@ -387,6 +401,7 @@ def _nbytes(arrays):
 
 def _sha256(array):
     array = np.ascontiguousarray(array)
+    # With type and shape: the same bytes as another array are another leaf.
     head = f"{array.dtype}{array.shape}".encode()
     return hashlib.sha256(head + array.tobytes()).hexdigest()
 
@@ -399,6 +414,7 @@ def _for_numpy(array):
 
 
 def _seal(table):
+    """SHA-256 of the table of leaves, so that the manifest itself is verified."""
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Checks at the door: what must be right before anything is traced or compiled."""
+"""Checks of arguments, made before anything is traced or compiled."""
 
 import jax
 
@@ -14,9 +14,9 @@ def is_known(*values) -> bool:
 def check_leaves(given, expected):
     """Raises ValueError with a line for each array that does not fit, ten at most.
 
-    Args: descriptions of the arrays by name, such as their shapes, as they are and as
-      they must be.
+    Args: given, expected: descriptions of the arrays, such as their shapes, by name.
     """
+    # All of them, not only the first: their pattern shows which size is wrong.
     wrong = [f"missing: {n} {expected[n]}" for n in expected.keys() - given.keys()]
     wrong += [f"unexpected: {n} {given[n]}" for n in given.keys() - expected.keys()]
     wrong += [

@@ -46,7 +46,8 @@ def mixtures() -> ConfigDict:
     config.data.update(name="mixture", k=8, d=32, scale=2.0)
     config.process.update(name="ornstein_uhlenbeck")
     config.times.update(name="log_uniform", t_min=1e-3, t_max=8.0)
-    config.prediction.update(name="edm", sigma_data=2.2)  # sqrt(2^2 + 1), the data's
+    # The deviation of the data: means of variance 2^2 and components of variance 1.
+    config.prediction.update(name="edm", sigma_data=2.2)
     config.model.update(name="mlp")
     config.optimizer.update(lr=1e-3, clip=1.0, schedule="cosine", warmup=200)
     config.sampler.update(grid="log", t_min=1e-3, t_max=8.0, steps=100)
@@ -55,6 +56,8 @@ def mixtures() -> ConfigDict:
 
 def digits() -> ConfigDict:
     """`train` for a small transformer on 8 x 8 digits: minutes on a CPU."""
+    # Sizes as calibrated on 2 cores with 100 digits: 90 % of samples are copies after
+    # 8,000 steps, 136 s. Patches of 2 pixels take four times as long.
     config = train()
     config.data.update(name="digits")
     config.model.update(name="dit", patch=4, width=128, depth=4, num_heads=4)
@@ -65,6 +68,8 @@ def digits() -> ConfigDict:
 
 def cifar() -> ConfigDict:
     """`train` for DiT-S/2 on 5,000 images of CIFAR-10 (Ye 2025, Table 1): for a GPU."""
+    # The paper states neither the variant of DiT nor its training; these are our
+    # choice. 12 layers of 6 heads are 72, of which the paper's 20 % are 14.
     config = train()
     config.data.update(name="cifar10", num_examples=5_000)
     config.model.update(
@@ -79,6 +84,8 @@ def cifar() -> ConfigDict:
 
 def unet() -> ConfigDict:
     """`train` for the base of Gu 2023: a DDPM++ U-Net on n images of CIFAR-10."""
+    # Numbers of its code: 35 million parameters, 40,000 epochs for every n, no
+    # augmentation, subsets with equally many images of each class.
     config = train()
     config.data.update(name="cifar10", num_examples=1_000, balanced=True)
     config.times.update(
@@ -137,6 +144,7 @@ def copying() -> ConfigDict:
 
 def prunings(criteria, ratios) -> tuple:
     """The points of a sweep with the control and every way of pruning."""
+    # {}: the control, which is fine-tuned as long as the others and not pruned.
     return {}, *(
         {"prune.criterion": criterion, "prune.ratio": ratio}
         for criterion in criteria

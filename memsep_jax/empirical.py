@@ -23,9 +23,13 @@ from memsep_jax.process import Process, check_time
 from memsep_jax.score import ScoreFn, from_denoiser
 from memsep_jax.shapes import Arr, Float, Int, Num, Point, Points, Scalar
 
-CHUNK = 8_192
-CONTENDERS = 16  # points of each chunk that are recomputed by differences
-NEVER = -1e37  # log-weight of a point that is left out; finite, as inf - inf is NaN
+CHUNK = 8_192  # points in a step: 100 MB as float32 if they are 32 x 32 x 3
+# Points of each chunk that are recomputed by differences. The rounding of a product
+# can only misplace points that are almost equally near, and those are few.
+CONTENDERS = 16
+# The log-weight of a point that is left out: finite, as inf - inf is NaN, and far
+# enough from the end of float32, 3.4e38, for sums of a few of them.
+NEVER = -1e37
 
 
 class Posterior(NamedTuple):
@@ -182,16 +186,20 @@ def jacobian(
 ) -> Float[Arr, "d d"]:
     """d score / d x = -I/v + (alpha/v)^2 Cov_w(x_i), v = sigma^2 (Ye 2025, section 5).
 
-    For small d, the size of x; log_weights and temperature as `posterior`.
+    For small d only, as the result is [d, d]; log_weights and temperature as in
+    `posterior`.
     """
     weights = posterior_weights(data, process, x, t, log_weights, temperature)
     points = _floats(data, x.dtype).reshape(len(data), -1)
+    # "highest": float32 products are TF32 on GPUs and bfloat16 on TPUs by default.
     mean = jnp.tensordot(weights, points, 1, precision="highest")
     centred = points - mean[None]
     covariance = jnp.matmul(
         (weights[:, None] * centred).T, centred, precision="highest"
     )
     v = process.sigma(t) ** 2
+    # The slope of the mean is Cov alpha / (v temperature), that of the score alpha / v
+    # times it.
     steep = (process.alpha(t) / v) ** 2 / temperature
     return -jnp.eye(x.size) / v + steep * covariance
 
@@ -206,7 +214,8 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
         size = min(chunk, len(points))
 
         def of_chunk(start):
-            # The last chunk overlaps the one before; the shared points count once.
+            # Chunks have one size, as jit needs it, so the last one overlaps the one
+            # before it; the points in both count once.
             begin = jnp.minimum(start, len(points) - size)
             rows = jax.lax.dynamic_slice_in_dim(points, begin, size)
             prior = jax.lax.dynamic_slice_in_dim(extra, begin, size)
@@ -236,6 +245,7 @@ def _streaming(data, process, chunk, log_weights, temperature, mesh):
         if mesh is None:
             return gather(points, extra, x, t)
         axis = mesh.axis_names[0]
+        # Devices get equal shares; the points that fill the last one have weight 0.
         short = -n % mesh.shape[axis]
         points = jnp.pad(points, [(0, short), (0, 0)])
         extra = jnp.pad(extra, (0, short), constant_values=NEVER)
@@ -280,6 +290,8 @@ def _chunk_sums(points, prior, x, alpha, v):
     # Logits up to a constant, |x|^2 / (2 v), that no weight depends on. A point of the
     # data is the centre, because rounding grows with the norms.
     squares = jnp.sum((points - points[:1]) ** 2, axis=1)
+    # Against the moved query the product may take the points as they are: another
+    # constant, and no centred copy of the chunk.
     moved = x - alpha * points[0]
     product = _product(points, moved)
     logits = alpha * (product - alpha * squares / 2) / v + prior
@@ -296,6 +308,8 @@ def _chunk_sums(points, prior, x, alpha, v):
     # No other point is likelier than the last contender, whatever rounding says.
     others = jnp.minimum(logits - logits[best], jnp.min(contenders))
     logits = others.at[nearest].set(contenders)
+    # The likeliest by differences, which need not be the first by the product, becomes
+    # the anchor: all logits are then at most 0, and exp cannot overflow.
     place = nearest[jnp.argmax(contenders)]
     logits = logits - logits[place]
     weights = jnp.exp(logits)
@@ -320,6 +334,8 @@ def _relative(point, anchor, x, alpha, v):
 
 def _merged(a: _Sums, b: _Sums, x, alpha, v) -> _Sums:
     """The _Sums of both sets of points."""
+    # By the anchors' difference, not that of two logits: each of these is about
+    # |x|^2 / v, and a difference of them would be rounding only.
     ahead = _relative(b.anchor, a.anchor, x, alpha, v) + (b.log_weight - a.log_weight)
     shift_a, shift_b = jnp.minimum(-ahead, 0), jnp.minimum(ahead, 0)
     keep_a, keep_b = jnp.exp(shift_a), jnp.exp(shift_b)
@@ -374,6 +390,7 @@ def _check_query(data, x, t):
             f"empirical: a query of shape {jnp.shape(x)} and data of {data.shape[1:]}: "
             "it takes one point at a time, and jax.vmap makes the batch"
         )
+    # One type on both sides, or promotion would decide the precision of the result.
     query, known = jnp.result_type(x), data.dtype
     if not jnp.issubdtype(query, jnp.floating) or known not in (np.uint8, query):
         raise ValueError(

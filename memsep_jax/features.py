@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, train
+from memsep_jax.data.arrays import from_uint8
 from memsep_jax.models import alexnet as alex
 from memsep_jax.models import inception as incept
 from memsep_jax.weights import WeightsError, read
@@ -20,10 +21,14 @@ from memsep_jax.weights import WeightsError, read
 # pytorch-fid's pt_inception-2015-12-05-6726825d.pth; torch-fidelity has the same file.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 ALEXNET_SHA256 = "6faf059eae0b7101c34eef0b4866518550ae74bc1d9743d4f75653d04f262716"
-ALEXNET_BYTES = 64 * 2**20  # the true file holds 10 million
+# The true file holds 10 million; more is not read, so that a wrong one cannot fill the
+# memory.
+ALEXNET_BYTES = 64 * 2**20
 RANDOM_WIDTHS = (64, 192, 256)  # channels of the layers; 512 together
 CLASSIFIER_FEATURES, CLASSIFIER_STEPS, CLASSIFIER_BATCH = 128, 1_000, 64
-FAR = 10.0  # beyond all values of images in [-1, 1], and below white of 0 .. 255
+# Floats beyond this are no images in [-1, 1], but perhaps pixels of 0 .. 255; samples
+# that overshoot [-1, 1] a little stay far below it.
+FAR = 10.0
 
 
 class Extractor(NamedTuple):
@@ -85,6 +90,8 @@ def inception(
         )
     tensors, about = read(path)
     params = _fitted(incept.params_of, tensors, path)
+    # The converter wrote the digest of all tensors: a flipped bit would pass every
+    # check of shapes and change the FID.
     if "digest" in about and about["digest"] != checkpoint.digest(tensors):
         raise WeightsError(
             f"{path}: damaged (other tensors than in its digest); convert it again"
@@ -93,6 +100,7 @@ def inception(
     network = incept.Inception(like)
 
     def one(params, x):
+        # Reference features come from image files, which hold 256 levels.
         levels = jnp.round((_colours(x) + 1) * 127.5)
         return network.apply({"params": params}, levels)[0]
 
@@ -220,7 +228,7 @@ def from_file(path, n: int) -> np.ndarray:
     Raises: WeightsError: missing, damaged, not finite, or of other images.
     """
     try:
-        # Mapped: a header that lies of its size is seen before memory is taken.
+        # Mapped, so that a header with a false size is noticed before memory is taken.
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, OverflowError) as error:
         raise WeightsError(
@@ -232,7 +240,8 @@ def from_file(path, n: int) -> np.ndarray:
             f"{path}: features of {n} images are numbers [{n}, d], not {mapped.dtype} "
             f"{list(mapped.shape)}"
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+    # What float32 cannot hold becomes infinite, and is refused with the rest.
+    with np.errstate(over="ignore"):
         result = np.array(mapped, np.float32)
     if not np.isfinite(result).all():
         rows = np.flatnonzero(~np.isfinite(result).all(axis=1))
@@ -278,6 +287,7 @@ def _extractor(name, one, params, shape, chunk):
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} images must be 1 or more")
+    # Parameters are arguments: as constants they would be compiled into each program.
     run, params = jax.jit(jax.vmap(one, (None, 0))), jax.device_put(params)
 
     def traced(size):
@@ -298,6 +308,7 @@ def _extractor(name, one, params, shape, chunk):
         pieces = [np.zeros((0, dim), np.float32)]
         for start in range(0, len(images), most):
             x = _floats(images[start : start + most], shape)
+            # The next power of two, but no more than the memory allows.
             size = min(most, 1 << (len(x) - 1).bit_length())
             whole = np.zeros((size, *shape), np.float32)
             whole[: len(x)] = x
@@ -311,7 +322,7 @@ def _extractor(name, one, params, shape, chunk):
 
 
 def _together(memory, each, most) -> int:
-    """How many of each() bytes fit into a memory: `most`, or fewer, a power of two."""
+    """How many pieces of each() bytes fit: `most`, or a power of two below it."""
     if memory == math.inf:  # then nothing need be compiled to count its bytes
         return most
     fit = int(memory // each())
@@ -321,7 +332,7 @@ def _together(memory, each, most) -> int:
 def _patches(jaxpr) -> int:
     """Bytes of the largest map unrolled into its patches, as a CPU convolves it.
 
-    XLA does not count them, as a convolution takes them while it runs.
+    XLA does not count them, since a convolution allocates them while it runs.
     """
     sizes = [0]
     for equation in jaxpr.eqns:
@@ -345,7 +356,7 @@ def _floats(images, shape, far=FAR):
             "resize them"
         )
     if images.dtype == np.uint8:
-        return images.astype(np.float32) / 127.5 - 1
+        return from_uint8(images)
     if images.dtype.kind != "f" or not np.all(np.abs(images) < far):
         raise ValueError(
             f"images of {images.dtype} must be uint8 of 0 .. 255, or finite floats in "
@@ -396,6 +407,7 @@ def _npz(path):
     """The bytes of an .npz file, and its arrays by name."""
     with open(path, "rb") as file:
         data = file.read(ALEXNET_BYTES)
+    # From the bytes that were read and hashed: the file may change meanwhile.
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > ALEXNET_BYTES:  # a small file may unpack to a large one

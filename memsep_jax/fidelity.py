@@ -13,7 +13,9 @@ from absl import logging
 
 from memsep_jax.shapes import Arr, Float
 
-SMALL = 10_000  # with fewer samples a Frechet distance has a visible bias
+# With fewer samples a Frechet distance has a visible bias; the authors of the FID, too,
+# ask for this many.
+SMALL = 10_000
 TILE = 1_024  # points on each side of a tile: 8 MB of distances
 
 
@@ -35,8 +37,8 @@ class Kid(NamedTuple):
 def frechet(a, b, warn: bool = True) -> float:
     """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
-    An FID only on Inception features; name it after its features, reference and
-    sample sizes.
+    It is an FID only on Inception features. Name it after its features, its reference
+    and both numbers of samples.
 
     Args: a [n, d], b [m, d] features.   warn: if they are few.
     Least: n = m = 2, d = 1.
@@ -61,6 +63,7 @@ def frechet(a, b, warn: bool = True) -> float:
     # needs no square root of a matrix that rounding may make complex, and it never
     # exceeds the other terms.
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    # Not below 0: for equal sets the terms cancel, up to rounding.
     return float(max(0.0, gap @ gap + np.sum(x**2) + np.sum(y**2) - 2 * cross))
 
 
@@ -141,8 +144,8 @@ def _balls(a, b, near, around):
 def kid(a, b, subsets: int = 100, size: int = 1_000, seed: int = 0) -> Kid:
     """The unbiased MMD^2 with the kernel (x.y / d + 1)^3: 0 on average for one law.
 
-    Computed on `subsets` draws, without replacement, of min(size, n, m) points of each
-    set. The draws overlap, so their spread is not a standard error.
+    It is computed on `subsets` draws, without replacement, of min(size, n, m) points of
+    each set. The draws overlap, so their spread is not a standard error.
 
     Args: a [n, d], b [m, d] features.
     Least: n = m = 2, d = 1.
@@ -198,7 +201,7 @@ def vendi(a) -> float:
             x = _unit(a[i])
             gram += x.T @ x
     values = np.linalg.eigvalsh(gram / n)
-    values = values[values > 0]
+    values = values[values > 0]  # 0 log 0 is 0, and rounding may pass below 0
     return float(np.exp(-np.sum(values * np.log(values))))
 
 
@@ -229,7 +232,7 @@ def _others(k):
 def _factor(a):
     """The mean [k], and [r, k] with factor' factor = the covariance; r at most k."""
     mean, scale = a.mean(axis=0, dtype=np.float64), np.sqrt(len(a) - 1)
-    if len(a) <= a.shape[1]:
+    if len(a) <= a.shape[1]:  # then the points themselves are the smaller factor
         return mean, (a - mean) / scale
     covariance = np.zeros((a.shape[1], a.shape[1]))
     for i in _slices(a):
@@ -281,6 +284,7 @@ def _nearer(best, x, y, squares, slack):
     """The k smallest of best [n, k] and of the squares [n, m] of x and y."""
     k = best.shape[1]
     limit = best.max(axis=1, keepdims=True)
+    # At first nothing is known: the k-th of the upper bounds is a limit that is safe.
     if np.isinf(limit).any():
         at_most = np.concatenate([best, squares + slack], axis=1)
         limit = np.partition(at_most, k - 1, axis=1)[:, k - 1 : k]
@@ -305,6 +309,7 @@ def squared_distances(x: Float[Arr, "n d"], y: Float[Arr, "m d"]) -> Float[Arr, 
     Copies have distance 0.
     """
     squares, slack = _squares(x, y)
+    # The error is at most `slack`, so all others are right to 1e-6 of themselves.
     i, j = np.nonzero(squares < 1e6 * slack)
     squares[i, j] = _direct(x, y, i, j)
     return squares
@@ -348,6 +353,7 @@ def _norms(x):
 def _direct(x, y, i, j):
     """|x_i - y_j|^2 by differences, for each pair of i [p] and j [p]."""
     squares = np.empty(len(i))
+    # As many pairs at a time as take the memory of a tile.
     step = max(1, TILE**2 // x.shape[1])
     for s in range(0, len(i), step):
         gaps = x[i[s : s + step]].astype(np.float64) - y[j[s : s + step]]

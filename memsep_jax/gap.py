@@ -21,7 +21,9 @@ from memsep_jax.process import Process, check_time, diffusion2, perturb, time_of
 from memsep_jax.score import ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 
-BATCH = 250  # draws at a time: memory does not grow with their number
+# Draws at a time, so that memory does not grow with their number. It divides the
+# default of 2,000, so that lax.map compiles no second program for a remainder.
+BATCH = 250
 # Standard errors from which a gap counts. At many times and configs, 2 or 3 would flag
 # differences that are accidents.
 DEVIATIONS = 4
@@ -60,6 +62,7 @@ def estimate(samples: Num[Arr, " m"]) -> Estimate:
     """The mean of independent draws and its standard error (NaN for one draw)."""
     if len(samples) < 1:
         raise ValueError("estimate: no samples: at least 1")
+    # ddof=1: with few draws the biased deviation would make errors too small.
     error = jnp.std(samples, ddof=1) / math.sqrt(len(samples))
     return Estimate(jnp.mean(samples), error)
 
@@ -161,6 +164,7 @@ def sides(
         return jnp.sum((s_hat - s) ** 2), rest
 
     divergence, rest = _each(at, x, eps)
+    # From the same draws, so that the error of `difference` is that of the last term.
     return Sides(estimate(divergence + rest), estimate(divergence), estimate(rest))
 
 
@@ -203,9 +207,9 @@ def kl(
 
 
 def curve(at, times, key: Keys):
-    """Any function of a time and a key along a grid, one time after another.
+    """Evaluates a function of a time and a key along a grid, one time after another.
 
-    It takes the memory of one time. Each time has its own noise, so the errors are
+    The memory is that of one time. Each time has its own noise, so the errors are
     independent.
 
     Args: at, a function (t [], key) -> tree of arrays; times [k] > 0.
@@ -214,6 +218,7 @@ def curve(at, times, key: Keys):
     _check_times(times)
     times = jnp.asarray(times)
     steps = jnp.arange(len(times))
+    # lax.map, not vmap: one compiled body, and the memory of one time.
     return jax.lax.map(
         lambda a: at(a[0], jax.random.fold_in(key, a[1])), (times, steps)
     )
@@ -240,6 +245,7 @@ def kl_integral(times, gaps: Estimate, process: Process) -> Estimate:
     Returns: an Estimate that leaves out the error of the trapezoid.
     """
     rate = jax.vmap(lambda t: diffusion2(process, t))(jnp.asarray(times))
+    # Independent errors: their squares add up.
     error = jnp.linalg.norm(_trapezoid(times) * rate * gaps.error)
     return Estimate(integral(times, rate * gaps.value), error)
 
@@ -287,7 +293,7 @@ def one_point(
     _check_times(t)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2
     spread = alpha2 * eigenvalues + v
-    # 1/v - 2/A + v/A^2 = (A - v)^2 / (v A^2), without the cancellation.
+    # 1/v - 2/A + v/A^2 = (A - v)^2 / (v A^2), without the cancellation as t -> 0.
     return jnp.sum(((alpha2 * eigenvalues) ** 2 / v + alpha2 * offsets**2) / spread**2)
 
 
@@ -345,6 +351,8 @@ def entropy_bound(
     true = mixture.diffuse(truth, process, t0)
     fit = estimate(_each(lambda x: mixture.log_prob(true, x), x))
     weights = jnp.zeros(len(data)) if log_weights is None else log_weights
+    # Twice the entropy of the noise. With twice that of the weights, it is at least
+    # twice the entropy of Phat_t0, which the KL divergence contains.
     noise = data[0].size * jnp.log(2 * jnp.pi * jnp.e * process.sigma(t0) ** 2)
     entropy = jnp.log(effective_size(weights))
     return Estimate(-noise - 2 * entropy - 2 * fit.value, 2 * fit.error)
@@ -374,6 +382,7 @@ def collapse_time(n: Scalar, k: Scalar, d: Scalar, process: Process) -> Scalar:
             f"collapse_time: n={n} points of k={k} components in d={d} dimensions must "
             "satisfy n > k >= 1 and d >= 1: one point of each component never collapses"
         )
+    # expm1, because (n / k)^(2/d) is close to 1 where d is large.
     return time_of(process, 1 / jnp.sqrt(jnp.expm1(2 / d * jnp.log(n / k))))
 
 
@@ -388,7 +397,7 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
     loss on new data; for Phat_t, the least loss on the training set: 0 while the noised
     training points keep apart.
 
-    Args: score_fn the score of the law that x [m, *e] are draws of; t [] > 0.
+    Args: score_fn, the score of the law from which x [m, *e] are drawn; t [] > 0.
     Returns: Estimate of [], per dimension.
     """
     return _floor(lambda x: score_fn(x, t), x, process, t)
@@ -397,7 +406,7 @@ def floor(score_fn: ScoreFn, process: Process, x, t) -> Estimate:
 def floor_of(scores, process: Process, t) -> Estimate:
     """`floor`, of scores that are known already.
 
-    Args: scores [m, *e], of the law at draws of it at time t; t [] > 0.
+    Args: scores [m, *e], those of the law at m draws from it at time t; t [] > 0.
     Returns: Estimate of [], per dimension.
     """
     return _floor(lambda score: score, scores, process, t)
@@ -482,6 +491,8 @@ def spectrum_draws(n: int, n2: int, times, key, m: int) -> SpectrumDraws:
         )
     index = jnp.repeat(jnp.arange(pairs), m // pairs)
 
+    # A permutation, not draws with replacement: each pair occurs equally often, which
+    # the standard error over pairs assumes.
     def at(key):
         train_key, held_out_key, eps_key = jax.random.split(key, 3)
         seen = jax.random.permutation(train_key, n)[index]
@@ -520,6 +531,7 @@ def spectrum_of(times, losses, pairs: int) -> Spectrum:
     Args: times [k]; losses [k, m, 2 or 3] of `spectrum_losses`; pairs, of the draws.
     """
     times, losses = jnp.asarray(times), jnp.asarray(losses)
+    # First over the noises of a pair: draws of one pair are not independent.
     mean = jnp.mean(losses.reshape(len(times), pairs, -1, losses.shape[-1]), axis=2)
 
     def at(t, losses):  # [pairs, 2 or 3]
@@ -547,6 +559,7 @@ def _trapezoid(times):
     """Weights [k] of the trapezoid in log t."""
     times = jnp.asarray(times)
     widths = jnp.abs(jnp.diff(jnp.log(times)))
+    # dt = t d log t; each time has half of the interval on either side.
     return times * (jnp.pad(widths, (1, 0)) + jnp.pad(widths, (0, 1))) / 2
 
 

@@ -64,12 +64,14 @@ def spectral_norm(
     push = jax.linearize(lambda x: score_fn(x, t), x)[1]
 
     def body(v, _):
-        # Unit vectors only: norms of 1e10 are common, and their fourth powers overflow
-        # float32.
+        # Unit vectors only: norms of 1e10 are common, and their fourth powers, as in
+        # |J'Jv|^2, overflow float32.
         u, value = _unit(push(v))
         pulled = push(u) if symmetric else jax.linear_transpose(push, u)(u)[0]
         return _unit(pulled)[0], (value, _length(pulled - value * v))
 
+    # A random start has a part in the top direction, almost surely; a fixed one may be
+    # orthogonal to it.
     start, _ = _unit(jax.random.normal(key, x.shape, x.dtype))
     _, (values, residuals) = jax.lax.scan(body, start, length=iters)
     value, residual = values[-1], residuals[-1]
@@ -114,6 +116,7 @@ def frobenius(
     signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
     squares = jax.vmap(square)(signs)
     value = jnp.sqrt(jnp.mean(squares))
+    # The error is that of the mean square, through the slope 1 / (2 value) of the root.
     error = jnp.std(squares, ddof=1) / jnp.sqrt(probes)
     return value, error / (2 * jnp.where(value > 0, value, 1))
 
@@ -191,6 +194,8 @@ def midpoints(data: Points, m: int) -> Num[Arr, " k *e"]:
         squares, first, second = kept
         i, x = row
         new = jnp.sum((flat - x[None]) ** 2, axis=1)
+        # Copies rank behind all other pairs (max), but before those that are no pairs
+        # or were seen from their other end (inf).
         new = jnp.where(new > 0, new, jnp.finfo(new.dtype).max)
         new = jnp.where(others > i, new, jnp.inf)
         nearest, at = jax.lax.top_k(-jnp.concatenate([squares, new]), m)
@@ -218,6 +223,7 @@ def segments(key: Keys, data: Points, m: int) -> Num[Arr, " {m} *e"]:
     _check_floats(data)
     first_key, step_key = jax.random.split(key)
     first = jax.random.randint(first_key, (m,), 0, n)
+    # 1 .. n - 1 places further on, so that no point is paired with itself.
     second = (first + jax.random.randint(step_key, (m,), 1, n)) % n
     return (data[first] + data[second]) / 2
 
@@ -258,6 +264,7 @@ def empirical_bounds(
         others = jnp.where(jnp.arange(n) == i, jnp.inf, squares)
         return jnp.min(others), jnp.max(squares)
 
+    # Row by row: all distances at once would take n^2 numbers.
     nearest, farthest = jax.lax.map(row, (jnp.arange(n), flat))
     smallest, largest = jnp.min(nearest), jnp.max(farthest)
     alpha2, v = process.alpha(t) ** 2, process.sigma(t) ** 2

@@ -24,7 +24,7 @@ flags.FLAGS["config"].parser = _FILE = command.ConfigFile()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where all is written; by default runs/<config and what was changed>, and of a "
+    "Directory of all output; by default runs/<config and what was changed>, and for a "
     "run's config.json, with nothing changed, that run's own directory.",
 )
 _DRY_RUN = flags.DEFINE_bool(
@@ -66,8 +66,8 @@ def main(argv) -> int:
             2,
         )
     code = _run(config, workdir)
-    # At exit, jax would wait for processes that are gone. After a signal (128 and its
-    # number), threads of XLA that still compile would crash.
+    # Leave at once: at exit, jax would wait for processes that are gone. After a signal
+    # (128 and its number), threads of XLA that still compile would crash.
     if _DISTRIBUTED.value or code > 128:
         from memsep_jax.experiments.runtime import signals
 
@@ -85,6 +85,7 @@ def _workdir() -> str:
 
 def _run(config, workdir) -> int:
     """The exit code; a bug of a single process shows itself whole."""
+    # Imported here, because jax takes seconds: errors of flags need not wait for it.
     from memsep_jax import experiments, parallel
     from memsep_jax.experiments.runtime.session import Terminal
     from memsep_jax.experiments.studies.dry_run import dry_run
@@ -104,8 +105,11 @@ def _run(config, workdir) -> int:
             )
         return 0
     except BaseException as error:
+        # Errors of ours carry their exit code, so that no list of them is kept here.
         code = getattr(error, "exit_code", None)
         known = code is not None and not isinstance(error, SystemExit)
+        # A bug is raised, so that Python shows where; of several processes each must
+        # reach `signals.leave`, or the others would wait for it.
         if not known and not _DISTRIBUTED.value:
             raise
         if _DEBUG.value or not known:
@@ -116,6 +120,8 @@ def _run(config, workdir) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags, with numbers as people write them and errors in one message."""
     argv = [command.readable(argument) for argument in command.joined(argv)]
+    # Fields that are set to None are kept from ml_collections, which refuses it as a
+    # number and takes it for the text "None"; they are emptied below.
     emptied = [a.partition("=")[0] for a in argv if command.is_emptied(a)]
     try:
         rest = flags.FLAGS([a for a in argv if not command.is_emptied(a)])
@@ -156,7 +162,7 @@ def _check_writable(workdir):
 
 
 def _fail(message, code):
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a closed stderr must not change the code
         sys.stderr.write(f"error: {message}\n")
     return code
 

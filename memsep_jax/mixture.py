@@ -19,7 +19,9 @@ from memsep_jax.process import Process
 from memsep_jax.score import ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Scalar
 
-LEFT_OUT = 16.0  # student_t keeps scales likelier than exp(-16) of the likeliest
+# student_t keeps scales likelier than exp(-16), about 1e-7, of the likeliest: float32
+# does not see the rest beside 1.
+LEFT_OUT = 16.0
 LEVELS = 12  # of the continued fraction of the normal tail: 3e-11 accurate from 5 on
 # The positive half of Gauss's rule with 8 nodes; the integrand is even.
 NODES, WEIGHTS = (a[4:].tolist() for a in np.polynomial.legendre.leggauss(8))
@@ -72,6 +74,8 @@ class Boxes(NamedTuple):
         """log of the density of each box, by error functions.   x [d] -> [k]."""
         _check_point(x, self.low)
         noisy = jnp.asarray(self.sigma) > 0
+        # Never 0 in the branch that is not taken: the derivative would be NaN there,
+        # and `where` multiplies it by 0, which is NaN again.
         sigma = jnp.where(noisy, self.sigma, 1.0)
 
         # One box at a time, and computed again in reverse mode: a derivative needs 80
@@ -87,7 +91,7 @@ class Boxes(NamedTuple):
         return jax.lax.map(log_component, (self.low, self.high))
 
     def moved(self, alpha, sigma) -> "Boxes":
-        """The law of alpha X + sigma eps."""
+        """The law of alpha X + sigma eps; boxes keep their shape, the noise adds up."""
         noise = jnp.sqrt((alpha * self.sigma) ** 2 + sigma**2)
         return self._replace(low=alpha * self.low, high=alpha * self.high, sigma=noise)
 
@@ -165,6 +169,7 @@ def student_t(
     if nodes is None:  # given x, the law of y is as narrow as sqrt(2 / (dof + d))
         step = 1 / math.sqrt(2 + (dof + d) / 2)
         nodes = 1 + math.ceil((r + math.log1p(r)) / step)
+    # In float64 by NumPy: the weights are made once, and float32 takes the result.
     y = np.linspace(-math.log1p(r), r, nodes)
     log_weights = -dof / 2 * (np.exp(-y) + y - 1)
     log_weights -= np.log(np.sum(np.exp(log_weights)) * k)
@@ -206,6 +211,7 @@ def log_prob(law: Law, x: Float[Arr, " d"]) -> Scalar:
 
 def score(law: Law, process: Process) -> ScoreFn:
     """grad log p_t, the score of the truth, as score_fn(x [d], t []) -> [d]."""
+    # By autodiff, so that a law need state only the log-densities of its components.
     return lambda x, t: jax.grad(log_prob, argnums=1)(diffuse(law, process, t), x)
 
 
@@ -221,6 +227,7 @@ def _log_normal(x, mean, variance, factor):
     gap = x - mean
     more = jnp.zeros(())
     if factor is not None:
+        # The default product of a GPU (TF32) or TPU (bfloat16) keeps 3 digits.
         with jax.default_matmul_precision("highest"):
             scaled = factor / variance[:, None]
             inner = jnp.eye(factor.shape[1]) + factor.T @ scaled
@@ -228,6 +235,8 @@ def _log_normal(x, mean, variance, factor):
             z = cho_solve(chol, scaled.T @ gap)  # E[z | x], where X = mean + F z + ...
             gap = gap - factor @ z
         # |gap|^2 minus the part in the plane would cancel; the rest and |z|^2 only add.
+        # The determinant is that of the variances times that of `inner` (matrix
+        # determinant lemma), read off the diagonal of the Cholesky factor.
         more = jnp.sum(z**2) + 2 * jnp.sum(jnp.log(jnp.diagonal(chol[0])))
     exponents = gap**2 / variance + jnp.log(2 * jnp.pi * variance)
     return -(jnp.sum(exponents) + more) / 2
@@ -244,8 +253,8 @@ def _log_blurred(x, low, high, sigma):
 
 def _log_mean_normal(a, b):
     """log (Q(a) - Q(b)) / (b - a), Q the normal tail; |a| <= b, elementwise."""
-    # Over a short interval both tails are equal to rounding, so Gauss's rule takes the
-    # mean there, to 1e-13 of itself.
+    # Over a short interval both tails are equal up to rounding, so Gauss's rule takes
+    # the mean there, with a relative error of 1e-13.
     half, centre = (b - a) / 2, (a + b) / 2
     short = (half <= 0.5) & (half * centre <= 2)
     # `where` before and after: the other branch must have finite derivatives too.
@@ -267,8 +276,11 @@ def _log_mean_normal(a, b):
 def _log_tail(z):
     """log P(N(0, 1) > z), elementwise, with accurate derivatives at every z.
 
-    Those of jax.scipy.special.log_ndtr are exp(difference of squares): noise far out.
+    The derivatives of jax.scipy.special.log_ndtr are exp(a difference of two squares),
+    which far out is rounding noise.
     """
+    # erfc underflows in float32 near z = 13; the continued fraction takes over at 5.
+    # `where` before and after keeps each branch finite where it is not used.
     body = jnp.log(erfc(jnp.where(z < 5, z, 0.0) / math.sqrt(2)) / 2)
     out = jnp.where(z < 5, 5.0, z)
     fraction = out  # z + 1/(z + 2/(z + 3/(z + ...)))

@@ -13,9 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memsep_jax.shapes import Arr, Int
 
-CONTENDERS = 16  # points beyond k that are recomputed by differences
+# Points beyond k that are recomputed by differences. Their number decides only how many
+# samples are left in doubt, never what the answer is.
+CONTENDERS = 16
 PART = 2**28  # bytes of points on disk that are read at a time
-DOUBTED = 8  # samples compared with every point by differences, at a time
+# Samples compared with every point by differences, at a time: few are in doubt, and
+# they are padded to this number, so that one compiled program serves them all.
+DOUBTED = 8
 # The least numbers in a piece of a sum: an image of 32 x 32 x 3 is one piece, which
 # costs nothing. And the most pieces of a longer image: each is a step of a loop.
 PIECE, PIECES = 4_096, 64
@@ -32,6 +36,8 @@ class Neighbours(NamedTuple):
 def distinct(data) -> Int[Arr, " k"]:
     """Sorted indices of the rows of data [n, *e] that are the first of their kind."""
     first: dict[bytes, int] = {}
+    # Digests, not the rows: 16 bytes for each, whatever the rows are, and 128 bits
+    # leave no chance of a collision.
     for i, row in enumerate(data):
         row = row + np.zeros((), row.dtype)  # -0.0 is 0.0
         first.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), i)
@@ -93,7 +99,9 @@ def searcher(
     chunk, block, together = _sizes(memory, d, k, (chunk, block, TOGETHER))
     part = max(k, PART // (dtype.itemsize * d)) if on_disk else n
 
-    @functools.lru_cache(maxsize=1)  # data that fit in one part are read once
+    # Data that fit in one part are read, and put on the devices, once; of larger data
+    # only the part in use is held.
+    @functools.lru_cache(maxsize=1)
     def part_of(start):
         rows = first[start : start + part]
         points = data if len(rows) == len(data) else data[rows]
@@ -134,8 +142,9 @@ def searcher(
 def _sizes(memory, d, k, most):
     """chunk, block and together, with a third of the memory each, from 1 to `most`.
 
-    A sample is held as it came, as floats and centred; a point of a block as it is and
-    as floats; and all contenders of a sample as they are and as floats.
+    A sample is held as it came, as floats and centred: 12 bytes a number. A point of a
+    block is held as it is and as floats (8), and so are all contenders of a sample (5
+    if they are pixels).
     """
     bytes_of_each = 12 * d, 8 * d, 5 * d * (k + CONTENDERS)
     return (
@@ -158,13 +167,16 @@ def _searcher(points, k, block, devices, together):
     def answer(x, size, every):
         """Squares and numbers [m, k] of padded samples, and which are in doubt."""
         m, x = len(x), np.pad(x, [(0, size - len(x)), (0, 0)])
-        with jax.debug_infs(False):  # without other points the bound is infinite
+        # Where there are no other points, their bound is infinite, and meant to be.
+        with jax.debug_infs(False):
             parts = _search(shares, centre, x, n, k, block, mesh, every, together)
         # Wait first: np.asarray of a result that found no memory ends the process.
         squares, numbers, others = (
             np.asarray(part)[:m] for part in jax.block_until_ready(parts)
         )
         squares, numbers = _nearest(squares, numbers, k)
+        # The k-th neighbour is sure if its own rounding, added, leaves it nearer than
+        # the least that rounding allows of any point that was not recomputed.
         largest = squares[:, -1] / _shrink(x.shape[1])
         return squares, numbers, ~(largest < others.min(axis=1))  # NaN is in doubt
 
@@ -202,6 +214,8 @@ def _cut(rows, size):
 
 def _shares(points, mesh):
     """points [n, d] -> [devices * share, d], split; the last shares may overlap."""
+    # A sharded array needs equal shares. The last ones overlap instead of being padded:
+    # a made-up point could win a search.
     share = -(-len(points) // mesh.size)
 
     def of(index):
@@ -301,7 +315,8 @@ def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER
             fresh = place >= jnp.maximum(start, number - begin)
             squares = jnp.where(fresh[None], squares, jnp.inf)
             squares = jnp.concatenate([best[0], squares], axis=1)
-            top, i = jax.lax.top_k(-squares, count)  # of equal ones, the first
+            # Of equal ones top_k takes the first, so ties go to the lowest index.
+            top, i = jax.lax.top_k(-squares, count)
             old = jnp.take_along_axis(best[1], jnp.minimum(i, count - 1), axis=1)
             return (-top, jnp.where(i < count, old, offset + i - count)), None
 
@@ -316,6 +331,7 @@ def _search(shares, centre, samples, n, k, block, mesh, every, together=TOGETHER
                 (samples, places),
                 batch_size=together,  # [16, count, d] at once, not [m, count, d]
             )
+            # Places that nothing has filled hold index 0, which is no answer.
             exact = jnp.where(squares < jnp.inf, exact, jnp.inf)
             squares, places = jax.lax.sort((exact, places), num_keys=2)
         answer = squares[:, :k], begin + places[:, :k], others

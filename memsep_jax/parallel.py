@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MISSING = 6  # exit code of a process that waits for others that are not there
-SPLIT = 2**14  # numbers: a smaller array is replicated
+# Numbers in an array that is worth splitting; a smaller one, such as a bias, is
+# replicated, since splitting it would save 64 kB and cost a message in each step.
+SPLIT = 2**14
 
 
 def join(where: str, timeout: int = 300) -> None:
@@ -23,7 +25,8 @@ def join(where: str, timeout: int = 300) -> None:
     Args: where, "auto" (SLURM, TPU, Kubernetes and Open MPI say it) or
       "HOST:PORT,PROCESSES,INDEX", with the host of process 0; timeout, in seconds,
       after which the process ends with exit code 6.
-    Raises: ValueError where no others could be there, or have other devices.
+    Raises: ValueError: no other process can be joined, or their numbers of devices
+      differ.
     """
     # A run handles SIGTERM itself; the service would take the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -56,6 +59,7 @@ def join(where: str, timeout: int = 300) -> None:
     waiting.daemon = True
     waiting.start()
     try:
+        # Later than `give_up`, which ends the process with a message and code 6.
         jax.distributed.initialize(initialization_timeout=2 * timeout + 60, **place)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -64,6 +68,7 @@ def join(where: str, timeout: int = 300) -> None:
         ) from error
     finally:
         waiting.cancel()
+    # Every process sees all counts, so all of them come to the same decision.
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         jax.distributed.shutdown()  # together: the others raise the same error
@@ -108,6 +113,7 @@ def sharded(tree, mesh: Mesh, least: int = SPLIT):
 
     def of(leaf):
         shape = jnp.shape(leaf)
+        # Only axes that divide evenly: jax refuses to place any other.
         axes = [i for i, size in enumerate(shape) if size and size % mesh.size == 0]
         if math.prod(shape) < least or not axes:
             return replicated(mesh)
@@ -118,7 +124,7 @@ def sharded(tree, mesh: Mesh, least: int = SPLIT):
 
 
 def place(tree, shardings):
-    """A tree, of which every process has a copy, on its devices.
+    """Places a tree, of which every process has a copy, on the devices.
 
     Args: shardings, one for all leaves, or a tree of them.
     """
@@ -127,7 +133,9 @@ def place(tree, shardings):
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(leaf, sharding):  # others' devices are filled from their own copies
+    # device_put cannot reach the devices of other processes; each of them fills its
+    # own from its copy.
+    def put(leaf, sharding):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
 
     return jax.tree.map(put, jax.device_get(tree), shardings)
@@ -147,11 +155,13 @@ def local(tree):
 
 
 def gather(values) -> jax.Array:
-    """values [k], uint32, of each process -> [processes, k], on all of them.
+    """Gathers values [k], uint32, of each process as [processes, k] on all of them.
 
     All processes must call it. It does not wait; np.asarray of its result does.
     """
     mesh, each = make_mesh(), jax.local_device_count()
+    # One row for each device, because the first axis is split over devices and not
+    # over processes; `_on_all` takes every `each`-th again.
     rows = np.repeat(np.asarray(values, np.uint32)[None], each, axis=0)
     split = jax.make_array_from_process_local_data(by_batch(mesh), rows)
     return _on_all(split, each, mesh)

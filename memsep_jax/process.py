@@ -23,6 +23,7 @@ class Process(NamedTuple):
 
 def ornstein_uhlenbeck() -> Process:
     """The papers' process dX = -X/2 dt + dB (Ye 2025, section 3)."""
+    # expm1, because 1 - exp(-t) loses its digits as t -> 0, where networks memorize.
     return Process(lambda t: jnp.exp(-t / 2), lambda t: jnp.sqrt(-jnp.expm1(-t)))
 
 
@@ -34,7 +35,8 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Proces
             "0 <= beta_min < beta_max"
         )
 
-    def integral(t):  # of beta from 0 to t
+    def integral(t):
+        """The integral of beta from 0 to t."""
         return beta_min * t + (beta_max - beta_min) * t**2 / 2
 
     return Process(
@@ -49,7 +51,10 @@ def variance_exploding() -> Process:
 
 
 def rectified_flow() -> Process:
-    """X_t = (1 - t) X_0 + t eps, t in [0, 1) (Liu 2023)."""
+    """X_t = (1 - t) X_0 + t eps, t in [0, 1) (Liu 2023).
+
+    At t = 1 nothing of X_0 is left, and Tweedie's formula would divide by alpha = 0.
+    """
     return Process(lambda t: 1 - t, lambda t: t)
 
 
@@ -62,12 +67,13 @@ PROCESSES = {
 
 
 def check_time(t):
-    """Refuses a time at which no process has a score; a traced one passes unseen.
+    """Refuses a time at which no process has a score; a traced one passes unchecked.
 
     Raises: ValueError.
     """
     # float: under jit, even the comparison of a known array would be traced.
     if is_known(t) and not 0 < float(t) < float("inf"):
+        # At t = 0 sigma is 0, and every score divides by it.
         raise ValueError(
             f"t={t} must be positive and finite: at t = 0 the law has no density"
         )
@@ -85,6 +91,7 @@ def drift(process: Process, t: Scalar) -> Scalar:
 
 def diffusion2(process: Process, t: Scalar) -> Scalar:
     """g(t)^2 of dX = f X dt + g dB: d sigma^2/dt - 2 f sigma^2."""
+    # d sigma^2/dt = 2 sigma sigma'; the drift alone would change it by 2 f sigma^2.
     sigma, rate = jax.value_and_grad(process.sigma)(t)
     return 2 * sigma * rate - 2 * drift(process, t) * sigma**2
 
@@ -106,6 +113,8 @@ def time_of(process: Process, noise: Scalar) -> Scalar:
         # Signed, not a ratio: alpha < 0 past the end of a rectified flow.
         return process.sigma(t) - noise * process.alpha(t)
 
+    # In log t, because times span many orders of magnitude; by bisection, because it
+    # needs neither a start nor a bound on the slope of s(t).
     def bisect(late, start):
         def halve(_, ends):
             middle = (ends[0] + ends[1]) / 2
@@ -121,6 +130,8 @@ def time_of(process: Process, noise: Scalar) -> Scalar:
         # A noise that is never reached has a time that does not move.
         return jnp.where(slope == 0, 0.0, y / jnp.where(slope == 0, 1.0, slope))
 
+    # custom_root differentiates the equation: comparisons have the derivative 0, and
+    # so would what bisection returns.
     return jnp.exp(jax.lax.custom_root(late, jnp.zeros_like(noise), bisect, divide))
 
 

@@ -41,7 +41,9 @@ CRITERIA = (
     "random_per_layer",  # the same number in every layer as by small_t
     "highest_first",  # those that small_t would keep longest: the negative control
 )
-CHUNK = 256  # examples whose gate gradients are taken together
+# Examples whose gate gradients are taken together: each keeps its own activations for
+# the backward pass, so memory grows with this number.
+CHUNK = 256
 
 
 def gates(params: Params, group: str = "heads"):
@@ -131,7 +133,8 @@ def count(units: int, ratio: float) -> int:
         raise ValueError(
             f"ratio={ratio} must be in [0, 1): the share of heads to remove"
         )
-    return int(np.floor(ratio * units + 1e-9))  # 0.29 x 100 is 29
+    # 1e-9: 0.29 * 100 is 28.999999999999996 in binary, and 29 is meant.
+    return int(np.floor(ratio * units + 1e-9))
 
 
 def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
@@ -153,10 +156,13 @@ def keep_top(importance, ratio: float, min_per_layer: int = 1) -> np.ndarray:
         )
     drop = count(importance.size, ratio)
     keep = np.ones(importance.shape, bool)
+    # Stable, so that ties break by index on every machine.
     for head in np.argsort(importance, axis=None, kind="stable"):
         layer = head // importance.shape[1]
         if drop == 0:
             break
+        # A layer that is down to its least is passed over, and the next head of the
+        # ranking goes in its place: the number to remove stays floor(ratio H).
         if keep[layer].sum() > min_per_layer:
             keep.flat[head] = False
             drop -= 1
@@ -169,9 +175,11 @@ def keep_random(key, shape: tuple[int, int], ratio: float, like=None) -> np.ndar
     Args: like, bool of this shape, whose number in every layer is kept.
     Returns: bool [depth, heads] with at least one head in every layer.
     """
+    # A random order is an importance without ties: no head is drawn twice.
     order = jax.random.permutation(key, np.prod(shape)).reshape(shape)
     if like is None:
         return keep_top(order, ratio)
+    # Ranks within each layer, of which as many are kept as in `like`.
     place = np.argsort(np.argsort(order, axis=1), axis=1)
     return place < np.asarray(like).sum(axis=1, keepdims=True)
 
@@ -196,6 +204,8 @@ def group_mask(params: Params, keep, group: str = "heads") -> Params:
         if axis is None:
             return jnp.asarray(keep[0, layer], p.dtype)
         kept = jnp.asarray(keep[layer], p.dtype)
+        # Only the axis of the units has its length: a mask takes kilobytes, where one
+        # of the size of the parameters would be a second network in each checkpoint.
         return jnp.expand_dims(kept, [i for i in range(p.ndim) if i != axis])
 
     return jax.tree_util.tree_map_with_path(leaf, params)
@@ -220,6 +230,8 @@ def compact(params: Params, keep, group: str = "heads") -> Params:
     keep = _fitting(params, keep, group)
     if group == "blocks":
         kept = {name: _block(name) is None or keep[0, _block(name)] for name in params}
+        # An empty dict, not a missing name: DiT tells by it a block that was removed
+        # from one that has no parameters yet.
         return {name: p if kept[name] else {} for name, p in params.items()}
 
     def leaf(path, p):
@@ -248,6 +260,7 @@ def check_mask(params: Params, mask: Params) -> None:
         raise ValueError(f"{lacks} {name}: make it by head_mask of these parameters")
     for name, shape in shapes.items():
         small = masks[name]
+        # Broadcasting aligns shapes at their ends, and a mask may have fewer axes.
         sides = zip(small[::-1], shape[::-1], strict=False)
         if len(small) > len(shape) or any(m not in (1, p) for m, p in sides):
             raise ValueError(
@@ -265,6 +278,8 @@ def _fitting(params, keep, group):
     """keep as an array, or a ValueError naming the leaf that it does not fit."""
     keep = np.asarray(keep)
     shape = gates(params, group).shape
+    # Leaf by leaf first: the name of a leaf says more than two shapes do, and units of
+    # a compact network differ from layer to layer.
     for path, p in jax.tree_util.tree_leaves_with_path(params):
         place = _place(path, group)
         if place is None or place[1] is None:

@@ -94,12 +94,20 @@ def _ode(score_fn, process, times, method="heun", denoise=True):
     step = _step(score_fn, process, method)
 
     def stage(x, key, i):
+        # A scan must return the type that it got, and times may be wider than x.
         return step(x, times[i], times[i + 1]).astype(x.dtype)
+
+    end = _end(score_fn, process, times, denoise)
+    return _Stages(lambda x: x, stage, end, len(times) - 1)
+
+
+def _end(score_fn, process, times, denoise):
+    """The end of a trajectory, (x [*e], key) -> [*e]: Tweedie's step, or x itself."""
 
     def end(x, key):
         return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
 
-    return _Stages(lambda x: x, stage, end, len(times) - 1)
+    return end
 
 
 def path(score_fn: ScoreFn, process: Process, times: Float[Arr, " k"], method="heun"):
@@ -124,9 +132,7 @@ def _step(score_fn, process, method):
     """One step of the probability flow: (x [*e], t [], t_next []) -> [*e]."""
     if method not in ODE_METHODS:
         raise ValueError(f"method={method!r} is not one of {sorted(ODE_METHODS)}")
-
-    def slope(x, t):
-        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    slope = _slope(score_fn, process)
 
     def euler(x, t, t_next):
         return x + (t_next - t) * slope(x, t)
@@ -138,11 +144,18 @@ def _step(score_fn, process, method):
 
     def ddim(x, t, t_next):
         s, s_next = noise_to_signal(process, t), noise_to_signal(process, t_next)
-        # d(x/alpha)/ds = eps = -sigma score
+        # d(x/alpha)/ds = eps = -sigma score: one Euler step in s.
         moved = x / process.alpha(t) - (s_next - s) * process.sigma(t) * score_fn(x, t)
         return process.alpha(t_next) * moved
 
     return {"euler": euler, "heun": heun, "ddim": ddim}[method]
+
+
+def _slope(score_fn, process):
+    """dx/dt of the probability flow: (x [*e], t []) -> [*e] (Song 2021)."""
+    return lambda x, t: (
+        drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    )
 
 
 ODE_METHODS = ("euler", "heun", "ddim")
@@ -162,13 +175,13 @@ def _sde(score_fn, process, times, denoise=True):
         t, t_next = times[i], times[i + 1]
         g2 = diffusion2(process, t)
         slope = drift(process, t) * x - g2 * score_fn(x, t)
+        # A key of its own for each step, so that a trajectory cut anywhere goes on
+        # with the same noise.
         z = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
         return x_next.astype(x.dtype)
 
-    def end(x, key):
-        return to_denoiser(score_fn, process)(x, times[-1]) if denoise else x
-
+    end = _end(score_fn, process, times, denoise)
     return _Stages(lambda x: x, stage, end, len(times) - 1)
 
 
@@ -223,6 +236,7 @@ def _edm(
     within = (churn_min <= levels) & (levels <= churn_max)
     gamma = jnp.where(within, min(churn / len(times), 2**0.5 - 1), 0)
     raised = levels * (1 + gamma)
+    # The variance that is missing: raised^2 - levels^2 = levels^2 gamma (2 + gamma).
     added = churn_noise * levels * jnp.sqrt(gamma * (2 + gamma))
     # Without added noise t stays as it is, since `time_of` is exact to rounding only.
     later = jax.vmap(lambda s: time_of(process, s))(raised)
@@ -247,6 +261,8 @@ def _edm(
         return (x + step * (first + second) / 2).astype(z.dtype)
 
     def end(z, key):
+        # The step to 0 is churned like all others; Heun's corrector would need the
+        # score at 0, so it is an Euler step, which is Tweedie's formula.
         z, t = stir(z, len(times) - 1, key), starts[-1]
         return to_denoiser(score_fn, process)(process.alpha(t) * z, t)
 
@@ -270,12 +286,11 @@ def log_likelihood(
     """
     if probes < 0:
         raise ValueError(f"probes={probes} must be 0 (exact trace) or more")
-
-    def slope(x, t):
-        return drift(process, t) * x - diffusion2(process, t) * score_fn(x, t) / 2
+    slope = _slope(score_fn, process)
 
     def log_prob(x, key=None):
         if not probes:
+            # Along unit vectors, v'Jv are the diagonal of J: their sum is its trace.
             signs = jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
         elif key is None:
             raise ValueError("log_likelihood with probes draws them: give a key")
@@ -283,6 +298,7 @@ def log_likelihood(
             signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
 
         def both(x, t):
+            # Linearised once: the probes share all that does not depend on them.
             value, push = jax.linearize(lambda x: slope(x, t), x)
             terms = jax.vmap(lambda v: jnp.sum(v * push(v)))(signs)
             return value, jnp.mean(terms) if probes else jnp.sum(terms)
@@ -316,7 +332,8 @@ def sampler(
     on (seed, i) only, whatever its batch is.
     """
     flow = _whole(_cut(score_fn, process, times, shape, method, **options))
-    return lambda key: flow(key, key)  # it begins with the key
+    # The start is drawn from the key by `begin`, so the flow takes it in place of x.
+    return lambda key: flow(key, key)
 
 
 def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **options):
@@ -329,6 +346,8 @@ def stages(score_fn: ScoreFn, process: Process, times, shape, method="heun", **o
     """
     cut = _cut(score_fn, process, times, shape, method, **options)
 
+    # One function for all steps, the last one too, because i may be traced: a caller
+    # then takes any number of them in one compiled loop.
     def step(x, key, i):
         return jax.lax.cond(
             i < cut.steps,
@@ -346,6 +365,8 @@ def _cut(score_fn, process, times, shape, method, **options):
     options |= {"method": method} if make is _ode else {}
     made = make(score_fn, process, times, **options)
 
+    # The first key is for the start in every method, so that the samples of two
+    # methods, or of two networks, begin with the same noise.
     def begin(key):
         return made.begin(prior(jax.random.split(key)[0], process, times[0], shape))
 
@@ -368,9 +389,10 @@ def search_noise(flow, x: Point, radius: float, steps: int = 100, lr: float = 0.
     noise that leads to it. Only noise that sampling could draw, with the typical length
     sqrt(d) sigma(T), shows that the model emits x; so z stays on that sphere.
 
-    Gradient descent on |flow(z) - x|^2 through the ODE, in steps of length lr radius
-    that fall to 0 as a cosine. A gradient holds every step of the flow in memory; if
-    that is too much, give `ode` jax.checkpoint(score_fn).
+    Gradient descent on |flow(z) - x|^2 through the ODE, in steps whose length is lr x
+    radius, whatever that of the gradient is, and falls to 0 as a cosine. A gradient
+    holds every step of the flow in memory; if that is too much, give `ode`
+    jax.checkpoint(score_fn).
 
     Args:
       flow: z [*e] -> [*e], as from `ode`.   radius: the length of z, a number.
@@ -402,7 +424,7 @@ def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0
         )
 
     def unit(z):
-        z = z / jnp.max(jnp.abs(z))  # else squares could leave float32
+        z = z / jnp.max(jnp.abs(z))  # else squares could overflow float32
         return z / jnp.sqrt(jnp.sum(z**2))
 
     def loss(z):
@@ -423,7 +445,8 @@ def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0
         # Along the sphere: if x is out of reach, the rest points away from it.
         along = unit(slope - jnp.sum(slope * here) * here)
         moved = radius * unit(here - length * along)
-        # Without a direction (0, NaN, infinite): a shorter step from the best again.
+        # Where the gradient has no direction (0, NaN or infinite), a shorter step
+        # starts from the best point again.
         z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
         return z.astype(x.dtype), best, least
 

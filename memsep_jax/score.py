@@ -51,6 +51,8 @@ def denoiser(process: Process) -> Prediction:
 def velocity(process: Process) -> Prediction:
     """F = E[alpha' X_0 + sigma' eps | x], the slope of the flow (Liu 2023)."""
 
+    # X_t = alpha X_0 + sigma eps and F = alpha' X_0 + sigma' eps are two equations in
+    # X_0 and eps; by Cramer's rule X_0 = (sigma' X_t - sigma F) / determinant.
     def determinant(t):
         rate_a, rate_s = jax.grad(process.alpha)(t), jax.grad(process.sigma)(t)
         return process.alpha(t) * rate_s - rate_a * process.sigma(t)
@@ -81,8 +83,11 @@ def edm(process: Process, sigma_data: float = 0.5) -> Prediction:
         raise ValueError(f"sigma_data={sigma_data} must be positive")
 
     def variance(t):
+        """Of x / alpha: that of the data and that of the noise."""
         return noise_to_signal(process, t) ** 2 + sigma_data**2
 
+    # EDM weighs the error of D by 1 / out^2 (Karras 2022, section 5), which is the
+    # weight 1 of the error of F that `_prediction` gives.
     return _prediction(
         process,
         skip=lambda t: sigma_data**2 / variance(t) / process.alpha(t),
@@ -102,10 +107,12 @@ def vp(process: Process) -> Prediction:
     """
 
     def level(t):
-        # s^2 = exp(19.9 t^2 / 2 + 0.1 t) - 1, solved for t without cancellation.
+        # s^2 = exp(19.9 t^2 / 2 + 0.1 t) - 1, solved for t without cancellation:
+        # -b + sqrt(b^2 + c) loses all digits for small c, and c / (b + sqrt) none.
         integral = jnp.log1p(noise_to_signal(process, t) ** 2)
         return 2 * integral / (0.1 + jnp.sqrt(0.01 + 39.8 * integral))
 
+    # c_in = 1 / sqrt(s^2 + 1), of x / alpha. The weight stays 1: out^2 is s^2.
     return noise(process)._replace(
         scale=lambda t: 1 / jnp.hypot(process.alpha(t), process.sigma(t)), level=level
     )
@@ -114,13 +121,15 @@ def vp(process: Process) -> Prediction:
 def ddpm(process: Process) -> Prediction:
     """DDPM's network: E[eps | x], at the number of its step divided by 1,000.
 
-    The noise grows as 1 - alpha_bar, with betas from 1e-4 to .02; between steps the
-    number is linear in the log of sigma / alpha. For DiTs of the PyTorch release.
+    The variance of the noise is 1 - alpha_bar, with betas from 1e-4 to .02. Between two
+    steps the number is interpolated linearly in log(sigma / alpha). This is the
+    prediction of the DiTs of the PyTorch release.
 
     Source: Ho 2020, section 4; Peebles & Xie 2023.
     """
+    # In float64, because 1 / kept - 1 cancels at the first steps.
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1_000))
-    known = np.log(1 / kept - 1) / 2
+    known = np.log(1 / kept - 1) / 2  # log(sigma / alpha), as alpha^2 is `kept`
 
     def level(t):
         at = jnp.log(noise_to_signal(process, t))
@@ -160,7 +169,7 @@ PREDICTIONS = {
 def target(
     prediction: Prediction, process: Process, x0: Point, t: Scalar, eps: Point
 ) -> Point:
-    """What F should answer at X_t: (x0 - skip X_t) / out."""
+    """The answer that F should give at X_t: (x0 - skip X_t) / out."""
     skip, out = prediction.skip(t), prediction.out(t)
     # Expanded, so that x0 cancels exactly if F is the noise, at every sigma.
     kept = 1 - skip * process.alpha(t)
@@ -204,9 +213,11 @@ def banded(inside: ScoreFn, outside: ScoreFn, low: Scalar, high: Scalar) -> Scor
     """
 
     def score_fn(x, t):
+        # Half-open, so that neighbouring bands share no time and leave none out.
         within = (low <= t) & (t < high)
         wrapped = (low <= t) | (t < high)
-        # cond, because a batch of points shares its time: only one score is computed.
+        # cond, not where: a batch of points shares its time, which vmap leaves alone,
+        # and only one of the two scores is computed.
         return jax.lax.cond(
             jnp.where(low <= high, within, wrapped), inside, outside, x, t
         )

@@ -24,9 +24,10 @@ from memsep_jax.models import DiT, UNet
 from memsep_jax.models.dit import position_features
 from memsep_jax.models.unet import VARIANTS
 
-MAX_HEADER = 1 << 26  # bytes: about 400,000 tensors
+MAX_HEADER = 1 << 26  # bytes, for about 400,000 tensors: more is not believed
 PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: DiT-S, B, L, XL
+# Names of leaves: ours and PyTorch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "label": "weight"}
 DIT = {  # our layers: theirs
     "patches": "x_embedder.proj",
@@ -53,7 +54,8 @@ EDM = {  # our layers, in a block or outside: theirs
     "attention.qkv": "qkv",
     "attention.out": "proj",
 }
-POINTWISE = ("shortcut", "attention.qkv", "attention.out")  # 1x1 filters in EDM
+# Layers that are products here and filters of 1 x 1 in EDM, with two axes more.
+POINTWISE = ("shortcut", "attention.qkv", "attention.out")
 
 
 class WeightsError(ValueError):
@@ -95,7 +97,8 @@ def write(path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    # In C order, because the file gets the memory of the arrays as it is.
+    # Under another name first: a write that is interrupted leaves no half file. In C
+    # order, because the file gets the memory of the arrays as it is.
     tensors = {name: np.asarray(a, order="C") for name, a in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +166,7 @@ def dit(tensors: dict, num_heads: int | None = None):
             # Each pixel of the patch has the noise of all channels, then the variance.
             noise = a.reshape(patch**2, 2, channels, *a.shape[1:])[:, 0]
             tensors[name] = noise.reshape(len(a) // 2, *a.shape[1:])
+    # Sizes come from the tensors, as a state dict holds no config.
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     model = DiT(patch, width, depth, num_heads, num_classes, hidden / width)
     like = _like(model, (patch, patch, channels))
@@ -237,7 +241,11 @@ def edm(tensors: dict, time_scale: float = 1.0):
 
 
 class _Row(NamedTuple):
-    """Theirs is ours (if several, stacked) as mid, then transposed, then as shape."""
+    """How one of their tensors is made of ours.
+
+    Ours, stacked if there are several, are reshaped to `mid`, transposed by `order`,
+    and reshaped to `shape`.
+    """
 
     theirs: str
     ours: tuple[str, ...]
@@ -354,12 +362,14 @@ def _shapes(tensors):
 
 
 def _by_name(tree):
+    # Dots, as PyTorch has them; `checkpoint` has slashes.
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): a for p, a in flat}
 
 
 def _like(model, shape):
     """The parameters of a model of images of this shape, as ShapeDtypeStructs."""
+    # Shapes only: no memory is taken for a network that the tensors may not fit.
     x, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, ()))
     try:
         return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
@@ -387,7 +397,7 @@ def _shape(tensors, name, ndim, what):
 
 
 def _check_positions(table, width):
-    if table is None:
+    if table is None:  # a constant, which some programs do not save
         return
     rows = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
     truth = np.asarray(position_features(rows, rows, width))[None]
@@ -436,13 +446,16 @@ def _check_header(path):
         raise WeightsError(
             f"{path}: {error.strerror}; give the path of a .safetensors file"
         ) from error
+    # safetensors: the length of a JSON header in 8 bytes, then the header.
     length = int.from_bytes(head[:8], "little")
     if head[8:] == b"{":
+        # A length that lies is refused before the parser, or memory, is asked for it.
         if length > min(size - 8, MAX_HEADER):
             raise WeightsError(
                 f"{path}: damaged (a header of {length:,} bytes, in a file of {size:,};"
                 f" at most {MAX_HEADER:,} are read); get the file again"
             )
+    # A pickle begins with the opcode of its protocol; torch.save packs one in a zip.
     elif head[:1] == b"\x80" or head[:4] == b"PK\x03\x04" or path.suffix in PICKLED:
         raise WeightsError(
             f"{path}: pickled, it seems, and unpickling can run any code: it is never "

@@ -31,9 +31,11 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 DECODED = "memsep_jax.npz"  # beside a prepared set: its images and labels
 CIFAR_VERSION = "3.0.2"  # of TensorFlow Datasets, which gives its examples this order
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+# Checked before anything of the archive is read, wherever it came from.
 CIFAR_BYTES = 170_052_171
 CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR_UNPACKED_BYTES = 256 * 2**20  # the true archive holds 184 million
+# A small archive may unpack to any size; the true one holds 184 million.
+CIFAR_UNPACKED_BYTES = 256 * 2**20
 CIFAR_RECORD = 1 + 32 * 32 * 3  # a label, then the red, green and blue planes
 CIFAR_TRAIN = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
 CIFAR_TEST = ("cifar-10-batches-bin/test_batch.bin",)
@@ -46,7 +48,7 @@ KNOWN = {  # images to train on and to test, their shape and their classes
 
 
 def npz(path, stream: bool = False) -> Source:
-    """The .npz layout: train_images and, optional, train_labels, test_images, ...
+    """The .npz layout: train_images and, optionally, train_labels, test_images, ...
 
     Images are uint8 or float32 in [-1, 1], [n, h, w, c]; vectors float32 [n, d].
 
@@ -70,6 +72,7 @@ def latents(path, stream: bool = False) -> Source:
 def _pools(path, stream, pixels):
     path = os.path.expanduser(path)
 
+    # Labels are read at once even if images stay on disk: KEYS alternates between them.
     def chosen(names):
         return [key for key in KEYS[stream :: 2 if stream else 1] if key in names]
 
@@ -91,9 +94,9 @@ def _pools(path, stream, pixels):
 
 
 def _mapped(path, name):
-    """An array as a map of its file: nothing of it is read.
+    """An array that is mapped from its file, so that none of it is read.
 
-    Raises: DataError where it is compressed, or of no plain numbers.
+    Raises: DataError: it is compressed, or does not hold plain numbers.
     """
     try:
         if os.path.isdir(path):
@@ -101,6 +104,8 @@ def _mapped(path, name):
             x = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
             x = _mapped_member(path, f"{name}.npy")
+        # Otherwise each batch would gather its rows from all over the file, or swap the
+        # bytes of every number.
         if not (x.flags.c_contiguous and x.dtype.isnative):
             raise ValueError(
                 "it is stored by columns, or in the byte order of another machine"
@@ -124,10 +129,11 @@ def _mapped_member(path, name):
         file.seek(member.header_offset + 26)
         texts = sum(struct.unpack("<HH", file.read(4)))
         file.seek(member.header_offset + 30 + texts)
+        # Later versions of the header are for structured types, which are no points.
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("it is of no plain numbers")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.hasobject:
+        if dtype.hasobject:  # a map would take bytes of the file for pointers
             raise ValueError("it is of objects")
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         order = "F" if by_columns else "C"
@@ -156,6 +162,7 @@ def read_arrays(path, choose):
         raise DataError(f"{path}: no such file; give the path of an .npz") from None
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         way_out = "write it again by np.savez(path, train_images=...)"
+        # NumPy has no type of its own for this refusal.
         if "pickle" in str(error) or "Object arrays" in str(error):
             way_out = "allow_pickle is never used: save plain uint8 or float32 arrays"
         raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
@@ -180,7 +187,7 @@ def cifar10(data_dir=None, stream: bool = False) -> Source:
     if (prepared / "dataset_info.json").exists():
         builder = _builder(f"cifar10:{CIFAR_VERSION}", root)
         return _prepared(builder, _cifar_way(root), stream)
-    cache = prepared / DECODED
+    cache = prepared / DECODED  # where an earlier version of ours put it
     if not cache.exists():
         # Not in `prepared`: TensorFlow Datasets would take that for its own files.
         cache = root / "cifar10" / "memsep_jax" / CIFAR_VERSION / DECODED
@@ -208,6 +215,7 @@ def _cifar_archive(root):
 
         logging.info("fetching %s to %s", CIFAR_URL, root / "downloads")
         _fail_soon()
+        # The digest is ours, not one that the package brings along or takes on trust.
         known = checksums.UrlInfo(CIFAR_BYTES, CIFAR_SHA256, manual.name)
         manager = tensorflow_datasets.download.DownloadManager(
             download_dir=root / "downloads",
@@ -238,7 +246,10 @@ def _decode_cifar(archive, path):
 
 
 def _tfds_order(split, n):
-    """The order of TensorFlow Datasets: by the MD5 of split and number."""
+    """The order of TensorFlow Datasets: by the MD5 of split and number.
+
+    Subsets are the same whichever way the set came here.
+    """
 
     def key(i):
         return hashlib.md5(f"{split}{i}".encode(), usedforsecurity=False).digest()
@@ -255,10 +266,13 @@ def _cifar_batches(path):
     members, total = {}, 0
     try:
         _check_cifar(path)
+        # "r|gz": one pass over the stream, with nothing of it kept but the batches.
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
                 total += member.size
                 parts = Path(member.name).parts
+                # Links, devices and paths that lead out are refused although nothing
+                # is extracted: no true archive has them.
                 if not (member.isfile() or member.isdir()) or (
                     member.name.startswith("/") or ".." in parts
                 ):
@@ -283,6 +297,7 @@ def _cifar_batches(path):
 def _check_cifar(path):
     """Refuses any file but the true archive, by size and digest."""
     with path.open("rb") as file:
+        # What a browser or a proxy saves in place of a file that it could not fetch.
         page = file.read(64).lstrip().lower().startswith((b"<!doctype", b"<html"))
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
@@ -301,14 +316,14 @@ def _check_cifar(path):
 def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """An image set of TensorFlow Datasets that is, or can be, prepared without TF.
 
-    Its array_record is decoded once, beside it. Its test split, or else its validation
-    split, is what is held out.
+    Its array_record is decoded once, to a file beside it. Its test split, or else its
+    validation split, is held out.
 
     Args: stream: the images stay on disk.
     Raises:
       DataError: not prepared as array_record, and cannot be prepared here.
     """
-    # "namespace:name" would fetch and run code from elsewhere.
+    # TensorFlow Datasets would fetch and run code from elsewhere for "namespace:name".
     if not re.fullmatch(r"\w+(/[\w.\-]+)*(:\d+\.\d+\.\d+)?", dataset):
         raise ValueError(f"tfds: dataset={dataset!r} must be name[/config][:version]")
     root = _data_dir(data_dir)
@@ -324,7 +339,7 @@ def tfds(dataset: str, data_dir=None, stream: bool = False) -> Source:
 def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
     """A set that an earlier run decoded; nothing is fetched, prepared or written.
 
-    Noise of the same sizes stands for a set in KNOWN that is not there.
+    For a set in KNOWN that is not there, the images are noise of the same shapes.
 
     Raises: DataError: any other set that is not there.
     """
@@ -344,6 +359,7 @@ def decoded(dataset: str, data_dir=None, stream: bool = False) -> Source:
             "name=npz and path=FILE.npz"
         )
     train, test, shape, classes = KNOWN[dataset]
+    # Noise, not zeros: equal images would count as one, and held-out ones as seen.
     rng = np.random.default_rng(0)
 
     def noise(count):
@@ -374,7 +390,7 @@ def _builder(dataset, root):
 
 
 def _fail_soon():
-    """No bar of progress, and an offline machine says so before 205 s have passed."""
+    """No progress bar, and no retries, with which an offline machine takes 205 s."""
     import tensorflow_datasets
     from tensorflow_datasets.core.download import downloader
 
@@ -414,6 +430,8 @@ def _kept(cache, decode, stream):
             return npz(cache, stream)
         except DataError as error:
             logging.warning("%s; decoding again", error)
+    # The process id, because runs of a sweep may decode at the same time; the rename
+    # makes the file appear whole.
     part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     try:
         decode(part)
@@ -425,6 +443,8 @@ def _kept(cache, decode, stream):
         part.unlink(missing_ok=True)
     if stream:
         raise DataError(f"{cache}: stream=True needs it: free some space for it")
+    # A folder that is read-only, or full, costs the time of decoding at every run, but
+    # not the run.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / cache.name
         decode(path)
@@ -446,6 +466,7 @@ def _decode(read, name, path):
                     f"{name}: no images in split {split!r}; take another set"
                 )
             first = examples[0]["image"]
+            # The header by hand, so that one image at a time is in memory.
             header = {
                 "descr": np.lib.format.dtype_to_descr(first.dtype),
                 "fortran_order": False,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 1_024  # rows that are read at a time
+BLOCK = 1_024  # rows that are read at a time: 3 MB of images of 32 x 32 x 3 as uint8
 LISTED, LONG = 10, 60  # names in a message or a note, and letters of each, at most
 # Images in [0, 1] with a little noise have next to no values below NOISE, where images
 # in [-1, 1] have their shadows.
@@ -83,7 +83,7 @@ class Source(NamedTuple):
 def check_source(source, where) -> tuple[str, ...]:
     """Refuses pools on which training would fail later; `where` names the file.
 
-    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but perhaps unintended.   Raises: DataError.
     """
     notes = _check_points(source.images, f"{where}: train_images", source.pixels)
     check_labels(source.labels, len(source.images), f"{where}: train_labels")
@@ -114,6 +114,7 @@ def _check_points(x, where, pixels):
         check_layout(x, where)
     low, high, below = limits(x)
     refuse(np.isnan(low), where, "NaN or Inf")
+    # Vectors and latents have units of their own; only images have a range.
     if x.ndim != 4 or not pixels:
         return ()
     return tuple(check_range(x, where, low, high, below))
@@ -140,12 +141,13 @@ def from_uint8(u):
 
 def to_uint8(x):
     """The pixels nearest to x, clipped; inverts `from_uint8`.   x [...] -> [...]."""
+    # In the library of x: samples on a device are rounded there, files on the host.
     xp = jnp if isinstance(x, jax.Array) else np
     return xp.clip(xp.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def like(points, x):
-    """x in the units of these points: floats, or pixels."""
+    """x converted to the units of `points`: floats, or pixels."""
     if x.dtype == points.dtype:
         return x
     return from_uint8(x) if x.dtype == np.uint8 else to_uint8(x)
@@ -160,11 +162,12 @@ def fingerprint(*arrays) -> str:
     """The SHA-256 of these arrays, some of which may be None."""
     digest = hashlib.sha256()
     for array in arrays:
-        if array is None:
+        if array is None:  # or (x, None) and (None, x) would be the same
             digest.update(b"none;")
             continue
-        if array.ndim == 1:
+        if array.ndim == 1:  # labels: int64 on disk, int32 once they are trained on
             array = np.asarray(array, np.int32)
+        # With type and shape, since the same bytes may be another array.
         digest.update(f"{array.dtype.str}{array.shape};".encode())
         for start in range(0, len(array), BLOCK):
             block = np.asarray(array[start : start + BLOCK])
@@ -182,6 +185,7 @@ def joined(arrays: dict, where):
       their labels.
     Raises: DataError where they are none of these.
     """
+    # By number: sorted as text, arr_10 comes before arr_2.
     values = [arrays[f"arr_{i}"] for i in sorted(int(name[4:]) for name in arrays)]
     first = values[0]
     if len(values) == 1:
@@ -209,6 +213,7 @@ def _is_image(x):
     """Whether an array is one image and not several."""
     if x.ndim == 2:  # of floats it may be features
         return x.dtype == np.uint8
+    # [n, 4, 4] are grey images of 4 x 4; [h, w, 4] with more columns is one in colours.
     return x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] > 4
 
 
@@ -220,6 +225,8 @@ def native(x):
 def check_layout(x, where):
     """Refuses [n, c, h, w] where [n, h, w, c] is meant.   Raises: DataError."""
     _, h, w, c = x.shape
+    # Read as [n, c, h, w] these are square images with fewer channels than rows, or
+    # images of at most 4 channels, which is far likelier than what they claim to be.
     if h < w == c or h <= 4 < min(w, c):
         raise DataError(
             f"{where} is {x.shape}, channels first; save x.transpose(0, 2, 3, 1)"
@@ -231,7 +238,7 @@ def check_range(x, where, lowest, highest, below: float):
 
     Args: x, for its dtype; lowest and highest values of each image, [n]; below, the
       share of floats that are under NOISE.
-    Returns: notes on what is allowed but may not be meant.   Raises: DataError.
+    Returns: notes on what is allowed but perhaps unintended.   Raises: DataError.
     """
     low, high = lowest.min(), highest.max()
     notes = []
@@ -316,6 +323,7 @@ def limits(x):
         low[part], high[part] = rows.min(axis=1), rows.max(axis=1)
         if rows.dtype.kind == "f":
             below += int((rows < NOISE).sum())
+    # min and max pass NaN on, so one look at them tells of all values of the row.
     infinite = ~(np.isfinite(low) & np.isfinite(high))
     low[infinite] = high[infinite] = np.nan
     return low, high, below / max(1, int(np.prod(x.shape)))
@@ -330,6 +338,7 @@ def refuse(bad, where, what, way_out="repair it"):
 
 def histogram(x):
     """The number of pixels at each level, of at most 1,000 images.   -> [256]."""
+    # Evenly spaced: the first 1,000 may all be of one class.
     some = x[:: max(1, len(x) // 1_000)]
     counts = np.zeros(256, np.int64)
     for one in some:  # one by one: bincount takes 8 bytes per pixel
@@ -338,6 +347,9 @@ def histogram(x):
 
 
 def apart(one, other) -> float:
-    """The largest distance of the distribution functions of two histograms."""
+    """The largest distance of the distribution functions of two histograms.
+
+    It is the statistic of Kolmogorov and Smirnov: 0 for equal histograms, at most 1.
+    """
     gaps = np.cumsum(one) / one.sum() - np.cumsum(other) / other.sum()
     return float(np.abs(gaps).max())

@@ -16,7 +16,9 @@ from memsep_jax.data.arrays import Rows, from_uint8
 from memsep_jax.keys import BRANCH
 
 AHEAD = 2  # batches that are read while the device works on another
-KEPT = 2**17  # entries of permutations of epochs that are made at once
+# Entries of permutations that are made at once: of a small set, many epochs in one call
+# of the device; of a large one, a single epoch.
+KEPT = 2**17
 
 
 class Dataset(NamedTuple):
@@ -39,8 +41,9 @@ def indices(n: int, key, step, size: int, reshuffle: bool = True):
     Returns: [size] int32 in 0..n-1.
     """
     _check_batch(n, size)
-    # step * size overflows 32 bits, so it is summed over the bits of step from
-    # exact quotients and remainders; an epoch wraps, a remainder never does.
+    # step * size overflows 32 bits, and jax has no wider integers by default. So it is
+    # summed over the bits of step from exact quotients and remainders; an epoch wraps,
+    # a remainder never does.
     powers = [divmod(size << bit, n) for bit in range(32)]
     quotients = jnp.array([q % 2**32 for q, _ in powers], jnp.uint32)
     remainders = jnp.array([r for _, r in powers], jnp.uint32)
@@ -86,6 +89,7 @@ def order(n: int, key, size: int, reshuffle: bool = True):
 
 
 def _check_batch(n, size):
+    # 2**27: `indices` adds up 32 remainders below n, in 32 bits.
     if not (0 < n < 2**27 and 0 < size < 2**27):
         raise ValueError(f"n={n} and batch size={size} must be in 1 .. 2**27 - 1")
 
@@ -107,6 +111,8 @@ def draw(
       reshuffle: as in `indices`.
     Returns: Dataset of [size, *event] and [size] labels.
     """
+    # By gathering rows on the device, where the whole set lies: under jit, a batch
+    # never passes through the host.
     rows = indices(len(data.x), key, step, size, reshuffle)
     batch = jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
     return augment(batch, key, step, flip)
@@ -120,6 +126,7 @@ def stream(data: Dataset, rows_of, sharding):
 
     Args: rows_of, (step) -> rows, as `order` gives it.
     """
+    # One thread, which reads batches in the order in which they are taken.
     pool, ahead = ThreadPoolExecutor(1), {}
 
     def read_batch(step):
@@ -148,7 +155,8 @@ def augment(batch: Dataset, key, step, flip: bool = False) -> Dataset:
     if flip and x.ndim != 4:
         raise ValueError(f"flip=True mirrors images; x has shape {x.shape}")
     if x.dtype == np.uint8:
-        # A table: a compiled division may be rounded differently.
+        # A table, made by NumPy: a compiled division may be rounded differently, and
+        # streamed batches are to equal those in memory bit by bit.
         x = jnp.asarray(from_uint8(np.arange(256)))[x]
     if flip:
         branch = jax.random.fold_in(key, BRANCH)  # fold_in(key, step) is an epoch's

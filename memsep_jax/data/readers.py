@@ -1,7 +1,7 @@
 """Images as people keep them, in folders and zips of folders: uint8 [n, h, w, 3].
 
-All files of images come in here, so training and audits read, convert, refuse, count
-and report the same.
+All image files are read here, so training and audits read, convert, refuse, count and
+report the same.
 """
 
 import collections
@@ -32,7 +32,7 @@ TARGA = (".tga", ".icb", ".vda", ".vst")
 # compressed file ends in 32 zeros only where its end was never written ...
 CHECKED = ("GIF", "JPEG", "JPEG2000", "MPO", "PNG")
 COMPRESSED = ("AVIF", "QOI", "WEBP")
-ZEROS = 32
+ZEROS = 32  # bytes
 # ... but a file of plain pixels may: zeros in its last eighth are only suspicious.
 TAIL = 8
 _T = Image.Transpose
@@ -46,7 +46,8 @@ TURNS = {
     7: (_T.TRANSVERSE, _T.TRANSVERSE),
     8: (_T.ROTATE_90, _T.ROTATE_270),
 }
-LARGEST = 2**29  # bytes of one member of an archive, unpacked
+# Bytes of one member of an archive, unpacked: a small zip may hold a file of any size.
+LARGEST = 2**29
 # Folders that programs leave among images; names that begin with a dot are such too.
 FOREIGN = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found")
 SPLITS = re.compile(  # names of splits: train, val2017, test_images, ...
@@ -55,16 +56,18 @@ SPLITS = re.compile(  # names of splits: train, val2017, test_images, ...
 )
 TOLD = "dataset.json"  # holds the labels, as StyleGAN and EDM write them
 CROPS, ALPHAS = ("squeeze", "center"), ("white", "drop")
-FULL = 2**14  # 16-bit pixels that are all below hold 14 bits or fewer
+# 16-bit pixels that are all below this hold 14 bits or fewer; read as 16 bits, where
+# white is 65,535, they would be dark.
+FULL = 2**14
 
 
 class Preparation(NamedTuple):
-    """How a file becomes an image; best as the generator's training prepared it."""
+    """How a file becomes an image; best as in the training of the generator."""
 
-    resolution: int | None = None  # side of the square that all are resized to
-    crop: str = "squeeze"  # or center: the largest square in the middle, first
-    exif: bool = True  # turned as the camera was held
-    alpha: str = "white"  # laid below transparent pixels; drop: as if opaque
+    resolution: int | None = None  # side of the square to which all are resized
+    crop: str = "squeeze"  # or center: the largest square in the middle is cut out
+    exif: bool = True  # whether images are turned as the camera was held
+    alpha: str = "white"  # laid below transparent pixels; drop: taken as opaque
 
 
 def check_preparation(how: Preparation):
@@ -116,6 +119,8 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     check_preparation(how)
     packed = str(path).lower().endswith(".zip") and not os.path.isdir(path)
     tree = _zip(path) if packed else _folder(path)
+    # Sorted, because the order of a disk's directory differs from machine to machine,
+    # and with it every subset.
     names = sorted((n for n in tree.names if n != TOLD), key=_place)
     if only is not None:
         wanted = set(only)
@@ -124,6 +129,7 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     with warnings.catch_warnings():
         # Pillow warns of some damage; `_Reader` refuses what it would misread.
         warnings.simplefilter("ignore")
+        # Pillow only warns of images between its limit and twice that.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name in names:
             reader.add(name)
@@ -158,7 +164,8 @@ def _ignored(part):
 
 def _folder(path) -> _Tree:
     root = Path(path)
-    if not os.path.isdir(root):  # which takes any text
+    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; give the path of a folder of images")
     if is_workdir(root):
         raise DataError(
@@ -175,6 +182,8 @@ def _folder(path) -> _Tree:
     def denied(error):
         unreadable.append(f"{relative(error.filename)}/")
 
+    # The real paths from the root down to each folder: a link to one of them would go
+    # round for ever. A link to any other folder is followed, even twice.
     above = {os.path.realpath(root): {os.path.realpath(root)}}
     for place, folders, files in os.walk(root, onerror=denied, followlinks=True):
         circle = above[os.path.realpath(place)]
@@ -191,8 +200,11 @@ def _folder(path) -> _Tree:
         n for n in names
         if not os.path.exists(root / n) and not os.path.splitext(n)[1]
     ]  # fmt: skip
-    skipped += broken  # links to folders that are gone
+    # Broken links: one without a suffix led to a folder, and is left out; one with a
+    # suffix led to a file, which is counted as damaged if its name is that of an image.
+    skipped += broken
     names = [name for name in names if name not in set(broken)]
+    # Empty folders too: a class without images still has its number.
     try:
         firsts = [
             each.name for each in os.scandir(root)
@@ -204,8 +216,9 @@ def _folder(path) -> _Tree:
 
     def opened(name):
         file = root / name
+        # Opening a pipe waits for its other end, which may never come.
         if not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError("no file")  # opening a pipe waits for its other end
+            raise OSError("no file")
         return open(file, "rb")
 
     return _Tree(names, firsts, skipped, unreadable, opened)
@@ -237,6 +250,7 @@ def _zip(path) -> _Tree:
         top += "".join(firsts.pop())
 
     def opened(name):
+        # By reading, not by the size that the zip declares, which may be a lie.
         with archive.open(packed[top + name]) as member:
             content = member.read(LARGEST + 1)
         if len(content) > LARGEST:
@@ -306,6 +320,7 @@ def _labels(path, files, tree):
         raise DataError(
             f"{path} holds {listed(splits)}, which are splits and no classes: {way_out}"
         )
+    # 18 digits fit an int64; sorted as text, class 10 would come before class 2.
     if all(re.fullmatch(r"\d{1,18}", name) for name in names):
         names.sort(key=int)
     places = {name: i for i, name in enumerate(names)}
@@ -381,11 +396,14 @@ class _Reader:
         except DataError:
             raise
         except Exception:  # every decoder of pillow fails in its own way
+            # The suffix tells a damaged image from a file that never was one.
             if self.suffixes.get(suffix) in (*FORMATS, "MPO", "TGA"):
                 self.damaged.append(name)
             else:
                 self.others[suffix or "no suffix"] += 1
             return
+        # Room for one until a second image has its size: sizes that differ are refused
+        # before memory for all of them is taken.
         if self.images is None:
             self.images = pixels[None].copy()
         if pixels.shape != self.images.shape[1:]:
@@ -416,7 +434,9 @@ class _Reader:
         formats = [*self.formats, "TGA"] if suffix in TARGA else self.formats
         image = Image.open(file, formats=formats)
         kind = image.format
-        if kind == "PNG":  # its decoder passes over the checksums
+        # The decoder of PNG passes over checksums; after verify() the image must be
+        # opened again.
+        if kind == "PNG":
             image.verify()
             file.seek(0)
             image = Image.open(file, formats=formats)
@@ -434,6 +454,7 @@ class _Reader:
             image = self._levels(image, name)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
+            # Many files have an alpha channel that is opaque everywhere: no change.
             if image.getextrema()[3][0] < 255:
                 self.altered["alpha"].append(name)
             if self.how.alpha == "white":
@@ -461,6 +482,7 @@ class _Reader:
                 "8 bits, 0 .. 255, or 16 bits, 0 .. 65535"
             )
         self.deep = max(self.deep, (int(high), name))
+        # 65535 / 257 is 255: white stays white.
         levels = np.round(grey.astype(np.float64) / 257)
         return Image.fromarray(levels.astype(np.uint8))
 
@@ -497,6 +519,8 @@ class _Reader:
     def finish(self, unreadable, skip_bad):
         """(images, files, notes).   Raises: DataError."""
         notes, damaged = [], [*unreadable, *self.damaged]
+        # Where most files of plain pixels end in zeros, they are black there; where few
+        # do, these were cut short.
         few = 2 * len(self.suspect) <= self.plain
         if few:
             damaged += self.suspect

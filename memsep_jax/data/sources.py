@@ -1,7 +1,7 @@
 """Where data come from: one function per source, which returns its pools as read.
 
 A source is a function of its own arguments that reads files, or none. `origin` reads
-the images of any place that a person names.
+images from any place that a person names.
 """
 
 import inspect
@@ -26,8 +26,8 @@ from memsep_jax.data.arrays import (
 from memsep_jax.keys import BRANCH
 from memsep_jax.mixture import LAWS, Law, sample
 
-MAX_HELD_OUT = 10_000
-MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes
+MAX_HELD_OUT = 10_000  # as many as the test split of CIFAR-10 has
+MOST_NUMBERS = 2**31  # of a mixture: 8 gigabytes as float32
 ROLES = {  # names of arrays, of ours and of other programs, by what they are taken for
     "samples": ("samples", "images"),
     "train": ("train_images", "images"),
@@ -43,6 +43,7 @@ def digits() -> Source:
     from sklearn.datasets import load_digits
 
     read = load_digits()
+    # Their 17 levels, 0 .. 16, as the pixels 0 .. 255 of all other images.
     images = np.round(read.images[..., None] * (255 / 16)).astype(np.uint8)
     return Source(images, read.target.astype(np.int32))
 
@@ -63,6 +64,7 @@ def mixture_truth(
         raise ValueError(f"law={law!r} is unknown; known: {', '.join(LAWS)}")
     _check_numbers(k, d)
     given = {name: value for name, value in shape.items() if value is not None}
+    # After key, k, d and scale, which all laws take.
     taken = list(inspect.signature(LAWS[law]).parameters)[4:]
     if not given.keys() <= set(taken):
         raise ValueError(
@@ -84,12 +86,13 @@ def mixture(
     dof: float | None = None,
     width: float | None = None,
 ) -> Source:
-    """`size` draws of a known law (mixture.LAWS), and 10,000 fresh ones as its test."""
+    """`size` draws of a known law (mixture.LAWS), and 10,000 more as its test split."""
     if size < 1:
         raise ValueError(f"mixture: size={size} draws: at least 1")
     _check_numbers(k, d, size)
     shape = dict(rank=rank, noise=noise, dof=dof, width=width)
     truth = mixture_truth(k, d, scale, truth_seed, law, **shape)
+    # Not the key of the law itself, from which its means were drawn.
     key = jax.random.fold_in(jax.random.key(truth_seed), BRANCH)
     train_key, test_key = jax.random.split(key)
     draw = jax.jit(sample, static_argnums=2)
@@ -210,7 +213,7 @@ def origin(
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
         in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
-        of a set of TensorFlow Datasets. With [a:b] at its end: those of them.
+        of a set of TensorFlow Datasets. [a:b] at its end selects those images.
       role: "samples", "train" or "held_out": chooses the array of an .npz (ROLES, its
         only one, or all that np.savez numbered) and the split of a set.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
@@ -219,7 +222,7 @@ def origin(
     Raises:
       DataError: missing, damaged, or no images.   ValueError: sizes that differ.
     """
-    # A folder may be called so.
+    # A folder may itself be called images[0:10].
     part = None if os.path.exists(os.path.expanduser(where)) else PART.search(where)
     whole = PART.sub("", where) if part else where
     result = _whole(whole, role, part is not None, resolution, skip_bad, **preparation)
@@ -247,10 +250,11 @@ def again(where: str, files, **preparation) -> np.ndarray:
 
 
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
-    """`origin` without [a:b]; cut: whether that follows."""
+    """`origin` without [a:b].   Args: cut, whether the caller selects [a:b] later."""
     path = os.path.expanduser(where)
     suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path) or suffix == ".zip":  # which takes any text
+    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
+    if os.path.isdir(path) or suffix == ".zip":
         return folder(path, resolution, skip_bad, **preparation)
     if suffix in (".npz", ".npy"):
         return _of_role(path, role)
@@ -269,7 +273,7 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
             f"data set of that name ({error})"
         ) from error
     x, label = pools[2:4] if role == "held_out" else pools[:2]
-    if x is None and cut:  # a part that was cut off by hand
+    if x is None and cut:  # [a:b] of the training set, which a person held out by hand
         x, label = pools[:2]
     if x is None:
         raise DataError(f"{where} has no test split: give images that were held out")

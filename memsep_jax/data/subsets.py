@@ -29,7 +29,8 @@ from memsep_jax.data.sources import MAX_HELD_OUT, second, source
 from memsep_jax.keys import BRANCH
 
 LABELS = ("none", "true", "random", "unique")
-HELD_OUT_SHARE = 0.165  # of a source without a test split: 297 of the 1,797 digits
+# Of a source without a test split: 297 of the 1,797 digits, which leaves 1,500.
+HELD_OUT_SHARE = 0.165
 
 
 class Splits(NamedTuple):
@@ -40,7 +41,7 @@ class Splits(NamedTuple):
     fingerprint: str  # SHA-256 of both
     num_distinct: int  # different points in train
     pixels: bool = True  # whether points [h, w, c] are images
-    files: np.ndarray | None = None  # [n] where each training image was read
+    files: np.ndarray | None = None  # [n] the file of each training image
     classes: tuple[str, ...] | None = None  # the folder of each true label
     notes: tuple[str, ...] = ()  # what a person should know of the files
 
@@ -60,7 +61,7 @@ def splits(
       read: `sources.source`, or `sources.at_hand`.
     """
     choice = {key: arguments.pop(key) for key in set(CHOICE) & set(arguments)}
-    # Before anything is read or fetched.
+    # Checked before anything is read or fetched, which may take minutes.
     given = dict(num_examples=num_examples, seed=seed) | CHOICE | choice
     for check in (_check_counts, _check_choice):
         check(*(given[name] for name in inspect.signature(check).parameters))
@@ -140,6 +141,8 @@ def select(
     seen = {digest for cut in cuts for digest in digests(cut.images)}
     cuts = [_unseen(cut, seen) for cut in cuts]
 
+    # Only the order depends on the seed, and a subset is its beginning: so subsets of
+    # one seed are nested.
     orders, block = _orders(cuts, seed, balanced)
     pool, pool_labels, order = _mixed([c[:2] for c in cuts], orders, mix, block)
     n = len(order) - skip if num_examples is None else num_examples
@@ -314,7 +317,7 @@ def _cut(
                 f"num_held_out={count}, but the test split has {len(held)}; lower it"
             )
         held, held_labels = _take(held, held_labels, slice(count))
-    else:
+    else:  # cut by a fixed seed: runs of all seeds and sizes are held against one set
         default = round(HELD_OUT_SHARE * len(pool))
         count = default if num_held_out is None else num_held_out
         if count >= len(pool):
@@ -376,11 +379,14 @@ def _interleave(order, labels):
     """`order` dealt class by class in full rounds, and the length of a round."""
     ranks = np.empty(len(order), np.int64)
     counts = []
+    # The rank of each point within its class: sorted by it, the order has one point of
+    # each class in turn.
     for kind in np.unique(labels):
         places = np.flatnonzero(labels[order] == kind)
         ranks[places] = np.arange(len(places))
         counts.append(len(places))
     dealt = order[np.argsort(ranks, kind="stable")]
+    # Full rounds only: where a class is used up, any prefix would be out of balance.
     return dealt[: min(counts) * len(counts)], len(counts)
 
 
@@ -399,6 +405,7 @@ def _mixed(parts, orders, share, block=1):
     first, second = first.reshape(-1, block), second.reshape(-1, block)
     # round: 0.29 * 100 is 28.999999999999996
     k = np.arange(len(first) + len(second) + 1)
+    # For every k alike, so that nested subsets have the same share.
     taken = np.floor(np.round(share * k, 6)).astype(int)
     length = np.flatnonzero((taken <= len(second)) & (k - taken <= len(first)))[-1]
     is_second = np.diff(taken[: length + 1]) == 1
@@ -438,6 +445,7 @@ def _resize(x, size):
             f"resolution={size[0]} of images {x.shape[1:3]} that stay on disk: resize "
             "them where the .npz is written, or stream=False"
         )
+    # By Lanczos, as the smaller sets of Gu 2023 were made.
     resized = np.empty((len(x), *size, x.shape[3]), np.uint8)
     for image, out in zip(x, resized, strict=True):
         for c in range(x.shape[3]):  # one by one: any number of channels

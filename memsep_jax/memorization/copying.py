@@ -16,7 +16,7 @@ from memsep_jax.shapes import Arr, Bool, Float
 FLOOR, CEILING = -40.0, 20.0
 # The base term of FLD moves each point towards the mean, to this share of its distance.
 NEARER = 0.9
-PAIRS = 2**20  # pairs of points held at a time: 8 MB per array
+PAIRS = 2**20  # pairs of points held at a time: 8 MB per array of float64
 
 
 # Mirror images: a mirrored copy is a copy.
@@ -104,6 +104,7 @@ def tiled_l2(a, b, tiles: int = 4) -> Float[Arr, " m"]:
             f"tiles={tiles} must divide both sides of {h} x {w} images: "
             f"{np.gcd(h, w)} does, and what divides that"
         )
+    # In float64: differences of uint8 would wrap around.
     gaps = np.subtract(a, b, dtype=np.float64) / (127.5 if pixels else 1)
     squares = (gaps**2).reshape(m, tiles, h // tiles, tiles, w // tiles, c)
     return np.sqrt(squares.sum(axis=(2, 4, 5)).max(axis=(1, 2)))
@@ -204,6 +205,8 @@ def copying_test(
     cells, scores, weights, left_out = [], [], [], []
     for cell in np.union1d(generated_cells, held_out_cells):
         x, y = generated[generated_cells == cell], held_out[held_out_cells == cell]
+        # The z-score is normal only of enough samples; without held-out points there is
+        # nothing to compare with.
         if len(x) < max(least, 1) or not len(y):
             left_out.append(cell)
             continue
@@ -289,6 +292,8 @@ def feature_likelihood(train, held_out, generated, seed: int = 0) -> FeatureLike
     train, held_out, generated = ((a - mean) / scale for a in sets)
     log_variances = _fit(generated, train)
     order = np.random.default_rng(seed).permutation(len(train))
+    # As many Gaussians as there are samples, where half of the set suffices: the
+    # likelihood depends on their number.
     half = min(len(generated), len(train) // 2)
     one, other = train[order[:half]], train[order[half:]]
     offset = _nll(one, _fit(one, other), held_out)
@@ -322,6 +327,7 @@ def _fit(centres, points, steps: int = 1_000, tolerance: float = 1e-9):
             weights += shares.sum(axis=0)
             sums += np.einsum("ij,ij->j", shares, squares)
         # Where no point has a share the likelihood is flat, so the variance stays.
+        # Near 1e-308, the end of float64, the quotient would lose its digits.
         seen = weights > 1e-290
         with np.errstate(divide="ignore"):
             logs[seen] = np.log(sums[seen] / (d * weights[seen]))
@@ -354,6 +360,7 @@ def _log_normal(squares, logs, d):
 
 def _softmax(logits):
     """Shares [n, m] along rows, and the logarithms of their sums [n]."""
+    # The largest of each row: with one for all, whole rows would become 0.
     top = logits.max(axis=1, keepdims=True)
     shares = np.exp(logits - top)
     sums = shares.sum(axis=1, keepdims=True)

@@ -6,7 +6,9 @@ from memsep_jax.fidelity import UndefinedError
 from memsep_jax.memorization.ratio import BEGUN
 from memsep_jax.shapes import Arr, Num
 
-ROUNDING = 1e-12  # of means: it must not decide whether a level is reached
+# Rounding must not decide whether a level is reached: a mean of ratios that equals .9
+# may come out just below it.
+ROUNDING = 1e-12
 
 
 def effective_memorization(sizes, ratios, level: float = 0.9, weights=None) -> float:
@@ -29,6 +31,7 @@ def effective_memorization(sizes, ratios, level: float = 0.9, weights=None) -> f
     Source: Gu 2023, definition 1.
     """
     order, sizes = _check_sizes(sizes, ratios, level)
+    # Both ends are refused rather than extrapolated: beyond the sizes nothing is known.
     weights = np.ones(len(sizes)) if weights is None else np.asarray(weights, float)
     fit = decreasing(np.asarray(ratios, float)[order], weights[order])
     curve = ", ".join(f"{n:g}: {r:.3g}" for n, r in zip(sizes, fit, strict=True))
@@ -82,12 +85,16 @@ def effective_interval(
             f"memorized={counts.tolist()} must be [sizes, seeds], each count in "
             f"0 .. samples={samples}, of at least one sample"
         )
+    # A seed, so that a report made again has the same interval.
     rng, shares = np.random.default_rng(seed), counts[order] / samples
     seeds = shares.shape[1]
     if seeds > 1:
         mean = shares.mean(axis=1, keepdims=True)
         spread = shares.var(axis=1, ddof=1, keepdims=True)
         within = (shares * (1 - shares)).mean(axis=1, keepdims=True) / samples
+        # What samples contribute to the spread of the seeds is drawn again below, so it
+        # is taken out here; and the mean over drawn seeds varies less than the mean
+        # over seeds by the factor (seeds - 1) / seeds.
         between = np.maximum(spread - within, 0) * seeds / (seeds - 1)
         stretch = np.sqrt(
             np.divide(between, spread, out=np.zeros_like(spread), where=spread > 0)
@@ -129,6 +136,7 @@ def decreasing(
 
 def _last(sizes, fit, level):
     """The largest n that reaches the level on curves [..., s], within the sizes."""
+    # Curves do not increase, so those above the level are the first.
     above = np.sum(fit >= level - ROUNDING, axis=-1)[..., None]
     i = np.clip(above - 1, 0, len(sizes) - 2)
     high, low = (np.take_along_axis(fit, j, -1)[..., 0] for j in (i, i + 1))

@@ -67,6 +67,7 @@ def rarefaction(counts, total: int, sizes, n: int) -> Float[Arr, " s"]:
     once, twice = (int(np.sum(counts == c)) for c in (1, 2))
     # Chao's lower bound of the unseen; the second form is his for no doubletons.
     unseen = once**2 / (2 * twice) if twice else once * (once - 1) / 2
+    # No more can be unseen than there are training points left.
     unseen = min((total - 1) / total * unseen, n - len(counts))
     drawn = np.arange(times.max(initial=0))
 

@@ -11,7 +11,9 @@ from memsep_jax.neighbours import Neighbours, distinct, searcher
 from memsep_jax.shapes import Arr, Bool, Float, Num, Point, Points
 
 RATIO = 1 / 3  # the criterion of the papers: d1 < d2 / 3
-BEGUN = 0.05  # a run whose share of copies is above this copies at all
+# A run whose share of copies is above this copies at all: the null level, about 3^-d in
+# d dimensions, is far below it except in very few.
+BEGUN = 0.05
 
 
 class Ratio(NamedTuple):
@@ -134,6 +136,8 @@ def wilson(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """
     if not 0 <= count <= total or total < 1:
         raise ValueError(f"count={count} of total={total} is not a share")
+    # Wilson's, since copies are often none or all, where the interval of a normal law
+    # has no width.
     low, high = stats.binomtest(count, total).proportion_ci(level, "wilson")
     return float(low), float(high)
 
@@ -153,6 +157,8 @@ def excess(count: int, total: int, null_count: int, null_total: int):
     null_low, null_high = wilson(null_count, null_total)
     share, null = count / total, null_count / null_total
     value = share - null
+    # The lower end is that of a share as low, and a null level as high, as their own
+    # intervals allow; independent deviations add as squares.
     down = np.hypot(share - low, null_high - null)
     up = np.hypot(high - share, null - null_low)
     return value, (float(value - down), float(value + up))

@@ -44,6 +44,7 @@ def reproducibility(a, b, threshold: float = RATIO) -> Reproducibility:
             f"twin samples of shapes {a.shape} and {b.shape}, {len(distinct(b))} of "
             "the latter distinct: give equally many pairs, at least two different"
         )
+    # Once for both: whether a_i is a copy of something does not depend on the pairing.
     neighbours = searcher(b)(a)
     near = copied(neighbours, threshold)
     centre, moved = (a.mean(axis=0) + b.mean(axis=0)) / 2, np.roll(b, 1, axis=0)

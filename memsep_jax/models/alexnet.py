@@ -12,8 +12,11 @@ import numpy as np
 from memsep_jax.checks import check_leaves
 
 SIDE = 64  # pixels of an image whose features are pooled
-SMALLEST = 31  # pixels: with fewer the last maps are empty
-SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of red, green and blue
+# Pixels: 31 leave maps of 7, 3 and 1 pixels a side; with fewer the last are empty.
+SMALLEST = 31
+# Mean and deviation of red, green and blue in ImageNet, for images in [-1, 1], as the
+# weights of LPIPS expect them.
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 # Channels, size of the kernel, stride, padding.
 LAYERS = (
@@ -49,7 +52,7 @@ def maps(params, x):
             (stride, stride),
             [(pad, pad), (pad, pad)],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
+            precision="highest",  # else a GPU (TF32) and a CPU give other features
         )[0]
         h = nn.relu(h + params[f"{name}/bias"][None, None])
         result.append(h)
@@ -80,6 +83,7 @@ def embedding(params, x):
     """
     parts = []
     for i, h in enumerate(maps(params, x)):
+        # 1e-10 as in the authors' program: a pixel without any activation has norm 0.
         unit = h / (jnp.linalg.norm(h, axis=-1, keepdims=True) + 1e-10)
         weights = params[f"NetLinLayer_{i}/Conv_0/kernel"].reshape(-1)
         unit = unit * jnp.sqrt(weights / (h.shape[0] * h.shape[1]))[None, None]

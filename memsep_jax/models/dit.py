@@ -22,9 +22,10 @@ class Attention(nn.Module):
         """h [tokens, width], gates [heads] or None -> [tokens, width]."""
         width = h.shape[-1]
         num_heads = _given(self, "query", 1, self.num_heads)
-        if num_heads == 0:
+        if num_heads == 0:  # dot_product_attention divides by this number
             bias = self.get_variable("params", "out")["bias"]
             return jnp.broadcast_to(bias.astype(self.dtype), h.shape)
+        # The size of a head is that of the whole network, though some may be gone.
         shape = (num_heads, width // self.num_heads)
         init = nn.initializers.xavier_uniform()
 
@@ -32,10 +33,14 @@ class Attention(nn.Module):
             layer = Dense(shape, kernel_init=init, dtype=self.dtype, name=name)
             return layer(h)
 
+        # `implementation` is left unset: cuDNN's kernels had bugs of batching under
+        # vmap, which were fixed only after jax 0.11.0.
         heads = jax.nn.dot_product_attention(
             project("query"), project("key"), project("value")
         )
         _sow(self, "heads", heads, lambda a: jnp.mean(jnp.linalg.norm(a, axis=2), 0))
+        # Before the product with W_O: there a gate is one number for each head, and its
+        # gradient is <dL/dW_O^h, W_O^h>.
         if gates is not None:
             heads = heads * gates[None, :, None].astype(heads.dtype)
         out = Dense(
@@ -77,7 +82,7 @@ class Block(nn.Module):
         inner = _norm(self.dtype)(h) * (1 + scale_m) + shift_m
         hidden = _given(self, "mlp_in", 1, int(self.mlp_ratio * width))
         inner = Dense(hidden, kernel_init=init, dtype=self.dtype, name="mlp_in")(inner)
-        inner = nn.gelu(inner, approximate=True)
+        inner = nn.gelu(inner, approximate=True)  # by tanh, as in the release of DiT
         _sow(self, "neurons", inner, lambda a: jnp.mean(jnp.abs(a), axis=0))
         if "neurons" in gates:
             inner = inner * gates["neurons"][None].astype(inner.dtype)
@@ -123,6 +128,7 @@ class DiT(nn.Module):
             gates = {"heads": gates}
         rows, columns = (side // self.patch for side in x.shape[:2])
         channels = x.shape[2]
+        # A patch is flattened as (row, column, channel); `weights.dit` relies on it.
         tokens = x.reshape(rows, self.patch, columns, self.patch, channels)
         tokens = tokens.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
         init = nn.initializers.xavier_uniform()
@@ -135,6 +141,7 @@ class DiT(nn.Module):
         embedding = nn.silu(embedding).astype(h.dtype)
         for i in range(self.depth):
             name = f"block_{i}"
+            # {}, not None: at init no block has parameters yet, and all are made.
             if self.get_variable("params", name) == {}:
                 continue  # a compact network has lost this block
             block = Block(
@@ -175,10 +182,11 @@ class DiT(nn.Module):
 
 def position_features(rows: int, columns: int, width: int):
     """Fixed sin-cos positions, half for each axis.   [rows * columns, width]."""
+    # By NumPy, in float64: constants of the program, equal on all devices.
     frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     features = []
-    for place in (column, row):
+    for place in (column, row):  # in this order in the release of DiT
         angles = place.reshape(-1, 1) * frequencies
         features += [np.sin(angles), np.cos(angles)]
     return jnp.asarray(np.concatenate(features, axis=1), jnp.float32)
@@ -200,11 +208,14 @@ def _given(module, name, axis, default):
 
 def _sow(module, name, value, size):
     """Records the size of a group's output, for callers that collect intermediates."""
+    # Asked first, so that training does not compute what nobody collects.
     if module.is_mutable_collection("intermediates"):
         module.sow("intermediates", name, size(value))
 
 
 def _norm(dtype):
+    # Without parameters: the embedding shifts and scales after it. Epsilon as in the
+    # release of DiT.
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype)
 
 

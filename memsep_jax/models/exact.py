@@ -59,8 +59,8 @@ class Attention(nn.Module):
         )
         alpha = self.process.alpha(t)
         total = self.process.sigma(t) ** 2 + alpha**2 * variance
-        # The logits of the formula minus |x|^2 / (2 A), which softmax ignores, because
-        # the products of the formula are wrong in float32 as t -> 0.
+        # Differences, because the products of the formula are wrong in float32 as
+        # t -> 0. These logits are lower by |x|^2 / (2 A), which softmax ignores.
         gaps = x[None] - alpha * points
         squares = jnp.sum(gaps**2, axis=tuple(range(1, points.ndim)))
         weights = jax.nn.softmax(log_weights - squares / (2 * total))
@@ -89,6 +89,8 @@ def mixture_params(mixture: Mixture):
             "mixture: low-rank factors: attention is the score of isotropic components "
             "of one variance only, such as those of mixture.separated"
         )
+    # One variance for all components and directions: only then is |x|^2 / (2 A), which
+    # softmax ignores, the same in all logits.
     variances = np.asarray(mixture.variances)
     if np.any(variances != variances.flat[0]):
         raise ValueError(
@@ -96,6 +98,7 @@ def mixture_params(mixture: Mixture):
             "attention is the score of isotropic components of one variance only"
         )
     params = {"points": mixture.means, "variance": mixture.variances[0, 0]}
+    # Equal weights are what the network has without parameters for them.
     log_weights = np.asarray(mixture.log_weights)
     if np.any(log_weights != log_weights[0]):
         params["log_weights"] = mixture.log_weights

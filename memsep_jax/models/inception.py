@@ -9,8 +9,11 @@ import numpy as np
 
 from memsep_jax.checks import check_leaves
 
-SIDE = 299  # pixels
-WAYS = {"pytorch-fid": (0.5, 127.5), "torch-fidelity": (0.0, 128.0)}  # of `prepared`
+SIDE = 299  # pixels that the network takes
+# Of `prepared`: the part of a pixel by which coordinates are moved, and the value that
+# becomes 0.
+WAYS = {"pytorch-fid": (0.5, 127.5), "torch-fidelity": (0.0, 128.0)}
+# The leaves of a batch normalisation and their first values: at init it does nothing.
 STATISTICS = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 halved = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
@@ -51,7 +54,8 @@ class Inception(nn.Module):
         x = self._block_c(x, "Mixed_6e", 192)
         x = self._block_d(x, "Mixed_7a")
         x = self._block_e(x, "Mixed_7b", average)
-        x = self._block_e(x, "Mixed_7c", largest)  # a slip that is a part of FID
+        # A maximum, by a slip in the graph of 2015, on which every FID depends.
+        x = self._block_e(x, "Mixed_7c", largest)
         features, init = jnp.mean(x, (0, 1)), nn.initializers.lecun_normal(1, 0)
         weight = self.param("fc.weight", init, (1008, 2048))
         bias = self.param("fc.bias", nn.initializers.zeros, (1008,))
@@ -130,7 +134,8 @@ class Inception(nn.Module):
             self.param(f"{name}.bn.{leaf}", nn.initializers.constant(value), shape[:1])
             for leaf, value in STATISTICS.items()
         )
-        # Folded into the kernel: one product fewer for each pixel.
+        # Folded into the kernel: one product fewer for each pixel. The epsilon is that
+        # of TensorFlow's graph, not PyTorch's default of 1e-5.
         scale = scale * jax.lax.rsqrt(variance + 1e-3)
         x = jax.lax.conv_general_dilated(
             x[None],
@@ -157,6 +162,8 @@ def prepared(x, like: str = "pytorch-fid"):
     centre, half = WAYS[like]
     x = (x.astype(jnp.float32) - half) / half
     for axis, n in enumerate(x.shape[:2]):
+        # As a product of matrices, because jax.image.resize knows the first alignment
+        # only, and an FID depends on it.
         places = (np.arange(SIDE) + centre) * n / SIDE - centre
         gaps = np.clip(places, 0, n - 1)[:, None] - np.arange(n)
         weights = np.maximum(1 - np.abs(gaps), 0).astype(np.float32)  # [299, n]
@@ -178,6 +185,7 @@ def params_of(tensors):
 
     Raises: ValueError: a line for each that is missing, unexpected or mismatched.
     """
+    # A counter of batches seen in training, which PyTorch saves and nothing here reads.
     tensors = {n: a for n, a in tensors.items() if not n.endswith("batches_tracked")}
     check_leaves({name: a.shape for name, a in tensors.items()}, shapes())
     return {name: np.asarray(tensors[name], np.float32) for name in shapes()}

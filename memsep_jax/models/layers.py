@@ -9,6 +9,7 @@ from memsep_jax.checks import is_known
 
 
 def _all_but_bias(x, kernel, bias, *, dtype):
+    """Flax's promotion to dtype, except for the bias, which stays float32."""
     return *nn.dtypes.promote_dtype(x, kernel, dtype=dtype), bias
 
 
@@ -56,8 +57,8 @@ class Embedding(nn.Module):
         if self.num_classes:
             table = self.param(
                 "label",
-                nn.initializers.normal(0.02),
-                (self.num_classes + 1, self.width),
+                nn.initializers.normal(0.02),  # as in the release of DiT
+                (self.num_classes + 1, self.width),  # the last row is "no label"
             )
             h = h + table[self.num_classes if label is None else label]
         return h
@@ -86,6 +87,8 @@ def check_label(label, num_classes):
 
 def time_features(t, width=256):
     """cos, sin of 1000 t at log-spaced frequencies, 1 to 1e-4.   [] -> [width]."""
+    # Those of DiT's release, cosines first, which counts steps from 0 to 999 where t
+    # goes from 0 to 1.
     frequencies = jnp.exp(-jnp.log(10_000) * jnp.arange(width // 2) / (width // 2))
     angles = 1_000 * t * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])

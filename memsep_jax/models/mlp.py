@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from memsep_jax.models.layers import Dense, Embedding
 
-SILU_SLOPE = 1.0998393202  # the largest slope of silu, at x = 2.399357; rounded up
+# The largest slope of silu, at x = 2.399357; rounded up, as a bound must be.
+SILU_SLOPE = 1.0998393202
 
 
 class MLP(nn.Module):
@@ -46,7 +47,8 @@ class MLP(nn.Module):
             # With 1 / sqrt(depth) the sum of the blocks keeps its size at any depth.
             inner = dense(f"block_{i}_out")(inner)
             h = h + inner / jnp.sqrt(self.depth).astype(h.dtype)
-        # Back in float32: the loss and the score are not computed in bfloat16.
+        # Back in float32: the loss and the score are not computed in bfloat16. From
+        # zeros, so that the first answer is that of the prediction's skip alone.
         zeros = nn.initializers.zeros
         out = Dense(x.size, kernel_init=zeros, dtype=x.dtype, name="output")
         return out(nn.silu(h)).reshape(x.shape)
@@ -65,6 +67,7 @@ def lipschitz_bound(params):
     def norm(name):
         return jnp.linalg.norm(params[name]["kernel"], ord=2)
 
+    # From the names, so that the bound needs nothing but the weights.
     depth = sum(name.endswith("_in") for name in params)
     bound = norm("input") * SILU_SLOPE * norm("output")
     for i in range(depth):

@@ -11,7 +11,7 @@ VARIANTS = {  # the filter of each change of resolution, and the features of tim
     "ddpm": ((1, 1), "positional"),
     "ncsn": ((1, 3, 3, 1), "fourier"),
 }
-FOURIER_SCALE = 16.0  # standard deviation of the frequencies
+FOURIER_SCALE = 16.0  # standard deviation of the frequencies, as in NCSN++
 
 
 class GroupNorm(nn.Module):
@@ -35,7 +35,8 @@ class GroupNorm(nn.Module):
             means = jnp.mean(a, (0, 1)).reshape(groups(channels), -1).mean(1)
             return jnp.repeat(means, channels // groups(channels))[None, None]
 
-        # Statistics are float32, whatever dtype is.
+        # Statistics are float32, whatever dtype is: bfloat16 keeps 8 bits, and a mean
+        # over many pixels needs more.
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
         h = h - mean(h)
         h = h * (jax.lax.rsqrt(mean(h**2) + 1e-6) * scale[None, None])
@@ -53,6 +54,9 @@ class Attention(nn.Module):
         """h [h, w, c] -> [h, w, c]."""
         channels = h.shape[-1]
         inner = GroupNorm(self.dtype, name="norm")(h).reshape(-1, channels)
+        # Scales of initial weights are EDM's, here and below: sqrt(.2) times the
+        # xavier-uniform for attention, 1e-5 times for the last layer of a branch, which
+        # so begins at almost nothing. As variances they are .2 and 1e-10.
         inner = _dense(3 * channels, 0.2, self.dtype, "qkv")(inner)
         query, key, value = jnp.split(inner, 3, axis=1)
         # The softmax is float32, whatever dtype is.
@@ -61,6 +65,7 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits / np.sqrt(channels).astype(wide))
         inner = (weights.astype(h.dtype) @ value).reshape(h.shape)
         inner = _dense(channels, 1e-10, self.dtype, "out")(inner)
+        # The sum of two terms of unit variance has variance 2.
         return (h + inner) * np.sqrt(0.5).astype(h.dtype)
 
 
@@ -82,6 +87,7 @@ class Block(nn.Module):
     def __call__(self, h, embedding, train=False):
         """h [h, w, c], embedding [4 width] -> [h', w', channels]."""
         inner = nn.silu(GroupNorm(self.dtype, name="norm_in")(h))
+        # In EDM's order: the filter first, then the convolution.
         inner = _conv(self.channels, 1.0, self.dtype, "conv_in")(
             resample(inner, self.taps, self.resample)
         )
@@ -91,6 +97,8 @@ class Block(nn.Module):
         inner = nn.silu(GroupNorm(self.dtype, name="norm_out")(inner))
         inner = nn.Dropout(self.dropout, deterministic=not train)(inner)
         inner = _conv(self.channels, 1e-10, self.dtype, "conv_out")(inner)
+        # EDM has this layer in every block that changes resolution, too, even where
+        # the number of channels stays.
         if self.resample or h.shape[-1] != self.channels:
             h = resample(h, self.taps, self.resample)
             h = _dense(self.channels, 1.0, self.dtype, "shortcut")(h)
@@ -177,6 +185,8 @@ class UNet(nn.Module):
                 skips.append(h)
         h = block(h, h.shape[-1], "middle_0", attention=True)
         h = block(h, h.shape[-1], "middle_1")
+        # Zeros, not a shorter concatenation: shapes and parameters stay the same, so
+        # only the information of the skip is removed.
         skips = [
             s if kept else jnp.zeros_like(s)
             for s, kept in zip(skips, flags, strict=True)
@@ -186,6 +196,7 @@ class UNet(nn.Module):
             if level < len(self.multipliers) - 1:
                 h = block(h, h.shape[-1], f"{name}_up", "up")
             for i in range(self.depth + 1):
+                # On the way up only the last block of a resolution has attention.
                 attention = h.shape[0] in self.attention and i == self.depth
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(h, self.width * multiplier, f"{name}_{i}", "", attention)
@@ -196,6 +207,7 @@ class UNet(nn.Module):
     def _embedding(self, t, label):
         """Time and, if there is one, a label as one vector.   [4 width]."""
         _, kind = VARIANTS[self.variant]
+        # A sine and a cosine for each: width features, twice as many in NCSN++.
         count = self.width // 2 * (2 if self.variant == "ncsn" else 1)
         t = jnp.multiply(self.time_scale, t)
         if self.frequencies is None:
@@ -209,8 +221,9 @@ class UNet(nn.Module):
             bias = self.param("label_bias", nn.initializers.zeros, shape[1:])
             h = h + bias
             if label is not None:
-                # The one-hot vector, scaled to variance 1, times the table. "No label"
-                # is beyond the table: zero.
+                # The one-hot vector, scaled to variance 1, times the table, as a gather
+                # of one row: one-hot vectors of n unique labels take n^2 numbers.
+                # "No label" is beyond the table: zero.
                 row = jnp.asarray(table).at[label].get(mode="fill", fill_value=0)
                 h = h + np.sqrt(self.num_classes).astype(row.dtype) * row
         h = nn.silu(_dense(4 * self.width, 1.0, h.dtype, "embedding_in")(h))
@@ -292,6 +305,7 @@ def groups(channels: int) -> int:
 
 def positional_features(t, count: int):
     """sin, cos of t at frequencies log-spaced from 1 to 1e-4.   [] -> [2 count]."""
+    # Both ends are included and sines come first, as in DDPM++; DiT does neither.
     angles = t * np.geomspace(1, 1e-4, count).astype(t.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
@@ -299,6 +313,7 @@ def positional_features(t, count: int):
 def fourier_features(t, count: int, frequencies=None):
     """sin, cos of 2 pi t f, with fixed f drawn from N(0, 16^2).   [] -> [2 count]."""
     if frequencies is None:
+        # A fixed seed: they are constants and no parameters, so no checkpoint has them.
         frequencies = np.random.default_rng(0).normal(0, FOURIER_SCALE, count)
     angles = t * (2 * np.pi * np.asarray(frequencies)).astype(t.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
@@ -320,7 +335,8 @@ def _down(h, taps, pad):
     for axis in (0, 1):
         h = _padded(h, pad, axis)
         size = (h.shape[axis] - len(taps)) // 2 + 1
-        # A sum of slices, because a convolution by channel is slow on CPUs.
+        # A sum of strided slices, because a convolution by channel is slow on CPUs.
+        # Along one axis after the other: the filter is a product of two.
         h = sum(
             weight * jax.lax.slice_in_dim(h, k, k + 2 * size - 1, 2, axis)
             for k, weight in enumerate(weights)
@@ -339,6 +355,8 @@ def _up(h, taps):
             start = margin + offset
             return jax.lax.slice_in_dim(wide, start, start + size, 1, axis)
 
+        # Even and odd places see different taps; interleaved they are the result,
+        # without a map that is half zeros.
         halves = [
             sum(
                 weights[k] * part((parity + pad - k) // 2)

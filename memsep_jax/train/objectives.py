@@ -16,7 +16,7 @@ from memsep_jax.score import Prediction, noise, target
 
 
 class Target(NamedTuple):
-    """What a network sees at a time t, and what it should make of it."""
+    """What a network sees at a time t, and what its answer is compared with."""
 
     x: jax.Array  # [*e] noisy point: alpha(t) x0 + sigma(t) eps
     x0: jax.Array  # [*e] the clean point
@@ -24,7 +24,7 @@ class Target(NamedTuple):
     weight: jax.Array | float = 1.0  # [] of the squared error
 
 
-Question = Target  # its earlier name
+Question = Target  # its earlier name, for scripts that were written with it
 
 
 def prediction_loss(
@@ -44,6 +44,8 @@ def prediction_loss(
     Returns: [].
     """
     seen = (objective or clean(process))(x0, t, eps)
+    # The error is that of F, not of D: out(t), which is huge or tiny at the ends of the
+    # noise levels, stays out of the loss, and `weight` alone weighs them.
     answer = network(prediction.scale(t) * seen.x, prediction.level(t))
     error = answer - target(prediction, process, seen.x0, t, seen.eps)
     return seen.weight * prediction.weight(t) * jnp.mean(error**2)
@@ -56,12 +58,13 @@ def noise_loss(apply, params, process: Process, x0, t, eps):
 
     Args: x0 [*e], t [], eps [*e].   Returns: [].   Source: Ho 2020, eq. 14.
     """
+    # Ho 2020 gives the network t; `score.noise` gives it the logarithm of the noise.
     prediction = noise(process)._replace(level=lambda t: t)
     return prediction_loss(partial(apply, params), prediction, process, x0, t, eps)
 
 
 def clean(process: Process):
-    """The training point behind X_t: best predicted by the copying E[X_0 | X_t]."""
+    """The training point behind X_t; the empirical E[X_0 | X_t] predicts it best."""
     return lambda x0, t, eps: Target(perturb(process, x0, t, eps), x0, eps)
 
 
@@ -78,7 +81,8 @@ def smoothed(process: Process, denoise):
     def objective(x0, t, eps):
         x = perturb(process, x0, t, eps)
         mean = denoise(x, t)
-        # Not (x - alpha mean) / sigma: exact where the mean is x0, at every sigma.
+        # (x - alpha mean) / sigma, without its cancellation: exactly eps where the mean
+        # is x0, at every sigma.
         noise = eps + (x0 - mean) / noise_to_signal(process, t)
         return Target(x, mean, noise)
 
@@ -114,7 +118,11 @@ def ambient(process: Process, t_n: float, key):
 
 def _key_of(key, x):
     """A key that is a function of the bits of x [*e]."""
+    # A hash of the point, because a loss sees no index of it, and because copies of a
+    # point must have the same noise, or their mean would reveal it.
     words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    # With its place (times 2^32 over the golden ratio), because the sum below does not
+    # see the order of words: a mirror image has another key.
     words ^= jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's fmix32
         words = (words ^ (words >> shift)) * jnp.uint32(factor)

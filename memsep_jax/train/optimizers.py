@@ -10,7 +10,9 @@ import optax
 
 from memsep_jax.checks import is_known
 
-WINDOW = 64  # steps: their median gradient norm is the usual one
+# Steps whose median gradient norm is the usual one: a median, as spikes themselves
+# would raise a mean.
+WINDOW = 64
 
 # Schedules: (lr, steps, warmup) -> (step) -> lr.
 
@@ -60,10 +62,13 @@ def skipping(tx: optax.GradientTransformation, factor: float):
 
     def update(grads, state, params=None):
         norm, (norms, skipped, _) = optax.tree.norm(grads), state
+        # The window fills from its end, so its first norm is above 0 once it is full.
         spike = (norms[0] > 0) & (norm > factor * jnp.median(norms))
         updates, inner = tx.update(grads, state.inner, params)
         taken = jnp.append(norms[1:], norm), skipped, inner
         left = norms, skipped + 1, state.inner
+        # A spike leaves the inner state as it is, too: moments would remember it for
+        # 1 / (1 - b2) steps.
         # Not lax.cond: under the vmap of an ensemble both branches would run anyway.
         new = jax.tree.map(lambda a, b: jnp.where(spike, a, b), left, taken)
         updates = jax.tree.map(lambda u: jnp.where(spike, 0, u), updates)
@@ -99,6 +104,8 @@ def _optimizer(make):
 
     Raises: ValueError with a line for each number that is wrong.
     """
+    # What all optimizers share is stated once, in Settings, and yet each of them has a
+    # true signature, which a config reads as its fields.
     lr, weight_decay, *others = inspect.signature(Settings).parameters.values()
     _, _, *averages = inspect.signature(make).parameters.values()
     signature = inspect.Signature([lr, weight_decay, *averages, *others])
@@ -113,8 +120,10 @@ def _optimizer(make):
         schedule = SCHEDULES[settings.schedule]
         rate = schedule(settings.lr, settings.steps, settings.warmup)
         tx = make(rate, settings.weight_decay, **own)
+        # First in the chain: moments see the clipped gradient.
         if settings.clip is not None:
             tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
+        # Outside of the clipping, which would hide a spike from it.
         skips = settings.skip_spikes is not None
         return skipping(tx, settings.skip_spikes) if skips else tx
 

@@ -38,23 +38,27 @@ def init(params: Params, tx: optax.GradientTransformation, mask=None) -> TrainSt
     if mask is None:
         mask = full_mask(params)
     check_mask(params, mask)
-    params = apply_mask(params, mask)
+    params = apply_mask(params, mask)  # pruned parameters are 0 from the first step on
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=jax.tree.map(jnp.copy, params),  # a donated buffer may occur only once
         opt_state=tx.init(params),
         mask=mask,
     )
 
 
 def example_keys(key, step, size: int):
-    """The keys of the examples of a step.   Returns: [size]."""
+    """The keys of the examples of a step.   Returns: [size].
+
+    They are a function of (key, step): no key is part of the state, and a run that is
+    resumed draws the same noise.
+    """
     return jax.random.split(jax.random.fold_in(key, step), size)
 
 
 def ema_decay(half_life: float, batch_size: int, ramp: float | None = None):
-    """What a step keeps of the EMA, so that half of it is left after half_life.
+    """The share of the EMA that a step keeps; half of it is left after half_life.
 
     Args:
       half_life: in training examples.
@@ -66,6 +70,7 @@ def ema_decay(half_life: float, batch_size: int, ramp: float | None = None):
     steps = half_life / batch_size
     if ramp is None:
         return 0.5 ** (1 / steps)
+    # At step 0 this is exp2(-1 / 0) = exp2(-inf) = 0, as it should be.
     return lambda step: jnp.exp2(-1 / jnp.minimum(steps, ramp * step))
 
 
@@ -103,6 +108,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch, key):
         keys = example_keys(key, state.step, len(jax.tree.leaves(batch)[0]))
+        # The step ends on the mask: moments and weight decay would move parameters that
+        # are 0, and a network that is not pruned takes the same path with ones.
         value, grads = _value_and_grad(loss, state.params, batch, keys, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_mask(optax.apply_updates(state.params, updates), state.mask)
@@ -118,6 +125,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
         }
+        # A norm tells of all leaves at once: NaN and infinity pass through its sum.
         finite = jnp.isfinite(jnp.array(list(metrics.values()))).all()
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics["step"] = state.step
@@ -135,12 +143,14 @@ def _value_and_grad(loss, params, batch, keys, accumulate):
     def of(params, batch, keys):
         return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
 
-    if accumulate == 1:
+    if accumulate == 1:  # a scan of one part would cost compile time only
         return of(params, batch, keys)
     parts = jax.tree.map(
         lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys)
     )
 
+    # Sums of means over equal parts: divided by their number they are the mean of the
+    # whole batch.
     def add(total, part):
         return jax.tree.map(jnp.add, total, of(params, *part)), None
 
