@@ -32,9 +32,8 @@ class Session:
     Of several processes that train together, the first one alone writes and speaks:
     see `processes`.
 
-    Args: shared, whether other processes with the same config may join, as the points
-      of a sweep are done by several: the first one has the workdir, and `lead` waits
-      for it.
+    Args: shared, whether other processes with the same config may join and take points
+      of a sweep: the first one has the workdir, and `lead` waits for it.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Session:
         self.resume_step: int | None = resume_step  # the checkpoint to return to
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
-        # No emoji: "my_file:ring:" would show one.
+        # Without emoji: rich would draw one for "my_file:ring:".
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
         self._shared = shared
@@ -70,6 +69,7 @@ class Session:
             self._enter()
         except ConflictError as error:
             if self._processes.together:
+                # The others wait there, and refuse too.
                 self._processes.meet(error, alike, names)
             raise
         if self._processes.together:
@@ -78,11 +78,13 @@ class Session:
             except BaseException as error:
                 self.__exit__(type(error), error, None)
                 raise
+            # Not before: a process that has yet to come has no lock to be seen.
             self._processes.watch()
         return self
 
     def _enter(self):
         try:
+            # Before the lock makes them: `_leave_no_trace` removes these alone.
             places = (self.workdir, *self.workdir.parents)
             self._made = [place for place in places if not place.exists()]
             self._take()
@@ -116,6 +118,7 @@ class Session:
         return locks.of_workdir(self.workdir, jax.process_index())
 
     def __exit__(self, kind, error, trace):
+        # While the lock is held, by which the others see that this process lives.
         if error is not None:
             self._processes.linger(error)
         if kind is None:
@@ -131,11 +134,13 @@ class Session:
         elif not self.before and self._held is not None:
             self._leave_no_trace()
         self._signals.close()
+        # Last: from here on run.json may be that of another run.
         if self._held is not None:
             locks.release(self._held)
 
     def _leave_no_trace(self):
-        """Removes what a run that was refused has made."""
+        """Removes the lock and the directories that a refused run has made."""
+        # rmdir fails, and ends this, where another process has put something there.
         with contextlib.suppress(OSError):
             self._lock_path().unlink()
             if jax.process_count() > 1:  # the others remove theirs
@@ -144,9 +149,9 @@ class Session:
                 place.rmdir()
 
     def lead(self):
-        """Waits until this process alone has the workdir: what all share is its to do.
+        """Waits until this process alone has the workdir, and may write shared files.
 
-        It has to wait where it joined another one, which may be at the report.
+        It has to wait where it joined another one, which may still write its report.
         """
         while self._held is None:
             try:
@@ -156,6 +161,7 @@ class Session:
 
     def _take_over(self):
         self._held = locks.take(self._lock_path())
+        # The process that led has written its seconds; this one's are added.
         known = record.read_json(self.workdir / "run.json") or {}
         for name, seconds in known.get("seconds", {}).items():
             own = self.status["seconds"].get(name, 0.0)
@@ -207,7 +213,7 @@ class Session:
     def _write_first(self):
         self._begun = parallel.is_first() and self._held is not None
         if self._begun:
-            # All is sorted but the fields of a point, of which the first is its factor.
+            # Sorted but for the fields of a point, whose first one names its factor.
             known = {
                 name: dict(sorted(value.items())) if isinstance(value, dict) else value
                 for name, value in sorted(to_json(self.config).items())
@@ -232,7 +238,7 @@ class Session:
         old = record.read_json(self.workdir / "config.json")
         if not old:
             return []
-        # A field that came later was what it is by default.
+        # A field that an older config.json lacks had its default value in effect.
         later = [
             change
             for change in differences(old, to_json(schema.defaults(schema.of(old))))
@@ -244,7 +250,7 @@ class Session:
         return [change for change in changes if change not in later]
 
     def _check_config(self):
-        """Another config may not go on with this one's weights."""
+        """Refuses to go on under a config that would have given other weights."""
         conflicts = []
         for name, old, new in self._changes():
             role = schema.role(name)
@@ -273,7 +279,7 @@ class Session:
         self._check_streams()
 
     def _check_streams(self):
-        """Other random numbers are another seed, which kept results would not fit."""
+        """Refuses other random numbers, which kept results would not fit."""
         changed = circumstances.changed_streams(self.before)
         if changed and not self.allow_config_change:
             raise ConflictError(
@@ -293,14 +299,15 @@ class Session:
             record.write_json(self.workdir / "run.json", self.status)
 
     def _fail(self, text):
-        """Another process is gone, and this one ends with it."""
+        """Records that another process is gone, and that this one ends with it."""
         self.status |= {"status": "failed", "error": text}
         if self._begun:
             self.write_status()
 
     def say(self, text):
-        """One line, or a table, to the person; a closed pipe is not an error."""
+        """Shows the person a line or a table; a closed pipe is not an error."""
         with contextlib.suppress(OSError):
+            # The brackets of a text, such as those of a shape, are no markup.
             self.console.print(text, markup=not isinstance(text, str))
 
     def progress(self, what: str, total: int, done: int = 0):

@@ -23,6 +23,7 @@ class Terminal(Console):
     def on_broken_pipe(self):
         """Rich would end the process here."""
         self.quiet = True
+        # The interpreter flushes stdout when it exits, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
