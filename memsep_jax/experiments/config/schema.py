@@ -69,7 +69,8 @@ CLOCK = Rule(
     PROCESSES,
 )
 
-# The names that take a field; the signatures say the same, and a test compares them.
+# The constructors that take a field. Their signatures say the same; the names stand
+# here too, as a command line is read before jax is imported. A test compares them.
 FOLDER, MIXTURE = ("folder",), ("mixture",)
 VARIANCE_PRESERVING = ("variance_preserving",)
 LOG_NORMAL, BETA = ("log_normal",), ("beta",)
@@ -89,7 +90,7 @@ NEAR = field(
 )
 
 TRAIN: dict[str, Field | Group] = {
-    "experiment": field("train", "What is done: a study, or your own MODULE:STUDY."),
+    "experiment": field("train", "The study to run, or your own MODULE:STUDY."),
     "seed": field(0, "Seed of weights, batches, samples and measurements.", SEED),
     "data": named(
         "The training points: a source, and which of its points are taken.",
@@ -227,7 +228,7 @@ TRAIN: dict[str, Field | Group] = {
         ),
     ),
     "train": group(
-        "The length of training, its batches and averages, and what works against "
+        "The length of training, its batches and averages, and its measures against "
         "memorization.",
         TRAINING,
         steps=field(1_000, "Number of steps.", LENGTH, role=GROWS),
@@ -244,7 +245,7 @@ TRAIN: dict[str, Field | Group] = {
             one_of(*ORDERS),
         ),
         accumulate=field(1, "Parts of a batch, one after another.", at_least(1)),
-        ema_decay=field(0.999, "What the average keeps at a step.", share()),
+        ema_decay=field(0.999, "Share of the average that a step keeps.", share()),
         ema_half_life=unset(
             float, "Half-life of the average in examples, in place of `ema_decay`.",
             positive("a number of examples"),
@@ -256,7 +257,7 @@ TRAIN: dict[str, Field | Group] = {
         flip=field(False, "Mirrors every other image."),
         label_drop=field(0.0, "Share of the labels that is dropped.", share()),
         temperature=unset(
-            float, "Smooths what the network is asked for (train.smoothed).",
+            float, "Smooths the target of the network (train.smoothed).",
             positive("above 1 it smooths"),
         ),
         ambient=unset(
@@ -306,7 +307,8 @@ TRAIN: dict[str, Field | Group] = {
             share("the share of units to remove"),
         ),
         criterion=field(
-            "small_t", "What ranks the units.", listed("memsep_jax.prune:CRITERIA"),
+            "small_t", "Measure that ranks the units.",
+            listed("memsep_jax.prune:CRITERIA"),
         ),
         group=field("heads", "Kind of unit.", listed("memsep_jax.prune:GROUPS")),
         draws=field(4_096, "Draws of a training point, a time and noise.", at_least(1)),
@@ -370,7 +372,7 @@ TRAIN: dict[str, Field | Group] = {
         ),
     ),
     "measure": group(
-        "What sweeps measure.",
+        "The measurements of sweeps.",
         AFTER,
         times=field((1e-3, 1e-2, 0.1, 1.0), "Times of the process.", INCREASING),
         draws=field(2_000, "Draws of X_t.", at_least(1)),
@@ -456,12 +458,12 @@ PREPARATION = group(
 )
 
 AUDIT: dict[str, Field | Group] = {
-    "experiment": field("audit", "What is done: audit or calibrate."),
+    "experiment": field("audit", "The study to run: audit or calibrate."),
     "seed": field(0, "Seed of subsets, of k-means and of random features."),
-    "samples": unset(str, "What the generator made: a folder, a file, a run or a set."),
-    "train": unset(str, "What the generator was trained on."),
+    "samples": unset(str, "The samples: a folder, a file, a run or a data set."),
+    "train": unset(str, "The images that the generator was trained on."),
     "held_out": unset(str, "Images of the same kind that it never saw."),
-    "pool": unset(str, "Everything that `train` was chosen from."),
+    "pool": unset(str, "All images that `train` was chosen from."),
     "resolution": unset(int, "Pixels that images of all folders are resized to."),
     "skip_bad": unset(bool, "Leaves out images of folders that cannot be read."),
     "samples_as": PREPARATION,
@@ -514,8 +516,9 @@ AUDIT: dict[str, Field | Group] = {
     ),
 }  # fmt: skip
 
-# The field of a config that lists the values that another choice of name left behind:
-# nothing reads them, and nothing saves the list.
+# The field of a config that lists the values that another choice of name left behind.
+# Nothing reads those values. The list is not saved: `settled` passes over such values
+# when a config is compared with a saved one.
 LEFT_OVER = "left_over"
 
 
@@ -689,6 +692,7 @@ def broken_rules(config, *only: str) -> list[str]:
     """
     known, lines = {name: one for name, one, _ in leaves(of(config))}, []
     for name, value in values(config):
+        # None is a field that is not set; where that is wrong, `wrong_kinds` says so.
         if only and name.partition(".")[0] not in only or value is None:
             continue
         rule = known[name].rule if name in known else None

@@ -67,7 +67,7 @@ def _point(file, base, values) -> Point:
         build.check(config)
     except build.ConfigError as error:
         raise UsageError(f"{file}: point {name}: {error}") from error
-    # With "=" in a value, one field could read as two.
+    # With "=" in a value, one field could read as two: the name then ends in a hash.
     unsure = "=" in "".join(map(str, values.values()))
     known_by = grid.file_name(name or "all", repr(values) if unsure else None)
     return Point(known_by, values, config)
