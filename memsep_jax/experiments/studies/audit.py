@@ -39,6 +39,7 @@ ROLES = {
 # 2.2) to .56 ([0, 1] stored as [-1, 1]).
 APART = 0.3
 FALSE = 0.01  # share of honest samples that a set without held-out images may flag
+# Other ways to prepare images are tried on parts of the sets, for time and memory.
 TRIED = 1_000  # samples, and held-out images, that are tried in other ways, at most
 FEWER = 250  # samples that are tried with exchanged axes or colours, at most
 FILES = 10_000  # training files that are prepared in another way, at most
@@ -64,6 +65,7 @@ def run(config, session):
     metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
+    # Where the images as they are show copies, the verdict is known.
     if pixels["null"] is None or not verdict.above_chance(pixels, len(sets.samples))[0]:
         with session.phase("neighbours"):
             metrics["other_ways"] = other_ways(
@@ -175,6 +177,7 @@ def read(config):
             "were neither generated nor trained on"
         )
     seen = set(train)
+    # A held-out image that was trained on would raise the null level, and hide copies.
     kept = np.array([one not in seen for one in held_out])
     if not kept.any():
         raise build.ConfigError(
@@ -259,6 +262,7 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
         images = None if x is None else Source(x)
     elif "model" in known:
+        # An audit may be of a stranger's workdir: it must run none of its code.
         if own := schema.own_code(known):
             raise DataError(
                 f"--config.{role}={where} is a run with code of its own "
@@ -309,7 +313,7 @@ class Way(NamedTuple):
 
 
 def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
-    """Whether copies would show if images had been prepared, or stored, otherwise.
+    """Tries whether copies would show if images had been prepared or stored otherwise.
 
     Files are cropped or not, turned by EXIF or not, laid over white or not; samples
     have their colours or axes exchanged. Each way is tried on a part of the images that
@@ -421,7 +425,7 @@ def _altered(origin):
 
 
 def _few(x, most):
-    """At most this many of x, evenly spaced."""
+    """At most this many of x, evenly spaced: sets may be ordered by class."""
     return x[:: max(1, -(-len(x) // most))]
 
 

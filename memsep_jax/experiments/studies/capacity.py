@@ -32,7 +32,7 @@ from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import exact
 
 TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1
-SWEPT = ("num_examples", "width")
+SWEPT = ("num_examples", "width")  # the axes that the theorem compares
 
 
 class Tasks(NamedTuple):
@@ -145,6 +145,7 @@ def measure(points, session):
     shape = (len(points), len(TARGETS), len(config.measure.times))
     errors, losses = errors.reshape(shape), losses.reshape(shape)
     parameters = training.count(state.params) // len(tasks.t)
+    # A point has one network for each target and time, and fails with any of them.
     applied = np.asarray(state.step).reshape(len(points), -1).min(axis=1)
     failed = ensemble.failures(applied, parts.steps)
     for why, error, loss in zip(failed, errors, losses, strict=True):

@@ -148,7 +148,7 @@ def search(choice, limits, session):
             break
         some = at(choice, n)
         done[n] = some, _rows(some, session, what=f"n = {n:,}")
-        if failed := seeds - len(done[n][1]):  # a mean of the others would be biased
+        if failed := seeds - len(done[n][1]):  # the mean of the others may be biased
             ended = f"{failed} failed networks of n = {n:,}"
             break
         ratio = mean(done[n][1], "ratio")
@@ -179,7 +179,7 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
       lies outside, and "beyond" then says on which side of which size.
     """
     level, samples = _level(choice), choice.sampler.num_samples
-    sizes = list(rows)
+    sizes = list(rows)  # increasing
     outcome = {
         "setting": grid.label(grid.points(choice)[0].values, OTHER),
         "sizes": sizes,
@@ -194,6 +194,7 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
             continue
         ratios = np.array([[row[kind] for row in rows[n]] for n in sizes], float)
         means = ratios.mean(axis=1)
+        # A decreasing fit: with few seeds the means need not fall with n.
         fit = memorization.decreasing(means, np.ones(len(sizes)))
         if fit[-1] >= level:
             one["beyond"] = f"at least {sizes[-1]:,}"

@@ -85,7 +85,7 @@ def snapshot_steps(config, n: int) -> set[int]:
 class Log:
     """metrics.jsonl and the tracker of a training, which process 0 alone writes.
 
-    Attributes: unfinished, what is known of the row of the step that a run goes on
+    Attributes: unfinished, the known part of the row of the step that a run goes on
       from, where it was stopped before that row was whole.
     """
 
@@ -96,6 +96,7 @@ class Log:
         if parallel.is_first():
             self._metrics = record.Metrics(workdir / "metrics.jsonl", start)
             self.unfinished = self._metrics.unfinished
+        # All processes must take the same branch, and only process 0 has the rows.
         whole = self._metrics is not None and start in self._metrics.steps
         self.has_start = bool(session.share(whole))
 
@@ -175,6 +176,7 @@ def plateau_stop(patience, rows) -> str | None:
     Args: patience, train.plateau, in snapshots.   rows, up to now.
     """
     rows, last = [row for row in rows if RATIOS[0] in row], rows[-1]
+    # Only at a snapshot: at other steps nothing new is known.
     if patience is None or not rows or rows[-1] is not last:
         return None
     best = [max(RATIOS, key=lambda name: row.get(name, 0.0)) for row in rows]
@@ -237,6 +239,7 @@ class Monitor:
         """
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if parallel.is_first():
+            # The vote below turns the signal into the stop of all processes.
             with contextlib.suppress(Interrupted):
                 row = self._measured(step, row, weights)
         self.session.poll(now=True)
@@ -253,7 +256,7 @@ class Monitor:
                 self._best = np.mean(held_out)
                 checkpoint.save(self.log.workdir / "best", step, weights, keep=1)
         if step in self.calendar.snapshots:
-            self.session.pause()
+            self.session.pause()  # a signal that came in the losses ends this here
             checkpoint.save(self.log.workdir / "snapshots", step, weights)
             row = {"step": step} | row | self.snapshot(step, weights)
         return row
@@ -274,7 +277,7 @@ class Monitor:
                 path = self.session.workdir / "samples" / f"step_{step:08d}.png"
                 save = figures.save_samples
                 self._draw(save, path, samples[:GRID])
-            # The null level is measured once, at the end: the held-out points stay.
+            # Without the null level: it is the same at all steps, and measured once.
             ratio = memorization.ratio_of(
                 self.search(data.like(self.parts.splits.train.x, samples)),
                 None,
@@ -321,7 +324,7 @@ def detector(config, parts, weights) -> dict:
     """
     splits, truth_score = parts.splits, None
     if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
-        return {}
+        return {}  # one held-out point has no standard error
     if build.has_truth(config):
         truth_score = mixture.score(build.truth(config), parts.process)
     points = config.run.evaluate_points
@@ -363,7 +366,7 @@ def first_points(points, count: int):
 def make_losses(config, parts, pause):
     """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
 
-    The same noise for every call, so that differences are differences of networks.
+    Every call has the same noise, so that differences are those of the networks.
 
     Args: pause, as in `record.paced`.
     """

@@ -144,6 +144,7 @@ def fit(sizes, taus) -> Fit:
     kept = [int(n) for n, use in zip(sizes, known, strict=True) if use]
     if len(kept) < 2:
         return Fit(np.nan, np.nan, np.nan, np.nan, kept)
+    # log tau = log factor + slope log n, one line for each seed (a column of taus).
     slopes, starts = np.polyfit(np.log(kept), np.log(taus[known]), 1)
     slope, _, low, high = map(float, results.mean_interval(slopes))
     return Fit(slope, low, high, float(np.exp(starts.mean())), kept)

@@ -27,6 +27,7 @@ def run(config, session):
 
 
 def _empirical(config, parts):
+    # The data are the weights: an argument of the program, and no constant inside it.
     def score_of(train, label):
         of_label = None if label is None else empirical.labelled(train.label, label)
         return empirical.score(train.x, parts.process, log_weights=of_label)

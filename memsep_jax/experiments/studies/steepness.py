@@ -60,7 +60,7 @@ def measure(points, session):
         with session.phase("measure"):
             key = build.keys(config.seed).evaluate
             row = jax.device_get(probe(params, build.truth(config), data, times, key))
-        for name in SCORES:
+        for name in SCORES:  # -4 and -2 for the empirical score, 0 for a smooth truth
             for curve in ("midpoints", "noised_median"):
                 slope = _slope(sigma, row[f"{name}_{curve}"])
                 row[f"{name}_{curve.split('_')[0]}_slope"] = slope
@@ -202,6 +202,8 @@ def _norms(rows):
     steep = _all_scores(rows, "midpoints")
     typical = _all_scores(rows, "noised_median", labelled=False)
     anchor = rows[0]["empirical_midpoints"]["mean"][0]
+    # Ye 2025, section 5: between training points the norm grows like sigma^-4 as t goes
+    # to 0, while at a noised training point it is 1 / sigma^2 in the median.
     falling = figures.Line(
         sigma, anchor * (sigma / sigma[0]) ** -4.0, "slope -4", style=":",
         color=figures.GREY,
