@@ -64,7 +64,7 @@ def command() -> str:
 
 
 def current() -> dict:
-    """What run.json records of the circumstances."""
+    """The circumstances that run.json records."""
     device = jax.devices()[0]
     return {
         "streams": streams(),

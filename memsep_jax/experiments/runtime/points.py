@@ -124,7 +124,7 @@ def run(
 ) -> list[dict]:
     """The results of all points, in their order; finished ones are not done again.
 
-    It waits for points that another process is at.
+    It waits for points that other processes work on.
 
     Args:
       work: some points -> for each a dict of numbers and arrays, or the error that it
@@ -155,7 +155,7 @@ def run(
 
 
 class _Sweep:
-    """What is known of the points of a config while this process is at work."""
+    """The state of the points of a config while this process is at work."""
 
     def __init__(self, config, session, every, update):
         self.results: dict[str, dict] = {}

@@ -104,7 +104,7 @@ class Processes:
         return value
 
     def part(self):
-        """Ends the time of several processes: from here on the first one is alone.
+        """Parts the processes: from here on each is alone.
 
         Raises: Interrupted where one of them heard a signal.
         """
@@ -124,13 +124,13 @@ class Processes:
             self._signals.check()
 
     def watch(self):
-        """Ends this process when another one is gone: it would wait for ever."""
+        """Ends this process when another one is gone, for which it would wait."""
         if self.together:
             self._watch = threading.Thread(target=self._watch_others, daemon=True)
             self._watch.start()
 
     def linger(self, error):
-        """Leaves the others the time to fail in their own way, after an error here."""
+        """Gives the others time to fail in their own way, after an error here."""
         if self._watch and not hasattr(error, "exit_code"):
             # What needs another process fails, as a JaxRuntimeError or a ValueError;
             # the watch knows which one is gone, and ends this one.

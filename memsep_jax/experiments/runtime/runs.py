@@ -57,7 +57,7 @@ def counted(states) -> str:
 
 
 def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> None:
-    """Runs what nobody has, point by point, until nothing is left.
+    """Runs the points that nobody has, one after the other, until none is left.
 
     Args: run, (config, workdir) of a point; say, a line to whoever reads the log.
     Raises: Interrupted, where a signal came and what was begun is saved; StorageError.
@@ -112,7 +112,7 @@ def clear(workdir: Path, every: list[Point], retry: bool) -> None:
 
 
 def status(workdir: Path, every: list[Point]) -> Table:
-    """Every point and what is known of it, as a table for a person."""
+    """A table of all points for a person: their states, seconds and errors."""
     states = [state(workdir, point) for point in every]
     rows = []
     for point, what in zip(every, states, strict=True):

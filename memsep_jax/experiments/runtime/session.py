@@ -185,7 +185,7 @@ class Session:
             )
 
     def begin(self, fingerprint: str, read=None):
-        """From here on, the run is on disk.
+        """Puts the run on disk, where it stays from here on.
 
         Args: read, the data.Splits or data.Source of its data: its notes are said,
           and the folder of each class is kept in run.json.
@@ -325,6 +325,14 @@ class Session:
             passed = time.monotonic() - started
             seconds[name] = round(seconds.get(name, 0.0) + passed, 2)
 
+    @contextlib.contextmanager
+    def reporting(self):
+        """The phase of a report, which shows the seconds of all phases before it."""
+        self.write_status()
+        with self.phase("report"):
+            yield
+        self.write_status()
+
     # Signals, and the other processes of the run.
 
     @property
@@ -346,7 +354,7 @@ class Session:
         return self._signals.deferred()
 
     def pause(self):
-        """Between two calls of long work.   Raises: Interrupted, in `deferred` too."""
+        """Ends work between two calls.   Raises: Interrupted, in `deferred` too."""
         if self.heard is not None:
             raise Interrupted(self.heard)
 
@@ -359,5 +367,5 @@ class Session:
         return self._processes.share(value)
 
     def part(self):
-        """Ends the time of several processes, as `processes.Processes.part`."""
+        """Parts the processes, as `processes.Processes.part`."""
         self._processes.part()

@@ -69,7 +69,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Inside, a signal only sets `stop`: the caller polls it and saves.
+        """Makes a signal inside the block only set `stop`: the caller polls and saves.
 
         Raises: Interrupted at the end, where the caller did not.
         """

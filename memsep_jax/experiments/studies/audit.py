@@ -79,7 +79,7 @@ def run(config, session):
 
 
 def _notes(sets, origins, more, excluded) -> list[str]:
-    """Everything that a person should know of the images before the numbers."""
+    """All that a person should know about the images before the numbers."""
     notes = [note for origin in origins.values() for note in origin.notes]
     if any(_altered(origin) for origin in origins.values()):
         notes.append(
@@ -109,10 +109,8 @@ def _write(session, result, metrics, origins):
     record.write_csv(session.workdir / "duplicates.csv", result.repeats)
     record.write_npz(session.workdir / "pairs.npz", **result.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write_audit(session.workdir, session.say)
-    session.write_status()
     session.say(summary(metrics))
     for line in verdict.lines(metrics):
         session.say(line)
@@ -337,6 +335,7 @@ def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
 
     with session.progress("other ways to prepare images", len(ways)) as update:
         for i, way in enumerate(ways):
+            # Named by all that the flags depend on.
             place = hashlib.sha256(f"{known} {way[:4]} {threshold}".encode())
             path = session.workdir / "compared" / f"ways-{place.hexdigest()[:12]}.npz"
             work = functools.partial(
@@ -482,6 +481,7 @@ def _given(group, sets, kept):
                 f"--config.features.name=given needs --config.features.{name}=FILE.npy "
                 "of [n, d] features, as there are images for it"
             )
+        # The file has rows for the held-out images that were left out, too.
         mask = kept if name == "held_out" else np.ones(len(x), bool)
         return features.from_file(os.path.expanduser(group[name]), len(mask))[mask]
 
@@ -541,7 +541,7 @@ def _held(sets):
 
 
 def nearer(in_features) -> str:
-    """To which images the samples are nearer as a whole, in words."""
+    """Says to which images the samples are nearer as a whole."""
     if in_features is None or in_features["nearer"] is None:
         return ""
     mean, _, low, high = Interval.read(in_features["nearer"])
@@ -636,7 +636,7 @@ def _deduplicate(pixels, about):
 
 
 def comparable(rows) -> str:
-    """How the numbers of images limit which metrics of quality compare, in words."""
+    """Says which metrics of quality the numbers of images allow to compare."""
     pairs = {row["reference"]: row for row in rows if "Vendi" not in row["metric"]}
     if not pairs:
         return ""

@@ -36,7 +36,7 @@ SWEPT = ("num_examples", "width")  # the axes that the theorem compares
 
 
 class Tasks(NamedTuple):
-    """What differs between the networks of one width, stacked: [m, ...]."""
+    """The differences between the networks of one width, stacked: [m, ...]."""
 
     x: jax.Array  # [m, n_max, d] training points, padded
     n: jax.Array  # [m] the number of real ones

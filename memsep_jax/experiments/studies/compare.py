@@ -180,7 +180,7 @@ def attempt(left_out, names, reference, work):
 
 
 def check_distinct(train) -> int:
-    """How many training points differ.   Raises: UndefinedError: one alone."""
+    """The number of different training points.   Raises: UndefinedError: one alone."""
     distinct = len(neighbours.distinct(train))
     if distinct < 2:
         raise UndefinedError(
@@ -243,7 +243,7 @@ def _copies(near, threshold):
 
 
 def distances(near, held_out) -> dict:
-    """How far samples are from the training set, beside held-out points.
+    """The distances of samples from the training set, beside those of held-out points.
 
     Args: near, the neighbours of samples; held_out, those of held-out points, or None.
     """
@@ -568,7 +568,7 @@ def _nearer(config, points, title, left_out):
 
 
 def _quality(config, points, title, left_out):
-    """A row per metric and reference set, with the number of images it is taken of."""
+    """A row for each metric and reference set, with the number of images of each."""
 
     def kid(a, b):
         size = min(1_000, len(a) // 2)  # fewer than all, or all draws are the same

@@ -78,7 +78,7 @@ def _network(config):
 
 
 def _cost(config, parts, mesh, state):
-    """FLOPs of a step, and bytes by what they hold, the state and gradients first."""
+    """The FLOPs of a step, and its bytes by content, the state and gradients first."""
     # Points that stay on disk come as batches.
     streamed = isinstance(parts.splits.train.x, data.Rows)
     dataset = None if streamed else jax.eval_shape(lambda: parts.splits.train)

@@ -92,10 +92,11 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
     if wrong:
         raise build.ConfigError("\n".join(wrong))
     smallest, largest, multiple = 2, high, 1
-    if config.data.name != "mixture":  # a mixture has as many points as one wants
+    if config.data.name != "mixture":  # a mixture has any number of points
         largest = min(_pool(choice) for choice in choices(config))
     for choice in choices(config):
         (first, *_) = grid.points(choice)
+        # Balanced classes divide n, and every random label needs a point.
         if first.config.data.balanced:
             multiple = max(multiple, _classes(first.config))
         smallest = max(smallest, multiple, first.config.data.num_labels or 0)
@@ -112,6 +113,7 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
 
 def _pool(choice) -> int:
     """The number of training points of a setting."""
+    # Without duplicates, which would count as further points.
     config = grid.points(choice)[0].config
     config.data.update(num_examples=None, duplicates=0.0)
     return len(build.build(config).splits.train.x)

@@ -264,10 +264,8 @@ def _write(config, parts, workdir, samples, result, beside, about):
 
 def finish(session):
     """Draws the report, and shows the person the numbers."""
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write(session.workdir, session.say)
-    session.write_status()  # and the table those of the report
     tell(session, session.workdir)
 
 

@@ -113,7 +113,10 @@ class Log:
             self._track(row)
 
     def write_unfinished(self, row: dict):
-        """Writes what is known of a row before it is measured, unless it is whole."""
+        """Writes the known part of a row before the rest is measured.
+
+        Nothing is written where the row is whole already.
+        """
         if row and self._metrics is not None and row["step"] != self._written:
             self._metrics.write_unfinished(**row)
 
@@ -235,7 +238,7 @@ class Monitor:
         Where a signal comes, nothing is logged: the row is made when the run goes on.
         Where several processes train, all call it, and the first one measures.
 
-        Args: row, what is known of the step so far.
+        Args: row, the numbers of the step that are known so far.
         """
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if parallel.is_first():

@@ -26,7 +26,7 @@ def tag(config, groups) -> str:
 
 
 def tags(config, groups) -> list[str]:
-    """The `tag`, and what an earlier version called it."""
+    """The `tag`, and the one that an earlier version gave."""
     known = build.to_json(config)
     if "sampler" in groups:
         # Dropout is off when a network is sampled: its value changes no sample.
@@ -43,7 +43,7 @@ def name(config) -> str:
 
 
 def names(config) -> list[str]:
-    """The `name`, and what an earlier version called it."""
+    """The `name`, and the one that an earlier version gave."""
     return [f"seed={config.seed}-{one}" for one in tags(config, TRAINING)]
 
 

@@ -224,7 +224,7 @@ def measure(points, session):
 
 
 def _check_kept(folder, steps):
-    """Raises: ConflictError: the network was trained under other run.snapshots."""
+    """Refuses a network that lacks snapshots.   Raises: ConflictError."""
     missing = sorted(set(steps) - set(checkpoint.steps(folder)))
     if missing:
         raise checkpoint.ConflictError(

@@ -1,4 +1,4 @@
-"""The extremes that a network lies between: the exact empirical score, or the truth.
+"""The two extremes that a network lies between: the empirical score and the truth.
 
 Sampling with the empirical score, the minimiser of the training loss, copies the
 training set; sampling with the truth, where it is known, gives the null level. Where

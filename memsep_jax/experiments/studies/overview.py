@@ -1,4 +1,4 @@
-"""What a sweep of runs comes to: one table and one picture, with gaps."""
+"""The results of a sweep of runs: one table and one picture, with gaps."""
 
 import itertools
 from collections import Counter

@@ -96,10 +96,8 @@ def publish(config, session, draw, **about):
     """
     metrics = {"experiment": config.experiment, **about}
     record.write_json(session.workdir / "metrics.json", metrics)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write_sweep(session.workdir, draw, session.say)
-    session.write_status()
     session.say(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 

@@ -56,7 +56,7 @@ def run(config, session):
 
 
 def model(config, parts, weights, step) -> dict:
-    """What metrics.json says of a network after a step."""
+    """The section of metrics.json about a network after a step."""
     return {
         "name": config.model.name,
         "parameters": training.count(weights),

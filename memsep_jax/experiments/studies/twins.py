@@ -85,7 +85,7 @@ def measure(points, session):
 
 
 def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
-    """How like samples [m, *e] of the same noises are, to each other and to their data.
+    """Compares samples [m, *e] of the same noises with each other and with their data.
 
     Returns: share, cosine and their null levels as in `memorization.reproducibility`;
       ratio, the share of memorized samples of both; own, the mean cosine between a

@@ -1,4 +1,4 @@
-"""The report of a run that has stopped before its end: what its newest weights draw.
+"""The report of a run that has stopped before its end, by its newest weights.
 
 Nothing is trained, and nothing that the run goes on from is changed: the numbers lie
 under evaluation/, in the folder of these weights, and run.json stays as it is.
