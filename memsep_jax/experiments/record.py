@@ -124,8 +124,8 @@ UNFINISHED = "unfinished"  # the key that marks a row whose step is not measured
 class Metrics:
     """metrics.jsonl: one row for each logged step, once, through any restarts.
 
-    `unfinished` is what is known of a last step that was stopped before all of its row
-    was measured; a row of that step takes its place.
+    `unfinished` is the known part of the last row, where a run was stopped before all
+    of it was measured; a whole row of that step takes its place.
     """
 
     def __init__(self, path, step: int):
@@ -143,7 +143,7 @@ class Metrics:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write_unfinished(self, **row):
-        """Appends what is known of a row that `write` is to finish."""
+        """Appends the known part of a row that `write` is to finish."""
         self.write(**row, **{UNFINISHED: True})
         self.unfinished = _plain(row)
 

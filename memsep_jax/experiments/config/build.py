@@ -56,7 +56,7 @@ class Parts(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The seed, split once by name."""
+    """The keys of a run: its seed, split once by name."""
 
     init: jax.Array
     data: jax.Array
@@ -76,7 +76,7 @@ def keys(seed: int) -> Keys:
 
 
 def check(config):
-    """What must be right before a sweep is laid out, or anything is built.
+    """Checks what must be right before a sweep is laid out, or anything is built.
 
     Raises: ConfigError.
     """
@@ -202,7 +202,7 @@ def lengths(config, n: int = 0) -> tuple[int, int]:
 
 
 def ema_decay(config):
-    """What a step keeps of the EMA: a number, or (step []) -> []."""
+    """The share of the EMA that a step keeps: a number, or (step []) -> []."""
     group = config.train
     if group.ema_half_life is None:
         return group.ema_decay

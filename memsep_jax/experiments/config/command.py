@@ -48,7 +48,7 @@ class ConfigFile(flags.ArgumentParser):
         return config.lock()
 
     def flag_type(self):
-        """What --help calls it."""
+        """The name of the type in --help."""
         return "config file"
 
 

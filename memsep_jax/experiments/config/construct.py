@@ -19,7 +19,7 @@ from memsep_jax.experiments.config.schema import did_you_mean
 
 
 class ConfigError(ValueError):
-    """What a person must change in the config, all of it at once."""
+    """Says what a person must change in the config, all of it at once."""
 
     exit_code = 2
 
@@ -171,7 +171,7 @@ def untaken(table: dict, group, what: str, left_over, also=frozenset()) -> list[
 
 
 def check_given(constructor, given, what, name):
-    """Python says this too, but not which field of which group."""
+    """Refuses missing arguments.   Raises: ValueError, which names their fields."""
     missing = [
         parameter.name
         for parameter in inspect.signature(constructor).parameters.values()

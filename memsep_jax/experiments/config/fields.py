@@ -40,7 +40,7 @@ KINDS: dict[type, tuple[tuple, str]] = {  # type -> what a field of it takes, in
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy; `words` completes "must be ..."."""
+    """A condition that values must satisfy; `words` completes "must be ..."."""
 
     words: str
     holds: Callable[[Any], bool] = lambda value: True

@@ -54,7 +54,7 @@ def label(row: dict, axes=tuple(AXES)) -> str | None:
 
 
 def axes(config) -> dict[str, tuple]:
-    """The axes that have values, of which the setting has those of sweep.points.
+    """The axes that have values; those of the axis `setting` are sweep.points.
 
     Strings in sweep.setting, the form of an earlier version, take their place, and stay
     as they are.
@@ -104,10 +104,11 @@ def listed(values: dict) -> str:
 
 
 def file_name(name: str, whole: str | None = None) -> str:
-    """The name of a point as that of a file, which no other point has.
+    """The name of a point's file, which no other point has.
 
-    Where it is cut, or a character is replaced, it ends in a hash of itself. Args:
-    whole, to be hashed in any case, where another point could have the same name.
+    Where it is cut, or a character is replaced, it ends in a hash of itself.
+
+    Args: whole, to be hashed in any case, where another point could have the same name.
     """
     safe = re.sub(r"[/\0]", "_", name)
     if whole is None and safe == name and len(name) <= LONG_NAME:
@@ -218,7 +219,7 @@ def modernize(values: dict) -> dict:
 
 
 def outdated(config) -> str | None:
-    """What is said where a config has strings for points."""
+    """The warning to a config that has strings for points, or None."""
     texts = config.get("sweep", {}).get("setting", ())
     if not texts:
         return None

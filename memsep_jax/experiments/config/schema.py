@@ -559,7 +559,7 @@ def leaves(schema: dict[str, Field | Group]) -> Iterator[tuple[str, Field, str]]
 def group_fields(group: str) -> dict[str, Field]:
     """The fields of a group of a training."""
     one = TRAIN[group]
-    assert isinstance(one, Group)
+    assert isinstance(one, Group)  # and not a field of no group, such as "seed"
     return one.fields
 
 

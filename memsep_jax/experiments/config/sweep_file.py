@@ -44,7 +44,7 @@ def read(file) -> list[Point]:
 
 
 def _names(file):
-    """What the file defines."""
+    """The names that the file defines."""
     try:
         names = runpy.run_path(str(file))
     except OSError as error:

@@ -37,7 +37,7 @@ def without_gaps(rows):
 
 
 def quality(metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """How good the samples of a run or an audit are: (columns, (name, cells) of rows).
+    """The quality of the samples of a run or audit: (columns, (name, cells) of rows).
 
     Numbers of an older version have no rows.
     """

@@ -40,7 +40,7 @@ def far(d1, held_out) -> dict:
 
 
 def verdict(metrics) -> dict:
-    """What the numbers mean: {"name", "alarm", "text", "small"}.
+    """The meaning of the numbers: {"name", "alarm", "text", "small"}.
 
     The alarm is None where it is known neither that samples copy, nor that a model
     with such samples does not.
