@@ -158,6 +158,7 @@ def untaken(table: dict, group, what: str, left_over, also=frozenset()) -> list[
     for field, value in group.items():
         name = f"{what}.{field}"
         default = known[name].default if name in known else None
+        # Nobody asked for a value that is the default.
         if field == "name" or field in taken | also or value in (None, default):
             continue
         if name not in left_over:

@@ -277,6 +277,7 @@ TRAIN: dict[str, Field | Group] = {
             at_least(1, "snapshot"), mark=STOPS,
         ),
     ),
+    # EDM's 18 steps by default: 17 on the grid, and the last one from t_min to 0.
     "sampler": group(
         "How samples are drawn.",
         AFTER,
@@ -585,6 +586,7 @@ def role(name: str) -> str:
         for known, _, its_role in leaves(schema):
             if known == name:
                 return its_role
+    # The constructor of a user may take fields that no schema has.
     one = TRAIN.get(name.partition(".")[0])
     return one.role if isinstance(one, Group) else RESULT
 

@@ -86,6 +86,7 @@ def _grid(given: dict) -> Iterator[dict]:
                 'a "seed"'
             )
         given["seed"] = range(seeds)
+    # A tuple is one value, such as that of data.classes.
     axes = [v if isinstance(v, (list, range)) else [v] for v in given.values()]
     for choice in itertools.product(*axes):
         yield dict(zip(given, choice, strict=True))

@@ -55,6 +55,7 @@ def _plain(say, what, total, first):
     def update(done, text=""):
         nonlocal last
         now = time.monotonic()
+        # Not the last line, which says that the work is done.
         if now - last < PLAIN_EVERY and done < total:
             return
         last = now
