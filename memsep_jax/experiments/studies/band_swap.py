@@ -120,7 +120,7 @@ def measure(points, session):
         seconds = time.monotonic() - started
         with session.phase("neighbours"):
             row = _compared(samples, own.splits, config.memorization.threshold, bands)
-        middles = np.sqrt(bands.edges[:-1] * bands.edges[1:])
+        middles = np.sqrt(bands.edges[:-1] * bands.edges[1:])  # on the log axis
         yield row | {
             "t": middles,
             "edges": bands.edges,

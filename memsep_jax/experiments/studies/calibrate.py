@@ -319,7 +319,9 @@ def _outside(near, own):
     return near.distances[:, 0] / own[near.indices[:, 0]]
 
 
-RULES = {"1/3": 1 / 3, "authentic": 1.0}  # a copy is below; other metrics have no rule
+# A copy is below: of d1 / d2 (Gu 2023), and of the quotient of AuthPct (Alaa 2022).
+# Other metrics have no rule.
+RULES = {"1/3": 1 / 3, "authentic": 1.0}
 
 
 def row(kind, at) -> dict:

@@ -142,7 +142,7 @@ def measure(points, session):
             return jnp.mean(jax.lax.map(of_one, x, batch_size=gap.BATCH))
 
         errors = np.asarray(jax.jit(jax.vmap(error))(state.params, tasks))
-    shape = (len(points), len(TARGETS), len(config.measure.times))
+    shape = (len(points), len(TARGETS), len(config.measure.times))  # as in `_tasks`
     errors, losses = errors.reshape(shape), losses.reshape(shape)
     parameters = training.count(state.params) // len(tasks.t)
     # A point has one network for each target and time, and fails with any of them.

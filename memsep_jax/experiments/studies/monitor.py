@@ -73,6 +73,8 @@ def snapshot_steps(config, n: int) -> set[int]:
     """The steps of snapshots: some on a log grid, one every snapshot_epochs."""
     (last, _), steps = build.lengths(config, n), set()
     if config.run.snapshots:
+        # Each one at twice the steps of the one before, up to the last step: times of
+        # onset are read off on a log scale of steps.
         first = max(1, last / 2 ** (config.run.snapshots - 1))
         steps |= set(np.geomspace(first, last, config.run.snapshots).round().tolist())
     if config.run.snapshot_epochs:
@@ -205,6 +207,7 @@ class Monitor:
         self.generate, self.calendar = generate, Calendar.of(config, parts)
         self._losses = make_losses(config, parts, session.pause)
         self._draw = figures.quietly(session.say)
+        # Earlier starts of the run count too: best/ holds the lowest loss of all.
         rows = record.read_metrics(log.workdir / "metrics.jsonl")
         losses = [r["held_out_losses"] for r in rows if r.get("held_out_losses")]
         self._best = min(map(np.mean, losses), default=np.inf)
@@ -240,6 +243,7 @@ class Monitor:
 
         Args: row, the numbers of the step that are known so far.
         """
+        # By all processes: each may hold but a part of the state.
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if parallel.is_first():
             # The vote below turns the signal into the stop of all processes.

@@ -72,6 +72,7 @@ def check(config) -> build.Parts:
         raise build.ConfigError("\n".join(wrong))
     parts = grid.check(config)
     held_out = parts.splits.held_out
+    # As many as `pruning.watcher` takes to measure quality.
     if held_out is None or len(held_out.x) < 4:
         raise build.ConfigError(
             f"data.num_held_out={config.data.num_held_out}: quality is a distance from "

@@ -19,7 +19,7 @@ from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import mlp
 
-SMALL = 0.1  # slopes are fitted where sigma is at most this
+SMALL = 0.1  # largest sigma of a fitted slope: the powers are those of sigma -> 0
 SCORES = ("truth", "empirical", "network")
 # Colours of the networks, by decay; the empirical score is red, the truth black.
 COLORS = [c for c in figures.COLORS if c not in (figures.RED, "black")]
@@ -84,6 +84,8 @@ def norms(params, truth, data, times, key, parts, m, iters):
     """
     process = parts.process
     segment_key, curve_key, start_key, norm_key = jax.random.split(key, 4)
+    # The empirical score is steep at the borders between the cells of training points:
+    # probes at the points themselves would miss it.
     between = {
         "midpoints": lipschitz.midpoints(data, m),
         "segments": lipschitz.segments(segment_key, data, m),

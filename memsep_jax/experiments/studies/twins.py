@@ -52,7 +52,7 @@ def check(config) -> build.Parts:
             f"data.skip={config.data.skip}: twins skips the points of the other half "
             "itself; leave it at 0"
         )
-    parts = grid.check(config)
+    parts = grid.check(config)  # the first halves; the second ones need 2 n points
     for point in grid.points(config):
         if point.values["seed"] == 0:
             build.build(halves(point.config)[1])
