@@ -79,7 +79,7 @@ class Worker:
                 env=os.environ | {ATTACHED: "1"} | (env or {}),
                 start_new_session=True,  # a Ctrl-C is for this process, once
             )
-        if cores:  # before it has threads of its own
+        if cores:  # at once, as threads that it has already would keep all cores
             os.sched_setaffinity(self.child.pid, cores)
 
     def stop(self):
@@ -127,13 +127,17 @@ def local(resources):
                 env, own = {}, []
                 if devices:
                     env["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+                    # JAX takes 75 % of a device when it starts: workers that have one
+                    # device together divide nine tenths of it.
                     env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / each:.3f}"
                 elif len(workers) > 1:
                     own = cores[i :: len(workers)] or cores
                 worker.start(env, own)
+            # A list: every worker is asked, so that one that ended leaves no zombie.
             while any([worker.wait(0) is None for worker in workers]):
                 yield
         finally:
+            # All are told before one is waited for: they save at the same time.
             for worker in workers:
                 worker.stop()
             for worker in workers:
@@ -158,7 +162,8 @@ def slurm(resources):
         return executor
 
     try:
-        with tempfile.TemporaryDirectory() as probe:  # a folder is made at once
+        # Parameters are checked before the workdir is touched: submitit makes a folder.
+        with tempfile.TemporaryDirectory() as probe:
             made(probe)
     except (NameError, TypeError, ValueError) as error:
         raise UsageError(f"--engine=slurm: {error}") from error
@@ -183,7 +188,7 @@ def ray(resources):
     engine = _imported("ray", "ray")
     try:
         task = engine.remote(**{"num_cpus": 1} | resources)(lambda worker: worker())
-        # Ray has defaults that it warns of; nobody here can answer.
+        # Without a value Ray warns about its default, which nobody here can act on.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         engine.init(include_dashboard=False, log_to_driver=False)
     except (ConnectionError, TypeError, ValueError) as error:
@@ -244,12 +249,14 @@ def run(args, points) -> int:
     for folder in (logs, workdir / "points"):
         folder.mkdir(parents=True, exist_ok=True)
     runs.clear(workdir, points, args.retry)
-    # Seen from here, where all workers run: runs record it for others to give again.
+    # Relative to this folder, where all workers run: runs record the command, and it
+    # holds where the project is moved.
     script, sweep, place = map(os.path.relpath, (__file__, args.sweep, workdir))
     command = [sys.executable, script, "work", sweep, f"--workdir={place}"]
     workers = [Worker(command, logs / f"{i}.log") for i in range(count)]
 
     def stop(number, frame):
+        # The second signal does not wait for the workers.
         for other in signals.ENDING:
             signal.signal(other, signal.SIG_DFL)
         raise signals.Interrupted(number)
@@ -302,6 +309,7 @@ def attend(args) -> int:
     # SLURM sends this signal to a whole job before its end: submitit listens, and
     # closes the input of this process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # Every program is kept, however small or fast: all workers compile the same ones.
     for name, value in {
         "jax_compilation_cache_dir": str(args.workdir / "compiled"),  # of all workers
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -58,7 +58,7 @@ def main(argv) -> int:
     try:
         if not _DRY_RUN.value:
             _check_writable(Path(workdir))
-    except OSError as error:  # before jax is imported: seconds count
+    except OSError as error:  # before jax is imported, which takes seconds
         reason = error.strerror or error
         return _fail(
             f"--workdir={workdir} cannot be written ({reason}): give a directory that "
@@ -66,8 +66,8 @@ def main(argv) -> int:
             2,
         )
     code = _run(config, workdir)
-    # Leave at once: at exit, jax would wait for processes that are gone. After a signal
-    # (128 and its number), threads of XLA that still compile would crash.
+    # At exit, jax would wait for processes that are gone. After a signal (128 plus its
+    # number), threads of XLA that still compile would crash.
     if _DISTRIBUTED.value or code > 128:
         from memsep_jax.experiments.runtime import signals
 
@@ -84,8 +84,8 @@ def _workdir() -> str:
 
 
 def _run(config, workdir) -> int:
-    """The exit code; a bug of a single process shows itself whole."""
-    # Imported here, because jax takes seconds: errors of flags need not wait for it.
+    """Runs the config.   Returns: the exit code; a bug of one process is raised."""
+    # Here, and not above: a mistake in the command is told before jax is imported.
     from memsep_jax import experiments, parallel
     from memsep_jax.experiments.runtime.session import Terminal
     from memsep_jax.experiments.studies.dry_run import dry_run
@@ -108,8 +108,8 @@ def _run(config, workdir) -> int:
         # Errors of ours carry their exit code, so that no list of them is kept here.
         code = getattr(error, "exit_code", None)
         known = code is not None and not isinstance(error, SystemExit)
-        # A bug is raised, so that Python shows where; of several processes each must
-        # reach `signals.leave`, or the others would wait for it.
+        # Where several train, a raised error would meet the teardown of jax at exit,
+        # which waits for the others: `main` leaves without it.
         if not known and not _DISTRIBUTED.value:
             raise
         if _DEBUG.value or not known:
@@ -120,8 +120,7 @@ def _run(config, workdir) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags, with numbers as people write them and errors in one message."""
     argv = [command.readable(argument) for argument in command.joined(argv)]
-    # Fields that are set to None are kept from ml_collections, which refuses it as a
-    # number and takes it for the text "None"; they are emptied below.
+    # ml_collections has no None for a field with a type: it is set after the parsing.
     emptied = [a.partition("=")[0] for a in argv if command.is_emptied(a)]
     try:
         rest = flags.FLAGS([a for a in argv if not command.is_emptied(a)])
@@ -148,6 +147,7 @@ def run() -> None:
     except KeyboardInterrupt:  # before or after a run, where nothing is to be saved
         sys.exit(_fail("interrupted", 130))
     except BrokenPipeError:  # nobody reads the help any more
+        # The interpreter flushes stdout when it exits, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

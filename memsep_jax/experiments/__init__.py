@@ -20,6 +20,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
 
 
 def __getattr__(name):
+    # Not imported above: these names bring jax, and a command line is read without it.
     if name in ("EXPERIMENTS", "DRAWINGS", "Session"):
         from memsep_jax.experiments import studies
 

@@ -1,7 +1,8 @@
 """Numbers on disk: json, metrics.jsonl, csv, npz; long work, done and kept in pieces.
 
 Every file is written beside its name and renamed when whole, so a reader never sees
-half of one.
+half of one. Only metrics.jsonl grows by whole lines, and its readers pass over a torn
+one.
 """
 
 import contextlib
@@ -24,13 +25,16 @@ from jax.sharding import NamedSharding
 from memsep_jax import parallel
 from memsep_jax.checkpoint import StorageError
 
-# Seconds of a call into XLA, by the measured rate: a signal waits for its end.
+# Seconds that one call into XLA takes, by the measured rate. Python handles a signal
+# only after the call has ended, and a run is to notice it within about 2 s.
 CALL = 2.0
-# The most FLOPs that one call does where it can do less: 10 s of a slow device.
+# The most FLOPs of a piece that no call divides: 10 s of a slow device. The speed of
+# the device is assumed here and not measured: see `at_once`.
 LEAST = {"cpu": 1e11}  # 1e10 FLOP/s, a slow core
 LEAST_ELSEWHERE = 1e14  # 1e13, a slow accelerator
 GIB = 2**30
-# What XLA says of full memory, also through a computation that waited for another one.
+# What XLA says of full memory. The text decides, as a computation that waited for
+# another one reports the other's lack of memory as an INTERNAL error.
 FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
@@ -47,16 +51,18 @@ def replacing(path):
     Raises: StorageError naming the file where the disk does not take it.
     """
     path = Path(path)
-    # Processes that share a sweep may write one name at the same time.
+    # Named for the process, as several that share a sweep may write one file at the
+    # same time; hidden, as some readers list the folder.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        # One rename on one file system: after a kill there is the old file or the new.
         os.replace(part, path)
     except OSError as error:
         raise StorageError(f"could not write {path}: {error}") from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # after the rename it is not there
             part.unlink()
 
 
@@ -77,6 +83,7 @@ def read_json(path):
 
 def write_npz(path, **arrays):
     """Writes arrays without pickle."""
+    # An open file, as np.savez adds .npz to a path that does not end in it.
     with replacing(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
 
@@ -88,7 +95,7 @@ def read_npz(path):
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
+        return None  # a damaged file counts as missing, so that `kept` makes it again
 
 
 def write_bytes(path, content: bytes):
@@ -99,7 +106,7 @@ def write_bytes(path, content: bytes):
 
 def write_csv(path, columns: dict):
     """Writes columns of one length."""
-    # The name of a file may be no text: then its bytes are shown.
+    # The name of a file need not be valid text: bytes that are not become escapes.
     with (
         replacing(path) as part,
         open(
@@ -111,14 +118,14 @@ def write_csv(path, columns: dict):
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-UNFINISHED = "unfinished"
+UNFINISHED = "unfinished"  # the key that marks a row whose step is not measured yet
 
 
 class Metrics:
     """metrics.jsonl: one row for each logged step, once, through any restarts.
 
-    `unfinished` is what is known of a last step that was stopped before all of its row
-    was measured; a row of that step takes its place.
+    `unfinished` is the known part of the last row, where a run was stopped before all
+    of it was measured; a whole row of that step takes its place.
     """
 
     def __init__(self, path, step: int):
@@ -126,6 +133,7 @@ class Metrics:
         self.path = Path(path)
         rows = [row for row in _rows(path) if row["step"] <= step]
         self.steps = {row["step"] for row in rows if UNFINISHED not in row}
+        # Before any row is added, which a torn last line would swallow.
         self._keep(rows)
         last = rows[-1] if rows and UNFINISHED in rows[-1] else {}
         self.unfinished = {k: v for k, v in last.items() if k != UNFINISHED}
@@ -135,14 +143,14 @@ class Metrics:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write_unfinished(self, **row):
-        """Appends what is known of a row that `write` is to finish."""
+        """Appends the known part of a row that `write` is to finish."""
         self.write(**row, **{UNFINISHED: True})
         self.unfinished = _plain(row)
 
     def write(self, **row):
         """Appends a row, on disk before this returns."""
         if row["step"] == self.unfinished.get("step"):
-            # At once, so that a kill leaves one of the two.
+            # In one rename, so that a kill leaves the unfinished row or the whole one.
             self._keep([*read_metrics(self.path), _plain(row)])
             self.unfinished = {}
             return
@@ -181,11 +189,11 @@ def read_points(workdir, metrics) -> list[dict]:
 def kept(path, work) -> dict:
     """The arrays of work(), a dict: read from a file that has them, else written there.
 
-    So an interrupted run goes on where it stopped.
+    An interrupted run therefore goes on where it stopped.
     """
     arrays = read_npz(path)
     if arrays is None:
-        _trim()(0)
+        _trim()(0)  # what the last piece freed makes room for this one
         # np.asarray of a computation that failed later would end the process.
         done = jax.block_until_ready(work())
         arrays = {name: np.asarray(value) for name, value in done.items()}
@@ -218,9 +226,10 @@ def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> di
     with session.progress(what, total) as update:
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
+            # Named by its range: no chunk of another size is taken for it.
             path = directory / f"{start:08d}-{stop:08d}.npz"
             for name, part in kept(path, functools.partial(work, start, stop)).items():
-                if not start:  # in place: joining a list would take twice the memory
+                if not start:  # in place, as joining a list takes twice the memory
                     whole[name] = np.empty((total, *part.shape[1:]), part.dtype)
                 whole[name][start:stop] = part
             update(stop)
@@ -231,7 +240,8 @@ def halving(work, say, most: float = math.inf, least: int = 1):
     """work(..., start, stop) -> arrays of a range, for ranges of any length.
 
     Args: say, a line to the person where memory ends; most, the size of a piece, which
-      is halved for good each time; least, the size that is not halved any more.
+      is halved for good each time, since every later piece would fail alike; least,
+      the size that is not halved any more.
     Raises: OutOfMemoryError with the size that did not fit.
     """
 
@@ -242,6 +252,8 @@ def halving(work, say, most: float = math.inf, least: int = 1):
         while start < stop:
             size = min(stop - start, most)
             try:
+                # Waited for here: a computation reports full memory when it is run,
+                # and not when it is dispatched.
                 parts.append(jax.block_until_ready(work(*others, start, start + size)))
                 start += size
                 continue
@@ -264,11 +276,12 @@ def halving(work, say, most: float = math.inf, least: int = 1):
 
 
 def at_once(flops: float, most: int) -> int:
-    """The size of a batch of things with these FLOPs each: most, its half, its quarter.
+    """The size of a batch of items with these FLOPs each: most, its half, its quarter.
 
-    It takes 10 seconds at most, down to one thing, on a slow device of the kind. It is
-    not measured: a batch of another size may round otherwise, and a run that is stopped
-    and goes on, in a busier hour, comes to the same bits.
+    A batch takes 10 seconds at most on a slow device of its kind, or is a single item.
+    The size does not depend on measured speed: a batch of another size may round
+    otherwise, and a run that is stopped and goes on, in a busier hour, must come to the
+    same bits.
     """
     limit = LEAST.get(jax.default_backend(), LEAST_ELSEWHERE)
     while most > 1 and most * flops > limit:
@@ -286,7 +299,7 @@ def paced(advance, pause=lambda: None):
         last: then no bit depends on the rate.
       pause: called between the calls; it may raise.
     """
-    most = 1
+    most = 1  # no rate is known yet, and a long first call could not be interrupted
 
     def run(state, total, *args):
         nonlocal most
@@ -295,7 +308,7 @@ def paced(advance, pause=lambda: None):
             pause()
             last, began = min(first + most, total), time.monotonic()
             state = jax.block_until_ready(advance(state, *args, first, last))
-            # The first call compiles, and so the second one takes one again.
+            # The first call compiles too, so its rate is too low: the second is short.
             seconds = max(time.monotonic() - began, 1e-6)
             most = max(1, int((last - first) * CALL / seconds))
             first = last
@@ -317,6 +330,8 @@ def mapped(one, most: int, pause=lambda: None):
         size = jax.tree.leaves(results)[0].shape[1]
 
         def body(k, results):
+            # The last piece repeats the last i, so that one program does all pieces;
+            # `every` drops the repeats.
             rows = jnp.minimum(k * size + jnp.arange(size), total - 1)
             piece = jax.vmap(lambda i: one(i, *args))(rows)
             return jax.tree.map(lambda a, b: a.at[k].set(b), results, piece)
@@ -324,7 +339,7 @@ def mapped(one, most: int, pause=lambda: None):
         return jax.lax.fori_loop(first, last, body, results)
 
     def every(total, *args):
-        if not known:  # traced once, not at every look
+        if not known:  # traced once, and not at every call
             cost = jax.jit(one).lower(0, *args).cost_analysis() or {}
             each = float(cost.get("flops", math.nan))  # XLA may not say
             place = _everywhere(args)  # what comes back goes in: one program
@@ -346,21 +361,26 @@ def mapped(one, most: int, pause=lambda: None):
 
 
 def _everywhere(args):
-    """The same array on all devices of a mesh that some args are on; None: on one."""
+    """The sharding of an array that is whole on each device of the mesh of some args.
+
+    None where no args are on a mesh.
+    """
     for leaf in jax.tree.leaves(args):
         if isinstance(where := getattr(leaf, "sharding", None), NamedSharding):
             return parallel.replicated(where.mesh)
     return None
 
 
-GROUPS = (  # of control groups, version 2 and 1: the limit, what is taken, a cache
+# Control groups of version 2, then 1: their kind; the files of the limit and of the
+# memory in use; the line of memory.stat that counts cached files.
+GROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def available(root=Path("/")) -> tuple[float, str]:
-    """Bytes that the machine or its container has free, and whose word that is.
+    """Bytes that the machine or its container has free, and the source of that number.
 
     Args: root, of the file system, for tests.
     """
@@ -373,7 +393,7 @@ def available(root=Path("/")) -> tuple[float, str]:
             for kind, *names in GROUPS:
                 if kind in kinds.split(","):
                     free += _left(root / "sys/fs/cgroup" / kind, path, *names)
-    if free:
+    if free:  # the tightest of all limits ends a process first
         return max(0, min(free)), " (free on this machine)"
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -387,7 +407,7 @@ def _left(top, path, limit, taken, cache):
     for place in (folder, *folder.parents):
         with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no limit
             most, used = (int((place / name).read_text()) for name in (limit, taken))
-            # What files left in memory is given back when it is asked for.
+            # The kernel counts cached files as in use, and gives them up on demand.
             yield most - used + int(_words(place / "memory.stat")[cache])
         if place == top:
             break

@@ -56,7 +56,7 @@ class Parts(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The seed, split once by name."""
+    """The keys of a run: its seed, split once by name."""
 
     init: jax.Array
     data: jax.Array
@@ -76,7 +76,7 @@ def keys(seed: int) -> Keys:
 
 
 def check(config):
-    """What must be right before a sweep is laid out, or anything is built.
+    """Checks what must be right before a sweep is laid out, or anything is built.
 
     Raises: ConfigError.
     """
@@ -85,6 +85,7 @@ def check(config):
     check_kinds(config)
     # For a single training, `build` says this with all the rest.
     if "model" in config and config.get("experiment") != "train":
+        # Now, as points are made of these values before any of them is built.
         _refuse(schema.broken_rules(config, "sweep"))
 
 
@@ -106,7 +107,7 @@ def build(config, read=sources.source) -> Parts:
       ConfigError: with every violation, a line each.
       data.DataError: data that cannot be read, where the config itself is right.
     """
-    _refuse(schema.missing(config))  # alone: all the rest reads them
+    _refuse(schema.missing(config))  # first, as all checks read these fields
     check_kinds(config)
     attempt = _Attempts()
     attempt(_refuse, [*schema.unknown(config), *schema.broken_rules(config)])
@@ -119,19 +120,20 @@ def build(config, read=sources.source) -> Parts:
     )
     attempt(checks.lengths, config.train, config.optimizer)
     in_epochs = any(config.train[field] is not None for field in EPOCHS)
-    # Epochs become steps once the points are there: for now, no end and no warm-up.
+    # Epochs become steps once n is known: until then, no end and no warm-up.
     length = (schema.MOST_STEPS, 0) if in_epochs else lengths(config)
     tx = attempt(_optimizer, config, *length)
     times = _sampler(attempt, config, made_process, law)
     attempt(checks.batch, config, jax.device_count())
 
     splits = None
-    # Nothing is fetched for a bad config, nor read in absurd sizes.
+    # Nothing is downloaded for a config that is refused, and no absurd size is read.
     remote = {config.data.name, config.data.get("mix_from")} & {*REMOTE}
     if not (attempt.wrong and remote) and not schema.broken_rules(config, "data"):
         try:
             splits = attempt(_splits, config.data, read)
         except data.DataError:
+            # What is wrong in the config comes first: it may be why reading failed.
             if not attempt.wrong:
                 raise
     steps, num_classes = config.train.steps, _num_classes(splits)
@@ -139,6 +141,7 @@ def build(config, read=sources.source) -> Parts:
         steps, warmup = lengths(config, len(splits.train.x))
         tx = attempt(_optimizer, config, steps, warmup)
     model = attempt(_model, config.model, num_classes)
+    # Without points, their shape alone: the network is still checked against it.
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
     if model is not None and shape is not None:
         attempt(_check_shape, config.model, model, shape, num_classes)
@@ -170,7 +173,7 @@ class _Attempts:
         """make(*args, **kwargs), or None where it was refused."""
         try:
             return make(*args, **kwargs)
-        except data.DataError:
+        except data.DataError:  # the files are wrong, and not the config
             raise
         except (ValueError, TypeError) as error:
             self.wrong.extend(str(error).splitlines())
@@ -199,7 +202,7 @@ def lengths(config, n: int = 0) -> tuple[int, int]:
 
 
 def ema_decay(config):
-    """What a step keeps of the EMA: a number, or (step []) -> []."""
+    """The share of the EMA that a step keeps: a number, or (step []) -> []."""
     group = config.train
     if group.ema_half_life is None:
         return group.ema_decay
@@ -207,9 +210,10 @@ def ema_decay(config):
 
 
 def watched(config) -> dict:
-    """What else changes a trained network where a rule may end training early.
+    """The fields that change a trained network where a rule may end training early.
 
-    What such a rule sees depends on these fields; without one, they change no network.
+    Such a rule sees measurements that depend on these fields; without a rule, they
+    change no network.
 
     Returns: {"run.evaluate_every": 1_000, ...}.
     """
@@ -217,6 +221,7 @@ def watched(config) -> dict:
         return {}
     rules, known = schema.marked(schema.STOPS), to_json(config)
     sweep = config.get("sweep", {})
+    # A point may set a rule that the config itself leaves unset.
     settings = str((*sweep.get("points", ()), *sweep.get("setting", ())))
     given = dict(schema.values(config))
     if not any(given.get(rule) is not None or rule in settings for rule in rules):
@@ -296,6 +301,8 @@ def _choice():
 
 def _model(group, num_classes):
     made = call(MODELS, group, "model", num_classes=num_classes)
+    # `call` gives a user's function only the arguments that it takes: without
+    # num_classes it would have no place for the labels.
     if num_classes and is_own(group.name):
         taken = parameters(look_up(MODELS, group.name, "model.name"))
         if taken is not None and "num_classes" not in taken:
@@ -341,21 +348,22 @@ def _check_shape(group, model, shape, num_classes):
         try:
             with naming("model", group):
                 model.check(shape)
-        except ValueError as error:  # of the network as a whole, or of an argument
-            lines = str(error).splitlines()
-            error.args = (
-                "\n".join(
-                    line if line.startswith("model.") else f"model: {line}"
-                    for line in lines
-                ),
+        except ValueError as error:
+            # `naming` has named the arguments; a line about none of them names the
+            # group here.
+            named = (
+                line if line.startswith("model.") else f"model: {line}"
+                for line in str(error).splitlines()
             )
-            raise
+            raise ConfigError("\n".join(named)) from error
     elif is_own(group.name):
         _check_own(group.name, model, shape, num_classes)
 
 
 def _check_own(name, model, shape, num_classes):
     """Traces a user's network once, as a training calls it."""
+    # eval_shape computes nothing. A result of another shape would not fail later: the
+    # loss would broadcast it.
     label = jnp.zeros((), jnp.int32) if num_classes else None
 
     def call_network(x, t):
@@ -365,6 +373,7 @@ def _check_own(name, model, shape, num_classes):
     try:
         made = jax.eval_shape(call_network, jnp.zeros(shape), jnp.zeros(()))
     except Exception as error:  # whatever the user's module raises
+        # The last line of the user's own file, and not one inside of flax.
         path = sys.modules[name.partition(":")[0]].__file__
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
@@ -413,6 +422,7 @@ def _law(group, made_process):
 
 def _shape(group):
     """The shape of an example where the choice of a subset is wrong; None: unknown."""
+    # Without the choice, the source itself may be read; images keep their size.
     choice = _choice() - {"resolution"}
     rest = {field: None if field in choice else v for field, v in group.items()}
     if group.name in REMOTE:
@@ -434,8 +444,9 @@ def _notes(config, splits, steps):
             f"n = {n} training points are fewer than the batch of {batch}: a batch "
             "crosses epochs, each point once per epoch"
         )
-    decay = ema_decay(config)  # at the end
+    decay = ema_decay(config)
     decay = float(decay(jnp.float32(steps))) if callable(decay) else decay
+    # The sum of all weights decay^k: about as many steps are averaged.
     horizon = 1 / max(1 - decay, 1e-12)
     if horizon > steps:
         notes.append(

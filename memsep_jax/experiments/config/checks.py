@@ -12,12 +12,14 @@ from memsep_jax.experiments.config.construct import ConfigError, naming
 
 STOPS = [name.removeprefix("train.") for name in schema.marked(schema.STOPS)]
 EPOCHS = ("epochs", "warmup_epochs")
-# Experiments that train networks together, with one loss and one number of steps.
+# Experiments that train networks together, with one loss and one number of steps. The
+# names stand here, as this room may not import studies, and these violations belong in
+# the one list with all others.
 TOGETHER = ("band_swap", "capacity", "ensemble", "lipschitz")
 
 
 def reach(made_process, times, law, config):
-    """Times at which the process has no score: alpha = 0, or past its end."""
+    """Refuses times at which the process has no score: alpha = 0, or past its end."""
     looked_at = {"sampler.t_min": times[-1], "sampler.t_max": times[0]}
     if config.train.ambient is not None:
         looked_at["train.ambient"] = jnp.float32(config.train.ambient)
@@ -27,26 +29,28 @@ def reach(made_process, times, law, config):
 
 
 def late(law):
-    """About the largest time that a law draws."""
+    """The largest time that a law draws, by a sample: {"what": t []}."""
+    # A law is a function of a key, a user's too: nothing else is known of its range.
     drawn = jax.jit(jax.vmap(law))(jax.random.split(jax.random.key(0), 1_000))
     return {"the largest of 1,000 draws of times, t": jnp.max(drawn)}
 
 
 def inside(made, name, looked_at):
-    """Whether a process has a score at some times: {"what": t []}."""
+    """Refuses times at which a process has no score: {"what": t []}."""
+    # Tweedie's formula divides by alpha, and the score by sigma^2.
     wrong = [
         f"{what}={float(t):.4g} is outside of process {name}, where alpha is "
         f"{float(made.alpha(t)):.4g} and sigma {float(made.sigma(t)):.4g}: both must "
         "be positive"
         for what, t in looked_at.items()
-        if not (made.alpha(t) > 0 and made.sigma(t) > 0)
+        if not (made.alpha(t) > 0 and made.sigma(t) > 0)  # so that nan is refused too
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
 
 
 def lengths(group, optimizer):
-    """Fields of `train` that contradict or miss another one."""
+    """Refuses fields of `train` that contradict or miss another one."""
     wrong = []
     if group.warmup_epochs is not None and optimizer.get("warmup"):
         wrong.append(
@@ -63,7 +67,7 @@ def lengths(group, optimizer):
 
 
 def mitigations(config, splits, num_classes):
-    """What works against memorization, and ends training early."""
+    """Refuses mitigations and early stops that do not fit each other or the data."""
     group, wrong = config.train, []
     if group.temperature is not None and group.ambient is not None:
         wrong.append(
@@ -95,7 +99,7 @@ def mitigations(config, splits, num_classes):
 
 
 def stream(config):
-    """What needs all training points in memory."""
+    """Refuses what needs all training points in memory, where they stay on disk."""
     needs = {
         f"experiment={config.experiment}": config.experiment != "train",
         f"train.temperature={config.train.temperature}": config.train.temperature,
@@ -109,10 +113,11 @@ def stream(config):
 
 
 def pruning(group, model, shape, num_classes):
-    """Whether there is something to prune, where it is asked for."""
+    """Refuses a pruning that would remove nothing."""
     if not group.ratio:
         return
     label = jnp.zeros((), jnp.int32) if num_classes else None
+    # Shapes alone: a large network is not made to count its heads.
     like = jax.eval_shape(
         model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(()), label
     )
@@ -126,7 +131,7 @@ def pruning(group, model, shape, num_classes):
 
 
 def batch(config, devices):
-    """Whether the devices can share a batch."""
+    """Refuses a batch that the devices cannot share."""
     batch, parts = config.train.batch_size, config.train.accumulate
     if batch >= 1 and parts >= 1 and batch % (devices * parts):
         raise ValueError(
@@ -136,8 +141,9 @@ def batch(config, devices):
 
 
 def sampler(config, made_process, times):
-    """Whether the sampler takes these options and times."""
+    """Refuses options and times that the sampler does not take."""
     options = sampling_options(config)
+    # Made for a score that is never called: its own checks are those of a run.
     with naming("sampler", config.sampler):
         sampling.sampler(lambda x, t: x, made_process, times, (), **options)
 
@@ -160,7 +166,7 @@ def sampling_options(config) -> dict:
 
 
 def two_points(splits):
-    """Whether the memorization ratio is defined."""
+    """Refuses data on which the memorization ratio is not defined."""
     if splits is not None and splits.num_distinct < 2:
         raise ValueError(
             "the memorization ratio needs two distinct training points and got "

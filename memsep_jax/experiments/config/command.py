@@ -22,7 +22,7 @@ from memsep_jax.experiments.config import schema
 
 SHARED = ("run.", "sweep.")  # fields that do not change the directory of a run
 LONG = 120  # characters of a workdir's name: a file system takes 255 bytes
-UNSAFE = r"[^\w.=,+-]"  # what a shell or a file system may take for more than a letter
+UNSAFE = r"[^\w.=,+-]"  # characters that mean more to a shell or a file system
 
 
 class UsageError(Exception):
@@ -43,12 +43,12 @@ class ConfigFile(flags.ArgumentParser):
         """Reads the file, and refuses fields on the command line that it lacks."""
         config = load(argument)
         self.argument, self.given = argument, config.copy_and_resolve_references()
-        # Where ml_collections itself looks for the fields that a person gives.
+        # sys.argv, where ml_collections itself looks for the fields of a command.
         _check_fields(config, sys.argv[1:])
         return config.lock()
 
     def flag_type(self):
-        """What --help calls it."""
+        """The name of the type in --help."""
         return "config file"
 
 
@@ -73,10 +73,11 @@ def default_workdir(argv: list[str], argument: str, given, config) -> str:
     words = [stem, *([variant] if variant else [])]
     whole = "-".join([*words, *(f"{name}={text}" for name, text in texts.items())])
     name = re.sub(UNSAFE, "_", whole)
-    # With "=" in a value, one field could read as two.
+    # With "=" in a value, one field could read as two, and so two configs could share a
+    # name: their runs would write over each other.
     if name != whole or len(name) > LONG or "=" in "".join([variant, *texts.values()]):
         name = f"{name[: LONG - 9]}-{_digest(before | now)}"
-    # Names were once made of the words: a run with such a name continues in it.
+    # Earlier versions made names of the words: a run with such a name continues there.
     former = Path("runs", _former_name(argv))
     with contextlib.suppress(UsageError):
         if _values(load(f"{former}/config.json")) == before | now:
@@ -123,6 +124,7 @@ def _digest(values):
 
 
 def _former_name(argv):
+    """The name that earlier versions made of the words of a command."""
     words: list[str] = []
     for argument in joined(argv):
         name, _, value = argument.lstrip("-").partition("=")
@@ -167,13 +169,14 @@ def readable(argument):
     integer = {field.kind for field in _declared(name)} == {int}
     if integer and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):
         number = float(value)
-        if number < 1e15 and number % 1 == 0:
+        if number < 1e15 and number % 1 == 0:  # a float holds such integers exactly
             value = repr(int(number))
     return f"{name}{equals}{value}"
 
 
 def is_emptied(argument):
     """Whether it sets a field to None that is None unless given."""
+    # ml_collections reads None as the word "None", or refuses it for a number.
     name, _, value = argument.partition("=")
     known = _declared(name)
     return value in ("None", "none") and bool(known) and known[0].default is None
@@ -197,7 +200,7 @@ def load(argument: str) -> ConfigDict:
         raise UsageError(f"--config={argument}: no such file")
     try:
         if file.endswith(".json"):
-            # Data: no code of the run is run.
+            # A config.json is data, perhaps a stranger's: no code of it is executed.
             return defaults.restored(json.loads(Path(file).read_text()))
         names = runpy.run_path(file)
         if "get_config" not in names:
@@ -212,6 +215,7 @@ def load(argument: str) -> ConfigDict:
             for frame in traceback.extract_tb(error.__traceback__)
             if frame.filename == file
         ]
+        # No line of the file was run: the error itself knows where it is.
         if isinstance(error, SyntaxError) and error.filename == file:
             error, lines = SyntaxError(error.msg), [error.lineno]
         where = f" ({file}:{lines[-1]})" if lines else ""

@@ -19,12 +19,12 @@ from memsep_jax.experiments.config.schema import did_you_mean
 
 
 class ConfigError(ValueError):
-    """What a person must change in the config, all of it at once."""
+    """Says what a person must change in the config, all of it at once."""
 
     exit_code = 2
 
 
-# Arguments that come from elsewhere: flax's own, the process, the number of labels.
+# Arguments that are no fields: flax's own two, and what the run itself knows.
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
 
 
@@ -70,10 +70,11 @@ def _own(name, what):
     """The function of a user's module, in the current directory or on the path."""
     module, _, attribute = name.partition(":")
     here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:  # of an installed command
+    # An installed command does not look for modules where it is called.
+    if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        importlib.invalidate_caches()  # the file may be a moment old
+        importlib.invalidate_caches()  # the file may be newer than the last look
         is_name = all(part.isidentifier() for part in module.split("."))
         spec = importlib.util.find_spec(module) if is_name else None
         if spec is None:
@@ -157,6 +158,7 @@ def untaken(table: dict, group, what: str, left_over, also=frozenset()) -> list[
     for field, value in group.items():
         name = f"{what}.{field}"
         default = known[name].default if name in known else None
+        # Nobody asked for a value that is the default.
         if field == "name" or field in taken | also or value in (None, default):
             continue
         if name not in left_over:
@@ -170,7 +172,7 @@ def untaken(table: dict, group, what: str, left_over, also=frozenset()) -> list[
 
 
 def check_given(constructor, given, what, name):
-    """Python says this too, but not which field of which group."""
+    """Refuses missing arguments.   Raises: ValueError, which names their fields."""
     missing = [
         parameter.name
         for parameter in inspect.signature(constructor).parameters.values()
@@ -186,7 +188,7 @@ def check_given(constructor, given, what, name):
 
 @contextlib.contextmanager
 def naming(what: str, fields):
-    """Errors inside speak of arguments, patch=3, and here of fields, model.patch=3.
+    """Makes errors about arguments, patch=3, errors about fields, model.patch=3.
 
     Args: what, the group; fields, the names of its fields.
     """
@@ -194,6 +196,7 @@ def naming(what: str, fields):
         yield
     except (ValueError, TypeError) as error:
         names = "|".join(map(re.escape, fields))
+        # Not within a longer word, a path or a flag, nor where a group stands already.
         pattern = rf"(?<![\w.=/-])(?=({names})=)"
         error.args = (re.sub(pattern, f"{what}.", str(error)),)
         raise

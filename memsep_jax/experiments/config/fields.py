@@ -40,7 +40,7 @@ KINDS: dict[type, tuple[tuple, str]] = {  # type -> what a field of it takes, in
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy; `words` completes "must be ..."."""
+    """A condition that values must satisfy; `words` completes "must be ..."."""
 
     words: str
     holds: Callable[[Any], bool] = lambda value: True
@@ -74,6 +74,7 @@ class Field(NamedTuple):
         if value is None:
             return self.default is None
         fits = isinstance(value, KINDS[self.kind][0])
+        # True is an integer and a number for Python, and a slip in a config.
         return fits and isinstance(value, bool) == (self.kind is bool)
 
 
@@ -152,6 +153,7 @@ def inside(note) -> Rule:
 
 def integers(words: str, low=1) -> Rule:
     """Several integers of 32 bits, none below `low`."""
+    # `type`, as True is an instance of int too.
     return Rule(
         words,
         lambda some: all(type(one) is int and low <= one < 2**31 for one in some),

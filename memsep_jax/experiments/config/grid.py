@@ -54,7 +54,7 @@ def label(row: dict, axes=tuple(AXES)) -> str | None:
 
 
 def axes(config) -> dict[str, tuple]:
-    """The axes that have values, of which the setting has those of sweep.points.
+    """The axes that have values; those of the axis `setting` are sweep.points.
 
     Strings in sweep.setting, the form of an earlier version, take their place, and stay
     as they are.
@@ -104,10 +104,11 @@ def listed(values: dict) -> str:
 
 
 def file_name(name: str, whole: str | None = None) -> str:
-    """The name of a point as that of a file, which no other point has.
+    """The name of a point's file, which no other point has.
 
-    Where it is cut, or a character is replaced, it ends in a hash of itself. Args:
-    whole, to be hashed in any case, where another point could have the same name.
+    Where it is cut, or a character is replaced, it ends in a hash of itself.
+
+    Args: whole, to be hashed in any case, where another point could have the same name.
     """
     safe = re.sub(r"[/\0]", "_", name)
     if whole is None and safe == name and len(name) <= LONG_NAME:
@@ -122,13 +123,13 @@ def former_paths(path, values: dict) -> Iterator:
     Args: path, its place today; values, those of the point.
     Yields: candidates, of which `same` says whether they hold the point.
     """
-    # As it was named before the names of two points could not be one.
+    # An earlier version gave this name, which two points could share.
     former = path.with_name(f"{listed(values).replace('/', '_')}.npz")
     if former != path:
         yield former
     if not values.get("setting"):
         return
-    # Its fields were once written by hand: 1e-5 and 0.00001 are one value.
+    # Settings were once texts, written by hand: 1e-5 and 0.00001 are one value.
     before, _, _ = listed(values).partition("setting=")
     for other in path.parent.glob(f"{before}setting=?*=*.npz"):
         whole = re.fullmatch(r".*?setting=(.*),seed=(\d+)", other.stem)
@@ -154,10 +155,14 @@ def seeded(config, seed: int):
     """The config of a seed of the sweep, before any axis is set."""
     one = config.copy_and_resolve_references()
     one.seed = config.seed + seed
-    if not config.prune.source:  # a network from elsewhere has its data
+    # A network from elsewhere was trained on its own data: another seed of them would
+    # measure its copies against points that it never saw.
+    if not config.prune.source:
         one.data.seed = config.data.seed + seed
         one.data.truth_seed = (config.data.truth_seed or 0) + seed
-        schema.excuse(one, ["data.truth_seed"])  # only a mixture reads it
+        # Only a mixture reads it. It moves for all data, since the names of results
+        # that are kept depend on it.
+        schema.excuse(one, ["data.truth_seed"])
     return one
 
 
@@ -214,7 +219,7 @@ def modernize(values: dict) -> dict:
 
 
 def outdated(config) -> str | None:
-    """What is said where a config has strings for points."""
+    """The warning to a config that has strings for points, or None."""
     texts = config.get("sweep", {}).get("setting", ())
     if not texts:
         return None
@@ -273,6 +278,7 @@ def check(config) -> build.Parts:
             "--config.sweep.num_examples='(100,)', of "
             + ", ".join([*(axis for axis in AXES if AXES[axis]), "points"])
         )
+    # The seeds of a point differ in their draws alone, so one of them is checked.
     first, *others = (p for p in points(config) if p.values["seed"] == 0)
     parts = build.build(first.config)
     for point in others:

@@ -69,13 +69,16 @@ CLOCK = Rule(
     PROCESSES,
 )
 
-# The names that take a field; the signatures say the same, and a test compares them.
+# The constructors that take a field. Their signatures say the same; the names stand
+# here too, as a command line is read before jax is imported. A test compares them.
 FOLDER, MIXTURE = ("folder",), ("mixture",)
 VARIANCE_PRESERVING = ("variance_preserving",)
 LOG_NORMAL, BETA = ("log_normal",), ("beta",)
 DIT, UNET, NETWORKS = ("dit",), ("unet",), ("dit", "mlp", "unet")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 
+# The threshold is that of Gu 2023 and Ye 2025; 50 neighbours are those of Carlini 2023,
+# whose calibrated distance divides by their mean distance.
 THRESHOLD = field(
     1 / 3,
     "A copy is nearer to one training point than this times the next one.",
@@ -89,7 +92,7 @@ NEAR = field(
 )
 
 TRAIN: dict[str, Field | Group] = {
-    "experiment": field("train", "What is done: a study, or your own MODULE:STUDY."),
+    "experiment": field("train", "The study to run, or your own MODULE:STUDY."),
     "seed": field(0, "Seed of weights, batches, samples and measurements.", SEED),
     "data": named(
         "The training points: a source, and which of its points are taken.",
@@ -227,7 +230,7 @@ TRAIN: dict[str, Field | Group] = {
         ),
     ),
     "train": group(
-        "The length of training, its batches and averages, and what works against "
+        "The length of training, its batches and averages, and its measures against "
         "memorization.",
         TRAINING,
         steps=field(1_000, "Number of steps.", LENGTH, role=GROWS),
@@ -244,7 +247,7 @@ TRAIN: dict[str, Field | Group] = {
             one_of(*ORDERS),
         ),
         accumulate=field(1, "Parts of a batch, one after another.", at_least(1)),
-        ema_decay=field(0.999, "What the average keeps at a step.", share()),
+        ema_decay=field(0.999, "Share of the average that a step keeps.", share()),
         ema_half_life=unset(
             float, "Half-life of the average in examples, in place of `ema_decay`.",
             positive("a number of examples"),
@@ -256,7 +259,7 @@ TRAIN: dict[str, Field | Group] = {
         flip=field(False, "Mirrors every other image."),
         label_drop=field(0.0, "Share of the labels that is dropped.", share()),
         temperature=unset(
-            float, "Smooths what the network is asked for (train.smoothed).",
+            float, "Smooths the target of the network (train.smoothed).",
             positive("above 1 it smooths"),
         ),
         ambient=unset(
@@ -274,6 +277,7 @@ TRAIN: dict[str, Field | Group] = {
             at_least(1, "snapshot"), mark=STOPS,
         ),
     ),
+    # EDM's 18 steps by default: 17 on the grid, and the last one from t_min to 0.
     "sampler": group(
         "How samples are drawn.",
         AFTER,
@@ -306,7 +310,8 @@ TRAIN: dict[str, Field | Group] = {
             share("the share of units to remove"),
         ),
         criterion=field(
-            "small_t", "What ranks the units.", listed("memsep_jax.prune:CRITERIA"),
+            "small_t", "Measure that ranks the units.",
+            listed("memsep_jax.prune:CRITERIA"),
         ),
         group=field("heads", "Kind of unit.", listed("memsep_jax.prune:GROUPS")),
         draws=field(4_096, "Draws of a training point, a time and noise.", at_least(1)),
@@ -370,7 +375,7 @@ TRAIN: dict[str, Field | Group] = {
         ),
     ),
     "measure": group(
-        "What sweeps measure.",
+        "The measurements of sweeps.",
         AFTER,
         times=field((1e-3, 1e-2, 0.1, 1.0), "Times of the process.", INCREASING),
         draws=field(2_000, "Draws of X_t.", at_least(1)),
@@ -456,12 +461,12 @@ PREPARATION = group(
 )
 
 AUDIT: dict[str, Field | Group] = {
-    "experiment": field("audit", "What is done: audit or calibrate."),
+    "experiment": field("audit", "The study to run: audit or calibrate."),
     "seed": field(0, "Seed of subsets, of k-means and of random features."),
-    "samples": unset(str, "What the generator made: a folder, a file, a run or a set."),
-    "train": unset(str, "What the generator was trained on."),
+    "samples": unset(str, "The samples: a folder, a file, a run or a data set."),
+    "train": unset(str, "The images that the generator was trained on."),
     "held_out": unset(str, "Images of the same kind that it never saw."),
-    "pool": unset(str, "Everything that `train` was chosen from."),
+    "pool": unset(str, "All images that `train` was chosen from."),
     "resolution": unset(int, "Pixels that images of all folders are resized to."),
     "skip_bad": unset(bool, "Leaves out images of folders that cannot be read."),
     "samples_as": PREPARATION,
@@ -514,8 +519,9 @@ AUDIT: dict[str, Field | Group] = {
     ),
 }  # fmt: skip
 
-# The field of a config that lists the values that another choice of name left behind:
-# nothing reads them, and nothing saves the list.
+# The field of a config that lists the values that another choice of name left behind.
+# Nothing reads those values. The list is not saved: `settled` passes over such values
+# when a config is compared with a saved one.
 LEFT_OVER = "left_over"
 
 
@@ -554,7 +560,7 @@ def leaves(schema: dict[str, Field | Group]) -> Iterator[tuple[str, Field, str]]
 def group_fields(group: str) -> dict[str, Field]:
     """The fields of a group of a training."""
     one = TRAIN[group]
-    assert isinstance(one, Group)
+    assert isinstance(one, Group)  # and not a field of no group, such as "seed"
     return one.fields
 
 
@@ -580,6 +586,7 @@ def role(name: str) -> str:
         for known, _, its_role in leaves(schema):
             if known == name:
                 return its_role
+    # The constructor of a user may take fields that no schema has.
     one = TRAIN.get(name.partition(".")[0])
     return one.role if isinstance(one, Group) else RESULT
 
@@ -689,6 +696,7 @@ def broken_rules(config, *only: str) -> list[str]:
     """
     known, lines = {name: one for name, one, _ in leaves(of(config))}, []
     for name, value in values(config):
+        # None is a field that is not set; where that is wrong, `wrong_kinds` says so.
         if only and name.partition(".")[0] not in only or value is None:
             continue
         rule = known[name].rule if name in known else None

@@ -44,7 +44,7 @@ def read(file) -> list[Point]:
 
 
 def _names(file):
-    """What the file defines."""
+    """The names that the file defines."""
     try:
         names = runpy.run_path(str(file))
     except OSError as error:
@@ -67,7 +67,7 @@ def _point(file, base, values) -> Point:
         build.check(config)
     except build.ConfigError as error:
         raise UsageError(f"{file}: point {name}: {error}") from error
-    # With "=" in a value, one field could read as two.
+    # With "=" in a value, one field could read as two: the name then ends in a hash.
     unsure = "=" in "".join(map(str, values.values()))
     known_by = grid.file_name(name or "all", repr(values) if unsure else None)
     return Point(known_by, values, config)
@@ -86,6 +86,7 @@ def _grid(given: dict) -> Iterator[dict]:
                 'a "seed"'
             )
         given["seed"] = range(seeds)
+    # A tuple is one value, such as that of data.classes.
     axes = [v if isinstance(v, (list, range)) else [v] for v in given.values()]
     for choice in itertools.product(*axes):
         yield dict(zip(given, choice, strict=True))

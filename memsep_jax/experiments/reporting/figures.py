@@ -30,6 +30,8 @@ COLORS = (
     BLUE, ORANGE, "#009E73", "#CC79A7", RED, "#56B4E9", "#882255", "#999933", "#44AA99",
     "black",
 )  # fmt: skip
+# One font, which comes with matplotlib, and no LaTeX: a picture is the same everywhere.
+# Fonts of type 42 in a PDF, as journals refuse those of type 3, matplotlib's default.
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -91,7 +93,7 @@ def grid(samples):
     big = big.repeat(factor, axis=1).repeat(factor, axis=2)
     columns = int(np.ceil(np.sqrt(m)))
     rows = -(-m // columns)
-    gap = 4
+    gap = 4  # white pixels around each image
     height, width = factor * h + gap, factor * w + gap
     canvas = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
     for i, image in enumerate(big):
@@ -119,6 +121,7 @@ def losses(rows):
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     step, loss = _column(rows, "loss")
+    # Pale, as the loss of single batches hides the trend of its mean.
     left.plot(step, loss, color=BLUE, alpha=0.3, linewidth=0.8, label="logged")
     left.plot(step, _smoothed(loss), color=BLUE, label="running mean")
     left.set(title="training objective", ylabel="loss of a batch")
@@ -146,6 +149,7 @@ def noise_levels(noise, train, held_out):
     noise = np.asarray(noise, float)
     train, held_out = np.asarray(train, float), np.asarray(held_out, float)
     seen, unseen = _pair_of_lines()
+    # E |eps|^2 = d: a network that predicts 0 loses 1 per dimension.
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
         "a network that always predicts 0", (0.995, 1), ha="right",
@@ -202,7 +206,8 @@ def distance_ratios(share, memorized, threshold: float):
     """Histogram of d1 / d2, the nearest over the second distance.   share [m]."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    below = min(max(1, round(30 * threshold)), 29)  # the threshold is an edge
+    # 30 bins, of which the threshold is an edge: no bar mixes copies and others.
+    below = min(max(1, round(30 * threshold)), 29)
     edges = np.concatenate(
         [
             np.linspace(0, threshold, below + 1),
@@ -263,7 +268,7 @@ def pairs(index, samples, neighbours, distances, nearest, memorized):
                 left + 0.5, bottom - 0.04, text, ha="center", va="top", fontsize=10,
                 color=color,
             )  # fmt: skip
-    # imshow moves the limits and the aspect to its own image.
+    # Last, as each imshow sets the limits and the aspect for its own image.
     axes.set(xlim=(-margin, width - margin), ylim=(tall + 0.05 - height, tall + 0.05))
     return figure
 
@@ -381,6 +386,7 @@ def _draw_lines(axes, panel):
         axes.plot(line.x, line.mean, line.style, color=color, label=line.label)
         if line.low is not None and panel.ticks:  # a band would lie between names
             ends = np.stack([line.mean - line.low, line.high - line.mean])
+            # matplotlib refuses negative lengths, such as rounding may leave.
             ends = np.nan_to_num(np.maximum(ends, 0))
             axes.errorbar(line.x, line.mean, ends, fmt="none", color=color, capsize=4)
         elif line.low is not None:
@@ -396,6 +402,7 @@ def _set_x(axes, panel):
         least = min((x for x in places if x > 0), default=1.0)
         axes.set_xscale("symlog", linthresh=least)
         axes.set_xlim(-least / 4, 1.3 * max(places))
+    # More than about eight labels would run into each other.
     if len(places) <= 8 and panel.xscale != "linear":
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -491,7 +498,7 @@ def heatmap(shares, rows, columns, row_label, column_label, title):
     axes.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto", origin="lower")
     for (i, j), share in np.ndenumerate(shares):
         text = "?" if np.isnan(share) else f"{100 * share:.0f} %"
-        color = "white" if share > 0.6 else "black"
+        color = "white" if share > 0.6 else "black"  # legible on dark red
         axes.text(j, i, text, ha="center", va="center", color=color)
     axes.set(xlabel=column_label, ylabel=row_label, title=title)
     slanted = {"rotation": 40, "ha": "right"} if isinstance(columns[0], str) else {}
@@ -509,9 +516,10 @@ def clouds(panels):
     """
     figure = Figure(figsize=(2.9 * len(panels), 4.0), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
+    # All panels show one square around the training points.
     every = np.concatenate([train for *_, train in panels])
     middle = (every.min(axis=0) + every.max(axis=0)) / 2
-    half = 0.65 * max(np.ptp(every, axis=0))  # a square that strays may leave
+    half = 0.65 * max(np.ptp(every, axis=0))  # stray samples may lie outside
     for axes, (title, samples, memorized, train) in zip(grid.flat, panels, strict=True):
         x, y = _plane(samples[~memorized])
         axes.scatter(x, y, 5, color=to_rgba(GREY, 0.6), lw=0, label="samples")

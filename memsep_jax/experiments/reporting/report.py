@@ -27,7 +27,7 @@ OF_RUN = ("config.json", "run.json")
 SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
 GRIDS = 3  # grids of samples along training that an unfinished run shows
-REPEATS = 20  # duplicates of a training set that are listed
+REPEATS = 20  # duplicates of a training set that the page lists; the csv has all
 # The directories of an absolute path, and of one in somebody's home.
 PATH = r"""(?<![\w.:/])(?:/\S|~\w*/)(?:[^'"\n:;,=]*/)?(?<=/)"""
 
@@ -67,7 +67,7 @@ def run(config, workdir, draw_sweep=None, say=print):
     workdir = Path(workdir)
     metrics = record.read_json(workdir / "metrics.json") or {}
 
-    def attempt(draw, *args):
+    def attempt(draw, *args):  # as `figures.quietly`, but an error is raised
         draw(*args)
 
     if draw_sweep is not None:
@@ -127,7 +127,7 @@ def _write_audit(workdir, attempt, config=None):
         name: _save_figure(workdir, name, figure, attempt)
         for name, figure in _audit_figures(numbers, _may_show(numbers, config))
     }
-    if "pairs_pixels" in images:
+    if "pairs_pixels" in images:  # not where training images must not be shown
         png = base64.b64decode(images["pairs_pixels"])
         attempt(record.write_bytes, workdir / "pairs.png", png)
     rows = zip(*numbers["duplicates.csv"].values(), strict=True)
@@ -313,6 +313,8 @@ def _page(workdir, numbers, images, shown):
 
 
 def _render(template, **values) -> bytes:
+    # Escaped, as names of runs and files come from outside; and a name that a template
+    # misspells is an error, and not an empty place on the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -321,7 +323,7 @@ def _render(template, **values) -> bytes:
         percent=percent, between=between, zip=zip, pathless=pathless
     )
     page = environment.get_template(template).render(**values)
-    return page.encode("utf-8", "replace")  # the name of a file may be no text
+    return page.encode("utf-8", "replace")  # a file name need not be valid text
 
 
 def _settings(config):

@@ -37,7 +37,7 @@ def without_gaps(rows):
 
 
 def quality(metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """How good the samples of a run or an audit are: (columns, (name, cells) of rows).
+    """The quality of the samples of a run or audit: (columns, (name, cells) of rows).
 
     Numbers of an older version have no rows.
     """
@@ -129,6 +129,7 @@ def _cell(value, interval):
     mean, low, high = value["mean"], value["low"], value["high"]
     if mean is None:
         return ""
+    # A mean of counts is shown as one, unless it is too large to be read in full.
     whole = mean == round(mean) and abs(mean) < 1e9
     text = f"{mean:,.0f}" if whole else f"{mean:.3g}"
     known = interval and low is not None and low != high
@@ -136,4 +137,5 @@ def _cell(value, interval):
 
 
 def _whole(value):
+    # True and False are integers for Python.
     return isinstance(value, int) and not isinstance(value, bool)

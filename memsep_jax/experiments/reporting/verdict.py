@@ -11,7 +11,9 @@ import numpy as np
 from memsep_jax import memorization
 
 ONE_SIDED = 0.025  # of Fisher's test, as the 95 % intervals beside it have two sides
-BEYOND = 0.99  # share of the held-out points that are nearer than a "far" sample
+# Share of the held-out points that are nearer than a "far" sample. About 1 % of honest
+# samples are far, and the verdict needs more than HALF.
+BEYOND = 0.99
 # More than half of the samples of the data's law lie beyond all of l held-out points
 # with probability 2^-l: with ten points, in one of 1,024 sets.
 ENOUGH = 10
@@ -38,7 +40,7 @@ def far(d1, held_out) -> dict:
 
 
 def verdict(metrics) -> dict:
-    """What the numbers mean: {"name", "alarm", "text", "small"}.
+    """The meaning of the numbers: {"name", "alarm", "text", "small"}.
 
     The alarm is None where it is known neither that samples copy, nor that a model
     with such samples does not.
@@ -193,6 +195,7 @@ def share(numbers, which="") -> str:
 
 def percent(value) -> str:
     """0.989 -> "98.9"; only 0 and 1 become "0.0" and "100.0"."""
+    # One more digit near the ends: 0.02 % must not read as 0, nor 99.97 % as all.
     rounded = value in (0, 1) or 0.0005 <= value < 0.9995
     return f"{100 * value:.{1 if rounded else 2}f}"
 
@@ -215,6 +218,8 @@ def above_chance(numbers, samples):
     Returns: the interval (low, high) of the excess, or None; and the largest share of
       copies that would not have been noticed.
     """
+    # Both, as the interval is not exact: for 1 copy in 1,000 against 0 in 10,000 it
+    # lies above 0, though one pair of sets in eleven from one law gives such counts.
     copies, null = (
         (round(share * total), total)
         for share, total in (

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import jax
 
+# The packages whose versions may change a number or the files of a state.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def streams():
-    """What random numbers depend on beside the seed.
+    """The settings that random numbers depend on, apart from the seed.
 
-    With another value every batch, noise and initial weight is another one. In the
+    Another value of one of them changes every batch, noise and initial weight. In the
     environment the names are in capitals.
     """
+    # Each attribute by its own name: no text chooses what is read.
     return {
         "jax_default_prng_impl": jax.config.jax_default_prng_impl,
         "jax_enable_x64": jax.config.jax_enable_x64,
@@ -37,13 +39,13 @@ def changed_streams(before: dict) -> list[str]:
 
 
 def _rounding():
-    """What a person may set that changes the last bits of a program."""
+    """The settings of a person that change the last bits of a program."""
     # The number of devices is recorded beside it; a dump of programs, or the place of a
     # file, changes no bit, and a path may name a person.
     ignored = ("--xla_force_host_platform_device_count", "--xla_dump")
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [f for f in flags if not f.startswith(ignored) and "/" not in f]
-    less = "jax_disable_most_optimizations"  # which is no attribute
+    less = "jax_disable_most_optimizations"  # jax.config has no attribute for it
     return {
         "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,
         less: jax.config.values.get(less),
@@ -62,7 +64,7 @@ def command() -> str:
 
 
 def current() -> dict:
-    """What run.json records of the circumstances."""
+    """The circumstances that run.json records."""
     device = jax.devices()[0]
     return {
         "streams": streams(),

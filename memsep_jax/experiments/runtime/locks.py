@@ -19,14 +19,14 @@ def now() -> str:
 
 
 def of_workdir(workdir, index: int = 0) -> Path:
-    """Where process `index` of a run has its lock."""
+    """The file that process `index` of a run locks."""
     return Path(workdir) / (f".lock-{index}" if index else ".lock")
 
 
 def take(path, about: str = "", tries: int = 5) -> int:
     """Takes what a file stands for, until the returned handle is closed.
 
-    Args: about, a line for others to read, after the one that says whose the lock is.
+    Args: about, a line for others to read, after the one that names the owner.
     Raises: ConflictError where another process has it; StorageError.
     """
     try:
@@ -40,7 +40,7 @@ def take(path, about: str = "", tries: int = 5) -> int:
     except OSError as error:
         words = os.read(handle, 4_096).decode(errors="replace")
         os.close(handle)
-        if tries:  # `gone` holds it for a moment
+        if tries:  # `gone` shares the lock for a moment, and owns nothing
             time.sleep(0.01)
             return take(path, about, tries - 1)
         owner = words.partition("\n")[0].strip() or "another process"
@@ -48,14 +48,17 @@ def take(path, about: str = "", tries: int = 5) -> int:
             f"{path.parent} is in use by {owner}: wait for it, or give another "
             "--workdir"
         ) from error
-    if not os.fstat(handle).st_nlink:  # its last owner has removed the file
+    # The last owner may have removed the file after it was opened here: a lock on it
+    # keeps nobody out, since others make a new file.
+    if not os.fstat(handle).st_nlink:
         os.close(handle)
         return take(path, about)
     try:
+        # Only now, as the words were those of an owner until the lock was free.
         os.ftruncate(handle, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}, started {now()}"
         os.pwrite(handle, "\n".join([owner, *([about] if about else [])]).encode(), 0)
-        os.fsync(handle)  # others look for it
+        os.fsync(handle)  # other hosts wait for these words: see `Processes.meet`
     except OSError as error:
         os.close(handle)
         raise StorageError(f"could not write {path}: {error.strerror}") from error
@@ -64,6 +67,7 @@ def take(path, about: str = "", tries: int = 5) -> int:
 
 def release(handle: int, path=None):
     """Gives a lock back.   Args: path, of its file where that is to go too."""
+    # Removed while it is held: afterwards the name may be another owner's file.
     if path is not None:
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -74,6 +78,7 @@ def gone(path) -> str | None:
     """What the lock of an owner that ended says; None while the owner lives."""
     try:
         with open(path) as file:
+            # Shared, so that several may look at once; closing the file ends it.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return file.read().partition("\n")[0]
     except BlockingIOError:

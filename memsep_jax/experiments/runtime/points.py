@@ -29,8 +29,8 @@ from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, fields, grid, schema
 from memsep_jax.experiments.runtime import locks
 
-# Exit codes of errors that are of no single point: what a person must change, a disk
-# that is full.
+# Exit codes of errors that no single point causes: a person must change something, or
+# the disk is full. All other points would fail alike.
 ENDS_ALL = (2, 5)
 LISTED, LONG = 10, 400  # failed points in a message, characters of each
 STATES = ("done", "failed", "running", "stopped", "waiting")
@@ -92,7 +92,7 @@ def taken(
                 point = left.pop(0)
                 if is_open(point):
                     mine = claims.enter_context(_claimed(path(point)))
-                    # Again: another process may have done it just now.
+                    # Again: another process may have done it before the claim.
                     own += [point] if mine and is_open(point) else []
             if own:
                 yield own
@@ -124,7 +124,7 @@ def run(
 ) -> list[dict]:
     """The results of all points, in their order; finished ones are not done again.
 
-    It waits for points that another process is at.
+    It waits for points that other processes work on.
 
     Args:
       work: some points -> for each a dict of numbers and arrays, or the error that it
@@ -142,6 +142,7 @@ def run(
             groups: dict[Any, list[grid.Point]] = {}
             for point in left:
                 groups.setdefault(alike(point), []).append(point)
+            # A list: all groups are tried before the next look at what is left.
             if any([sweep.did(group, work) for group in groups.values()]):
                 continue
             if not said:
@@ -154,7 +155,7 @@ def run(
 
 
 class _Sweep:
-    """What is known of the points of a config while this process is at work."""
+    """The state of the points of a config while this process is at work."""
 
     def __init__(self, config, session, every, update):
         self.results: dict[str, dict] = {}
@@ -185,6 +186,7 @@ class _Sweep:
         """Works on those of a group that nobody else has; whether there were any."""
         batches = taken(group, self.path, self.is_open, self._together)
         some = False
+        # Closed when an error ends this: else the claims wait for the collector.
         with contextlib.closing(batches):
             for own in batches:
                 some = True
@@ -194,13 +196,14 @@ class _Sweep:
                         self._fail(point)
                     else:
                         arrays = _arrays(point.values) | result
+                        # The result first: a kill after it leaves a finished point.
                         record.write_npz(self.path(point), **arrays)
                         why(self.path(point)).unlink(missing_ok=True)
                         self._keep(point, arrays)
         return some
 
     def _keep(self, point, arrays):
-        # The values as this config writes them.
+        # An older file may spell a value otherwise; this config's spelling counts.
         self.results[point.name] = arrays | _arrays(point.values)
         self._count(point)
 
@@ -232,8 +235,8 @@ def attempt(work, *args):
 def _results(work, some, session) -> Iterator[tuple[grid.Point, dict | Exception]]:
     """Each of some points with its arrays, or with the error that it failed with.
 
-    Where an error ends the work on several points, nobody knows whose it is: those that
-    are left are done one by one.
+    Where an error ends the work on several points, nobody knows which of them caused
+    it: those that are left are done one by one.
     """
     left = list(some)
     try:
@@ -243,7 +246,7 @@ def _results(work, some, session) -> Iterator[tuple[grid.Point, dict | Exception
                 result = _arrays(jax.block_until_ready(result))
             yield left.pop(0), result
     except Exception as error:
-        # The latter: there are more results than points.
+        # With none left the error is that of zip: more results than points came.
         if getattr(error, "exit_code", None) in ENDS_ALL or not left:
             raise
         if len(some) == 1:
@@ -311,6 +314,7 @@ def status(workdir) -> Table | None:
     paths = [path_of(workdir, config, point) for point in grid.points(config)]
     if config.experiment == "emm":  # which chooses its sizes as it goes
         folder = _folder(workdir, config)
+        # Without hidden names: those of `record.replacing` are not whole.
         names = {_name(path) for path in folder.glob("[!.]*")}
         paths = [folder / f"{name}.npz" for name in sorted(names)]
     rows = []
@@ -358,6 +362,7 @@ def path_of(workdir, config, point) -> Path:
 
 def _folder(workdir, config) -> Path:
     """The folder of the points; its name stands for all of the config but its axes."""
+    # A point is found again when an axis grows, and not when anything else changes.
     rest = build.to_json(config)
     for group in schema.groups(fields.POINTS, fields.RUN):
         rest.pop(group, None)

@@ -20,14 +20,14 @@ SHARED_IN = 20.0  # seconds that a shared directory may take to show a file else
 
 
 class Processes:
-    """What a run has to do with its other processes; of a single one, nothing.
+    """The processes of a run that train together; a single one does nothing here.
 
     They `meet` at the start and `part` when training is over; in between, `poll` sets
     `stop` on all of them at the same step, and none goes on without another: each holds
     a lock in the workdir, and watches those of the others.
 
-    Args: signals, of this process; fail, is called with a text where another process
-      is gone, before this one ends.
+    Args: signals, of this process; fail, (text) -> None, is called where another
+      process is gone, before this one ends.
     """
 
     def __init__(self, workdir, signals, fail):
@@ -40,12 +40,15 @@ class Processes:
     def meet(self, error, alike: str, names: str):
         """All processes begin as one, or none does.
 
-        Args: error, of this one, or None; alike, what must be the same for all, and
-          names, how it is called.
+        Args: error, of this one, or None; alike, a text that must be the same for all,
+          and names, the words for it.
         Raises: ConflictError.
         """
+        # The lock of process 0 names its host, pid and time: who reads the same words
+        # has the same directory.
         mine = locks.of_workdir(self._workdir, 0)
         token = _digest(mine.read_text() if mine.exists() else "")
+        # A process that failed comes here too: the others would wait for it.
         rows = np.asarray(parallel.gather([error is not None, *token]))
         if rows[:, 0].any():
             self.part()
@@ -57,7 +60,7 @@ class Processes:
             alike, f"was given another config than process 0, or another {names}"
         )
         limit = time.monotonic() + SHARED_IN
-        # A file system may show a file of another host late.
+        # A network file system may show a file of another host late.
         while token != rows[0, 1:].tolist() and time.monotonic() < limit:
             time.sleep(0.2)
             token = _digest(mine.read_text() if mine.exists() else "")
@@ -75,7 +78,7 @@ class Processes:
         rows = np.asarray(parallel.gather(words))
         wrong = np.flatnonzero((rows != rows[:1]).any(axis=1))
         if wrong.size:
-            self.part()
+            self.part()  # all do, as all have the same rows
             raise ConflictError(
                 f"process {', '.join(map(str, wrong))} {what}: give all processes the "
                 "same command, data and --workdir"
@@ -91,7 +94,7 @@ class Processes:
             own = parallel.gather([self._signals.own or 0])
             votes, self._votes = self._votes, own
             votes = self._votes if now else votes
-            if votes is not None:
+            if votes is not None:  # 0 of all processes is no signal
                 self._signals.stop = int(np.asarray(votes).max()) or None
 
     def share(self, value: int) -> int:
@@ -101,12 +104,15 @@ class Processes:
         return value
 
     def part(self):
-        """Ends the time of several processes: from here on the first one is alone.
+        """Parts the processes: from here on each is alone.
 
         Raises: Interrupted where one of them heard a signal.
         """
         if self.together:
+            # The last vote, for a signal that came after the last `poll`.
             heard = np.asarray(parallel.gather([self._signals.own or 0])).max()
+            # Nobody watches any more when the first process ends: its orderly end would
+            # be taken for a loss.
             self._over.set()
             if self._watch:
                 self._watch.join()
@@ -118,19 +124,20 @@ class Processes:
             self._signals.check()
 
     def watch(self):
-        """Ends this process when another one is gone: it would wait for ever."""
+        """Ends this process when another one is gone, for which it would wait."""
         if self.together:
             self._watch = threading.Thread(target=self._watch_others, daemon=True)
             self._watch.start()
 
     def linger(self, error):
-        """Leaves the others the time to fail in their own way, after an error here."""
+        """Gives the others time to fail in their own way, after an error here."""
         if self._watch and not hasattr(error, "exit_code"):
             # What needs another process fails, as a JaxRuntimeError or a ValueError;
             # the watch knows which one is gone, and ends this one.
             self._watch.join(LINGER)
         if self._watch:
-            # Others may have the same to say; the first leaves last, as all hang on it.
+            # Others may have the same error to report. The first process leaves last:
+            # the service of jax lives in it, and jax ends the others when it is gone.
             self._over.set()
             limit = time.monotonic() + LINGER * (1 + 2 * parallel.is_first())
             while time.monotonic() < limit and not (
@@ -148,6 +155,7 @@ class Processes:
         while not self._over.wait(WATCH_EVERY):
             for index in self._others():
                 owner = self._gone(index)
+                # `_over` again: all may have parted since the loop began.
                 if owner is None or self._over.is_set():
                     continue
                 text = (
@@ -159,7 +167,8 @@ class Processes:
                     self._fail(text)
                     sys.stderr.write(f"error: {text}\n")
                     sys.stderr.flush()
-                # The main thread may stand in a call that never comes back.
+                # The main thread may wait in a call that never returns, and so would
+                # never see an exception.
                 os._exit(parallel.MISSING)
 
 

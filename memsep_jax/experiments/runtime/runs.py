@@ -28,7 +28,7 @@ LONG = 150  # characters of why a point failed, in a table
 def place(workdir: Path, point: Point) -> Path:
     """The workdir of a point's run."""
     folder = _path(workdir, point)
-    # As it was named before the names of two points could not be one.
+    # An earlier version gave this name, which two points could share: the config tells.
     plain = re.sub(r"[/\0]", "_", grid.listed(point.values)) or "all"
     former = folder.with_name(grid.file_name(plain))
     if former != folder and not folder.exists():
@@ -57,7 +57,7 @@ def counted(states) -> str:
 
 
 def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> None:
-    """Runs what nobody has, point by point, until nothing is left.
+    """Runs the points that nobody has, one after the other, until none is left.
 
     Args: run, (config, workdir) of a point; say, a line to whoever reads the log.
     Raises: Interrupted, where a signal came and what was begun is saved; StorageError.
@@ -71,7 +71,8 @@ def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> Non
             return False
         return not Session(place(workdir, point), point.config).is_complete()
 
-    mine: set[str] = set()  # once each: one that does not complete ends no worker
+    # Each once: a point that never comes to count as complete would be run for ever.
+    mine: set[str] = set()
     while left := [
         point
         for point in every
@@ -82,7 +83,7 @@ def work(workdir: Path, every: list[Point], run: Callable, say: Callable) -> Non
             for (point,) in batches:
                 mine.add(point.name)
                 _try(workdir, point, run, say)
-        if len(mine) == before:
+        if len(mine) == before:  # what is left is done, failed or another worker's
             return
 
 
@@ -90,17 +91,18 @@ def _try(workdir, point, run, say):
     say(f"== {point.name}")
     try:
         run(point.config, place(workdir, point))
-    except StorageError:  # is of no single point
+    except StorageError:  # no single point causes it
         raise
     except Exception as error:
         say(f"failed: {points.short(error)}")
         known = points.explained(error)
         record.write_json(points.why(_path(workdir, point)), known)
+    # A worker does many runs, and the programs of each would stay in memory.
     jax.clear_caches()
 
 
 def clear(workdir: Path, every: list[Point], retry: bool) -> None:
-    """Lets what was killed be done again, and with `retry` what failed."""
+    """Frees points whose worker was killed, and with `retry` those that failed."""
     for point in every:
         path = _path(workdir, point)
         if locks.gone(points.claim(path)) is not None:
@@ -110,7 +112,7 @@ def clear(workdir: Path, every: list[Point], retry: bool) -> None:
 
 
 def status(workdir: Path, every: list[Point]) -> Table:
-    """Every point and what is known of it, as a table for a person."""
+    """A table of all points for a person: their states, seconds and errors."""
     states = [state(workdir, point) for point in every]
     rows = []
     for point, what in zip(every, states, strict=True):

@@ -32,9 +32,8 @@ class Session:
     Of several processes that train together, the first one alone writes and speaks:
     see `processes`.
 
-    Args: shared, whether other processes with the same config may join, as the points
-      of a sweep are done by several: the first one has the workdir, and `lead` waits
-      for it.
+    Args: shared, whether other processes with the same config may join and take points
+      of a sweep: the first one has the workdir, and `lead` waits for it.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Session:
         self.resume_step: int | None = resume_step  # the checkpoint to return to
         self.before: dict = {}  # run.json as the run before this one left it
         self.status: dict = {"seconds": {}}
-        # No emoji: "my_file:ring:" would show one.
+        # Without emoji: rich would draw one for "my_file:ring:".
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
         self._shared = shared
@@ -70,6 +69,7 @@ class Session:
             self._enter()
         except ConflictError as error:
             if self._processes.together:
+                # The others wait there, and refuse too.
                 self._processes.meet(error, alike, names)
             raise
         if self._processes.together:
@@ -78,11 +78,13 @@ class Session:
             except BaseException as error:
                 self.__exit__(type(error), error, None)
                 raise
+            # Not before: a process that has yet to come has no lock to be seen.
             self._processes.watch()
         return self
 
     def _enter(self):
         try:
+            # Before the lock makes them: `_leave_no_trace` removes these alone.
             places = (self.workdir, *self.workdir.parents)
             self._made = [place for place in places if not place.exists()]
             self._take()
@@ -116,6 +118,7 @@ class Session:
         return locks.of_workdir(self.workdir, jax.process_index())
 
     def __exit__(self, kind, error, trace):
+        # While the lock is held, by which the others see that this process lives.
         if error is not None:
             self._processes.linger(error)
         if kind is None:
@@ -131,11 +134,13 @@ class Session:
         elif not self.before and self._held is not None:
             self._leave_no_trace()
         self._signals.close()
+        # Last: from here on run.json may be that of another run.
         if self._held is not None:
             locks.release(self._held)
 
     def _leave_no_trace(self):
-        """Removes what a run that was refused has made."""
+        """Removes the lock and the directories that a refused run has made."""
+        # rmdir fails, and ends this, where another process has put something there.
         with contextlib.suppress(OSError):
             self._lock_path().unlink()
             if jax.process_count() > 1:  # the others remove theirs
@@ -144,9 +149,9 @@ class Session:
                 place.rmdir()
 
     def lead(self):
-        """Waits until this process alone has the workdir: what all share is its to do.
+        """Waits until this process alone has the workdir, and may write shared files.
 
-        It has to wait where it joined another one, which may be at the report.
+        It has to wait where it joined another one, which may still write its report.
         """
         while self._held is None:
             try:
@@ -156,6 +161,7 @@ class Session:
 
     def _take_over(self):
         self._held = locks.take(self._lock_path())
+        # The process that led has written its seconds; this one's are added.
         known = record.read_json(self.workdir / "run.json") or {}
         for name, seconds in known.get("seconds", {}).items():
             own = self.status["seconds"].get(name, 0.0)
@@ -179,7 +185,7 @@ class Session:
             )
 
     def begin(self, fingerprint: str, read=None):
-        """From here on, the run is on disk.
+        """Puts the run on disk, where it stays from here on.
 
         Args: read, the data.Splits or data.Source of its data: its notes are said,
           and the folder of each class is kept in run.json.
@@ -206,14 +212,16 @@ class Session:
 
     def _write_first(self):
         self._begun = parallel.is_first() and self._held is not None
+        # First, so that a longer config never stands beside the "complete" of a shorter
+        # run: a start after a kill in between would take it for finished.
+        self.write_status()
         if self._begun:
-            # All is sorted but the fields of a point, of which the first is its factor.
+            # Sorted but for the fields of a point, whose first one names its factor.
             known = {
                 name: dict(sorted(value.items())) if isinstance(value, dict) else value
                 for name, value in sorted(to_json(self.config).items())
             }
             record.write_json(self.workdir / "config.json", known, sort_keys=False)
-        self.write_status()
 
     # What another config means for a workdir.
 
@@ -232,7 +240,7 @@ class Session:
         old = record.read_json(self.workdir / "config.json")
         if not old:
             return []
-        # A field that came later was what it is by default.
+        # A field that an older config.json lacks had its default value in effect.
         later = [
             change
             for change in differences(old, to_json(schema.defaults(schema.of(old))))
@@ -244,7 +252,7 @@ class Session:
         return [change for change in changes if change not in later]
 
     def _check_config(self):
-        """Another config may not go on with this one's weights."""
+        """Refuses to go on under a config that would have given other weights."""
         conflicts = []
         for name, old, new in self._changes():
             role = schema.role(name)
@@ -273,7 +281,7 @@ class Session:
         self._check_streams()
 
     def _check_streams(self):
-        """Other random numbers are another seed, which kept results would not fit."""
+        """Refuses other random numbers, which kept results would not fit."""
         changed = circumstances.changed_streams(self.before)
         if changed and not self.allow_config_change:
             raise ConflictError(
@@ -293,14 +301,15 @@ class Session:
             record.write_json(self.workdir / "run.json", self.status)
 
     def _fail(self, text):
-        """Another process is gone, and this one ends with it."""
+        """Records that another process is gone, and that this one ends with it."""
         self.status |= {"status": "failed", "error": text}
         if self._begun:
             self.write_status()
 
     def say(self, text):
-        """One line, or a table, to the person; a closed pipe is not an error."""
+        """Shows the person a line or a table; a closed pipe is not an error."""
         with contextlib.suppress(OSError):
+            # The brackets of a text, such as those of a shape, are no markup.
             self.console.print(text, markup=not isinstance(text, str))
 
     def progress(self, what: str, total: int, done: int = 0):
@@ -317,6 +326,14 @@ class Session:
             seconds = self.status["seconds"]
             passed = time.monotonic() - started
             seconds[name] = round(seconds.get(name, 0.0) + passed, 2)
+
+    @contextlib.contextmanager
+    def reporting(self):
+        """The phase of a report, which shows the seconds of all phases before it."""
+        self.write_status()
+        with self.phase("report"):
+            yield
+        self.write_status()
 
     # Signals, and the other processes of the run.
 
@@ -339,7 +356,7 @@ class Session:
         return self._signals.deferred()
 
     def pause(self):
-        """Between two calls of long work.   Raises: Interrupted, in `deferred` too."""
+        """Ends work between two calls.   Raises: Interrupted, in `deferred` too."""
         if self.heard is not None:
             raise Interrupted(self.heard)
 
@@ -352,5 +369,5 @@ class Session:
         return self._processes.share(value)
 
     def part(self):
-        """Ends the time of several processes, as `processes.Processes.part`."""
+        """Parts the processes, as `processes.Processes.part`."""
         self._processes.part()

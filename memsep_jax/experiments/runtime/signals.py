@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import NoReturn
 
-ENDING = (signal.SIGTERM, signal.SIGINT)  # what a run ends for, saving first
+ENDING = (signal.SIGTERM, signal.SIGINT)  # a run ends on these, and saves first
 
 
 class Interrupted(BaseException):
@@ -31,7 +31,7 @@ def leave(code: int) -> NoReturn:
 
 
 class Signals:
-    """What a run has heard, and whether it ends at once or saves first.
+    """The signals that a run has heard, and whether it ends at once or saves first.
 
     The first signal raises Interrupted as soon as a call into XLA lets Python run;
     inside `deferred` it sets `stop` instead. Where processes train `together`, it sets
@@ -53,7 +53,8 @@ class Signals:
 
     def listen(self):
         """Takes the signals over, until `close`."""
-        # Only the main thread receives signals; at a prompt in another one, none come.
+        # Python delivers signals to the main thread alone, and refuses a handler that
+        # another thread sets.
         if threading.current_thread() is threading.main_thread():
             self._counter = _SignalCounter()
             for number in ENDING:
@@ -68,7 +69,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Inside, a signal only sets `stop`: the caller polls it and saves.
+        """Makes a signal inside the block only set `stop`: the caller polls and saves.
 
         Raises: Interrupted at the end, where the caller did not.
         """
@@ -85,11 +86,12 @@ class Signals:
             raise Interrupted(self.stop)
 
     def _on_signal(self, number, frame):
-        # The second signal, whichever it is, gets the system's own way: at once. Where
-        # it comes before this is run, `_SignalCounter` has it.
+        # First of all: from here on the system ends the process at the next signal,
+        # whichever it is. `_SignalCounter` counts one that comes before this is run.
         for other in ENDING:
             signal.signal(other, signal.SIG_DFL)
         if self.together and self._deferred:
+            # Not `stop`: a process that left the step alone would hang the others.
             self.own = number
             return
         self.stop = number
@@ -102,13 +104,13 @@ class _SignalCounter:
 
     Python runs its handlers in the main thread and between two instructions, and a call
     into XLA is one: it may compile or compute for minutes. The interpreter itself
-    writes the number of each signal that has a handler into a pipe, which a thread of
-    its own reads here.
+    writes the number of each signal that has a handler into a pipe at once, and a
+    separate thread reads it here.
     """
 
     def __init__(self):
         self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)  # Python demands it
+        os.set_blocking(self._write, False)  # signal.set_wakeup_fd refuses it otherwise
         self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._count, daemon=True)
         self._thread.start()
@@ -116,13 +118,15 @@ class _SignalCounter:
     def _count(self):
         heard = 0
         while number := os.read(self._read, 1):
-            heard += number[0] in ENDING
+            heard += number[0] in ENDING  # any signal with a handler is written here
             if heard > 1:
                 os._exit(128 + number[0])
 
     def close(self):
         """Hands the signals back, and ends the thread."""
+        # In this order: nothing may write to a closed pipe, the thread ends when it
+        # reads the end of the pipe, and it must not read from a closed one.
         signal.set_wakeup_fd(self._before)
-        os.close(self._write)  # the thread reads the end of the pipe
+        os.close(self._write)
         self._thread.join()
         os.close(self._read)

@@ -21,8 +21,9 @@ class Terminal(Console):
     """A console that goes on when nobody listens any more (`| head`)."""
 
     def on_broken_pipe(self):
-        """Rich would end the process here."""
+        """Stays silent from here on, where rich would end the process."""
         self.quiet = True
+        # The interpreter flushes stdout when it exits, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -54,6 +55,7 @@ def _plain(say, what, total, first):
     def update(done, text=""):
         nonlocal last
         now = time.monotonic()
+        # Not the last line, which says that the work is done.
         if now - last < PLAIN_EVERY and done < total:
             return
         last = now

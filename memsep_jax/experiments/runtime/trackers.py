@@ -31,7 +31,7 @@ def wandb(workdir, config):
 
     mode = os.environ.get("WANDB_MODE")
     if not mode:
-        # Without a key it would ask for one, and wait for an answer.
+        # Without a key wandb would ask for one, and a job would wait for ever.
         try:
             known = wandb.login(prompt=False, verify=False)
         except TypeError:  # of an older version
@@ -46,8 +46,8 @@ def wandb(workdir, config):
         resume="allow",
         settings={
             "init_timeout": 30.0,  # seconds, for a server that does not answer
-            "silent": not sys.stdout.isatty(),  # it colours log files too
-            "console": "off",  # what is printed here stays here
+            "silent": not sys.stdout.isatty(),  # wandb would colour log files too
+            "console": "off",  # the output of a run is not sent to the server
         },
     )
     return lambda row: run.log(dict(_flat(row)), step=row["step"])

@@ -33,6 +33,7 @@ def _report(config, session):
     status = points.status(session.workdir)
     if status is not None:
         session.say(status)
+    # A run that is not finished is evaluated, which writes: it needs the lock.
     if (own := unfinished.config_of(session.workdir, config)) is not None:
         _check_alone(config)
         with Session(session.workdir, own) as held:
@@ -91,7 +92,7 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
                 "it audited the files as they were: to audit others that have "
                 "their names, give another --workdir"
             )
-        session.part()
+        session.part()  # the other processes wait for it
     else:
         with session:
             _check_alone(config)

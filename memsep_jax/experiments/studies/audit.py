@@ -39,6 +39,7 @@ ROLES = {
 # 2.2) to .56 ([0, 1] stored as [-1, 1]).
 APART = 0.3
 FALSE = 0.01  # share of honest samples that a set without held-out images may flag
+# Other ways to prepare images are tried on parts of the sets, for time and memory.
 TRIED = 1_000  # samples, and held-out images, that are tried in other ways, at most
 FEWER = 250  # samples that are tried with exchanged axes or colours, at most
 FILES = 10_000  # training files that are prepared in another way, at most
@@ -64,6 +65,7 @@ def run(config, session):
     metrics["notes"] = notes + verdict.notes(metrics)
     metrics["data"]["excluded"] = excluded
     pixels = metrics["memorization"]
+    # Where the images as they are show copies, the verdict is known.
     if pixels["null"] is None or not verdict.above_chance(pixels, len(sets.samples))[0]:
         with session.phase("neighbours"):
             metrics["other_ways"] = other_ways(
@@ -77,7 +79,7 @@ def run(config, session):
 
 
 def _notes(sets, origins, more, excluded) -> list[str]:
-    """Everything that a person should know of the images before the numbers."""
+    """All that a person should know about the images before the numbers."""
     notes = [note for origin in origins.values() for note in origin.notes]
     if any(_altered(origin) for origin in origins.values()):
         notes.append(
@@ -107,10 +109,8 @@ def _write(session, result, metrics, origins):
     record.write_csv(session.workdir / "duplicates.csv", result.repeats)
     record.write_npz(session.workdir / "pairs.npz", **result.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write_audit(session.workdir, session.say)
-    session.write_status()
     session.say(summary(metrics))
     for line in verdict.lines(metrics):
         session.say(line)
@@ -175,6 +175,7 @@ def read(config):
             "were neither generated nor trained on"
         )
     seen = set(train)
+    # A held-out image that was trained on would raise the null level, and hide copies.
     kept = np.array([one not in seen for one in held_out])
     if not kept.any():
         raise build.ConfigError(
@@ -259,6 +260,7 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
         images = None if x is None else Source(x)
     elif "model" in known:
+        # An audit may be of a stranger's workdir: it must run none of its code.
         if own := schema.own_code(known):
             raise DataError(
                 f"--config.{role}={where} is a run with code of its own "
@@ -309,7 +311,7 @@ class Way(NamedTuple):
 
 
 def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
-    """Whether copies would show if images had been prepared, or stored, otherwise.
+    """Tries whether copies would show if images had been prepared or stored otherwise.
 
     Files are cropped or not, turned by EXIF or not, laid over white or not; samples
     have their colours or axes exchanged. Each way is tried on a part of the images that
@@ -333,6 +335,7 @@ def other_ways(config, sets, origins, pixels, session, room) -> list[dict]:
 
     with session.progress("other ways to prepare images", len(ways)) as update:
         for i, way in enumerate(ways):
+            # Named by all that the flags depend on.
             place = hashlib.sha256(f"{known} {way[:4]} {threshold}".encode())
             path = session.workdir / "compared" / f"ways-{place.hexdigest()[:12]}.npz"
             work = functools.partial(
@@ -421,7 +424,7 @@ def _altered(origin):
 
 
 def _few(x, most):
-    """At most this many of x, evenly spaced."""
+    """At most this many of x, evenly spaced: sets may be ordered by class."""
     return x[:: max(1, -(-len(x) // most))]
 
 
@@ -478,6 +481,7 @@ def _given(group, sets, kept):
                 f"--config.features.name=given needs --config.features.{name}=FILE.npy "
                 "of [n, d] features, as there are images for it"
             )
+        # The file has rows for the held-out images that were left out, too.
         mask = kept if name == "held_out" else np.ones(len(x), bool)
         return features.from_file(os.path.expanduser(group[name]), len(mask))[mask]
 
@@ -537,7 +541,7 @@ def _held(sets):
 
 
 def nearer(in_features) -> str:
-    """To which images the samples are nearer as a whole, in words."""
+    """Says to which images the samples are nearer as a whole."""
     if in_features is None or in_features["nearer"] is None:
         return ""
     mean, _, low, high = Interval.read(in_features["nearer"])
@@ -632,7 +636,7 @@ def _deduplicate(pixels, about):
 
 
 def comparable(rows) -> str:
-    """How the numbers of images limit which metrics of quality compare, in words."""
+    """Says which metrics of quality the numbers of images allow to compare."""
     pairs = {row["reference"]: row for row in rows if "Vendi" not in row["metric"]}
     if not pairs:
         return ""

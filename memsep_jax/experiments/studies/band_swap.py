@@ -33,7 +33,7 @@ CURVES = ("inside", "outside", "below", "above")
 
 
 class Bands(NamedTuple):
-    """Equal pieces of the sampler's grid, and who rules where."""
+    """Equal pieces of the sampler's grid, and which score rules in each."""
 
     edges: np.ndarray  # [b + 1] increasing, times of the grid
     pairs: dict[str, np.ndarray]  # curve -> [., 2], the low and high of score.banded
@@ -120,7 +120,7 @@ def measure(points, session):
         seconds = time.monotonic() - started
         with session.phase("neighbours"):
             row = _compared(samples, own.splits, config.memorization.threshold, bands)
-        middles = np.sqrt(bands.edges[:-1] * bands.edges[1:])
+        middles = np.sqrt(bands.edges[:-1] * bands.edges[1:])  # on the log axis
         yield row | {
             "t": middles,
             "edges": bands.edges,
@@ -133,6 +133,8 @@ def measure(points, session):
 def _compared(samples, splits, threshold, bands):
     """The samples [p, m, *e] of all pairs against the training points, as curves."""
     search = neighbours.searcher(np.asarray(splits.train.x))
+    # Where a sample of a pair is not finite, its numbers become nan below; the search
+    # is still of all samples at once.
     finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
     flat = np.nan_to_num(samples).reshape(-1, *samples.shape[2:])
     near = neighbours.Neighbours(
@@ -170,7 +172,7 @@ def _half(edges, ratios):
     """The time, by log t, at which a curve has half of its copies; nan without any."""
     if not ratios[-1] > 0:
         return np.nan
-    rising = np.maximum.accumulate(ratios)
+    rising = np.maximum.accumulate(ratios)  # np.interp needs increasing places
     return np.exp(np.interp(ratios[-1] / 2, rising, np.log(edges)))
 
 

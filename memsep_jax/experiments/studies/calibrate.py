@@ -110,6 +110,7 @@ def read(config):
             f"--config.pool={config.pool} has {len(fresh)} images that are not among "
             "the training images: half are held out, half are fresh; give more"
         )
+    # Every other one, as a pool may be ordered by class.
     sets, fresh = Sets(fresh[:0], train, fresh[::2]), fresh[1::2]
     audit.check_sizes(sets)
     least = max(2, _copies(config, fresh))
@@ -219,6 +220,7 @@ def score(config, sets, fresh, change, spaces, memory) -> dict:
     Args: spaces, {name: Known}; memory, as in `compare.measure`.
     Returns: the scores that have a value, and the reasons for the others as "left out".
     """
+    # The same seed for every kind: the same training images are copied in each.
     rng = np.random.default_rng(config.seed)
     count = 0 if change is None else _copies(config, fresh)
     chosen = sets.train[rng.choice(len(sets.train), count, replace=False)]
@@ -245,6 +247,7 @@ def score(config, sets, fresh, change, spaces, memory) -> dict:
 
 def _copies(config, fresh):
     """The number of copies among the samples, beside the fresh images."""
+    # copies / (copies + fresh) = share.
     share = config.calibration.share
     return round(len(fresh) * share / (1 - share))
 
@@ -316,7 +319,9 @@ def _outside(near, own):
     return near.distances[:, 0] / own[near.indices[:, 0]]
 
 
-RULES = {"1/3": 1 / 3, "authentic": 1.0}  # a copy is below; other metrics have no rule
+# A copy is below: of d1 / d2 (Gu 2023), and of the quotient of AuthPct (Alaa 2022).
+# Other metrics have no rule.
+RULES = {"1/3": 1 / 3, "authentic": 1.0}
 
 
 def row(kind, at) -> dict:

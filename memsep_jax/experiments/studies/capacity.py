@@ -32,11 +32,11 @@ from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import exact
 
 TARGETS = {"empirical": 4, "true": 2}  # -> power of sigma in the error of Theorem 5.1
-SWEPT = ("num_examples", "width")
+SWEPT = ("num_examples", "width")  # the axes that the theorem compares
 
 
 class Tasks(NamedTuple):
-    """What differs between the networks of one width, stacked: [m, ...]."""
+    """The differences between the networks of one width, stacked: [m, ...]."""
 
     x: jax.Array  # [m, n_max, d] training points, padded
     n: jax.Array  # [m] the number of real ones
@@ -142,9 +142,10 @@ def measure(points, session):
             return jnp.mean(jax.lax.map(of_one, x, batch_size=gap.BATCH))
 
         errors = np.asarray(jax.jit(jax.vmap(error))(state.params, tasks))
-    shape = (len(points), len(TARGETS), len(config.measure.times))
+    shape = (len(points), len(TARGETS), len(config.measure.times))  # as in `_tasks`
     errors, losses = errors.reshape(shape), losses.reshape(shape)
     parameters = training.count(state.params) // len(tasks.t)
+    # A point has one network for each target and time, and fails with any of them.
     applied = np.asarray(state.step).reshape(len(points), -1).min(axis=1)
     failed = ensemble.failures(applied, parts.steps)
     for why, error, loss in zip(failed, errors, losses, strict=True):

@@ -25,7 +25,9 @@ FEW = 50  # images: with fewer, no distributions are compared
 PER_CELL = 60  # samples in a cell of k-means, on average
 MODELLED = 5_000  # points of each set, at most, that the FLD is fitted to
 FOLDS = 5  # parts of the samples, for the interval of a difference
-LAWS = 4_096  # dimensions: with more, no distributions are compared
+# Dimensions: with more, no distributions are compared. A covariance then takes 128 MiB
+# in float64, and the time of its eigenvalues grows like their cube.
+LAWS = 4_096
 TILED = 256, 26  # images compared by tiles at a time; bytes that each number takes
 # Points and bytes of each set, at most, whose distribution a verdict compares: so that
 # it takes seconds.
@@ -134,7 +136,7 @@ def _tag(config, sets, space, fingerprint) -> str:
     """Names a comparison by everything that its chunks depend on."""
     known = build.to_json(config)
     of = [fingerprint, *(known[k] for k in ("seed", "memorization", "features"))]
-    if isinstance(space, Sets):
+    if isinstance(space, Sets):  # a file of features may change under its name
         of.append(data.fingerprint(*space))
     elif space is not None:  # other weights at the same path give other features
         of.append(data.fingerprint(space.apply(sets.train[:1])))
@@ -178,7 +180,7 @@ def attempt(left_out, names, reference, work):
 
 
 def check_distinct(train) -> int:
-    """How many training points differ.   Raises: UndefinedError: one alone."""
+    """The number of different training points.   Raises: UndefinedError: one alone."""
     distinct = len(neighbours.distinct(train))
     if distinct < 2:
         raise UndefinedError(
@@ -190,7 +192,7 @@ def check_distinct(train) -> int:
 
 def _search(chunked, name, sets, near, memory, flips=False) -> Searched:
     distinct = check_distinct(sets.train)
-    # One searcher for all sets, as it holds the training set.
+    # One searcher for all sets, as each holds a copy of the training set.
     search = neighbours.searcher(
         sets.train, min(max(near, THREE), distinct), memory=memory
     )
@@ -241,7 +243,7 @@ def _copies(near, threshold):
 
 
 def distances(near, held_out) -> dict:
-    """How far samples are from the training set, beside held-out points.
+    """The distances of samples from the training set, beside those of held-out points.
 
     Args: near, the neighbours of samples; held_out, those of held-out points, or None.
     """
@@ -325,7 +327,7 @@ def _repeats(near, threshold):
     own, (first, other) = near.train.distances, near.train.indices[:, :2].T
     exact = first != np.arange(len(first))
     nearly = np.zeros(len(first), bool)
-    if own.shape[1] > 2:
+    if own.shape[1] > 2:  # there are two other distinct images
         nearly = ~exact & (own[:, 1] < threshold * own[:, 2])
     rows = [*np.flatnonzero(exact).tolist(), *np.flatnonzero(nearly).tolist()]
     of = [*first[exact].tolist(), *other[nearly].tolist()]
@@ -424,6 +426,7 @@ def copying(config, points, near, held_out):
     Args: points, Sets of features; near and held_out, the neighbours of two of them.
     Raises: UndefinedError: too few samples, or none in a cell with a held-out point.
     """
+    # Fewer cells for few samples: each cell has a test of its own (Meehan 2020).
     count = min(config.memorization.cells, len(points.samples) // PER_CELL)
     if not count:
         raise UndefinedError(
@@ -503,10 +506,12 @@ def law(sets, title, see=None) -> dict:
     def to_held_out(x):
         return fidelity.frechet(x, held_out, warn=False)
 
+    # |m1 - m2|^2 = 0 and S1 = 0 leave tr S2 of the Frechet distance.
     page = float(held_out.var(axis=0, ddof=1, dtype=np.float64).sum())
     if not page:
         return about | {"left_out": "all held-out points are the same"}
     far = {"samples": to_held_out(samples), "train": to_held_out(train)}
+    # Every fifth of them, as an order by class would make parts of one class.
     fifths = [
         to_held_out(samples[i::FOLDS]) - to_held_out(train[i::FOLDS])
         for i in range(FOLDS)
@@ -563,7 +568,7 @@ def _nearer(config, points, title, left_out):
 
 
 def _quality(config, points, title, left_out):
-    """A row per metric and reference set, with the number of images it is taken of."""
+    """A row for each metric and reference set, with the number of images of each."""
 
     def kid(a, b):
         size = min(1_000, len(a) // 2)  # fewer than all, or all draws are the same

@@ -12,7 +12,7 @@ from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import emm, stepper, training_run
 
-MEASURED = 2.0  # seconds of steps from which hours are estimated
+MEASURED = 2.0  # seconds of steps, at least, from which hours are estimated
 TRAIN_NOTHING = ("loss_gap", "optimum")
 
 
@@ -78,7 +78,7 @@ def _network(config):
 
 
 def _cost(config, parts, mesh, state):
-    """FLOPs of a step, and bytes by what they hold, the state and gradients first."""
+    """The FLOPs of a step, and its bytes by content, the state and gradients first."""
     # Points that stay on disk come as batches.
     streamed = isinstance(parts.splits.train.x, data.Rows)
     dataset = None if streamed else jax.eval_shape(lambda: parts.splits.train)
@@ -88,7 +88,7 @@ def _cost(config, parts, mesh, state):
         parts.splits.train,
     )
     step = jax.jit(training.make_step(config, parts, mesh))
-    with jax.disable_jit(False):  # or it is another program, with other FLOPs
+    with jax.disable_jit(False):  # JAX_DISABLE_JIT would count another program
         flops = training.flops(step.lower(state, batch, dataset))
     held, each = state, ""
     if config.run.shard:
@@ -133,7 +133,7 @@ def _measured(config, parts, mesh, state, flops):
         # By its own count: a step that is refused takes as long as any other.
         state, _ = jax.block_until_ready(take(state, int(state.step), count))
         seconds = time.monotonic() - began
-        # The first step is slower, and counts only where it is long.
+        # The first step is slower, and counts only where it alone takes long enough.
         if not first or seconds > MEASURED:
             taken, passed = taken + count, passed + seconds
             count = max(1, min(int(stepper.CALL * taken / passed), most))
@@ -146,6 +146,8 @@ def _activations(config, parts, state, batch):
     size = config.train.batch_size // config.train.accumulate
     loss = training.loss(parts, config)
 
+    # What the backward pass keeps is in the closure that vjp returns; of it, the
+    # parameters are counted elsewhere.
     def residuals(params, batch):
         batch = jax.tree.map(lambda a: a[:size], batch)
         batch = data.augment(batch, jax.random.key(0), 0)

@@ -92,10 +92,11 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
     if wrong:
         raise build.ConfigError("\n".join(wrong))
     smallest, largest, multiple = 2, high, 1
-    if config.data.name != "mixture":  # a mixture has as many points as one wants
+    if config.data.name != "mixture":  # a mixture has any number of points
         largest = min(_pool(choice) for choice in choices(config))
     for choice in choices(config):
         (first, *_) = grid.points(choice)
+        # Balanced classes divide n, and every random label needs a point.
         if first.config.data.balanced:
             multiple = max(multiple, _classes(first.config))
         smallest = max(smallest, multiple, first.config.data.num_labels or 0)
@@ -112,6 +113,7 @@ def check(config) -> tuple[tuple[int, int, int], data.Splits]:
 
 def _pool(choice) -> int:
     """The number of training points of a setting."""
+    # Without duplicates, which would count as further points.
     config = grid.points(choice)[0].config
     config.data.update(num_examples=None, duplicates=0.0)
     return len(build.build(config).splits.train.x)
@@ -148,7 +150,7 @@ def search(choice, limits, session):
             break
         some = at(choice, n)
         done[n] = some, _rows(some, session, what=f"n = {n:,}")
-        if failed := seeds - len(done[n][1]):  # a mean of the others would be biased
+        if failed := seeds - len(done[n][1]):  # the mean of the others may be biased
             ended = f"{failed} failed networks of n = {n:,}"
             break
         ratio = mean(done[n][1], "ratio")
@@ -179,7 +181,7 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
       lies outside, and "beyond" then says on which side of which size.
     """
     level, samples = _level(choice), choice.sampler.num_samples
-    sizes = list(rows)
+    sizes = list(rows)  # increasing
     outcome = {
         "setting": grid.label(grid.points(choice)[0].values, OTHER),
         "sizes": sizes,
@@ -194,6 +196,7 @@ def result(choice, rows: dict[int, list], ended=None) -> dict:
             continue
         ratios = np.array([[row[kind] for row in rows[n]] for n in sizes], float)
         means = ratios.mean(axis=1)
+        # A decreasing fit: with few seeds the means need not fall with n.
         fit = memorization.decreasing(means, np.ones(len(sizes)))
         if fit[-1] >= level:
             one["beyond"] = f"at least {sizes[-1]:,}"

@@ -43,9 +43,10 @@ def make_generate(config, parts, mesh, score_of, session=None):
 
     def samples(weights, start, stop):
         count = config.run.chunk
+        # Halves alone, as each count is one more program to compile.
         while stop - start <= (half := -(-count // 2)) < count:
             count = half
-        count = -(-count // mesh.size) * mesh.size
+        count = -(-count // mesh.size) * mesh.size  # each device takes equally many
         x = begin(weights, start, count)
         steps = len(parts.times)  # and the last one to 0
         x = np.asarray(pace(count)(x, steps, weights, start))[: stop - start]
@@ -257,15 +258,14 @@ def _write(config, parts, workdir, samples, result, beside, about):
     }
     metrics["notes"] = [*parts.notes, *splits.notes, *verdict.notes(metrics)]
     metrics["verdict"] = verdict.verdict(metrics)
+    # Last: where it is, all files that a report is drawn from are whole.
     record.write_json(workdir / "metrics.json", metrics)
 
 
 def finish(session):
     """Draws the report, and shows the person the numbers."""
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write(session.workdir, session.say)
-    session.write_status()  # and the table those of the report
     tell(session, session.workdir)
 
 

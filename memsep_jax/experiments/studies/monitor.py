@@ -73,6 +73,8 @@ def snapshot_steps(config, n: int) -> set[int]:
     """The steps of snapshots: some on a log grid, one every snapshot_epochs."""
     (last, _), steps = build.lengths(config, n), set()
     if config.run.snapshots:
+        # Each one at twice the steps of the one before, up to the last step: times of
+        # onset are read off on a log scale of steps.
         first = max(1, last / 2 ** (config.run.snapshots - 1))
         steps |= set(np.geomspace(first, last, config.run.snapshots).round().tolist())
     if config.run.snapshot_epochs:
@@ -85,7 +87,7 @@ def snapshot_steps(config, n: int) -> set[int]:
 class Log:
     """metrics.jsonl and the tracker of a training, which process 0 alone writes.
 
-    Attributes: unfinished, what is known of the row of the step that a run goes on
+    Attributes: unfinished, the known part of the row of the step that a run goes on
       from, where it was stopped before that row was whole.
     """
 
@@ -96,6 +98,7 @@ class Log:
         if parallel.is_first():
             self._metrics = record.Metrics(workdir / "metrics.jsonl", start)
             self.unfinished = self._metrics.unfinished
+        # All processes must take the same branch, and only process 0 has the rows.
         whole = self._metrics is not None and start in self._metrics.steps
         self.has_start = bool(session.share(whole))
 
@@ -112,7 +115,10 @@ class Log:
             self._track(row)
 
     def write_unfinished(self, row: dict):
-        """Writes what is known of a row before it is measured, unless it is whole."""
+        """Writes the known part of a row before the rest is measured.
+
+        Nothing is written where the row is whole already.
+        """
         if row and self._metrics is not None and row["step"] != self._written:
             self._metrics.write_unfinished(**row)
 
@@ -175,6 +181,7 @@ def plateau_stop(patience, rows) -> str | None:
     Args: patience, train.plateau, in snapshots.   rows, up to now.
     """
     rows, last = [row for row in rows if RATIOS[0] in row], rows[-1]
+    # Only at a snapshot: at other steps nothing new is known.
     if patience is None or not rows or rows[-1] is not last:
         return None
     best = [max(RATIOS, key=lambda name: row.get(name, 0.0)) for row in rows]
@@ -200,6 +207,7 @@ class Monitor:
         self.generate, self.calendar = generate, Calendar.of(config, parts)
         self._losses = make_losses(config, parts, session.pause)
         self._draw = figures.quietly(session.say)
+        # Earlier starts of the run count too: best/ holds the lowest loss of all.
         rows = record.read_metrics(log.workdir / "metrics.jsonl")
         losses = [r["held_out_losses"] for r in rows if r.get("held_out_losses")]
         self._best = min(map(np.mean, losses), default=np.inf)
@@ -233,10 +241,12 @@ class Monitor:
         Where a signal comes, nothing is logged: the row is made when the run goes on.
         Where several processes train, all call it, and the first one measures.
 
-        Args: row, what is known of the step so far.
+        Args: row, the numbers of the step that are known so far.
         """
+        # By all processes: each may hold but a part of the state.
         weights = parallel.local({"params": state.params, "ema": state.ema})
         if parallel.is_first():
+            # The vote below turns the signal into the stop of all processes.
             with contextlib.suppress(Interrupted):
                 row = self._measured(step, row, weights)
         self.session.poll(now=True)
@@ -253,7 +263,7 @@ class Monitor:
                 self._best = np.mean(held_out)
                 checkpoint.save(self.log.workdir / "best", step, weights, keep=1)
         if step in self.calendar.snapshots:
-            self.session.pause()
+            self.session.pause()  # a signal that came in the losses ends this here
             checkpoint.save(self.log.workdir / "snapshots", step, weights)
             row = {"step": step} | row | self.snapshot(step, weights)
         return row
@@ -274,7 +284,7 @@ class Monitor:
                 path = self.session.workdir / "samples" / f"step_{step:08d}.png"
                 save = figures.save_samples
                 self._draw(save, path, samples[:GRID])
-            # The null level is measured once, at the end: the held-out points stay.
+            # Without the null level: it is the same at all steps, and measured once.
             ratio = memorization.ratio_of(
                 self.search(data.like(self.parts.splits.train.x, samples)),
                 None,
@@ -321,7 +331,7 @@ def detector(config, parts, weights) -> dict:
     """
     splits, truth_score = parts.splits, None
     if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
-        return {}
+        return {}  # one held-out point has no standard error
     if build.has_truth(config):
         truth_score = mixture.score(build.truth(config), parts.process)
     points = config.run.evaluate_points
@@ -363,7 +373,7 @@ def first_points(points, count: int):
 def make_losses(config, parts, pause):
     """(params, points: Dataset) -> [LEVELS], the eps-loss at each noise level.
 
-    The same noise for every call, so that differences are differences of networks.
+    Every call has the same noise, so that differences are those of the networks.
 
     Args: pause, as in `record.paced`.
     """

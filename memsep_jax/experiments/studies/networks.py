@@ -26,10 +26,11 @@ def tag(config, groups) -> str:
 
 
 def tags(config, groups) -> list[str]:
-    """The `tag`, and what an earlier version called it."""
+    """The `tag`, and the one that an earlier version gave."""
     known = build.to_json(config)
     if "sampler" in groups:
-        known["model"].pop("dropout", None)  # is off
+        # Dropout is off when a network is sampled: its value changes no sample.
+        known["model"].pop("dropout", None)
     some = {name: known[name] for name in ("seed", *groups)}
     if "train" in groups:
         some |= build.watched(config)
@@ -42,7 +43,7 @@ def name(config) -> str:
 
 
 def names(config) -> list[str]:
-    """The `name`, and what an earlier version called it."""
+    """The `name`, and the one that an earlier version gave."""
     return [f"seed={config.seed}-{one}" for one in tags(config, TRAINING)]
 
 
@@ -55,7 +56,8 @@ def folder(config, workdir) -> Path:
 def trained(config, parts, session, generate=None):
     """The train.TrainState of a network, trained here unless it already was."""
     where = folder(config, session.workdir)
-    # Points that other processes do may need the same network.
+    # A point of another process may need the same network: who comes second waits, and
+    # finds it trained.
     with locks.held(where.with_name(f".{where.name}.lock"), session.say):
         return training_run.learn(config, parts, session, None, generate, where)
 

@@ -72,6 +72,7 @@ def check(config) -> build.Parts:
         raise build.ConfigError("\n".join(wrong))
     parts = grid.check(config)
     held_out = parts.splits.held_out
+    # As many as `pruning.watcher` takes to measure quality.
     if held_out is None or len(held_out.x) < 4:
         raise build.ConfigError(
             f"data.num_held_out={config.data.num_held_out}: quality is a distance from "
@@ -144,6 +145,7 @@ def fit(sizes, taus) -> Fit:
     kept = [int(n) for n, use in zip(sizes, known, strict=True) if use]
     if len(kept) < 2:
         return Fit(np.nan, np.nan, np.nan, np.nan, kept)
+    # log tau = log factor + slope log n, one line for each seed (a column of taus).
     slopes, starts = np.polyfit(np.log(kept), np.log(taus[known]), 1)
     slope, _, low, high = map(float, results.mean_interval(slopes))
     return Fit(slope, low, high, float(np.exp(starts.mean())), kept)
@@ -223,7 +225,7 @@ def measure(points, session):
 
 
 def _check_kept(folder, steps):
-    """Raises: ConflictError: the network was trained under other run.snapshots."""
+    """Refuses a network that lacks snapshots.   Raises: ConflictError."""
     missing = sorted(set(steps) - set(checkpoint.steps(folder)))
     if missing:
         raise checkpoint.ConflictError(

@@ -1,4 +1,4 @@
-"""The extremes that a network lies between: the exact empirical score, or the truth.
+"""The two extremes that a network lies between: the empirical score and the truth.
 
 Sampling with the empirical score, the minimiser of the training loss, copies the
 training set; sampling with the truth, where it is known, gives the null level. Where
@@ -27,6 +27,7 @@ def run(config, session):
 
 
 def _empirical(config, parts):
+    # The data are the weights: an argument of the program, and no constant inside it.
     def score_of(train, label):
         of_label = None if label is None else empirical.labelled(train.label, label)
         return empirical.score(train.x, parts.process, log_weights=of_label)

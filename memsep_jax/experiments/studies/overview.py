@@ -1,4 +1,4 @@
-"""What a sweep of runs comes to: one table and one picture, with gaps."""
+"""The results of a sweep of runs: one table and one picture, with gaps."""
 
 import itertools
 from collections import Counter
@@ -51,6 +51,7 @@ def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
             f"--measure={measure}: no run has it; they have {', '.join(names)}"
         )
     fields = dict.fromkeys(k for p in points for k in p.values if k != "seed")
+    # A field that all points share is no axis of a picture.
     axes = [k for k in fields if len({str(p.values.get(k)) for p in points}) > 1]
     columns = {k: [p.values.get(k, "") for p in points] for k in (*fields, "seed")}
     columns["state"] = states

@@ -47,6 +47,7 @@ def importance(config, parts, params, criterion: str):
 
         each = record.mapped(one, config.run.chunk)
         drawn = each(config.prune.draws, params, parts.splits.train)
+        # E |dL/dxi_h| over its norm in the layer: Algorithm 1 of Ye 2025.
         units = np.asarray(prune.normalised(drawn.mean(axis=0, dtype=np.float64)))
     if not np.isfinite(units).all():
         layer, unit = np.argwhere(~np.isfinite(units))[0]
@@ -90,6 +91,8 @@ def _sizes(config, parts, criterion):
                 network, parts.prediction, parts.process, one.x, t, eps
             )
 
+        # |.| of each draw, before the mean: a trained network is near a minimum, where
+        # the mean gradient is 0, and its |.| would be the noise of the draws.
         return jnp.abs(jax.grad(loss)(prune.gates(params, group)))
 
     return sizes
@@ -98,8 +101,9 @@ def _sizes(config, parts, criterion):
 def times(config, parts, criterion: str):
     """The law of t of a criterion: (key) -> t [], within the sampler's range.
 
-    config.prune_times draws u, small more often than large, on the clock of a process
-    whose time means what the paper's does; "uniform_t" and "large_t" are its controls.
+    config.prune_times draws u, small more often than large (Algorithm 1 of Ye 2025:
+    Beta(0.8, 2)), as the time of the process prune.clock, whose time means what the
+    paper's does; "uniform_t" and "large_t" are its controls.
     """
     end = config.prune_times.t_max or 1.0
     drawn = build.call(process.TIMES, config.prune_times, "prune_times")
@@ -132,11 +136,11 @@ def keep(config, parts, params, measured: dict | None = None) -> np.ndarray:
             measured[name] = importance(config, parts, params, name)
         return measured[name]
 
-    # A branch that no draw of an importance has.
+    # A branch of the key that no draw of an importance has: they count from 0.
     key = jax.random.fold_in(build.keys(config.seed).prune, BRANCH)
     if criterion == "random":
         return prune.keep_random(key, shape, ratio)
-    if criterion == "random_per_layer":
+    if criterion == "random_per_layer":  # isolates which heads from how many per layer
         like = prune.keep_top(known("small_t"), ratio)
         return prune.keep_random(key, shape, ratio, like)
     if criterion == "highest_first":
@@ -172,7 +176,7 @@ def watcher(config, parts, generate):
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
     null, real = None, None
-    if held_out is not None and len(held_out.x) > 3:
+    if held_out is not None and len(held_out.x) > 3:  # precision has 3 neighbours
         real = np.asarray(held_out.x)
         null, real = search(real), real.reshape(len(real), -1)
 
@@ -231,6 +235,7 @@ def tuner(config, parts):
             )
             if step not in wanted:
                 continue
+            # A step that is not finite leaves the state, and its count, as they were.
             if int(fetched["step"]) != step:
                 raise train.NonFiniteError(
                     f"fine-tuning stood still before step {step}: a loss or gradient "
@@ -304,6 +309,7 @@ def of_run(config, parts, session, params, generate) -> dict:
             f"pruning {(~stays).sum()} of {stays.size} {group} by "
             f"{config.prune.criterion}, then {config.prune.steps:,} steps"
         )
+        # The control has the same extra steps: else these would count as pruning.
         for name, its in {"pruned": stays, "control": np.ones_like(stays)}.items():
             kept = record.kept(folder / f"{name}.npz", partial(work, name, its))
             numbers[name] = kept | cost(parts, params, its, group)

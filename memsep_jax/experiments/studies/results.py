@@ -57,6 +57,7 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
     Raises: FailedError at the end, where points failed.
     """
     every = grid.points(config) if every is None else every
+    # Points without a row failed: they keep their place in the table, and say so.
     known = {grid.values_of(row): row for row in rows}
     done: list[Path] = []
     failed: list[Path] = []
@@ -84,7 +85,7 @@ def finish(config, session, rows: list[dict], draw, every=None, columns=None, **
         "table": table,
     }
     publish(config, session, draw, **about)
-    if failed:
+    if failed:  # only now: what the other points found is written and shown
         raise points.failure(failed, len(every))
 
 
@@ -95,10 +96,8 @@ def publish(config, session, draw, **about):
     """
     metrics = {"experiment": config.experiment, **about}
     record.write_json(session.workdir / "metrics.json", metrics)
-    session.write_status()  # the report shows the seconds so far
-    with session.phase("report"):
+    with session.reporting():
         report.write_sweep(session.workdir, draw, session.say)
-    session.write_status()
     session.say(summary(session.workdir))
     session.say(f"report: {session.workdir / 'report.html'}")
 
@@ -168,7 +167,7 @@ def mean_interval(values, level=0.95) -> Interval:
     """
     values = np.asarray(values, np.float64)
     mean = values.mean(axis=0)
-    half = std = np.full(values.shape[1:], np.nan)
+    half = std = np.full(values.shape[1:], np.nan)  # one seed shows no spread
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         error = std / np.sqrt(len(values))

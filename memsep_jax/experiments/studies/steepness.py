@@ -19,7 +19,7 @@ from memsep_jax.experiments.studies import ensemble, results
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.models import mlp
 
-SMALL = 0.1  # slopes are fitted where sigma is at most this
+SMALL = 0.1  # largest sigma of a fitted slope: the powers are those of sigma -> 0
 SCORES = ("truth", "empirical", "network")
 # Colours of the networks, by decay; the empirical score is red, the truth black.
 COLORS = [c for c in figures.COLORS if c not in (figures.RED, "black")]
@@ -60,7 +60,7 @@ def measure(points, session):
         with session.phase("measure"):
             key = build.keys(config.seed).evaluate
             row = jax.device_get(probe(params, build.truth(config), data, times, key))
-        for name in SCORES:
+        for name in SCORES:  # -4 and -2 for the empirical score, 0 for a smooth truth
             for curve in ("midpoints", "noised_median"):
                 slope = _slope(sigma, row[f"{name}_{curve}"])
                 row[f"{name}_{curve.split('_')[0]}_slope"] = slope
@@ -84,6 +84,8 @@ def norms(params, truth, data, times, key, parts, m, iters):
     """
     process = parts.process
     segment_key, curve_key, start_key, norm_key = jax.random.split(key, 4)
+    # The empirical score is steep at the borders between the cells of training points:
+    # probes at the points themselves would miss it.
     between = {
         "midpoints": lipschitz.midpoints(data, m),
         "segments": lipschitz.segments(segment_key, data, m),
@@ -202,6 +204,8 @@ def _norms(rows):
     steep = _all_scores(rows, "midpoints")
     typical = _all_scores(rows, "noised_median", labelled=False)
     anchor = rows[0]["empirical_midpoints"]["mean"][0]
+    # Ye 2025, section 5: between training points the norm grows like sigma^-4 as t goes
+    # to 0, while at a noised training point it is 1 / sigma^2 in the median.
     falling = figures.Line(
         sigma, anchor * (sigma / sigma[0]) ** -4.0, "slope -4", style=":",
         color=figures.GREY,

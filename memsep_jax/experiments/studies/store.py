@@ -38,6 +38,7 @@ class Store:
             if restored is None and self._packed and self._packed.is_file():
                 restored = unpack(self._packed, like, self.parts)
         # The others restore what the first one did, which may have passed over damage.
+        # 0 stands for nothing restored, as `share` takes no negative number.
         step = self.session.share(restored[1] + 1 if restored else 0) - 1
         if step >= 0 and not first:
             if step in checkpoint.steps(self._checkpoints):
@@ -59,7 +60,7 @@ class Store:
         if step is None or not parallel.is_first():
             return
         aside = f"abandoned-{time.strftime('%Y%m%dT%H%M%S')}"
-        # A newer best one would outlive every older one that is saved after it.
+        # best/ keeps one step: a newer one would outlive every one saved after it.
         for directory in (self._checkpoints, self.workdir / "best"):
             for newer in [s for s in checkpoint.steps(directory) if s > step]:
                 moved = checkpoint.set_aside(directory, newer, aside)
@@ -67,7 +68,7 @@ class Store:
 
     def save(self, step: int, state):
         """Saves a state.   Raises: StorageError."""
-        whole = parallel.local(state)
+        whole = parallel.local(state)  # by all processes: a split state is gathered
         if parallel.is_first():
             checkpoint.save(self._checkpoints, step, whole, self._keep)
             if self._packed:

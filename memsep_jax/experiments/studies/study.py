@@ -60,6 +60,7 @@ class Study:
         with session.phase("data"):
             parts = self.check(config)
             shared = self.share(config, parts, session)
+        # Not before: what is refused above leaves nothing on disk.
         session.begin(parts.splits.fingerprint, parts.splits)
         work = functools.partial(self.measure, session=session, **shared)
         rows = points.run(config, session, work, self.alike, self.what)

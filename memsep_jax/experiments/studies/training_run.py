@@ -31,13 +31,14 @@ def run(config, session):
     """Trains and evaluates; returns when report.html is written."""
     with session.phase("data"):
         parts = build.build(config)
-    session.expect(parts.splits.fingerprint)
+    session.expect(parts.splits.fingerprint)  # before anything is compiled
     for note in parts.notes:
         session.say(f"note: {note}")
     session.say(_describe(parts, config))
     # Made here, so that all of the run shares one compiled program.
     generate = network_samples(config, parts, session)
     state = parallel.local(learn(config, parts, session, session.resume_step, generate))
+    # From here on the first process works alone, and needs no other one to live.
     session.part()
     if not parallel.is_first():
         return
@@ -55,7 +56,7 @@ def run(config, session):
 
 
 def model(config, parts, weights, step) -> dict:
-    """What metrics.json says of a network after a step."""
+    """The section of metrics.json about a network after a step."""
     return {
         "name": config.model.name,
         "parameters": training.count(weights),
@@ -93,6 +94,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
     # Not before: a checkpoint that does not fit must leave config.json as it was.
     if own:
         session.begin(parts.splits.fingerprint, parts.splits)
+    # Not before the restore: where that fails, nothing has been moved.
     store.roll_back(resume_step)
     if start:
         session.say(f"resumed from step {start}")
@@ -111,7 +113,7 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
         session.deferred(),
         session.progress("training", parts.steps, start) as update,
     ):
-        if start and not log.has_start:  # it was stopped before this was measured
+        if start and not log.has_start:  # stopped after the save and before the row
             ends = monitor.visit(state, start, log.unfinished)
             _leave_if_stopped(session, session.stop, start)
         while step < parts.steps and not ends:
@@ -119,12 +121,16 @@ def learn(config, parts, session, resume_step=None, generate=None, workdir=None)
             due = calendar.measures(step)
             if not due:
                 log.write(row)
-            # Before the visit: it takes long, and a kill there must lose no step.
+            # Before the visit: it takes long, and a kill there must lose no step. The
+            # row before the state: on resumption a row without its state is dropped,
+            # but a state without its row would have lost its loss.
             if saved := calendar.saves(step) or session.stop is not None:
                 log.write_unfinished(row)
                 store.save(step, state)
             if due and session.stop is None:
                 ends = monitor.visit(state, step, row)
+            # Read once: on a signal between the save and the last line of this loop,
+            # the run would end without its last step.
             stop = session.stop
             if not saved and (ends or stop is not None):
                 log.write_unfinished(row)

@@ -52,7 +52,7 @@ def check(config) -> build.Parts:
             f"data.skip={config.data.skip}: twins skips the points of the other half "
             "itself; leave it at 0"
         )
-    parts = grid.check(config)
+    parts = grid.check(config)  # the first halves; the second ones need 2 n points
     for point in grid.points(config):
         if point.values["seed"] == 0:
             build.build(halves(point.config)[1])
@@ -85,7 +85,7 @@ def measure(points, session):
 
 
 def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
-    """How like samples [m, *e] of the same noises are, to each other and to their data.
+    """Compares samples [m, *e] of the same noises with each other and with their data.
 
     Returns: share, cosine and their null levels as in `memorization.reproducibility`;
       ratio, the share of memorized samples of both; own, the mean cosine between a

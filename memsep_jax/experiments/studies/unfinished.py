@@ -1,4 +1,4 @@
-"""The report of a run that has stopped before its end: what its newest weights draw.
+"""The report of a run that has stopped before its end, by its newest weights.
 
 Nothing is trained, and nothing that the run goes on from is changed: the numbers lie
 under evaluation/, in the folder of these weights, and run.json stays as it is.
@@ -20,7 +20,8 @@ KEPT = ("checkpoints", "snapshots")  # of weights along training
 def config_of(workdir, config):
     """The config of a run that is not finished; None where there is none to report on.
 
-    Finished numbers may lie there, of an earlier step: then they are not the newest.
+    A longer run may have gone on from finished numbers, which are then not the newest.
+
     Args: config, of the command: whether the report may show training data.
     """
     names = ("config.json", "run.json", "metrics.json")
@@ -55,6 +56,7 @@ def run(config, session):
         "unfinished": {"step": step, "steps": parts.steps},
     }
     rows = record.read_metrics(session.workdir / "metrics.jsonl")
+    # A run may be stopped before its first evaluation.
     if any("train_losses" in row for row in rows):
         about["levels"] = monitor.last_losses(config, parts, session.workdir)
     numbers = evaluate.place(config, parts, session, weights)
@@ -71,6 +73,7 @@ def newest(config, parts, workdir):
     """
     state = jax.eval_shape(partial(training_run.initial_state, config, parts))
     both = {"params": state.params, "ema": state.ema}  # what a snapshot holds
+    # A snapshot may be newer than the last checkpoint, and either may be damaged.
     newest_of_each = [
         checkpoint.restore_newest(workdir / name, like)
         for name, like in zip(KEPT, (state, both), strict=True)
