@@ -22,8 +22,9 @@ VE = process.variance_exploding()
 @pytest.fixture(scope="module")
 def params(off_zero):
     """Random everywhere, since adaLN-zero starts every block as the identity."""
-    x = jnp.zeros((4, 4, 1))
-    return off_zero(jax.jit(MODEL.init)(jax.random.key(0), x, jnp.zeros(()))["params"])
+    x = np.zeros((4, 4, 1), np.float32)
+    init = jax.jit(lambda key: off_zero(MODEL.init(key, x, 0.0)["params"]))
+    return init(jax.random.key(0))
 
 
 def gate_loss(params, model=MODEL):
