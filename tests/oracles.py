@@ -149,6 +149,20 @@ def drawn(seed, *shape):
     return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
+def separated(seed, k, d, scale=2.0):
+    """Unit normals about k means, as `mixture.separated` has them."""
+    parts = np.full(k, -np.log(k)), scale * drawn(seed, k, d), np.ones((k, d))
+    return mixture.Mixture(*map(jnp.asarray, parts))
+
+
+def sampled(seed, law, n):
+    """n draws of normals without factors [n, d]: nothing is compiled for them."""
+    rng, (log_weights, means, variances) = np.random.default_rng(seed), law[:3]
+    k = rng.choice(len(log_weights), n, p=np.exp(np.float64(log_weights)))
+    spread = np.sqrt(np.asarray(variances)[k])
+    return jnp.asarray(np.asarray(means)[k] + spread * rng.normal(size=spread.shape))
+
+
 def turned(seed):
     """A rotation or reflection [D, D]."""
     return np.linalg.qr(drawn(seed, D, D))[0]

@@ -369,9 +369,9 @@ def test_a_fixed_order_is_that_of_the_first_epoch():
     np.testing.assert_array_equal(fixed, np.tile(fixed[:n], 2))
     np.testing.assert_array_equal(fixed[:n], anew[:n])
     assert np.any(anew[:n] != anew[n:])
-    train = data.Dataset(jnp.arange(10.0)[:, None])
-    x = data.draw(train, KEY, 3, size, reshuffle=False).x
-    np.testing.assert_array_equal(x[:, 0], fixed[12:16])
+    train = data.Dataset(jnp.asarray(np.arange(10.0)[:, None]))
+    x = jax.jit(lambda: data.draw(train, KEY, 3, size, reshuffle=False).x)()
+    np.testing.assert_array_equal(np.asarray(x)[:, 0], fixed[12:16])
 
 
 @pytest.mark.parametrize(("n", "size"), [(50_000, 128), (7, 20), (1_281, 4_096)])
@@ -379,8 +379,11 @@ def test_a_late_step_is_exact(n, size):
     """step * size far beyond 32 bits: the epoch and the place are still right."""
     step = 2**32 - 5
     epoch, place = divmod(step * size, n)
-    order = jax.random.permutation(jax.random.fold_in(KEY, epoch % 2**32), n)
-    got = data.indices(n, KEY, np.uint32(step), size)
+    order = jax.jit(
+        lambda: jax.random.permutation(jax.random.fold_in(KEY, epoch % 2**32), n)
+    )
+    got = jax.jit(lambda step: data.indices(n, KEY, step, size))(np.uint32(step))
+    got, order = np.asarray(got), np.asarray(order())
     np.testing.assert_array_equal(got[: n - place], order[place : place + size])
     np.testing.assert_array_equal(data.order(n, KEY, size)(step), got)
 
@@ -418,8 +421,11 @@ def test_a_batch_depends_on_its_step_alone():
 
 def test_flips_mirror_half_of_the_images_and_nothing_else():
     train = data.select(pool(), 40, labels="unique").train
-    plain = data.draw(train, KEY, 0, 400)
-    got = data.draw(train, KEY, 0, 400, flip=True)
+    plain, got = jax.device_get(
+        jax.jit(
+            lambda: [data.draw(train, KEY, 0, 400, flip=on) for on in (False, True)]
+        )()
+    )
     np.testing.assert_array_equal(plain.label, got.label)
     same = np.all(plain.x == got.x, axis=(1, 2, 3))
     mirrored = np.all(plain.x[:, :, ::-1] == got.x, axis=(1, 2, 3))
@@ -488,8 +494,8 @@ def test_what_has_no_meaning_is_refused():
     for choice in ({"mix": 0.5, "mix_from": pool()}, {"resolution": 2}):
         with pytest.raises(ValueError, match="stay on disk"):
             data.select(source, **choice)
-    vectors = data.Dataset(jnp.zeros((3, 2)))
-    assert data.draw(vectors, KEY, 0, 5).label is None
+    vectors = data.Dataset(jnp.asarray(np.zeros((3, 2))))
+    assert jax.jit(lambda: data.draw(vectors, KEY, 0, 5))().label is None
     with pytest.raises(ValueError, match="flip"):
         data.draw(vectors, KEY, 0, 2, flip=True)
     with pytest.raises(ValueError, match="batch size=0"):

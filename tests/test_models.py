@@ -15,8 +15,8 @@ from memsep_jax.models import MLP, MODELS, DiT, UNet, dit
 from memsep_jax.models.layers import Conv, Dense, time_features
 
 SMALL = dict(patch=2, width=16, depth=2, num_heads=2)
-X = jax.random.normal(jax.random.key(5), (4, 6, 3))
-T = jnp.float32(0.3)
+X = np.random.default_rng(5).normal(size=(4, 6, 3)).astype(np.float32)
+T = np.float32(0.3)
 
 
 def init(model, x=X, **call):
@@ -25,16 +25,21 @@ def init(model, x=X, **call):
 
 def filled(params, scale=0.2):
     """Every leaf away from zero, so that nothing hides behind adaLN-zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [
-        scale * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+    draw = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda p: np.float32(p + scale * draw.normal(size=p.shape)),
+        jax.device_get(params),
+    )
+
+
+def blank(shapes):
+    """Parameters as `filled` has them, of a network that was not initialized."""
+    return filled(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), shapes))
 
 
 def bind(model, params):
     """(x, t, label, gates) -> the answer, compiled."""
+    params = jax.tree.map(jnp.asarray, params)
     return jax.jit(lambda *args: model.apply({"params": params}, *args))
 
 
@@ -60,9 +65,10 @@ def size(params):
 
 @pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=2)])
 def test_a_new_network_answers_zero(model):
-    params = init(model)
-    assert jnp.all(bind(model, params)(X, T) == 0)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    start = jax.jit(model.init_with_output)
+    answer, tree = start(jax.random.key(0), X, T)
+    assert np.all(np.asarray(answer) == 0)
+    assert all(p.dtype == np.float32 for p in jax.tree.leaves(tree))
 
 
 def test_adaln_zero_makes_every_block_the_identity():
@@ -78,13 +84,14 @@ def test_adaln_zero_makes_every_block_the_identity():
         }
         for i in range(2)
     }
-    answer = bind(model, params)(X, T)
-    assert jnp.any(answer != 0)
-    np.testing.assert_array_equal(bind(model, params | others)(X, T), answer)
-    np.testing.assert_array_equal(bind(model, params)(X, 10 * T), answer)
+    apply = jax.jit(lambda params, t: model.apply({"params": params}, X, t))
+    answer = np.asarray(apply(params, T))
+    assert np.any(answer != 0)
+    np.testing.assert_array_equal(apply(params | others, T), answer)
+    np.testing.assert_array_equal(apply(params, 10 * T), answer)
     # Open one block, and all of it shows.
     params["block_0"]["modulation"] = filled(params["block_0"]["modulation"])
-    assert jnp.all(bind(model, params)(X, 10 * T) != bind(model, params)(X, T))
+    assert np.all(np.asarray(apply(params, 10 * T)) != apply(params, T))
 
 
 # Counts.
@@ -128,9 +135,8 @@ def test_the_parameters_of_an_mlp_are_counted_by_hand():
     width, depth, d = 16, 3, X.size
     ends = d * width + width + width * d + d
     embedding = 256 * width + width + width**2 + width
-    assert size(init(MLP(width, depth))) == ends + embedding + depth * 3 * (
-        width**2 + width
-    )
+    shapes = jax.eval_shape(MLP(width, depth).init, jax.random.key(0), X, T)
+    assert size(shapes) == ends + embedding + depth * 3 * (width**2 + width)
 
 
 # Heads and gates.
@@ -138,22 +144,23 @@ def test_the_parameters_of_an_mlp_are_counted_by_hand():
 
 def test_gates_of_one_are_no_gates(small):
     _, _, apply = small
-    result = apply(X, T, None, jnp.ones((2, 2)))
+    result = apply(X, T, None, np.ones((2, 2), np.float32))
     np.testing.assert_allclose(result, apply(X, T), atol=1e-5)
 
 
-@pytest.mark.parametrize("layer, head", [(0, 0), (0, 1), (1, 0)])
-def test_a_closed_gate_is_a_head_whose_output_weights_are_zero(small, layer, head):
+def test_a_closed_gate_is_a_head_whose_output_weights_are_zero(small):
     model, params, apply = small
-    gates = jnp.ones((2, 2)).at[layer, head].set(0)
-    path = (f"block_{layer}", "attention", "out", "kernel")
-    without = jax.tree.map(lambda p: p, params)  # a copy of the dicts
-    kernel = without[path[0]][path[1]][path[2]][path[3]]
-    assert kernel.shape == (2, 8, 16)  # [heads, width of a head, width]
-    without[path[0]][path[1]][path[2]][path[3]] = kernel.at[head].set(0)
-    result = apply(X, T, None, gates)
-    np.testing.assert_allclose(result, bind(model, without)(X, T), rtol=1e-4, atol=1e-5)
-    assert jnp.max(jnp.abs(result - apply(X, T))) > 1e-2
+    whole = jax.jit(lambda params: model.apply({"params": params}, X, T))
+    for layer, head in [(0, 0), (0, 1), (1, 0)]:
+        gates = np.ones((2, 2), np.float32)
+        gates[layer, head] = 0
+        without = jax.tree.map(np.copy, params)
+        kernel = without[f"block_{layer}"]["attention"]["out"]["kernel"]
+        assert kernel.shape == (2, 8, 16)  # [heads, width of a head, width]
+        kernel[head] = 0
+        result = np.asarray(apply(X, T, None, gates))
+        np.testing.assert_allclose(result, whole(without), rtol=1e-4, atol=1e-5)
+        assert np.max(np.abs(result - apply(X, T))) > 1e-2
 
 
 # Tokens.
@@ -163,15 +170,18 @@ def test_with_every_head_closed_a_patch_sees_only_itself(small):
     """So patches go back where they came from, in rows and in columns."""
     _, _, apply = small
 
+    slopes = jax.jit(
+        jax.jacrev(lambda x, gates: apply(x, T, None, jnp.full((2, 2), gates)))
+    )
+
     def influence(gates):
         """Which input patch changes which output patch: [2, 3, 2, 3] bool."""
-        jacobian = jax.jit(jax.jacrev(lambda x: apply(x, T, None, gates)))(X)
-        split = jacobian.reshape(2, 2, 3, 2, 3, 2, 2, 3, 2, 3)
-        return np.asarray(jnp.any(split != 0, axis=(1, 3, 4, 6, 8, 9)))
+        split = np.asarray(slopes(X, gates)).reshape(2, 2, 3, 2, 3, 2, 2, 3, 2, 3)
+        return np.any(split != 0, axis=(1, 3, 4, 6, 8, 9))
 
-    closed = influence(jnp.zeros((2, 2))).reshape(6, 6)
+    closed = influence(0.0).reshape(6, 6)
     np.testing.assert_array_equal(closed, np.eye(6, dtype=bool))
-    assert influence(jnp.ones((2, 2))).all()
+    assert influence(1.0).all()
 
 
 def test_without_positions_patches_can_change_places(monkeypatch, small):
@@ -179,9 +189,9 @@ def test_without_positions_patches_can_change_places(monkeypatch, small):
     model, params, apply = small
 
     def swap(x):  # the first and the last column of patches
-        return jnp.concatenate([x[:, 4:], x[:, 2:4], x[:, :2]], axis=1)
+        return np.concatenate([x[:, 4:], x[:, 2:4], x[:, :2]], axis=1)
 
-    assert jnp.max(jnp.abs(apply(swap(X), T) - swap(apply(X, T)))) > 1e-2
+    assert np.max(np.abs(apply(swap(X), T) - swap(apply(X, T)))) > 1e-2
     monkeypatch.setattr(dit, "position_features", lambda r, c, w: jnp.zeros((r * c, w)))
     blind = bind(model, params)
     np.testing.assert_allclose(
@@ -198,9 +208,8 @@ def test_every_place_has_its_own_position():
 
 def test_attention_is_softmax_of_scaled_products(key):
     """softmax(Q K^T / sqrt(d_h)) V per head, by hand."""
-    layer = dit.Attention(num_heads=2)
-    h = jax.random.normal(key, (5, 8))
-    params = filled(layer.init(key, h)["params"], 0.5)
+    layer, h = dit.Attention(num_heads=2), np.float32(drawn(0, 5, 8))
+    params = filled(jax.jit(layer.init)(key, h)["params"], 0.5)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     total = p["out"]["bias"].copy()
     for head in range(2):
@@ -211,7 +220,7 @@ def test_attention_is_softmax_of_scaled_products(key):
         weights = np.exp(q @ k.T / 2)  # sqrt(4) = 2
         weights /= weights.sum(axis=1, keepdims=True)
         total = total + weights @ v @ p["out"]["kernel"][head]
-    result = layer.apply({"params": params}, h)
+    result = jax.jit(layer.apply)({"params": params}, h)
     np.testing.assert_allclose(result, total, rtol=1e-4, atol=1e-4)
 
 
@@ -219,15 +228,15 @@ def test_attention_is_softmax_of_scaled_products(key):
 
 
 def test_labels_tell_networks_apart(conditional):
-    answers = [conditional(X, T, jnp.int32(c)) for c in range(4)]
+    answers = [np.asarray(conditional(X, T, np.int32(c))) for c in range(4)]
     for i in range(4):
         for j in range(i):
-            assert jnp.max(jnp.abs(answers[i] - answers[j])) > 1e-3
+            assert np.max(np.abs(answers[i] - answers[j])) > 1e-3
 
 
 def test_no_label_is_the_label_after_the_last(conditional):
     none = conditional(X, T)
-    np.testing.assert_allclose(none, conditional(X, T, jnp.int32(3)), atol=1e-5)
+    np.testing.assert_allclose(none, conditional(X, T, np.int32(3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=1)])
@@ -257,8 +266,8 @@ def test_time_features_are_cosines_and_sines():
 
 def test_vmap_is_a_loop(small):
     _, _, apply = small
-    xs, ts = jnp.stack([X, -X, 2 * X]), jnp.array([0.1, 0.5, 2.0])
-    batch = jax.vmap(lambda x, t: apply(x, t))(xs, ts)
+    xs, ts = np.stack([X, -X, 2 * X]), np.float32([0.1, 0.5, 2.0])
+    batch = np.asarray(jax.vmap(lambda x, t: apply(x, t))(xs, ts))
     for x, t, together in zip(xs, ts, batch, strict=True):
         np.testing.assert_allclose(together, apply(x, t), rtol=1e-3, atol=1e-4)
 
@@ -266,13 +275,14 @@ def test_vmap_is_a_loop(small):
 @pytest.mark.parametrize("model", [DiT(**SMALL), MLP(width=16, depth=2)])
 def test_bfloat16_is_close_to_float32(model):
     half = model.clone(dtype="bfloat16")
-    params = filled(init(model))
-    truth, answer = bind(model, params)(X, T), bind(half, params)(X, T)
-    assert answer.dtype == jnp.float32  # the loss is not computed in bfloat16
-    error = jnp.linalg.norm(answer - truth) / jnp.linalg.norm(truth)
-    assert 0 < error < 0.05
     shapes = jax.eval_shape(half.init, jax.random.key(0), X, T)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(shapes))
+    assert all(p.dtype == np.float32 for p in jax.tree.leaves(shapes))
+    params = blank(shapes["params"])
+    both = jax.jit(lambda x: [bind(net, params)(x, T) for net in (model, half)])
+    truth, answer = map(np.asarray, both(X))
+    assert answer.dtype == np.float32  # the loss is not computed in bfloat16
+    error = np.linalg.norm(answer - truth) / np.linalg.norm(truth)
+    assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize("layer, shape", [(Dense(2, dtype="bfloat16"), (1_001, 3)),
@@ -280,12 +290,13 @@ def test_bfloat16_is_close_to_float32(model):
                                            (77, 13, 3))])  # fmt: skip
 def test_the_gradient_of_a_bias_is_summed_in_float32(layer, shape):
     """1,001 ones: as bfloat16, whose steps are 4 there, they make no 1,001."""
-    params = layer.init(jax.random.key(0), jnp.ones(shape))["params"]
+    ones = np.ones(shape, np.float32)
+    params = jax.jit(layer.init)(jax.random.key(0), ones)["params"]
 
     @jax.jit
     @jax.grad
     def slopes(params):
-        out = layer.apply({"params": params}, jnp.ones(shape))
+        out = layer.apply({"params": params}, ones)
         assert out.dtype == jnp.bfloat16
         return jnp.sum(out.astype(jnp.float32))
 
@@ -296,21 +307,24 @@ def test_the_gradient_of_a_bias_is_summed_in_float32(layer, shape):
                                   lambda p: MLP(16, 2, dropout=p)])  # fmt: skip
 def test_dropout_is_noise_in_training_only(make):
     model = make(0.5)
-    params = filled(init(model))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), X, T)["params"]
+    params = blank(shapes)
 
-    def train(seed):
-        rngs = {"dropout": jax.random.key(seed)}
+    @jax.jit
+    def train(key):
+        rngs = {"dropout": key}
         return model.apply({"params": params}, X, T, train=True, rngs=rngs)
 
     still = bind(make(0.0), params)(X, T)
     np.testing.assert_array_equal(bind(model, params)(X, T), still)
-    assert jnp.any(train(0) != train(1))
+    one, other = (np.asarray(train(jax.random.key(seed))) for seed in (0, 1))
+    assert np.any(one != other)
 
 
 def test_an_mlp_is_its_formula():
     """h + W_2 silu(W_1 silu(h) + W_t e) / sqrt(depth), depth times, by hand."""
     model = MLP(width=8, depth=2)
-    x = jnp.array([0.5, -1.0, 2.0])
+    x = np.float32([0.5, -1.0, 2.0])
     params = filled(init(model, x))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 

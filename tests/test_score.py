@@ -27,12 +27,15 @@ def truth(made):
 @EACH
 def test_velocity_is_the_slope_of_the_flow(name, x64):
     """dx/dt = f x - g^2 score / 2 = E[alpha' x0 + sigma' eps | x]."""
-    made, x, t = PROCESSES[name], jnp.asarray(X), jnp.asarray(0.3)
-    slope = (
-        process.drift(made, t) * x - process.diffusion2(made, t) * truth(made)(x, t) / 2
-    )
-    result = score.from_velocity(lambda x, t: slope, made)(x, t)
-    np.testing.assert_allclose(result, truth(made)(x, t), rtol=1e-10)
+    made, t = PROCESSES[name], 0.3
+
+    @jax.jit
+    def both(x):
+        of, g2 = truth(made)(x, t), process.diffusion2(made, t)
+        slope = process.drift(made, t) * x - g2 * of / 2
+        return score.from_velocity(lambda x, t: slope, made)(x, t), of
+
+    np.testing.assert_allclose(*both(X), rtol=1e-10)
 
 
 @EACH
@@ -77,54 +80,75 @@ def test_a_network_that_answers_the_target_has_the_score(name, x64):
             np.testing.assert_allclose(target, named[kind], rtol=1e-6, err_msg=kind)
 
 
-@pytest.mark.parametrize("t", [1e-3, 0.3, 0.95])
-@pytest.mark.parametrize("sigma_data", [0.5, 2.2])
 @EACH
-def test_edm_gives_inputs_and_targets_unit_variance(name, sigma_data, t, x64):
+def test_edm_gives_inputs_and_targets_unit_variance(name, x64):
     """For data of variance sigma_data^2: both are linear in x0 and eps."""
-    made, t = PROCESSES[name], jnp.asarray(t)
-    edm = score.edm(made, sigma_data)
+    made = PROCESSES[name]
 
-    def variance(of):
-        x0, eps = jax.grad(of, (0, 1))(jnp.asarray(0.3), jnp.asarray(-1.2))
-        return (x0 * sigma_data) ** 2 + eps**2
+    def variances(t, sigma_data):
+        edm = score.edm(made, sigma_data)
 
-    asked = variance(lambda x0, eps: score.target(edm, made, x0, t, eps))
-    shown = variance(lambda x0, eps: edm.scale(t) * process.perturb(made, x0, t, eps))
-    np.testing.assert_allclose([asked, shown], [1, 1], rtol=1e-9)
+        def variance(of):
+            x0, eps = jax.grad(of, (0, 1))(0.3, -1.2)
+            return (x0 * sigma_data) ** 2 + eps**2
+
+        return (
+            variance(lambda x0, eps: score.target(edm, made, x0, t, eps)),
+            variance(lambda x0, eps: edm.scale(t) * process.perturb(made, x0, t, eps)),
+        )
+
+    times = np.array([1e-3, 0.3, 0.95])
+    found = jax.jit(
+        lambda t: [jax.vmap(variances, (0, None))(t, s) for s in (0.5, 2.2)]
+    )
+    np.testing.assert_allclose(found(times), 1, rtol=1e-9)
 
 
 @EACH
 def test_the_error_of_the_denoiser_has_the_weight_of_the_paper(name, x64):
     """F's is lambda c_out^2, with lambda = 1/s^2, or EDM's (s^2 + d^2)/(s d)^2."""
-    made, t, d = PROCESSES[name], jnp.array([1e-4, 0.1, 0.9]), 0.5
-    s = made.sigma(t) / made.alpha(t)
-    laws = {"vp": 1 / s**2, "ve": 1 / s**2, "edm": (s**2 + d**2) / (s * d) ** 2}
-    for kind, law in laws.items():
-        of = score.PREDICTIONS[kind](made)
-        np.testing.assert_allclose(of.weight(t), law * of.out(t) ** 2, rtol=1e-12)
+    made, d = PROCESSES[name], 0.5
+
+    @jax.jit
+    def both(t):
+        s = made.sigma(t) / made.alpha(t)
+        laws = {"vp": 1 / s**2, "ve": 1 / s**2, "edm": (s**2 + d**2) / (s * d) ** 2}
+        of = {kind: score.PREDICTIONS[kind](made) for kind in laws}
+        weights = [of[kind].weight(t) for kind in laws]
+        return weights, [law * of[kind].out(t) ** 2 for kind, law in laws.items()]
+
+    np.testing.assert_allclose(*both(np.array([1e-4, 0.1, 0.9])), rtol=1e-12)
 
 
 @EACH
 def test_the_level_of_vp_is_the_time_of_the_vp_process(name):
     """In float32 too, on the whole of (0, 1], whatever the process."""
     made, clock = PROCESSES[name], process.variance_preserving()
-    time = jnp.geomspace(1e-5, 1, 9) if name != "rectified_flow" else jnp.array([0.01])
-    t = jax.vmap(lambda u: process.time_of(made, process.noise_to_signal(clock, u)))
-    result = jax.vmap(score.vp(made).level)(jax.jit(t)(time))
-    np.testing.assert_allclose(result, time, rtol=2e-5)
+    time = np.float32(np.geomspace(1e-5, 1, 9) if name != "rectified_flow" else [0.01])
+
+    @jax.jit
+    @jax.vmap
+    def level(u):
+        t = process.time_of(made, process.noise_to_signal(clock, u))
+        return score.vp(made).level(t)
+
+    np.testing.assert_allclose(level(time), time, rtol=2e-5)
 
 
 def test_the_level_of_ddpm_is_a_thousandth_of_its_step(x64):
     """x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) eps, Ho 2020, eq. 4."""
     steps = np.array([0, 1, 250, 998, 999])
     for made in (process.variance_exploding(), process.variance_preserving()):
-        s = jnp.asarray(STEPS[steps])
-        t = jax.vmap(lambda s, made=made: process.time_of(made, s))(s)
-        prediction = score.ddpm(made)
-        result = jax.vmap(prediction.level)(t)
-        np.testing.assert_allclose(1_000 * result, steps, rtol=1e-6, atol=1e-4)
-        scale = jax.vmap(prediction.scale)(t) * jax.vmap(made.alpha)(t)
+        of = score.ddpm(made)
+
+        @jax.jit
+        @jax.vmap
+        def at(s, made=made, of=of):
+            t = process.time_of(made, s)
+            return 1_000 * of.level(t), of.scale(t) * made.alpha(t)
+
+        result, scale = at(STEPS[steps])
+        np.testing.assert_allclose(result, steps, rtol=1e-6, atol=1e-4)
         np.testing.assert_allclose(scale, 1 / np.hypot(1, STEPS[steps]), rtol=1e-6)
 
 

@@ -24,7 +24,6 @@ from memsep_jax import (
     neighbours,
     process,
     prune,
-    sampling,
     score,
     train,
 )
@@ -48,12 +47,6 @@ TINY = (
 
 def tiny(*arguments):
     return harness.config(*TINY, *arguments)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Numbers only: no pictures are drawn of a run."""
-    monkeypatch.setattr(report, "write", lambda *args: None)
 
 
 # 31, 32: values that are not finite.
@@ -156,20 +149,20 @@ def test_c33_an_outlier_is_skipped_and_counted_also_after_a_resume(
 ):
     """A point of 1,000 in batch 70, where all others are in [-1, 1]."""
 
-    def config(steps):
+    def config():
         return tiny(
             "--config.data.num_examples=1000",
             "--config.data.num_held_out=8",
             "--config.model.depth=1",
             "--config.optimizer.schedule=constant",
             "--config.optimizer.skip_spikes=20",
-            f"--config.train.steps={steps}",
-            "--config.run.save_every=1000",
+            "--config.train.steps=72",
+            "--config.run.save_every=68",
             "--config.run.evaluate_every=1000",
         )
 
-    poisoned(monkeypatch, config(72), step=70, value=1e3)
-    rows, state = learn(config(72), tmp_path / "whole")
+    poisoned(monkeypatch, config(), step=70, value=1e3)
+    rows, state = learn(config(), tmp_path)
     assert [rows[step]["skipped"] for step in (1, 69, 70, 71)] == [0, 0, 1, 1]
     usual = np.median([rows[step]["grad_norm"] for step in range(6, 70)])
     assert rows[70]["grad_norm"] > 20 * usual
@@ -177,8 +170,10 @@ def test_c33_an_outlier_is_skipped_and_counted_also_after_a_resume(
     assert "1 of 72 steps were skipped" in capsys.readouterr().out
 
     # The window comes back with the state: the first steps after it see all of it.
-    learn(config(68), tmp_path / "parts")
-    again, resumed = learn(config(72), tmp_path / "parts")
+    assert checkpoint.steps(tmp_path / "checkpoints") == [68, 72]
+    for path in (tmp_path / "checkpoints").glob("*72*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again, resumed = learn(config(), tmp_path)
     assert checkpoint.digest(resumed) == checkpoint.digest(state)
     assert [again[step]["skipped"] for step in (69, 70, 71)] == [0, 1, 1]
 
@@ -342,26 +337,35 @@ def test_c35_the_ends_of_time(name, t):
     np.testing.assert_allclose(found, weights, atol=1e-5)
 
 
-@FEW
-@given(
-    n=st.sampled_from([1, 12, 35]),
-    chunk=st.sampled_from([1, 5, 12, 60]),
-    sigma=st.sampled_from([1.0, 0.1, 1e-3]),
-    seed=st.integers(0, 99),
-)
-def test_c36_the_score_does_not_depend_on_chunks_or_order(n, chunk, sigma, seed):
-    train_x, ve = points(n, 6, seed), PROCESSES["variance_exploding"]
-    rng = np.random.default_rng(seed)
-    x = (train_x[0] + sigma * rng.standard_normal(6)).astype(np.float32)
-    whole = empirical.denoiser(train_x, ve, chunk=n)(x, jnp.float32(sigma))
-    for order in (np.arange(n), rng.permutation(n)):
-        got = empirical.denoiser(train_x[order], ve, chunk)(x, jnp.float32(sigma))
-        np.testing.assert_allclose(got, whole, atol=1e-6)
-        scores = empirical.score(train_x[order], ve, chunk)(x, jnp.float32(sigma))
-        expected = exact_score(x, 1.0, sigma, train_x)[1]
-        np.testing.assert_allclose(
-            scores, expected, rtol=1e-4, atol=1e-4 * np.linalg.norm(expected)
-        )
+@pytest.mark.parametrize(("n", "chunks"), [(1, [5]), (35, [1, 12, 60])])
+def test_c36_the_score_does_not_depend_on_chunks_or_order(n, chunks):
+    train_x, ve = points(n, 6), PROCESSES["variance_exploding"]
+    rng, sigmas = np.random.default_rng(0), np.float32([1.0, 0.1, 1e-3])
+    x = (train_x[0] + sigmas[:, None] * rng.standard_normal((3, 6))).astype(np.float32)
+    expected = [
+        exact_score(*at, train_x)[1] for at in zip(x, [1] * 3, sigmas, strict=True)
+    ]
+
+    def both(chunk):
+        @jax.jit
+        def of(train_x):
+            denoise, score_fn = (
+                jax.vmap(make(train_x, ve, chunk))
+                for make in (empirical.denoiser, empirical.score)
+            )
+            return denoise(x, sigmas), score_fn(x, sigmas)
+
+        return of
+
+    whole, _ = both(n)(train_x)
+    for chunk in chunks:
+        of = both(chunk)
+        for order in (np.arange(n), rng.permutation(n)):
+            got, scores = of(train_x[order])
+            np.testing.assert_allclose(got, whole, atol=1e-6)
+            for found, truth in zip(scores, expected, strict=True):
+                atol = 1e-4 * np.linalg.norm(truth)
+                np.testing.assert_allclose(found, truth, rtol=1e-4, atol=atol)
 
 
 @FEW
@@ -439,16 +443,27 @@ def test_c38_a_copy_of_a_duplicated_image_is_memorized():
     assert bool(memorization.memorized(train_x[3], jnp.asarray(doubled)))
 
 
-def test_c38_a_run_counts_its_duplicates(tmp_path, no_report):
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run on 2 points, each of them twice.   Returns: config, numbers."""
     config = tiny(
+        "--config.data.num_examples=2",
+        "--config.data.num_held_out=4",
         "--config.data.duplicates=0.5",
         "--config.data.copies=2",
         "--config.train.steps=2",
     )
-    experiments.run(config, tmp_path)
-    numbers = record.read_json(tmp_path / "metrics.json")
-    assert numbers["data"]["duplicates"] == 16 and numbers["data"]["n"] == 32
-    assert any("16 training points repeat" in n for n in build.build(config).notes)
+    workdir = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:  # numbers only: no pictures are drawn
+        patch.setattr(report, "write", lambda *args: None)
+        experiments.run(config, workdir)
+    return config, record.read_json(workdir / "metrics.json")
+
+
+def test_c38_a_run_counts_its_duplicates(small_run):
+    config, numbers = small_run
+    assert numbers["data"]["duplicates"] == 2 and numbers["data"]["n"] == 4
+    assert any("2 training points repeat" in n for n in build.build(config).notes)
 
 
 def test_c39_one_point_has_no_second_neighbour():
@@ -468,24 +483,16 @@ def test_c39_more_neighbours_than_points_are_refused():
         neighbours.searcher(points(4, 3), k=5)
 
 
-@pytest.mark.parametrize("n", [2])
-def test_c39_a_set_smaller_than_a_batch_is_drawn_by_a_stated_rule(
-    n, tmp_path, capsys, no_report
-):
-    config = tiny(
-        f"--config.data.num_examples={n}",
-        "--config.data.num_held_out=4",
-        "--config.train.steps=2",
-    )
-    experiments.run(config, tmp_path)
-    said = capsys.readouterr().out
-    assert f"n = {n} training points are fewer than the batch of 8" in said
-    assert "each point once per epoch" in said
-    numbers = record.read_json(tmp_path / "metrics.json")
+def test_c39_a_set_smaller_than_a_batch_is_drawn_by_a_stated_rule(small_run):
+    config, numbers = small_run
     assert numbers["memorization"]["samples"] == 12
-    rows = np.asarray(data.indices(n, jax.random.key(0), 0, 8))
-    for epoch in range(8 // n):  # as the note says
-        assert sorted(rows[epoch * n : (epoch + 1) * n]) == list(range(n))
+    for n, of in (4, config), (2, tiny("--config.data.num_examples=2")):
+        said = " ".join(build.build(of).notes)
+        assert f"n = {n} training points are fewer than the batch of 8" in said
+        assert "each point once per epoch" in said
+        rows = np.asarray(data.indices(n, jax.random.key(0), 0, 8))
+        for epoch in range(8 // n):  # as the note says
+            assert sorted(rows[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
 # 40: the Frechet distance.
@@ -550,9 +557,8 @@ IMAGE = jax.random.normal(jax.random.key(1), (8, 8, 1))
 
 @pytest.fixture(scope="module")
 def params(off_zero):
-    return off_zero(
-        jax.jit(NET.init)(jax.random.key(0), IMAGE, jnp.zeros(()))["params"]
-    )
+    init = jax.jit(lambda key: off_zero(NET.init(key, IMAGE, 0.0)["params"]))
+    return init(jax.random.key(0))
 
 
 @jax.jit
@@ -652,26 +658,6 @@ def test_c41_a_pruned_head_stays_zero_through_training_ema_and_resume(params, tm
 
 
 # 42, 43: the same numbers however the work is split.
-
-
-@pytest.mark.parametrize(
-    ("chunk", "method"),
-    harness.some([(3, "heun"), (7, "sde"), (1, "sde"), (64, "heun")]),
-)
-def test_c42_a_sample_depends_on_its_index_alone(chunk, method):
-    ve = PROCESSES["variance_exploding"]
-    score_fn = empirical.score(points(5, 3), ve)
-    times = sampling.edm_times(0.01, 10.0, 4)
-    draw = sampling.sampler(score_fn, ve, times, (3,), method)
-    key = jax.random.key(0)
-
-    @jax.jit
-    def generate(indices):
-        return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
-
-    whole = generate(jnp.arange(11))
-    pieces = [generate(jnp.arange(11)[i : i + chunk]) for i in range(0, 11, chunk)]
-    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", harness.some([4, 1]))
