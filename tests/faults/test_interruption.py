@@ -163,6 +163,20 @@ def test_a3_a_signal_while_training_saves_the_step_it_is_at(whole, tmp_path, cap
     assert_same_training(workdir, whole)
 
 
+def finished(*args, workdir):
+    """A run that a child starts, or goes on with, and that comes to its end."""
+    result = harness.run(*args, workdir=workdir, patch=harness.UNDRAWN)
+    assert result.code == 0, result.output
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """As `whole`, by a child: samples are compared to the last bit with its own."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    return finished(*harness.TINY, workdir=workdir)
+
+
 def stopped_in(phases, args, workdir, chunks):
     """Stops one run in one phase after the other; what it has done is not done again.
 
@@ -172,7 +186,7 @@ def stopped_in(phases, args, workdir, chunks):
     """
     kept = {}
     for phase, patch in phases.items():
-        with spawn(*args, workdir=workdir, patch=patch) as child:
+        with harness.spawn(*args, workdir=workdir, patch=patch) as child:
             harness.wait_for_line(child, "^asleep")
             harness.kill(child, signal.SIGTERM)
             result = harness.finish(child, timeout=10)
@@ -182,8 +196,7 @@ def stopped_in(phases, args, workdir, chunks):
         assert kept.items() <= done.items(), "a finished chunk was done again"
         yield phase, done != kept
         kept = done
-    with harness.undrawn():
-        experiments.run(harness.config(*args), workdir)
+    finished(*args, workdir=workdir)
     assert kept.items() <= harness.files(chunks).items()
 
 
@@ -194,7 +207,7 @@ def asleep_in(name):
 
 
 @pytest.mark.slow
-def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(whole, tmp_path):
+def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(evaluated, tmp_path):
     """In the first two phases, before any step, nothing is saved (row 6)."""
     workdir = tmp_path / "run"
     # The tracing, which is python: the compiler itself ends before it is seen.
@@ -217,16 +230,15 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(whole, tmp_path):
         assert saved == ([] if early else [25, 30]) and more != early
         if phase != "report":  # a partial pass has no number
             assert not (workdir / "metrics.json").exists()
-    assert_same_training(workdir, whole)
+    assert_same_training(workdir, evaluated)
     for name in ("metrics.json", "per_sample.csv"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+        assert (workdir / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a4_an_audit_is_stopped_in_every_phase_and_keeps_its_chunks(tmp_path):
     args = "--config=configs/audit.py:smoke", "--config.run.chunk=30"
-    with harness.undrawn():
-        experiments.run(harness.config(*args), tmp_path / "whole")
+    finished(*args, workdir=tmp_path / "whole")
     workdir = tmp_path / "run"
     phases = {
         "pixels samples": ASLEEP.format(what="pixels samples"),
@@ -619,27 +631,26 @@ def test_a15_a_workdir_goes_on_where_it_was_moved_to(tmp_path):
 
 
 @pytest.mark.slow
-def test_a16_a_killed_evaluation_does_only_what_is_missing(whole, tmp_path):
+def test_a16_a_killed_evaluation_does_only_what_is_missing(evaluated, tmp_path):
     """SIGKILL in the third of three chunks of samples."""
     workdir = tmp_path / "run"
-    shutil.copytree(whole, workdir)
+    shutil.copytree(evaluated, workdir)
     shutil.rmtree(workdir / "evaluation")
     (workdir / "metrics.json").unlink()
     status = record.read_json(workdir / "run.json")
     record.write_json(workdir / "run.json", status | {"status": "running"})
     asleep = ASLEEP.format(what="sampling").replace("and start", "and start == 8")
-    with spawn(*harness.TINY, workdir=workdir, patch=asleep) as child:
+    with harness.spawn(*harness.TINY, workdir=workdir, patch=asleep) as child:
         harness.wait_for_line(child, "^asleep")
         harness.kill(child)
         harness.finish(child)
     chunks = harness.files(workdir / "evaluation")
     assert len(chunks) == 2
     assert not (workdir / "metrics.json").exists()
-    with harness.undrawn():
-        experiments.run(harness.config(*harness.TINY), workdir)
+    finished(*harness.TINY, workdir=workdir)
     assert chunks.items() <= harness.files(workdir / "evaluation").items()
     for name in ("metrics.json", "per_sample.csv"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+        assert (workdir / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 # A network of another run is pruned: what is waited for.
