@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import inspect
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults import harness
 
 from launch import sweep
 from memsep_jax.experiments import record
@@ -39,19 +41,29 @@ def command(action, file, workdir, *args):
     return [sys.executable, str(ROOT / "launch/sweep.py"), action, *place, *args]
 
 
-def launched(action, file, workdir, *args):
+def environment(**changes):
+    """That of other children of tests, which share what they compile."""
+    env = harness._environment(1) | changes
+    return {name: value for name, value in env.items() if value is not None}
+
+
+def launched(action, file, workdir, *args, **changes):
     """The launcher as a person starts it: (exit code, what it said)."""
     words = command(action, file, workdir, *args)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    env = environment(**changes)
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
 @contextlib.contextmanager
 def launching(file, workdir, *args):
     """A launcher at work; nothing of it is left behind."""
-    words = command("run", file, workdir, *args)
     child = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command("run", file, workdir, *args),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
     )
     try:
         yield child
@@ -77,16 +89,33 @@ def digests(workdir, points):
     return [*found, (workdir / "points.csv").read_bytes()]
 
 
-def slowed(file):
-    """The same sweep, whose steps take a while."""
-    text = (
-        "import time\nfrom memsep_jax.experiments import record\n"
-        "_write = record.Metrics.write\n"
-        "def write(self, **row):\n    _write(self, **row)\n    time.sleep(0.5)\n"
-        "record.Metrics.write = write\n"
+SLOW = "import time\n" + harness.SLOW_STEPS.replace("0.05", "0.5")
+
+
+def fake(config, place):
+    """A run that takes no time."""
+    known = {"experiment": "train", "memorization": {"ratio": 0.5}}
+    record.write_json(place / "metrics.json", known)
+    record.write_json(place / "config.json", build.to_json(config))
+    record.write_json(place / "run.json", {"status": "complete"})
+
+
+FAKE = f"""
+from memsep_jax import experiments
+from memsep_jax.experiments import record
+from memsep_jax.experiments.config import build
+{inspect.getsource(fake)}
+experiments.run = fake
+"""
+
+
+def patched(file, patch):
+    """The same sweep, whose workers run a patch before."""
+    indented = patch.strip().replace("\n", "\n    ")
+    path = file.with_name("patched.py")
+    path.write_text(
+        f"import sys\nif 'work' in sys.argv:\n    {indented}\n{file.read_text()}"
     )
-    path = file.with_name("slowed.py")
-    path.write_text(text + file.read_text())
     return path
 
 
@@ -95,7 +124,14 @@ def whole(tmp_path_factory):
     """A sweep that nothing disturbs, by two workers: (file, points, workdir, said)."""
     folder = tmp_path_factory.mktemp("whole")
     file, workdir = describe(folder, TINY), folder / "out"
-    code, said = launched("run", file, workdir, "--workers=2")
+    # Without the cache of other children: the workers have one of their own.
+    code, said = launched(
+        "run",
+        patched(file, harness.UNDRAWN),
+        workdir,
+        "--workers=2",
+        JAX_COMPILATION_CACHE_DIR=None,
+    )
     assert code == 0, said
     return file, sweep_file.read(file), workdir, said
 
@@ -204,7 +240,7 @@ def test_every_point_becomes_a_run_and_all_a_table_and_a_picture(whole):
     words = shlex.split(known)
     assert words[0] == "python" and words[2] == "work", known
     assert not any(Path(word.partition("=")[2] or word).is_absolute() for word in words)
-    again = subprocess.run([sys.executable, *words[1:]], timeout=100)
+    again = subprocess.run([sys.executable, *words[1:]], env=environment(), timeout=100)
     assert again.returncode == 0
     assert list((workdir / "compiled").iterdir()), "what all workers share"
 
@@ -243,10 +279,7 @@ def test_what_fails_ends_no_other_and_is_done_again_on_request(tmp_path, capsys)
         begun.append(config.model.width)
         if config.model.width == 5 and len(begun) < 4:
             raise RuntimeError("no luck\nat all")
-        known = {"experiment": "train", "memorization": {"ratio": 0.5}}
-        record.write_json(place / "metrics.json", known)
-        record.write_json(place / "config.json", build.to_json(config))
-        record.write_json(place / "run.json", {"status": "complete"})
+        fake(config, place)
 
     (workdir / "points").mkdir(parents=True)
     runs.work(workdir, points, run, print)
@@ -307,31 +340,40 @@ def test_nothing_is_shown_of_a_sweep_without_a_result(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["worker", "launcher", "asked"])
-def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_was_not(how, whole, tmp_path):
+def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_was_not(whole, tmp_path):
+    """First the launcher is killed, then asked to end, and then a worker is killed."""
     file, points, undisturbed, _ = whole
     workdir = tmp_path / "out"
-    with launching(slowed(file), workdir, "--workers=2") as child:
-        some = [runs.place(workdir, point) / "metrics.jsonl" for point in points]
-        wait_for(lambda: any(path.exists() for path in some))
-        if how == "worker":
-            claims = list((workdir / "points").glob("*.claim"))
-            pid = int(re.search(r"process (\d+)", claims[0].read_text())[1])
-            os.kill(pid, signal.SIGKILL)
-            said, _ = child.communicate(timeout=200)
-            # What it was at is left to the next command; the others are done.
-            assert child.returncode == 1 and "1 of 4 points are not done" in said
-            assert sorted(states(workdir, points)) == ["done"] * 3 + ["stopped"]
-        elif how == "launcher":
-            child.kill()  # the workers see it, save, and end
-            ended = lambda: "running" not in states(workdir, points)  # noqa: E731
-            wait_for(ended)
-            assert "stopped" in states(workdir, points)
-        else:
-            child.send_signal(signal.SIGTERM)
-            said, _ = child.communicate(timeout=100)
-            assert child.returncode == 143 and "the same command goes on" in said
-            assert "stopped" in states(workdir, points)
+    slowed = patched(file, SLOW + harness.UNDRAWN)
+
+    def steps():
+        places = [runs.place(workdir, point) / "metrics.jsonl" for point in points]
+        return sum(path.stat().st_size for path in places if path.exists())
+
+    @contextlib.contextmanager
+    def at_work():
+        before = steps()
+        with launching(slowed, workdir, "--workers=2") as child:
+            wait_for(lambda: steps() > before)
+            yield child
+
+    with at_work() as child:
+        child.kill()  # the workers see it, save, and end
+        wait_for(lambda: "running" not in states(workdir, points))
+        assert "stopped" in states(workdir, points)
+    with at_work() as child:
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=100)
+        assert child.returncode == 143 and "the same command goes on" in said
+        assert "stopped" in states(workdir, points)
+    with at_work() as child:
+        claims = list((workdir / "points").glob("*.claim"))
+        pid = int(re.search(r"process (\d+)", claims[0].read_text())[1])
+        os.kill(pid, signal.SIGKILL)
+        said, _ = child.communicate(timeout=200)
+        # What it was at is left to the next command; the others are done.
+        assert child.returncode == 1 and "1 of 4 points are not done" in said
+        assert sorted(states(workdir, points)) == ["done"] * 3 + ["stopped"]
     code, said = launched("run", file, workdir, "--workers=2")
     assert code == 0, said
     assert digests(workdir, points) == digests(undisturbed, points)
@@ -341,8 +383,9 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_was_not(how, whole, tm
 def test_two_launchers_share_the_points(whole, tmp_path):
     file, points, undisturbed, _ = whole
     workdir = tmp_path / "out"
-    with launching(file, workdir, "--workers=1") as other:
-        code, said = launched("run", file, workdir, "--workers=1")
+    quick = patched(file, harness.UNDRAWN)
+    with launching(quick, workdir, "--workers=1") as other:
+        code, said = launched("run", quick, workdir, "--workers=1")
         assert other.wait(timeout=200) in (0, 1) and code in (0, 1), said
     begun = [
         name
@@ -389,9 +432,9 @@ def test_a_job_whose_time_ends_is_saved_and_queued_again(whole, tmp_path):
     file, points, *_ = whole
     workdir = tmp_path / "out"
     (workdir / "points").mkdir(parents=True)
-    words = command("work", slowed(file), workdir)
+    words = command("work", patched(file, SLOW), workdir)
     worker = sweep.Worker(words, workdir / "log")
-    worker.start()
+    worker.start(environment())
     place = runs.place(workdir, points[0])
     wait_for((place / "metrics.jsonl").exists)
     os.kill(worker.child.pid, signal.SIGUSR2)
@@ -401,32 +444,45 @@ def test_a_job_whose_time_ends_is_saved_and_queued_again(whole, tmp_path):
     assert again.function.command == words and again.function.child is None
 
 
+@pytest.fixture(params=["slurm", "ray"])
+def engine(request):
+    pytest.importorskip({"slurm": "submitit"}.get(request.param, request.param))
+    return request.param
+
+
+OPTIONS = {"slurm": ["--resources=cluster=local"], "ray": []}
+
+
 @pytest.mark.dev
-@pytest.mark.parametrize(
-    "args", [["--engine=slurm", "--resources=cluster=local"], ["--engine=ray"]]
-)
-def test_other_engines_do_the_same(args, whole, tmp_path):
-    pytest.importorskip({"slurm": "submitit"}.get(engine := args[0][9:], engine))
+def test_other_engines_start_workers_that_take_all_points(engine, tmp_path):
+    file, workdir = describe(tmp_path, {"seeds": 3}), tmp_path / "out"
+    args = f"--engine={engine}", "--workers=2", *OPTIONS[engine]
+    code, said = launched("run", patched(file, FAKE), workdir, *args)
+    assert code == 0 and f"3 points, 2 workers ({engine})" in said, said
+    assert states(workdir, sweep_file.read(file)) == ["done"] * 3
+    assert len(list((workdir / "workers").glob("?.log"))) == 2
+    assert (workdir / "points.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dev
+def test_other_engines_do_the_same(engine, whole, tmp_path):
     file, points, undisturbed, _ = whole
     workdir = tmp_path / "out"
-    code, said = launched("run", file, workdir, "--workers=2", *args)
+    args = f"--engine={engine}", "--workers=2", *OPTIONS[engine]
+    code, said = launched("run", patched(file, harness.UNDRAWN), workdir, *args)
     assert code == 0, said
     assert digests(workdir, points) == digests(undisturbed, points)
 
 
 @pytest.mark.dev
-@pytest.mark.parametrize(
-    "args, said",
-    [
-        (["--engine=slurm", "--resources=cluster=local,nonsense=1"], "nonsense"),
-        (["--engine=ray", "--resources=nonsense=1"], "nonsense"),
-    ],
-)
-def test_resources_that_an_engine_does_not_know_are_named(args, said, tmp_path):
-    pytest.importorskip({"slurm": "submitit"}.get(engine := args[0][9:], engine))
+@pytest.mark.filterwarnings("ignore")  # of these packages, when they are imported
+def test_resources_that_an_engine_does_not_know_are_named(engine, tmp_path, capsys):
+    known = "cluster=local," if engine == "slurm" else ""
+    args = f"--engine={engine}", f"--resources={known}nonsense=1"
     file = describe(tmp_path, {"seed": 0})
-    code, found = launched("run", file, tmp_path / "out", *args)
-    assert code == 2 and said in found and "Traceback" not in found, found
+    assert sweep.main(["run", str(file), f"--workdir={tmp_path / 'out'}", *args]) == 2
+    assert "nonsense" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

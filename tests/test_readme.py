@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
+from faults import harness
 
 from configs import digits, onset_digits
 from memsep_jax import defaults, experiments, main
@@ -109,7 +110,8 @@ def test_a_users_process_network_and_data_make_a_run(users_files, tmp_path):
     config.times.update(name="uniform", t_min=0.01, t_max=0.99)
     config.sampler.update(t_min=0.01, t_max=0.99)
     config.data.name = rings
-    with jax.numpy_rank_promotion("allow"):  # as everywhere but in these tests
+    # Elsewhere ranks may be promoted.
+    with jax.numpy_rank_promotion("allow"), harness.undrawn():
         experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
     assert (metrics["model"]["name"], metrics["data"]["name"]) == (model, rings)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from faults import harness
 
 from memsep_jax import checkpoint, defaults, experiments
 from memsep_jax.data import sources
@@ -10,6 +11,13 @@ from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies import monitor
 from memsep_jax.experiments.studies import training_run as job
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(children):
+    """Without rendering, and with each program compiled once."""
+    with harness.compiled_once(), harness.undrawn():
+        yield
 
 
 def small(path, **changes):

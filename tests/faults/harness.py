@@ -25,12 +25,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from memsep_jax import checkpoint
+from memsep_jax import checkpoint, experiments
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import command, schema
+from memsep_jax.experiments.runtime.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
 CACHE: Path | None = None  # compiled programs, shared by the children of a session
@@ -90,8 +93,14 @@ record.Metrics.write = write
 # Training alone, where nothing else is looked at.
 TRAIN_ONLY = """
 from memsep_jax.experiments.studies import training_run
+training_run.detector = lambda *args: {}
 training_run.evaluate = lambda *args: None
 training_run.finish = lambda session: None
+"""
+# Figures are made but not rendered, which takes half the time of a small run.
+UNDRAWN = """
+from memsep_jax.experiments.reporting import figures
+figures.encode = lambda figure, kind: kind.encode()
 """
 # A line when the save of a checkpoint begins, and one when it has ended.
 ANNOUNCE_SAVES = """
@@ -112,6 +121,48 @@ def some(cases, count: int = 1) -> list:
         pytest.param(*case, marks=[pytest.mark.slow] * (i >= count))
         for i, case in enumerate(params)
     ]
+
+
+@contextlib.contextmanager
+def undrawn():
+    """UNDRAWN, in this process."""
+    encode = "memsep_jax.experiments.reporting.figures.encode"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, lambda figure, kind: kind.encode())
+        yield
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """What is compiled again and again is compiled once, in this process too."""
+    options = {
+        "jax_compilation_cache_dir": str(CACHE / "here"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()  # jax looks at these options at the first compilation only
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def stopped(workdir, *args, row=12, number=signal.SIGTERM) -> Interrupted:
+    """A run that hears a signal after a row of metrics, in this process."""
+    write = record.Metrics.write
+
+    def hear(self, **values):
+        write(self, **values)
+        if values["step"] == row:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as error:
+        patch.setattr(record.Metrics, "write", hear)
+        experiments.run(config(*args), workdir)
+    return error.value
 
 
 class Child:

@@ -39,13 +39,8 @@ record.in_chunks = slow
 """
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The workdir of a run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = harness.run(*harness.TINY, workdir=workdir)
-    assert result.code == 0, result.output
-    return workdir
+# As many as this process has: a run that stopped in a child goes on here, bitwise.
+DEVICES = 4
 
 
 def assert_same_training(workdir, whole):
@@ -53,20 +48,17 @@ def assert_same_training(workdir, whole):
     assert harness.rows(workdir) == harness.rows(whole)
 
 
-def stopped_at(row, number, workdir, args=harness.TINY, pause=2, devices=1):
-    """A training that a signal finds after a row of metrics.   Returns: its result."""
-    patch = harness.TRAIN_ONLY + harness.pause_at(row, seconds=pause)
-    with harness.spawn(*args, workdir=workdir, patch=patch, devices=devices) as child:
+def spawn(*args, **kwargs):
+    return harness.spawn(*args, **{"devices": DEVICES} | kwargs)
+
+
+def stopped_at(row, workdir, args, **kwargs):
+    """A training that SIGTERM finds after a row of metrics.   Returns: its result."""
+    patch = harness.TRAIN_ONLY + harness.pause_at(row, seconds=2)
+    with spawn(*args, workdir=workdir, patch=patch, **kwargs) as child:
         harness.wait_for_rows(child, row)
-        harness.kill(child, number)
+        harness.kill(child, signal.SIGTERM)
         return harness.finish(child)
-
-
-def ended(workdir, args=harness.TINY):
-    """The result of a training that is started, or goes on, and comes to its end."""
-    result = harness.run(*args, workdir=workdir, patch=harness.TRAIN_ONLY)
-    assert result.code == 0, result.output
-    return result
 
 
 class Stopping(Session):
@@ -99,7 +91,7 @@ def killed_in_saves(workdir, delays, steps):
     args = (*harness.TINY, f"--config.train.steps={steps}")
     for delay in delays:
         patch = harness.TRAIN_ONLY + harness.SLOW_STEPS + harness.ANNOUNCE_SAVES
-        with harness.spawn(*args, workdir=workdir, patch=patch) as child:
+        with spawn(*args, workdir=workdir, patch=patch) as child:
             harness.wait_for_line(child, r"^saving \d+")
             time.sleep(delay)
             harness.kill(child)
@@ -109,7 +101,7 @@ def killed_in_saves(workdir, delays, steps):
         assert result.code == -signal.SIGKILL, result.output
         for step in checkpoint.steps(workdir / "checkpoints"):
             harness.digest(workdir, step)  # read back and verified
-    ended(workdir, args)
+    learn(harness.config(*args), workdir)
     assert not list((workdir / "checkpoints").glob(f"*{checkpoint.TMP}*"))
 
 
@@ -119,36 +111,70 @@ def test_a1_a_kill_during_a_save_costs_no_bit(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a1_fifteen_kills_during_saves_cost_no_bit(tmp_path):
+def test_a1_eight_kills_during_saves_cost_no_bit(tmp_path):
     """One after the other in the same run, at 0 to 600 ms into a save."""
-    killed_in_saves(tmp_path / "killed", np.linspace(0, 0.6, 15), steps=300)
-    args = (*harness.TINY, "--config.train.steps=300")
-    ended(tmp_path / "whole", args)
+    killed_in_saves(tmp_path / "killed", np.linspace(0, 0.6, 8), steps=150)
+    args = (*harness.TINY, "--config.train.steps=150")
+    learn(harness.config(*args), tmp_path / "whole")
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a2_a_kill_between_saves_costs_the_steps_since_the_last(whole, tmp_path):
-    workdir = tmp_path / "run"
-    args = (*harness.TINY, "--config.run.save_every=10")
-    killed = stopped_at(17, signal.SIGKILL, workdir, args, pause=60)
-    assert killed.code == -signal.SIGKILL, killed.output
+SPARSELY = (*harness.TINY, "--config.run.save_every=10")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that is killed at row 17: (workdir, its process, who else came before)."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    patch = harness.TRAIN_ONLY + harness.pause_at(17, seconds=60)
+    with spawn(*SPARSELY, workdir=workdir, patch=patch) as child:
+        harness.wait_for_rows(child, 17)
+        with pytest.raises(ConflictError) as second:
+            experiments.run(harness.config(*SPARSELY), workdir)
+        assert not child.ended, "the second was to come while the first runs"
+        harness.kill(child)
+        result = harness.finish(child)
+    assert result.code == -signal.SIGKILL, result.output
+    return workdir, child.process.pid, second.value
+
+
+def test_a2_a_kill_between_saves_costs_the_steps_since_the_last(
+    killed, whole, tmp_path, capsys
+):
+    workdir = shutil.copytree(killed[0], tmp_path / "run")
     assert checkpoint.steps(workdir / "checkpoints") == [10]
-    assert "resumed from step 10" in ended(workdir, args).stdout
+    learn(harness.config(*SPARSELY), workdir)
+    assert "resumed from step 10" in capsys.readouterr().out
     assert [row["step"] for row in harness.rows(workdir)] == list(range(1, 31))
     assert_same_training(workdir, whole)
 
 
-def test_a3_a_signal_while_training_saves_the_step_it_is_at(whole, tmp_path):
+def test_a3_a_signal_while_training_saves_the_step_it_is_at(whole, tmp_path, capsys):
     workdir = tmp_path / "run"
     args = (*harness.TINY, "--config.run.save_every=1000")
-    result = stopped_at(20, signal.SIGTERM, workdir, args)
+    result = stopped_at(20, workdir, args)
     assert result.code == 143, result.output
     (step,) = checkpoint.steps(workdir / "checkpoints")
     assert step == 21  # row 20 is written while step 21 is computed
     assert f"preempted at step {step}: saved" in result.stdout
     assert record.read_json(workdir / "run.json")["status"] == "interrupted"
-    assert f"resumed from step {step}" in ended(workdir, args).stdout
+    learn(harness.config(*args), workdir)
+    assert f"resumed from step {step}" in capsys.readouterr().out
     assert_same_training(workdir, whole)
+
+
+def finished(*args, workdir):
+    """A run that a child starts, or goes on with, and that comes to its end."""
+    result = harness.run(*args, workdir=workdir, patch=harness.UNDRAWN)
+    assert result.code == 0, result.output
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """As `whole`, by a child: samples are compared to the last bit with its own."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    return finished(*harness.TINY, workdir=workdir)
 
 
 def stopped_in(phases, args, workdir, chunks):
@@ -170,8 +196,7 @@ def stopped_in(phases, args, workdir, chunks):
         assert kept.items() <= done.items(), "a finished chunk was done again"
         yield phase, done != kept
         kept = done
-    result = harness.run(*args, workdir=workdir)
-    assert result.code == 0, result.output
+    finished(*args, workdir=workdir)
     assert kept.items() <= harness.files(chunks).items()
 
 
@@ -182,7 +207,7 @@ def asleep_in(name):
 
 
 @pytest.mark.slow
-def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(whole, tmp_path):
+def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(evaluated, tmp_path):
     """In the first two phases, before any step, nothing is saved (row 6)."""
     workdir = tmp_path / "run"
     # The tracing, which is python: the compiler itself ends before it is seen.
@@ -205,16 +230,15 @@ def test_a4_a_signal_is_noticed_in_every_phase_and_chunks_kept(whole, tmp_path):
         assert saved == ([] if early else [25, 30]) and more != early
         if phase != "report":  # a partial pass has no number
             assert not (workdir / "metrics.json").exists()
-    assert_same_training(workdir, whole)
+    assert_same_training(workdir, evaluated)
     for name in ("metrics.json", "per_sample.csv"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+        assert (workdir / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a4_an_audit_is_stopped_in_every_phase_and_keeps_its_chunks(tmp_path):
     args = "--config=configs/audit.py:smoke", "--config.run.chunk=30"
-    result = harness.run(*args, workdir=tmp_path / "whole")
-    assert result.code == 0, result.output
+    finished(*args, workdir=tmp_path / "whole")
     workdir = tmp_path / "run"
     phases = {
         "pixels samples": ASLEEP.format(what="pixels samples"),
@@ -230,12 +254,12 @@ def test_a4_an_audit_is_stopped_in_every_phase_and_keeps_its_chunks(tmp_path):
         assert (workdir / name).read_bytes() == same
 
 
-def test_a5_the_first_ctrl_c_saves_as_sigterm_does(tmp_path):
+def test_a5_the_first_ctrl_c_saves_as_sigterm_does(tmp_path, capsys):
     workdir = tmp_path / "run"
-    result = stopped_at(7, signal.SIGINT, workdir)
-    assert result.code == 130, result.output
+    error = harness.stopped(workdir, *harness.TINY, row=7, number=signal.SIGINT)
+    assert error.exit_code == 130
     assert checkpoint.steps(workdir / "checkpoints") == [5, 8]
-    assert "preempted at step 8: saved" in result.stdout
+    assert "preempted at step 8: saved" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -251,9 +275,8 @@ def stuck(self, path, *args, **kwargs):
         time.sleep(60)
 ocp.Checkpointer.save = stuck
 """
-    with harness.spawn(
-        *harness.TINY, workdir=workdir, patch=harness.TRAIN_ONLY + stuck
-    ) as child:
+    patch = harness.TRAIN_ONLY + stuck
+    with spawn(*harness.TINY, workdir=workdir, patch=patch) as child:
         harness.wait_for_line(child, "^stuck")
         harness.kill(child, signal.SIGTERM)
         time.sleep(0.3)
@@ -262,12 +285,14 @@ ocp.Checkpointer.save = stuck
         result = harness.finish(child, timeout=5)
     assert result.code == -signal.SIGTERM and result.seconds < 3, result.output
     harness.digest(workdir, 5)
-    ended(workdir)
+    learn(harness.config(*harness.TINY), workdir)
     assert_same_training(workdir, whole)
 
 
 @pytest.mark.slow
-def test_a6_a_signal_before_the_first_step_leaves_a_clean_start(whole, tmp_path):
+def test_a6_a_signal_before_the_first_step_leaves_a_clean_start(
+    whole, tmp_path, capsys
+):
     """While XLA compiles, which ends before the signal is seen."""
     workdir = tmp_path / "run"
     compiling = """
@@ -281,7 +306,7 @@ def compile(self, *args, **kwargs):
 jax.stages.Lowered.compile = compile
 """
     patch = harness.TRAIN_ONLY + compiling
-    with harness.spawn(*harness.TINY, workdir=workdir, patch=patch) as child:
+    with spawn(*harness.TINY, workdir=workdir, patch=patch) as child:
         harness.wait_for_line(child, "^in the compiler")
         harness.kill(child, signal.SIGTERM)
         result = harness.finish(child, timeout=30)
@@ -290,7 +315,8 @@ jax.stages.Lowered.compile = compile
     assert checkpoint.steps(workdir / "checkpoints") == []
     assert harness.rows(workdir) == []
     assert record.read_json(workdir / "run.json")["status"] == "interrupted"
-    assert "resumed" not in ended(workdir).stdout
+    learn(harness.config(*harness.TINY), workdir)
+    assert "resumed" not in capsys.readouterr().out
     assert_same_training(workdir, whole)
 
 
@@ -408,16 +434,6 @@ def test_a9_another_config_is_refused_with_its_difference(field, value, whole):
     assert harness.files(whole) == before
 
 
-@pytest.mark.slow
-def test_a9_the_command_refuses_another_config_and_writes_nothing(whole):
-    before = harness.files(whole)
-    result = harness.run(*harness.TINY, "--config.optimizer.lr=0.5", workdir=whole)
-    assert result.code == 2, result.output
-    assert "optimizer.lr: 0.001 -> 0.5" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert harness.files(whole) == before
-
-
 def test_a9_other_data_under_the_same_config_are_refused(tmp_path):
     with Session(tmp_path / "run", harness.config(*harness.TINY)) as session:
         session.begin("fingerprint one")
@@ -527,52 +543,46 @@ def test_h78_a_run_that_recorded_no_circumstances_goes_on(tmp_path, capsys):
     }
 
 
-def test_a11_a_finished_run_is_left_as_it_is(whole):
+def test_a11_a_finished_run_is_left_as_it_is(whole, capsys):
     before = harness.files(whole, ignore=())
-    result = harness.run(*harness.TINY, workdir=whole)
-    assert result.code == 0, result.output
-    assert "already complete" in result.stdout
-    assert "compiling" not in result.stdout
+    experiments.run(harness.config(*harness.TINY), whole)
+    said = capsys.readouterr().out
+    assert "already complete" in said and "compiling" not in said
     assert harness.files(whole, ignore=()) == before
 
 
 @pytest.mark.slow
-def test_a12_another_number_of_devices_gives_the_same_run_to_rounding(tmp_path):
-    """4 devices, then 2, then 1."""
+def test_a12_another_number_of_devices_gives_the_same_run_to_rounding(
+    whole, tmp_path, capsys
+):
+    """1 device, then 2, then 4."""
     args = (*harness.TINY, "--config.run.save_every=1000")
     workdir = tmp_path / "run"
-    for devices, rows in ((4, 10), (2, 20)):
-        stopped = stopped_at(rows, signal.SIGTERM, workdir, args, devices=devices)
+    for devices, rows in ((1, 10), (2, 20)):
+        stopped = stopped_at(rows, workdir, args, devices=devices)
         assert stopped.code == 143, stopped.output
-    assert "the bitwise guarantee does not hold" in ended(workdir, args).stdout
-    ended(tmp_path / "whole", args)
-    got, truth = harness.rows(workdir), harness.rows(tmp_path / "whole")
+    learn(harness.config(*args), workdir)
+    assert "the bitwise guarantee does not hold" in capsys.readouterr().out
+    got, truth = harness.rows(workdir), harness.rows(whole)
     assert [r["step"] for r in got] == [r["step"] for r in truth]
     np.testing.assert_allclose(
         [r["loss"] for r in got], [r["loss"] for r in truth], rtol=1e-5
     )
     got, truth = (
         checkpoint.restore(w / "checkpoints", 30, harness.like(w, 30))
-        for w in (workdir, tmp_path / "whole")
+        for w in (workdir, whole)
     )
     for name in truth:
         if name.startswith(("params", "ema")):
             np.testing.assert_allclose(got[name], truth[name], atol=1e-4, err_msg=name)
 
 
-def test_a13_a_workdir_belongs_to_one_process_until_it_dies(tmp_path):
-    workdir = tmp_path / "run"
-    patch = harness.pause_at(1, seconds=60)
-    with harness.spawn(*harness.TINY, workdir=workdir, patch=patch) as owner:
-        harness.wait_for_rows(owner, 1)
-        result = harness.run(*harness.TINY, workdir=workdir)
-        assert result.code == 2, result.output
-        assert f"in use by process {owner.process.pid} on " in result.stderr
-        assert "started 20" in result.stderr
-        assert not owner.ended, "the second was to come while the first runs"
-        harness.kill(owner)
-        harness.finish(owner)
-    with Session(workdir, harness.config(*harness.TINY)):
+def test_a13_a_workdir_belongs_to_one_process_until_it_dies(killed):
+    workdir, pid, second = killed
+    assert second.exit_code == 2
+    assert f"in use by process {pid} on " in str(second)
+    assert "started 20" in str(second)
+    with Session(workdir, harness.config(*SPARSELY)):
         pass  # SIGKILL frees the lock, though its file is still there
 
 
@@ -587,7 +597,7 @@ def test_a14_a_torn_line_and_rows_of_lost_steps_are_dropped(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a14_a_resumed_run_has_each_step_once(whole, tmp_path):
+def test_a14_a_resumed_run_has_each_step_once(whole, tmp_path, capsys):
     """The rows 26 to 29, and half of 30, are newer than the checkpoint of step 25."""
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -595,7 +605,8 @@ def test_a14_a_resumed_run_has_each_step_once(whole, tmp_path):
     path = workdir / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
     (workdir / "run.json").unlink()
-    assert "resumed from step 25" in ended(workdir).stdout
+    learn(harness.config(*harness.TINY), workdir)
+    assert "resumed from step 25" in capsys.readouterr().out
     assert_same_training(workdir, whole)
 
 
@@ -620,10 +631,10 @@ def test_a15_a_workdir_goes_on_where_it_was_moved_to(tmp_path):
 
 
 @pytest.mark.slow
-def test_a16_a_killed_evaluation_does_only_what_is_missing(whole, tmp_path):
+def test_a16_a_killed_evaluation_does_only_what_is_missing(evaluated, tmp_path):
     """SIGKILL in the third of three chunks of samples."""
     workdir = tmp_path / "run"
-    shutil.copytree(whole, workdir)
+    shutil.copytree(evaluated, workdir)
     shutil.rmtree(workdir / "evaluation")
     (workdir / "metrics.json").unlink()
     status = record.read_json(workdir / "run.json")
@@ -636,11 +647,10 @@ def test_a16_a_killed_evaluation_does_only_what_is_missing(whole, tmp_path):
     chunks = harness.files(workdir / "evaluation")
     assert len(chunks) == 2
     assert not (workdir / "metrics.json").exists()
-    result = harness.run(*harness.TINY, workdir=workdir)
-    assert result.code == 0, result.output
+    finished(*harness.TINY, workdir=workdir)
     assert chunks.items() <= harness.files(workdir / "evaluation").items()
     for name in ("metrics.json", "per_sample.csv"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+        assert (workdir / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 # A network of another run is pruned: what is waited for.

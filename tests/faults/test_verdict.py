@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from memsep_jax import experiments
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.data import sources
 from memsep_jax.experiments import record
-from memsep_jax.experiments.runtime import locks, signals
+from memsep_jax.experiments.runtime import locks
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 IMAGES = ("--config.run.snapshots=2", "--config.run.snapshot_samples=4")
 
 
@@ -27,27 +28,23 @@ def drawn_again(workdir, **changes):
     return read(workdir).text
 
 
-def stopped(workdir, monkeypatch, args=harness.TINY, row=12):
-    """A run that a signal stops in training, in this process."""
-    write = record.Metrics.write
-
-    def hear(self, **values):
-        write(self, **values)
-        if values["step"] == row:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(record.Metrics, "write", hear)
-        with pytest.raises(signals.Interrupted):
-            experiments.run(harness.config(*args), workdir)
+@pytest.fixture
+def undrawn():
+    with harness.undrawn():
+        yield
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing stopped."""
-    workdir = tmp_path_factory.mktemp("whole")
-    experiments.run(harness.config(*harness.TINY), workdir)
+def stopped_once(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    harness.stopped(workdir, *harness.TINY)
     return workdir
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A run that a signal stopped after row 12 of 30."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 def kept(workdir):
@@ -123,35 +120,34 @@ def test_h82_an_audit_of_garbage_reassures_nobody(kind, tmp_path):
 
 
 def test_h82_a_stopped_run_gets_its_report_and_resumes_unchanged(
-    whole, tmp_path, monkeypatch, capsys
+    whole, stopped, capsys
 ):
-    stopped(tmp_path, monkeypatch)
-    before = kept(tmp_path)
-    text = drawn_again(tmp_path)
-    assert kept(tmp_path) == before  # neither a checkpoint nor its status
-    assert not (tmp_path / "metrics.json").exists()
+    before = kept(stopped)
+    text = drawn_again(stopped)
+    assert kept(stopped) == before  # neither a checkpoint nor its status
+    assert not (stopped / "metrics.json").exists()
     assert "Not finished. The run stands at step 13 of 30." in text
     assert (
         "13 of 30: not finished" in text and "To continue it, give its command" in text
     )
-    assert (tmp_path / "figures" / "loss.png").exists()
+    assert (stopped / "figures" / "loss.png").exists()
     assert "13 of 30: not finished" in " ".join(capsys.readouterr().out.split())
-    chunks = harness.files(tmp_path / "evaluation")
-    drawn_again(tmp_path)  # from the chunks that it has kept
+    chunks = harness.files(stopped / "evaluation")
+    drawn_again(stopped)  # from the chunks that it has kept
     numbers = {k: v for k, v in chunks.items() if "/" in k.partition("/")[2]}
-    assert numbers and numbers.items() <= harness.files(tmp_path / "evaluation").items()
-    experiments.run(harness.config(*harness.TINY), tmp_path)
-    assert harness.digest(tmp_path) == harness.digest(whole)
-    assert harness.rows(tmp_path) == harness.rows(whole)
+    assert numbers and numbers.items() <= harness.files(stopped / "evaluation").items()
+    experiments.run(harness.config(*harness.TINY), stopped)
+    assert harness.digest(stopped) == harness.digest(whole)
+    assert harness.rows(stopped) == harness.rows(whole)
     for name in ("metrics.json", "samples.npz", "per_sample.csv", "pairs.npz"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert "Not finished" not in read(tmp_path).text
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert "Not finished" not in read(stopped).text
 
 
 @pytest.mark.slow
-def test_h82_a_run_without_a_checkpoint_is_shown_by_a_snapshot(tmp_path, monkeypatch):
+def test_h82_a_run_without_a_checkpoint_is_shown_by_a_snapshot(tmp_path):
     args = (*harness.TINY, *IMAGES, "--config.run.save_every=1000")
-    stopped(tmp_path, monkeypatch, args, row=20)
+    harness.stopped(tmp_path, *args, row=20)
     (step,) = harness.checkpoint.steps(tmp_path / "checkpoints")
     saved = tmp_path / "checkpoints" / str(step)
     saved.rename(tmp_path / "away")  # a signal saves, and a kill does not
@@ -167,33 +163,30 @@ def test_h82_a_run_without_a_checkpoint_is_shown_by_a_snapshot(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_h82_a_longer_stopped_run_is_not_shown_by_old_numbers(tmp_path, monkeypatch):
-    experiments.run(harness.config(*harness.TINY), tmp_path)
-    old = (tmp_path / "metrics.json").read_bytes()
-    stopped(tmp_path, monkeypatch, (*harness.TINY, "--config.train.steps=60"), row=40)
-    step = harness.checkpoint.steps(tmp_path / "checkpoints")[-1]
+def test_h82_a_longer_stopped_run_is_not_shown_by_old_numbers(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    old = (workdir / "metrics.json").read_bytes()
+    harness.stopped(workdir, *harness.TINY, "--config.train.steps=60", row=40)
+    step = harness.checkpoint.steps(workdir / "checkpoints")[-1]
     assert step > 30  # where the shorter run had ended
-    assert f"The run stands at step {step} of 60." in drawn_again(tmp_path)
-    assert (tmp_path / "metrics.json").read_bytes() == old
+    assert f"The run stands at step {step} of 60." in drawn_again(workdir)
+    assert (workdir / "metrics.json").read_bytes() == old
 
 
-def test_h82_a_run_at_work_is_left_alone(tmp_path, monkeypatch):
-    stopped(tmp_path, monkeypatch)
-    before = harness.files(tmp_path)
-    handle = locks.take(tmp_path / ".lock")
+def test_h82_a_run_at_work_is_left_alone(stopped):
+    before = harness.files(stopped)
+    handle = locks.take(stopped / ".lock")
     with pytest.raises(ConflictError, match="is in use by process"):
-        drawn_again(tmp_path)
+        drawn_again(stopped)
     os.close(handle)
-    assert harness.files(tmp_path) == before
+    assert harness.files(stopped) == before
 
 
-def test_h82_a_run_without_weights_says_by_what_it_goes_on(tmp_path, monkeypatch):
-    stopped(tmp_path, monkeypatch)
-    for step in harness.checkpoint.steps(tmp_path / "checkpoints"):
-        (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"away-{step}")
-    command = json.loads((tmp_path / "run.json").read_text())["command"]
+def test_h82_a_run_without_weights_says_by_what_it_goes_on(stopped):
+    (stopped / "checkpoints").rename(stopped / "away")
+    command = json.loads((stopped / "run.json").read_text())["command"]
     with pytest.raises(ConflictError, match="no readable metrics.json") as error:
-        drawn_again(tmp_path)
+        drawn_again(stopped)
     assert command in str(error.value)
 
 
