@@ -49,6 +49,19 @@ def children(tmp_path_factory):
     harness.OPTIMIZED = False  # the first run of TINY takes 10 s instead of 24
 
 
+def _undrawn():
+    """Figures are made but not rendered, which takes the time, where words count."""
+    from memsep_jax.experiments.reporting import figures  # see `children`
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "encode", lambda figure, kind: kind.encode())
+        yield
+
+
+undrawn = pytest.fixture(_undrawn)
+all_undrawn = pytest.fixture(_undrawn, scope="module")  # for a run of many tests
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -82,7 +82,7 @@ def test_the_report_is_whole_and_drawn_again_from_its_numbers(copying):
     assert (copying / "pairs.png").read_bytes() == before
 
 
-def test_fresh_samples_raise_no_alarm(tmp_path):
+def test_fresh_samples_raise_no_alarm(tmp_path, undrawn):
     config = settings(samples="digits[300:400]", features={"name": "pixels"})
     experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
@@ -92,7 +92,7 @@ def test_fresh_samples_raise_no_alarm(tmp_path):
     assert "Nothing here asks for a change" in metrics["advice"][0]["text"]
 
 
-def test_without_held_out_images_nobody_knows(tmp_path, capsys):
+def test_without_held_out_images_nobody_knows(tmp_path, capsys, undrawn):
     experiments.run(settings(held_out=None), tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
     assert metrics["verdict"]["alarm"] is None
@@ -102,7 +102,7 @@ def test_without_held_out_images_nobody_knows(tmp_path, capsys):
     assert "not known" in (tmp_path / "report.html").read_text()
 
 
-def test_mirrored_copies_are_found_where_they_are_asked_for(tmp_path):
+def test_mirrored_copies_are_found_where_they_are_asked_for(tmp_path, undrawn):
     np.save(tmp_path / "mirrored.npy", DIGITS[:40, :, ::-1])
     fields = dict(samples=str(tmp_path / "mirrored.npy"), features={"name": "pixels"})
     for flips in (False, True):
@@ -115,7 +115,7 @@ def test_mirrored_copies_are_found_where_they_are_asked_for(tmp_path):
         assert copies == 40 if flips else copies < 10
 
 
-def test_repeated_training_images_are_told(tmp_path):
+def test_repeated_training_images_are_told(tmp_path, undrawn):
     train = np.concatenate([DIGITS[:30], DIGITS[:3]])
     train[32, 0, 0] ^= 1  # the last one nearly
     np.savez(tmp_path / "train.npz", train_images=train)
@@ -176,7 +176,7 @@ def test_a_run_is_audited_by_its_workdir(tmp_path):
     np.testing.assert_array_equal(data.from_uint8(read["held_out"]), splits.held_out.x)
 
 
-def test_features_of_another_program_are_taken(tmp_path, capsys):
+def test_features_of_another_program_are_taken(tmp_path, capsys, undrawn):
     rng = np.random.default_rng(0)
     fields = {"name": "given"}
     for role, n in (("samples", 80), ("train", 60), ("held_out", 100)):
@@ -193,7 +193,7 @@ def test_features_of_another_program_are_taken(tmp_path, capsys):
     assert "10 held-out images are in the training set" in capsys.readouterr().out
 
 
-def test_absent_weights_skip_what_needs_them(tmp_path, capsys):
+def test_absent_weights_skip_what_needs_them(tmp_path, capsys, undrawn):
     config = settings(features={"name": "inception"})
     experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
@@ -206,7 +206,9 @@ def test_absent_weights_skip_what_needs_them(tmp_path, capsys):
     assert not (tmp_path / "required").exists()
 
 
-def test_an_interrupted_audit_goes_on_from_its_chunks(copying, tmp_path, monkeypatch):
+def test_an_interrupted_audit_goes_on_from_its_chunks(
+    copying, tmp_path, monkeypatch, undrawn
+):
     config = settings()
     config.run.chunk = 16
     config.features.name = "pixels"

@@ -21,7 +21,7 @@ def tiny(variant="smoke"):
     return config
 
 
-def test_everywhere_is_the_optimum_and_nowhere_the_null_level(tmp_path):
+def test_everywhere_is_the_optimum_and_nowhere_the_null_level(tmp_path, undrawn):
     config = tiny()
     experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")
@@ -76,7 +76,7 @@ def test_half_of_the_copies_is_found_between_the_edges():
     assert np.isnan(band_swap._half(edges, np.zeros(3)))
 
 
-def test_a_network_can_stand_for_the_empirical_score(tmp_path):
+def test_a_network_can_stand_for_the_empirical_score(tmp_path, undrawn):
     """One that was hardly trained gives no copies, where the empirical score does."""
     config = tiny()
     config.measure.swap = "trained"

@@ -18,7 +18,7 @@ from memsep_jax.models import exact
 OU = process.ornstein_uhlenbeck()
 
 
-def test_the_run_says_what_suffices_and_what_was_measured(tmp_path):
+def test_the_run_says_what_suffices_and_what_was_measured(tmp_path, undrawn):
     config = configs.get_config("smoke")
     config.sweep.update(seeds=1, width=(4,))
     config.measure.times = (0.1,)

@@ -82,7 +82,7 @@ def test_an_emm_is_of_the_falling_curve_through_what_was_measured():
     assert emm.shown(found(0.9, 0.92, 0.5)).startswith("16 [")
 
 
-def test_another_eps_asks_finished_networks_nothing(trained, tmp_path):
+def test_another_eps_asks_finished_networks_nothing(trained, tmp_path, undrawn):
     experiments.run(config(), tmp_path)
     before = len(trained)
     experiments.run(config(**{"emm.budget": 60}), tmp_path)
@@ -93,7 +93,7 @@ def test_another_eps_asks_finished_networks_nothing(trained, tmp_path):
     assert found["ratio"]["low"] <= 200 <= found["ratio"]["high"]
 
 
-def test_a_budget_ends_the_search(trained, tmp_path):
+def test_a_budget_ends_the_search(trained, tmp_path, undrawn):
     experiments.run(config(**{"emm.budget": 8}), tmp_path)
     (found,) = record.read_json(tmp_path / "metrics.json")["emm"]
     assert len(trained) == 6 and found["sizes"] == [16, 32]
@@ -102,7 +102,7 @@ def test_a_budget_ends_the_search(trained, tmp_path):
     assert "at least 32" in (tmp_path / "report.html").read_text()
 
 
-def test_every_setting_has_its_own_emm(trained, tmp_path):
+def test_every_setting_has_its_own_emm(trained, tmp_path, undrawn):
     some = config(**{"emm.budget": 12, "sweep.seeds": 1})
     some.sweep.setting = ("", "model.dropout=0.1")
     experiments.run(some, tmp_path)

@@ -60,7 +60,7 @@ def test_the_base_stands_in_every_factor_at_its_own_value():
     assert factors.groups(grid[::2]) == {"num_examples": [0, 1]}
 
 
-def test_each_factor_has_a_table_and_a_picture(tmp_path, monkeypatch):
+def test_each_factor_has_a_table_and_a_picture(tmp_path, monkeypatch, undrawn):
     def measured(config, session):
         ratio = 1 / (1 + config.data.num_examples / config.model.width)
         ratio += 0.01 * config.seed

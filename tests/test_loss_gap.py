@@ -19,7 +19,7 @@ OU = process.ornstein_uhlenbeck()
 
 def tiny():
     config = gmm_loss_gap.get_config("smoke")
-    config.data.k = 2
+    config.data.update(k=2, size=100)
     config.sweep.update(d=(3,), num_examples=(8,))
     config.measure.update(draws=40, times=(0.01, 0.5))
     return config
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_functions_at_the_prompt(workdir):
     same(row["collapse_time"], -np.log(1 - (8 / 2) ** (-2 / 3)))
 
 
-def test_a_lost_point_is_done_again_and_the_others_are_not(workdir):
+def test_a_lost_point_is_done_again_and_the_others_are_not(workdir, undrawn):
     before = {path: path.stat().st_mtime_ns for path in kept(workdir)}
     lost = kept(workdir)[1]
     numbers = record.read_npz(lost)
@@ -127,7 +127,7 @@ def test_the_gap_is_saturated_before_the_collapse_and_gone_after():
 def test_a_truth_without_closed_form_is_refused_and_leaves_nothing(
     data, message, tmp_path
 ):
-    config = tiny()
+    config = gmm_loss_gap.get_config("smoke")
     if "name" in data:
         config.sweep.d = ()  # an axis that only a mixture has
         defaults.switch(config, data=data["name"])

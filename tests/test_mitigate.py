@@ -185,7 +185,7 @@ def done(tmp_path_factory):
 def test_a_search_in_short_calls_is_the_search(monkeypatch):
     """A round a call: what `sampling.search_noise` finds at once."""
     monkeypatch.setattr(record, "CALL", 0.0)
-    config = smoke(**{"measure.search": 3})
+    config = smoke(**{"measure.search": 3, "model.depth": 1})
     parts = build.build(config)
     weights = training.init_params(parts, jax.random.key(0))
     targets, keys = parts.splits.train.x[:2], jax.random.split(jax.random.key(1), 2)
@@ -269,9 +269,10 @@ def test_a_network_may_come_from_another_run(done, tmp_path, monkeypatch):
 def test_a_packed_state_goes_on_on_another_machine(tmp_path):
     """Half a run here, the rest in a fresh workdir: bitwise the uninterrupted run."""
     config = defaults.smoke(defaults.mixtures())
-    config.data.update(d=2, k=2)
+    config.data.update(d=2, k=2, size=100)
     config.optimizer.update(schedule="constant")
     config.run.update(pack=str(tmp_path / "state.npz"), snapshots=0)
+    config.run.evaluate_every = 100  # never: its program is not this test's
     digests = []
     for name, steps in (("here", 2), ("there", 4)):
         config.train.steps = steps

@@ -22,8 +22,9 @@ STOPPING = {"train.stop_gap": 0.15}
 def small(**changes):
     """An MLP that overfits 16 points in the plane, some of them twice, in 60 steps."""
     config = defaults.smoke(defaults.train())
-    config.data.update(name="mixture", d=2, k=2, duplicates=0.5, num_held_out=64)
-    config.model.update(name="mlp", width=64, depth=2)
+    config.data.update(name="mixture", d=2, k=2, size=500)
+    config.data.update(duplicates=0.5, num_held_out=64)
+    config.model.update(name="mlp", width=64, depth=1)
     config.optimizer.update(lr=1e-2)
     config.train.update(steps=60, batch_size=16, ema_decay=0.8)
     config.run.update(
@@ -46,7 +47,7 @@ def rows(workdir):
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(tmp_path_factory, all_undrawn):
     """The workdir of a whole run that stopped early."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     experiments.run(small(**STOPPING), workdir)

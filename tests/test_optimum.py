@@ -9,7 +9,6 @@ from configs import optimum as configs
 from memsep_jax import data, empirical, experiments, process, sampling
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.studies import optimum
 
 VE = process.variance_exploding()
 
@@ -117,11 +116,8 @@ def test_the_conditional_optimum_of_fifty_thousand_copies_its_label():
     np.testing.assert_array_equal(labels[found], asked)
 
 
-def test_samples_are_of_labels_that_occur_and_are_drawn_uniformly(
-    tmp_path, monkeypatch
-):
+def test_samples_are_of_labels_that_occur_and_are_drawn_uniformly(tmp_path, undrawn):
     """30 images with some of 30 labels, by the churned sampler: all are copies."""
-    monkeypatch.setattr(optimum, "finish", lambda session: None)  # no report: seconds
     config = configs.get_config("labels")
     config.data.update(num_examples=30, num_labels=30)
     config.sampler.update(name="edm", churn=40.0, num_samples=40)
@@ -144,7 +140,7 @@ def test_samples_are_of_labels_that_occur_and_are_drawn_uniformly(
         assert label == present[jax.random.randint(label_key, (), 0, len(present))]
 
 
-def test_the_empirical_score_gives_bit_exact_copies(tmp_path):
+def test_the_empirical_score_gives_bit_exact_copies(tmp_path, undrawn):
     config = configs.get_config("full")
     config.data.num_examples = 100
     config.sampler.num_samples = 40
@@ -158,7 +154,7 @@ def test_the_empirical_score_gives_bit_exact_copies(tmp_path):
     assert all(image.tobytes() in known for image in samples)
 
 
-def test_the_truth_gives_the_null_level(tmp_path):
+def test_the_truth_gives_the_null_level(tmp_path, undrawn):
     """In d = 2 the null level is about 3^-2, far from 0: a test that can fail."""
     config = configs.get_config("truth")
     config.data.update(d=2, num_examples=500)

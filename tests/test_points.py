@@ -19,7 +19,7 @@ from memsep_jax.experiments.studies import results
 
 def small_grid(**axes):
     config = defaults.train()
-    config.data.update(name="mixture", k=2, d=3)
+    config.data.update(name="mixture", k=2, d=3, size=200)
     config.sweep.update(seeds=2, **axes)
     return config
 

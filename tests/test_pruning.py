@@ -98,12 +98,16 @@ def test_importance_is_that_of_algorithm_1(parts, params, measured):
     """From the same draws, by `prune.head_importance`."""
     config, n = small(), len(parts.splits.train.x)
     key, law = build.keys(config.seed).prune, pruning.times(config, parts, "small_t")
-    keys = [
-        jax.random.split(jax.random.fold_in(key, i)) for i in range(config.prune.draws)
-    ]
-    x0 = parts.splits.train.x[np.arange(len(keys)) % n]
-    t = jnp.stack([law(pair[0]) for pair in keys])
-    eps = jnp.stack([jax.random.normal(pair[1], x0.shape[1:]) for pair in keys])
+    draws = np.arange(config.prune.draws)
+    x0 = parts.splits.train.x[draws % n]
+
+    @jax.jit
+    @jax.vmap
+    def drawn(i):
+        t_key, eps_key = jax.random.split(jax.random.fold_in(key, i))
+        return law(t_key), jax.random.normal(eps_key, x0.shape[1:])
+
+    t, eps = drawn(draws)
 
     def loss(gates, x0, t, eps):
         network = training.network(parts, params, gates=gates)
@@ -115,10 +119,9 @@ def test_importance_is_that_of_algorithm_1(parts, params, measured):
     np.testing.assert_allclose(measured["small_t"], found, rtol=1e-4)
 
 
-@pytest.mark.parametrize("criterion", ["small_t", "activation"])
-def test_importance_is_the_same_for_every_chunk(parts, params, measured, criterion):
-    again = pruning.importance(small(**{"run.chunk": 5}), parts, params, criterion)
-    np.testing.assert_allclose(again, measured[criterion], rtol=1e-4)
+def test_importance_is_the_same_for_every_chunk(parts, params, measured):
+    again = pruning.importance(small(**{"run.chunk": 5}), parts, params, "activation")
+    np.testing.assert_allclose(again, measured["activation"], rtol=1e-4)
 
 
 def test_every_criterion_drops_as_many_and_changes_the_output(parts, params, measured):
@@ -213,10 +216,9 @@ def test_fine_tuning_moves_what_is_kept_and_nothing_else(params, cuts):
     chex.assert_trees_all_equal(state.mask, mask)
     for tree in (weights, state.params, state.ema):
         chex.assert_trees_all_equal(prune.apply_mask(tree, mask), tree)
-    moved = jax.tree.map(
-        lambda a, b: bool(jnp.any(a != b)), weights, prune.apply_mask(params, mask)
-    )
-    assert all(jax.tree.leaves(moved))
+    start = jax.tree.leaves(prune.apply_mask(params, mask))
+    for tuned, before in zip(jax.tree.leaves(weights), start, strict=True):
+        assert np.any(np.asarray(tuned) != np.asarray(before))
 
 
 def test_the_control_is_looked_at_as_often(parts, params, cuts):

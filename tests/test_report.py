@@ -11,17 +11,11 @@ from ml_collections import config_dict
 
 from memsep_jax.checkpoint import ConflictError, StorageError
 from memsep_jax.experiments import record
-from memsep_jax.experiments.reporting import figures, report
+from memsep_jax.experiments.reporting import report
 
 HOSTILE = "<script>alert(1)</script> $x_ & \"quoted\" 'name' é"
 ALWAYS = {"loss", "noise_levels", "ratio", "distances"}
 IMAGES = {"pairs_first", "pairs_most", "pairs_least"}
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made but not rendered, which takes the time, where words count."""
-    monkeypatch.setattr(figures, "encode", lambda figure, kind: kind.encode())
 
 
 def finished(workdir, shape=(4, 4, 1), held_out=True, m=8, name="digits"):
@@ -208,7 +202,7 @@ def test_a_text_without_a_path_is_shown_whole():
         assert report.pathless(text) == text
 
 
-def test_vectors_are_a_scatter_and_training_points(tmp_path):
+def test_vectors_are_a_scatter_and_training_points(tmp_path, undrawn):
     workdir = finished(tmp_path, shape=(6,))
     report.write(workdir, print)
     assert drawn(workdir, "png") == drawn(workdir, "pdf") == ALWAYS | {"scatter"}

