@@ -6,6 +6,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from shapes import FLOOR_0
 
 # A test compiles for longer than it computes, and each worker has one core. jax below
@@ -47,6 +48,26 @@ def children(tmp_path_factory):
     harness.CACHE = shared / "jax-cache"
     harness.XLA_FLAGS = tuple(_FLAGS)
     harness.OPTIMIZED = False  # the first run of TINY takes 10 s instead of 24
+
+
+@pytest.fixture(scope="module")
+def compiled_once(children):
+    """What a module compiles again and again is compiled once, in this process too."""
+    from faults import harness
+
+    options = {
+        "jax_compilation_cache_dir": str(harness.CACHE / "here"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()  # jax looks at these options at the first compilation only
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
 
 
 @pytest.fixture
