@@ -43,9 +43,10 @@ def small(config):
 
 
 def smoke(config):
-    """A few steps of a tiny network."""
+    """A few steps of a tiny network of one resolution."""
     defaults.smoke_unet(config)
-    config.sweep.points = ({"model.attention": (4,)},)
+    config.model.update(multipliers=(1,), attention=(8,))
+    config.sweep.points = ({"model.attention": (8,)},)
     config.emm.budget = 2
     config.run.snapshot_epochs = 0
     return config

@@ -38,5 +38,6 @@ def smoke(config):
     """Two ways of pruning, beside the control."""
     defaults.smoke(config)
     config.model.update(width=16, depth=2, num_heads=2)
-    config.sweep.points = defaults.prunings(("small_t", "random"), (0.3,))
+    points = defaults.prunings(("small_t", "random"), (0.3,))
+    config.sweep.update(seeds=1, points=points)
     return config

@@ -49,12 +49,23 @@ def children(tmp_path_factory):
     harness.OPTIMIZED = False  # the first run of TINY takes 10 s instead of 24
 
 
+# These import what they need inside, as above: it imports the package.
+
+
+@pytest.fixture(scope="module")
+def compiled_once(children):
+    """What a module compiles again and again is compiled once, in this process too."""
+    from faults import harness
+
+    with harness.compiled_once():
+        yield
+
+
 def _undrawn():
     """Figures are made but not rendered, which takes the time, where words count."""
-    from memsep_jax.experiments.reporting import figures  # see `children`
+    from faults import harness
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "encode", lambda figure, kind: kind.encode())
+    with harness.undrawn():
         yield
 
 

@@ -12,6 +12,8 @@ from memsep_jax import data, defaults, experiments
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 

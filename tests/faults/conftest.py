@@ -7,9 +7,8 @@ from memsep_jax import experiments
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(children):
-    with harness.compiled_once():
-        yield
+def once(compiled_once):
+    """Every module of these tests compiles each program once."""
 
 
 @pytest.fixture(scope="session")
