@@ -159,5 +159,5 @@ def _value_and_grad(loss, params, batch, keys, accumulate):
         total, _ = jax.lax.scan(add, total, parts)
     else:
         for i in range(accumulate):
-            total, _ = add(total, jax.tree.map(lambda a: a[i], parts))  # noqa: B023
+            total, _ = add(total, jax.tree.map(lambda a, i=i: a[i], parts))
     return jax.tree.map(lambda a: a / accumulate, total)
