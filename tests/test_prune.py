@@ -46,7 +46,7 @@ def in_float64(tree):
     return jax.tree.map(lambda p: np.float64(p), tree)
 
 
-def test_the_importance_is_the_mean_slope_and_each_layer_has_unit_norm(params):
+def test_importance_is_the_mean_slope_with_unit_norm_per_layer(params):
     """Whatever the chunk, also one that does not divide the examples."""
     loss = gate_loss(params)
 
