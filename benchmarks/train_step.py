@@ -12,9 +12,11 @@ blocks and PyTorch's autocast compute in bfloat16. On a CPU, PyTorch is eager wi
 many threads as cores, and jax splits the batch over as many devices. On a GPU, PyTorch
 goes through torch.compile, also for the network of the sampler, and the default DiT is
 DiT-S/2 on 256 images of 32 x 32 x 3. They take turns; the ratio is theirs / ours, of
-the fastest times and of the medians, so above 1 ours is faster. GFLOP/s count the FLOPs
-of the program before XLA optimizes it. The last column is the largest difference over
-the largest value: of the losses of all steps, and of the samples.
+the fastest times and of the medians, so above 1 ours is faster. "run ms" is a step of
+`python -m memsep_jax.main` with the same network and batch, where its log is fastest:
+the batch and the noise are drawn in it, and the program is that of a run. GFLOP/s count
+the FLOPs of the program before XLA optimizes it. The last column is the largest
+difference over the largest value: of the losses of all steps, and of the samples.
 """
 
 import argparse
@@ -23,7 +25,11 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -37,7 +43,7 @@ import numpy as np
 import torch
 
 from memsep_jax import parallel, process, sampling, score, train
-from memsep_jax.experiments import training
+from memsep_jax.experiments import record, training
 from memsep_jax.models import DiT, UNet
 
 ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -47,6 +53,7 @@ if __name__ == "__main__":  # before jax looks for devices
     jax.config.update("jax_num_cpu_devices", CORES)
 MESH = parallel.make_mesh()
 
+ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location(
     "torch_nets", Path(__file__).with_name("torch_nets.py")
 )
@@ -70,19 +77,24 @@ NAMES = {"unet": "U-Net", "dit": "DiT"}
 PRODUCTS = {"float32": "default", "bfloat16": "bfloat16"}  # as limits.py names them
 
 
+def fields(name, args):
+    """The arguments of a network, ours or PyTorch's."""
+    if name == "unet":
+        own = dict(width=args.unet_width, depth=args.unet_depth)
+        return own | {"attention": (args.size // 2,)}
+    own = dict(patch=args.patch, width=args.dit_width, depth=args.dit_depth)
+    return own | {"num_heads": args.dit_heads}
+
+
 def networks(args):
     """{name: (ours, the same in PyTorch)}."""
-    unet = dict(width=args.unet_width, depth=args.unet_depth)
-    unet["attention"] = (args.size // 2,)
-    dit = dict(patch=args.patch, width=args.dit_width, depth=args.dit_depth)
-    dit["num_heads"] = args.dit_heads
-    made = {
-        "unet": (UNet, torch_nets.UNet, unet),
-        "dit": (DiT, torch_nets.DiT, dit),
-    }
+    made = {"unet": (UNet, torch_nets.UNet), "dit": (DiT, torch_nets.DiT)}
     return {
-        name: (ours(**fields, dtype=args.dtype), theirs(args.size, 3, **fields))
-        for name, (ours, theirs, fields) in made.items()
+        name: (
+            ours(**fields(name, args), dtype=args.dtype),
+            theirs(args.size, 3, **fields(name, args)),
+        )
+        for name, (ours, theirs) in made.items()
         if name in args.nets
     }
 
@@ -114,6 +126,43 @@ def our_step(model, params, batch):
         return float(metrics["loss"])
 
     return call, training.flops(step.lower(state, batch, key))
+
+
+def run_ms(name, args):
+    """Milliseconds of a step of the command line, where its log is fastest.
+
+    The run is killed when it has logged enough: what follows training takes minutes.
+    """
+    shape = 2 * args.batch, args.size, args.size, 3
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    steps = 10**6
+    given = {
+        "data.name": "npz", "data.num_examples": args.batch,
+        "data.num_held_out": args.batch,
+        "process.name": "variance_exploding", "prediction.name": "edm",
+        "times.name": "log_normal", "optimizer.name": "adam", "optimizer.lr": LR,
+        "model.name": name, "model.dtype": args.dtype, "train.batch_size": args.batch,
+        "train.steps": steps, "run.log_every": 5, "run.save_every": steps,
+        "run.evaluate_every": steps, "run.snapshots": 0,
+        "sampler.num_samples": 4, "sampler.steps": 2,
+    }  # fmt: skip
+    given |= {f"model.{field}": value for field, value in fields(name, args).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/images.npz", train_images=images)
+        given["data.path"] = f"{folder}/images.npz"
+        config = ROOT / "configs" / "dit_cifar.py"
+        command = [sys.executable, "-m", "memsep_jax.main", f"--config={config}"]
+        command += [f"--config.{field}={value}" for field, value in given.items()]
+        command.append(f"--workdir={folder}/run")
+        log, rows = Path(folder) / "run" / "metrics.jsonl", []
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
+            while run.poll() is None and len(rows) < 2 * args.rounds:
+                time.sleep(0.1)
+                rows = record.read_metrics(log)
+            run.kill()
+    if not rows:
+        raise SystemExit(f"{shlex.join(command)} ended before it had logged a step")
+    return 1e3 / max(row["steps_per_second"] for row in rows)
 
 
 def their_step(net, dtype):
@@ -249,6 +298,7 @@ def measure(args, device):
             step, their_step(net, args.dtype), batch, their_batch, args.rounds
         )
         row = {"network": name, "parameters": count, "what": "step", **row}
+        row["run_ms"] = run_ms(name, args)
         row |= {"per_second": args.batch / row["ours_ms"] * 1e3, "flops": flops}
         # The weights, both averages of Adam and the EMA, each read and written.
         row["bytes"] = 2 * 4 * 4 * count + 2 * x0.nbytes
@@ -262,6 +312,7 @@ def measure(args, device):
             max(1, args.rounds // 2),
         )
         row = {"network": name, "parameters": count, "what": "sampler", **row}
+        row["run_ms"] = None
         row |= {"per_second": args.samples / row["ours_ms"] * 1e3, "flops": flops}
         row["bytes"] = 4 * count + 2 * noise.nbytes
         theirs = theirs[-1].permute(0, 2, 3, 1).cpu()
@@ -277,26 +328,31 @@ def cases(rows, args, peer):
     for row in rows:
         step = row["what"] == "step"
         batch = args.batch if step else args.samples
-        found.append(
-            {
-                "case": f"{NAMES[row['network']]} {row['parameters'] / 1e6:.1f}M, "
-                f"{row['what']} of {batch}, {args.size} x {args.size}, {args.dtype}",
-                "ours_s": row["ours_ms"] / 1e3,
-                "items": 1 if step else batch,
-                "unit": "steps" if step else "images",
-                "peer": peer,
-                "peer_s": row["torch_ms"] / 1e3,
-                "flops": row["flops"],
-                "bytes": row["bytes"],
-                "product": PRODUCTS[args.dtype],
-            }
-        )
+        timed = {row["what"]: row["ours_ms"]}
+        if step:
+            timed["step in a run"] = row["run_ms"]
+        for what, ms in timed.items():
+            case = f"{NAMES[row['network']]} {row['parameters'] / 1e6:.1f}M, {what} of "
+            found.append(
+                {
+                    "case": f"{case}{batch}, {args.size} x {args.size}, {args.dtype}",
+                    "ours_s": ms / 1e3,
+                    "items": 1 if step else batch,
+                    "unit": "steps" if step else "images",
+                    "peer": peer,
+                    "peer_s": row["torch_ms"] / 1e3,
+                    "flops": row["flops"],
+                    "bytes": row["bytes"],
+                    "product": PRODUCTS[args.dtype],
+                }
+            )
     return found
 
 
 COLUMNS = {  # number: (title, digits)
     "ours_ms": ("ours ms", 1),
     "torch_ms": ("torch ms", 1),
+    "run_ms": ("run ms", 1),
     "ratio": ("ratio", 2),
     "median_ratio": ("medians", 2),
     "per_second": ("ours/s", 1),
@@ -309,7 +365,10 @@ def show(rows):
     print(f"{'':24}" + "".join(f"{title:>10}" for title in titles))
     for row in rows:
         label = f"{row['network']} {row['parameters'] / 1e6:.2f}M {row['what']}"
-        cells = (f"{row[name]:10.{digits}f}" for name, (_, digits) in COLUMNS.items())
+        cells = (
+            f"{'':10}" if row[name] is None else f"{row[name]:10.{digits}f}"
+            for name, (_, digits) in COLUMNS.items()
+        )
         print(f"{label:24}", *cells, f"{row['difference']:10.1e}", sep="")
 
 

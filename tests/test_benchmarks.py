@@ -53,7 +53,8 @@ def quick(benchmark, tmp_path, monkeypatch):
     benchmark.main()
     found = json.loads(path.read_text())
     for row in found["rows"]:
-        assert all(0 < row[column] < math.inf for column in benchmark.COLUMNS), row
+        numbers = [row[c] for c in benchmark.COLUMNS if row[c] is not None]
+        assert all(0 < number < math.inf for number in numbers), row
     return found["rows"], load("run").rows({name: found}, LIMITS)
 
 
@@ -112,6 +113,9 @@ def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
         (network, what) for network in ("unet", "dit") for what in ("step", "sampler")
     ]
     assert all(row["difference"] < 1e-4 for row in rows), rows
+    # In a run noise is drawn as well, but the program is the same: in a loop, gradients
+    # of convolutions took 10 times as long.
+    assert all(row["run_ms"] < 5 * row["ours_ms"] for row in rows[::2]), rows
 
 
 @pytest.mark.slow

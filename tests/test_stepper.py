@@ -45,6 +45,7 @@ def test_no_gradient_of_a_convolution_is_in_a_loop_on_a_cpu(unet):
     assert metrics["step"] == 0
 
 
+@pytest.mark.slow
 def test_a_call_takes_one_step_of_a_convolutional_network_on_a_cpu(unet):
     config, parts, state = unet
     mesh = parallel.make_mesh(jax.devices()[:1])

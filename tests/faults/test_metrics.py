@@ -471,6 +471,7 @@ def test_h76_the_patches_of_a_convolution_are_counted():
     assert third > first and least < made.least() < 3 * least
 
 
+@pytest.mark.slow
 def test_h76_the_classifier_is_trained_in_parts_where_memory_is_small(monkeypatch):
     """The gradient is that of the whole batch, so its features are the same."""
     monkeypatch.setattr(features, "CLASSIFIER_STEPS", 2)

@@ -734,8 +734,10 @@ def test_h78_a_key_without_weight_is_no_infinity():
 
 
 @pytest.mark.slow
-def test_h78_a_dry_run_counts_the_same_without_jit():
+def test_h78_a_dry_run_counts_the_same_without_jit(monkeypatch):
     config = harness.config(*harness.TINY_DIT)
+    # Steps without jit are the next test's, and take a minute.
+    monkeypatch.setattr(dry_run, "_measured", lambda config, *_: (1.0, 8))
 
     def cells():
         table = dry_run.dry_run(config, lambda text: None)

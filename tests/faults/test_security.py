@@ -542,19 +542,11 @@ def test_security_nothing_is_fetched_without_a_digest(tmp_path, monkeypatch):
 # Pages: what is shown of a run is text, and no more than may be shown.
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made but not rendered: words count here."""
-    monkeypatch.setattr(figures, "encode", lambda figure, kind: kind.encode())
-
-
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(tmp_path_factory, all_undrawn):
     """The page of a run with nothing hostile in it."""
     workdir = finished(tmp_path_factory.mktemp("plain"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "encode", lambda figure, kind: kind.encode())
-        report.write(workdir, print)
+    report.write(workdir, print)
     return read_page(workdir)
 
 

@@ -54,6 +54,7 @@ def kept(workdir):
     return {k: v for k, v in found.items() if not k.startswith(drawn)}
 
 
+@pytest.mark.slow
 def test_h82_few_steps_on_images_reassure_nobody(tmp_path, capsys):
     """30 steps: no sample is a copy, and the report does not say that all is well."""
     config = harness.config(*harness.TINY_DIT, "--config.run.evaluate_every=30")
