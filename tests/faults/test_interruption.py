@@ -409,6 +409,28 @@ def test_a8_a_longer_run_goes_on_and_warns_of_a_schedule_that_ends(tmp_path, cap
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 12
 
 
+def test_a8_a_longer_run_that_is_killed_as_it_begins_is_not_done(
+    whole, tmp_path, monkeypatch
+):
+    """After the first of its files: "complete" was said of the shorter run."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    config = harness.config(*harness.TINY, "--config.train.steps=40")
+    write, written = record.write_json, []
+
+    def killed(path, *args, **kwargs):
+        written.append(path.name)
+        if len(written) > 1:
+            raise SystemExit("killed")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(record, "write_json", killed)
+    fingerprint = record.read_json(workdir / "run.json")["fingerprint"]
+    with pytest.raises(SystemExit, match="killed"), Session(workdir, config) as session:
+        session.begin(fingerprint)
+    assert set(written) == {"run.json", "config.json"}
+    assert not Session(workdir, config).is_complete()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
