@@ -110,6 +110,19 @@ def test_the_null_level_is_a_band_where_it_is_known():
     assert [text for text in labels(known) if "null level" in text]
 
 
+def test_a_log_axis_names_the_values_that_a_person_chose():
+    def names(*lines):
+        panel = figures.Panel("", list(lines), "t", "gap", xscale="log", yscale="log")
+        (axes,) = figures.curves([panel]).axes
+        return [f"{x:g}" for x in axes.get_xticks()]
+
+    chosen = figures.Line([0.01, np.float32(0.1), 12_800.0], [1.0, 1.0, 1.0])
+    collapse = figures.Line([0.693147] * 2, [1.0, 2.0])
+    assert names(chosen, collapse) == ["0.01", "0.1", "12800"]
+    # None of these: powers of ten are left.
+    assert "0.01" in names(figures.Line([0.0081436, 1.4427], [1.0, 1.0]))
+
+
 def around(mean, half=0.1):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 

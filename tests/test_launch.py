@@ -327,7 +327,10 @@ def test_fields_of_several_values_have_rows_of_their_own(tmp_path, monkeypatch):
         found = {"memorization": {"ratio": 0.5}}
         record.write_json(runs.place(tmp_path / "out", point) / "metrics.json", found)
     monkeypatch.setattr(runs, "state", lambda workdir, point: "done")
-    overview.aggregate(tmp_path / "out", points)
+    shown = overview.aggregate(tmp_path / "out", points)
+    # Equal numbers are no reason to leave out what the table is about.
+    headers = [column.header for column in shown.columns]
+    assert headers == ["data.classes", "memorization.ratio"]
     table = record.read_json(tmp_path / "out" / "metrics.json")["table"]
     assert [row["data.classes"] for row in table] == ["(0, 1)", "(2, 3)"]
     assert [row["seeds"] for row in table] == [2, 2]

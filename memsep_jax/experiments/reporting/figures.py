@@ -402,9 +402,11 @@ def _set_x(axes, panel):
         least = min((x for x in places if x > 0), default=1.0)
         axes.set_xscale("symlog", linthresh=least)
         axes.set_xlim(-least / 4, 1.3 * max(places))
-    # More than about eight labels would run into each other.
-    if len(places) <= 8 and panel.xscale != "linear":
-        axes.xaxis.set_major_locator(FixedLocator(places))
+    # Values that people choose have few digits. The labels of others, such as computed
+    # times of a collapse, would run into those; and so would more than about eight.
+    named = [x for x in places if np.isclose(x, [float(f"{x:.3g}"), round(x)]).any()]
+    if 1 < len(named) <= 8 and panel.xscale != "linear":
+        axes.xaxis.set_major_locator(FixedLocator(named))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
     elif panel.xscale == "log" and max(places) < 100 * min(places):

@@ -105,6 +105,7 @@ def publish(config, session, draw, **about):
 def summary(workdir) -> Table:
     """The means over the seeds as a table, without columns that are constant.
 
+    The first column of measurements stays: the table is of it, also where all are 0.
     Where there are more columns than a terminal is wide, the first ones, in the order
     of metrics["columns"].
     """
@@ -114,7 +115,16 @@ def summary(workdir) -> Table:
     counts = " to ".join(map(str, dict.fromkeys([min(seeds), max(seeds)])))
     shown = Table(title=f"{metrics['experiment']}: means over {counts} seeds")
     every = zip(columns, zip(*rows, strict=True), strict=True)
-    kept = [(name, c) for name, c in every if len(set(c)) > 1 or len(rows) == 1]
+    measured = (
+        name for name in columns for row in metrics["table"]
+        if isinstance(row.get(name), dict)
+    )  # fmt: skip
+    first = next(measured, None)
+    kept = [
+        (name, cells)
+        for name, cells in every
+        if len(set(cells)) > 1 or len(rows) == 1 or name == first
+    ]
     if "columns" in metrics:  # the number of seeds is always shown where it varies
         kept = kept[:WIDE] + [column for column in kept[WIDE:] if column[0] == "seeds"]
     for name, cells in kept:
