@@ -107,6 +107,8 @@ def test_compact_is_masked_with_fewer_parameters_and_flops(tmp_path, monkeypatch
 def test_a_step_and_a_sampler_of_pytorch_are_ours(tmp_path, monkeypatch):
     """From the same weights and noise: the losses of two steps, and the samples."""
     pytest.importorskip("torch", reason="of the extra dev")
+    # The run that it starts compiles as fast as this process does.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     rows, made = quick(load("train_step"), tmp_path, monkeypatch)
     check(made)
     assert [(row["network"], row["what"]) for row in rows] == [
