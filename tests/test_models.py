@@ -383,8 +383,7 @@ def test_every_network_takes_the_same_call():
 def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
     """float64, all weights copied over: the answer, and its gradients in all inputs.
 
-    To 5e-6, some 40 roundings of float32, in which `jax.nn.dot_product_attention` takes
-    its softmax.
+    To 1e-6: `jax.nn.dot_product_attention` has a softmax in float32.
     """
     torch = pytest.importorskip("torch", reason="of the extra dev")
     path = Path(__file__).parent.parent / "benchmarks" / "torch_nets.py"
@@ -394,7 +393,8 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
     model = DiT(**SMALL, num_classes=3, dtype="float64")
     xs = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
     ts, labels = jnp.array([0.3, -0.7, 1.2]), jnp.array([0, 3, 1])
-    params = filled(init(model, xs[0], label=0))
+    # Moderate weights: large ones would multiply the rounding of that softmax.
+    params = filled(init(model, xs[0], label=0), scale=0.1)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
 
     def loss(params, xs):
@@ -417,7 +417,7 @@ def test_forward_and_backward_of_a_dit_are_those_of_pytorch(x64):
 
     def close(one, other):
         one, other = np.asarray(one), np.asarray(other)
-        assert np.max(np.abs(one - other)) < 5e-6 * np.max(np.abs(other))
+        assert np.max(np.abs(one - other)) < 1e-6 * np.max(np.abs(other))
 
     close(nets.images(result), truth.detach())
     close(nets.images(x_slopes), x_torch.grad)

@@ -257,12 +257,12 @@ def test_random_heads_may_fall_as_in_another_mask(key):
 
 
 def test_every_random_head_falls_equally_often():
-    """Each of 12 heads in a quarter of 100 draws, within 4 standard errors."""
-    keys = [jax.random.key(seed) for seed in range(100)]
+    """Each of 12 heads in a quarter of 400 draws, within 4 standard errors."""
+    keys = [jax.random.key(seed) for seed in range(400)]
     like = np.array([[True, True, True, False]] * 3)
     for other in (None, like):
         share = np.mean([~prune.keep_random(k, (3, 4), 0.25, other) for k in keys], 0)
-        np.testing.assert_allclose(share, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 100))
+        np.testing.assert_allclose(share, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 400))
 
 
 @given(

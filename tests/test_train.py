@@ -137,24 +137,31 @@ def test_temperature_one_has_the_same_mean_and_less_variance():
     assert np.all(smoothed.var(0) < 0.95 * plain.var(0))
 
 
-def test_one_training_point_is_what_it_is_at_every_temperature(x64):
-    """The mean of one point is the point: loss and target are the ordinary ones."""
-    made = process.variance_exploding()
-    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
-    denoise = empirical.denoiser(x0[None], made, temperature=7.0)
+def both_losses(made, x0, eps, ask):
+    """(t) -> the losses of all predictions, with the ordinary target and with `ask`."""
 
     @jax.jit
     def losses(t):
         return [
             [
                 train.prediction_loss(
-                    lambda x, level: jnp.sin(x), make(made), made, x0, t, eps, ask
+                    lambda x, level: jnp.sin(x), make(made), made, x0, t, eps, target
                 )
                 for make in score.PREDICTIONS.values()
             ]
-            for ask in (None, train.smoothed(made, denoise))
+            for target in (None, ask)
         ]
 
+    return losses
+
+
+def test_one_training_point_is_what_it_is_at_every_temperature(x64):
+    """The mean of one point is the point: loss and target are the ordinary ones."""
+    made = process.variance_exploding()
+    x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
+    denoise = empirical.denoiser(x0[None], made, temperature=7.0)
+
+    losses = both_losses(made, x0, eps, train.smoothed(made, denoise))
     for t in (1e-3, 0.4, 30.0):
         np.testing.assert_allclose(*losses(t), rtol=1e-10)
 
@@ -197,18 +204,7 @@ def test_up_to_its_time_the_ambient_loss_is_the_ordinary_one():
     x0, eps = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
     ask = train.ambient(made, 0.3, ASK_KEY)
 
-    @jax.jit
-    def losses(t):
-        return [
-            [
-                train.prediction_loss(
-                    lambda x, level: jnp.sin(x), make(made), made, x0, t, eps, ask
-                )
-                for make in score.PREDICTIONS.values()
-            ]
-            for ask in (None, ask)
-        ]
-
+    losses = both_losses(made, x0, eps, ask)
     for t in (0.01, 0.2, 0.3):
         np.testing.assert_array_equal(*losses(t))
     one, other = losses(0.31)

@@ -111,10 +111,10 @@ def test_a1_a_kill_during_a_save_costs_no_bit(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a1_eight_kills_during_saves_cost_no_bit(tmp_path):
+def test_a1_fifteen_kills_during_saves_cost_no_bit(tmp_path):
     """One after the other in the same run, at 0 to 600 ms into a save."""
-    killed_in_saves(tmp_path / "killed", np.linspace(0, 0.6, 8), steps=150)
-    args = (*harness.TINY, "--config.train.steps=150")
+    killed_in_saves(tmp_path / "killed", np.linspace(0, 0.6, 15), steps=300)
+    args = (*harness.TINY, "--config.train.steps=300")
     learn(harness.config(*args), tmp_path / "whole")
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
