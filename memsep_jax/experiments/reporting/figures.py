@@ -404,7 +404,7 @@ def _set_x(axes, panel):
         axes.set_xlim(-least / 4, 1.3 * max(places))
     # Values that people choose have few digits. The labels of others, such as computed
     # times of a collapse, would run into those; and so would more than about eight.
-    named = [x for x in places if np.isclose(x, [float(f"{x:.3g}"), round(x)]).any()]
+    named = [x for x in places if np.isclose(x, [float(f"{x:.3g}"), np.rint(x)]).any()]
     if 1 < len(named) <= 8 and panel.xscale != "linear":
         axes.xaxis.set_major_locator(FixedLocator(named))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
