@@ -1,11 +1,10 @@
 """Diffusion transformer with adaLN-zero (Peebles & Xie 2023), for one image."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.models.layers import Dense, Embedding
+from memsep_jax.models.layers import Dense, Embedding, attend
 
 
 class Attention(nn.Module):
@@ -22,7 +21,7 @@ class Attention(nn.Module):
         """h [tokens, width], gates [heads] or None -> [tokens, width]."""
         width = h.shape[-1]
         num_heads = _given(self, "query", 1, self.num_heads)
-        if num_heads == 0:  # dot_product_attention divides by this number
+        if num_heads == 0:  # an initial scale of no heads would divide by their number
             bias = self.get_variable("params", "out")["bias"]
             return jnp.broadcast_to(bias.astype(self.dtype), h.shape)
         # The size of a head is that of the whole network, though some may be gone.
@@ -31,13 +30,10 @@ class Attention(nn.Module):
 
         def project(name):
             layer = Dense(shape, kernel_init=init, dtype=self.dtype, name=name)
-            return layer(h)
+            return jnp.swapaxes(layer(h), 0, 1)  # heads first
 
-        # `implementation` is left unset: cuDNN's kernels had bugs of batching under
-        # vmap, which were fixed only after jax 0.11.0.
-        heads = jax.nn.dot_product_attention(
-            project("query"), project("key"), project("value")
-        )
+        heads = attend(project("query"), project("key"), project("value"))
+        heads = jnp.swapaxes(heads, 0, 1)
         _sow(self, "heads", heads, lambda a: jnp.mean(jnp.linalg.norm(a, axis=2), 0))
         # Before the product with W_O: there a gate is one number for each head, and its
         # gradient is <dL/dW_O^h, W_O^h>.

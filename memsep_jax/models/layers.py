@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memsep_jax.checks import is_known
 
@@ -36,6 +38,23 @@ class Conv(nn.Conv):
     def __call__(self, x):
         """x [h, w, in] -> [h', w', out]."""
         return super().__call__(x).astype(self.dtype)
+
+
+def attend(query, key, value):
+    """softmax(Q K^T / sqrt(c)) V.   [..., tokens, c] -> the same."""
+    # By plain products, heads first: jax.nn.dot_product_attention copies logits and
+    # weights into other orders on a CPU, and its cuDNN kernels had bugs of batching
+    # under vmap, which were fixed only after jax 0.11.0.
+    wide = jnp.promote_types(query.dtype, jnp.float32)  # of the softmax
+    logits = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=wide)
+    # No result depends on what is subtracted, so its derivative is left out.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp((logits - largest) / np.sqrt(query.shape[-1]).astype(wide))
+    # Divided by their sum after the product, which has fewer numbers than the weights.
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    answer = jnp.matmul(weights, value, preferred_element_type=wide) / sums
+    return answer.astype(value.dtype)
 
 
 class Embedding(nn.Module):

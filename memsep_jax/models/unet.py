@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax.models.layers import Conv, Dense, check_label
+from memsep_jax.models.layers import Conv, Dense, attend, check_label
 
 VARIANTS = {  # the filter of each change of resolution, and the features of time
     "ddpm": ((1, 1), "positional"),
@@ -58,12 +58,7 @@ class Attention(nn.Module):
         # xavier-uniform for attention, 1e-5 times for the last layer of a branch, which
         # so begins at almost nothing. As variances they are .2 and 1e-10.
         inner = _dense(3 * channels, 0.2, self.dtype, "qkv")(inner)
-        query, key, value = jnp.split(inner, 3, axis=1)
-        # The softmax is float32, whatever dtype is.
-        wide = jnp.promote_types(h.dtype, jnp.float32)
-        logits = jnp.matmul(query, key.T, preferred_element_type=wide)
-        weights = jax.nn.softmax(logits / np.sqrt(channels).astype(wide))
-        inner = (weights.astype(h.dtype) @ value).reshape(h.shape)
+        inner = attend(*jnp.split(inner, 3, axis=1)).reshape(h.shape)
         inner = _dense(channels, 1e-10, self.dtype, "out")(inner)
         # The sum of two terms of unit variance has variance 2.
         return (h + inner) * np.sqrt(0.5).astype(h.dtype)
