@@ -15,10 +15,12 @@ import os
 import platform
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
 ALLOWED = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
 CORES = len(ALLOWED(0))
 SIZES = {
@@ -31,6 +33,16 @@ PRODUCTS = {  # name: (dtype, precision)
     "default": ("float32", "default"),
     "bfloat16": ("bfloat16", "default"),
 }
+
+
+def device():
+    """The name of the processor, or of the device, and the cores."""
+    kind = jax.devices()[0].device_kind
+    if kind == "cpu":  # jax knows no more of it
+        lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+        names = [line.partition(":")[2] for line in lines if "model name" in line]
+        kind = " ".join([*names, platform.processor() or kind][0].split())
+    return f"{kind}, {CORES} cores"
 
 
 def fastest(call, carry, calls, seconds):
@@ -86,7 +98,7 @@ def main():
     args = parser.parse_args()
     about = {
         "backend": backend,
-        "device": f"{jax.devices()[0].device_kind}, {CORES} cores",
+        "device": device(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "sizes": {"side": args.side, "megabytes": args.megabytes},
     }

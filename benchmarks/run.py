@@ -1,13 +1,14 @@
 """All benchmarks in one table: against the peers, and against the machine's limits.
 
 python benchmarks/run.py [--only NAME ...] [--quick] [--json=FILE.json]
-    [--markdown=FILE.md]
+    [--markdown=FILE.md] [--beside FILE.json ...]
 
 Needs the extra `dev` (torch, faiss-cpu). First limits.py measures the limits of the
 machine. Then the benchmarks run in separate processes, one after another, with sizes
 for a CPU or a GPU (`--quick`: small sizes, which take little time and say little). A
 benchmark that fails becomes a row with the reason, and the exit code is 1. With several
-GPUs, make only one visible.
+GPUs, make only one visible. The page has a column for this machine and one for each
+file that --beside names, of an earlier run on another.
 
 A ratio is the peer's fastest time over ours: above 1 ours is faster. The limit reached
 is the shortest possible time on this machine over ours: the time of the FLOPs at the
@@ -147,40 +148,60 @@ def show(found):
     yield table
 
 
-PAGE = """# Speed: ours, the peers, and what the machine can do
+PAGE = """# Speed: ours, the peers, and what the machines can do
 
-`{command}`: {date}, {device}, {versions}. Seeds are fixed in the scripts{more}.
+Seeds are fixed in the scripts. Of each machine, the command and all numbers:
 
-A ratio is the peer's time over ours, each the fastest of calls that take turns: above 1
-ours is faster, and below 1 the ratio is bold. The limit reached is the shortest
-possible time over our time: the time of the FLOPs at the rate of a large product, or of
-the bytes that must move at the rate of memory, whichever is longer. The limits were
-measured in the same run (`benchmarks/limits.py`) and vary by some percent from minute
-to minute on a shared machine, so a share may be just above 100 %.
+{machines}
 
-{limits}
+A cell has the ratio, our milliseconds, and the share of the machine's limit that we
+reach. The ratio is the peer's time over ours, each the fastest of calls that take
+turns: above 1 ours is faster. The worst ratio of a row is bold. The limit is the time
+of the FLOPs at the rate of a large product, or of the bytes that must move at the rate
+of memory, whichever is longer. It was measured in the same run (`benchmarks/limits.py`)
+and varies by some percent from minute to minute on a shared machine, so a share may be
+just above 100 %.
 
 {rows}
 """
 
 
-def markdown(found, json_name=None):
-    """All measurements as a page."""
+def markdown(runs):
+    """The runs of several machines as a page.   Args: {name of a JSON: its content}."""
+    machines, answers = [], {}
+    for number, (name, found) in enumerate(runs.items(), start=1):
+        said = {what: rate for what, rate, _ in rates(found["limits"])}
+        versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+        machines.append(
+            [str(number), found["device"], *(said.get(k, "") for k in LIMITS)]
+            + [f"`{found['command']}`, {found['date']}, {versions}: [{name}]({name})"]
+        )
+        for row in found["rows"]:
+            key = tuple(row.get(k) or "" for k in ("benchmark", "case", "peer"))
+            answers.setdefault(key, {})[number] = row
     rows = []
-    for row in found["rows"]:
-        texts = [text.replace("|", "\\|") for text in cells(row)]
-        if (row.get("ratio") or 1) < 1:
-            texts[TITLES.index("ratio")] = f"**{row['ratio']:.2f}**"
-        rows.append(texts)
-    return PAGE.format(
-        command=found["command"],
-        date=found["date"],
-        device=found["device"],
-        versions=", ".join(f"{k} {v}" for k, v in found["versions"].items()),
-        more=f". All numbers: [{json_name}]({json_name})" if json_name else "",
-        limits=_grid(("limit", "rate", "of"), rates(found["limits"])),
-        rows=_grid(TITLES, rows),
-    )
+    for key, of in answers.items():
+        ratios = [row["ratio"] for row in of.values() if row.get("ratio")]
+        cell = [_cell(of.get(i + 1), min(ratios, default=0)) for i in range(len(runs))]
+        rows.append([text.replace("|", "\\|") for text in [*key, *cell]])
+    columns = ("benchmark", "case", "peer", *(f"machine {row[0]}" for row in machines))
+    about = ("machine", "processor", *LIMITS, "run")
+    return PAGE.format(machines=_grid(about, machines), rows=_grid(columns, rows))
+
+
+def _cell(row, worst):
+    """Ratio, milliseconds and share of a row on one machine."""
+    if row is None:
+        return ""
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    texts = [f"{_digits(1e3 * row['ours_s'])} ms"]
+    if row["ratio"]:
+        ratio = f"{row['ratio']:.2f}"
+        texts.insert(0, f"**{ratio}**" if row["ratio"] == worst else ratio)
+    if row["limit"]:
+        texts.append(f"{_digits(100 * row['share'])} % {row['limit']}")
+    return ", ".join(texts)
 
 
 def _grid(titles, rows):
@@ -205,6 +226,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small, to see it work")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="JSON")
     args = parser.parse_args()
     machine = start("limits", QUICK_LIMITS.split() if args.quick else [])
     about, limits = machine.get("about", {}), machine.get("limits", {})
@@ -234,8 +256,9 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     if args.markdown:
-        page = markdown(found, args.json and args.json.name)
-        args.markdown.write_text(page)
+        runs = {path.name: json.loads(path.read_text()) for path in args.beside}
+        own = args.json.name if args.json else "not kept"
+        args.markdown.write_text(markdown(runs | {own: found}))
     failed = [row["benchmark"] for row in found["rows"] if "failed" in row]
     raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
 

@@ -333,20 +333,47 @@ def test_the_page_has_a_line_for_every_case_and_every_failure():
     }
     rows = run.rows(written, LIMITS)
     assert [row["benchmark"] for row in rows] == ["score"] * 3 + ["step"]
-    found = {"command": "run.py", "date": "2026-01-01", "device": "a device",
+    found = {"command": "run.py", "date": "2026-01-01", "device": "a device, 2 cores",
              "versions": run.versions(), "limits": LIMITS, "rows": rows}  # fmt: skip
-    page = run.markdown(found, "speed.json")
+    page = run.markdown({"speed.json": found})
     lines = [line for line in page.splitlines() if line.startswith("| s")]
-    assert lines[0] == (
-        "| score | n = 5 | 500 | 20 scores | dense | 1,500 | 3.00 | 20 % float32 |"
-    )
-    assert "a \\| b" in lines[1] and "| **0.50** |" in lines[1]
-    assert lines[2].endswith("| 20 scores |  |  |  | 20 % float32 |")
-    assert "failed: ModuleNotFoundError: No module named 'torch'" in lines[3]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
-    for text in ("1,000 GFLOP/s", "10 GB/s", "a device", "jax", "(speed.json)"):
+    assert lines == [
+        "| score | n = 5 | dense | **3.00**, 500 ms, 20 % float32 |",
+        "| score | a \\| b | dense | **0.50**, 500 ms, 20 % float32 |",
+        "| score | n = 5 |  | 500 ms, 20 % float32 |",
+        "| step |  |  | failed: ModuleNotFoundError: No module named 'torch' |",
+    ]
+    for text in ("1,000 GFLOP/s", "10 GB/s", "a device, 2 cores", "(speed.json)"):
         assert text in page
     assert len(list(run.show(found))) == 2
+
+
+def test_each_machine_has_a_column_and_the_worst_ratio_is_bold():
+    run = load("run")
+    about = {"command": "run.py", "date": "2026-01-01", "device": "a device",
+             "versions": {}, "limits": LIMITS}  # fmt: skip
+    slower, other = CASE | {"ours_s": 1.0}, CASE | {"case": "n = 6"}
+    runs = {
+        name: about | {"rows": run.rows({"score": {"cases": cases}}, LIMITS)}
+        for name, cases in {"a.json": [CASE], "b.json": [slower, other]}.items()
+    }
+    page = run.markdown(runs)
+    assert "| benchmark | case | peer | machine 1 | machine 2 |" in page
+    assert [line for line in page.splitlines() if line.startswith("| s")] == [
+        "| score | n = 5 | dense | 3.00, 500 ms, 20 % float32 "
+        "| **1.50**, 1,000 ms, 10 % float32 |",
+        "| score | n = 6 | dense |  | **3.00**, 500 ms, 20 % float32 |",
+    ]
+    assert "| 2 | a device |" in page and "[b.json](b.json)" in page
+
+
+def test_a_machine_is_named_by_its_processor(monkeypatch, tmp_path):
+    limits, path = load("limits"), tmp_path / "cpuinfo"
+    monkeypatch.setattr(limits, "CPUINFO", path)
+    path.write_text("processor\t: 0\nmodel name\t: A  Processor 9\n" * 2)
+    assert limits.device() == f"A Processor 9, {limits.CORES} cores"
+    path.unlink()
+    assert limits.device().endswith(f" {limits.CORES} cores")
 
 
 def run_all(tmp_path, *flags, **env):
@@ -376,8 +403,7 @@ def test_one_table_of_several_benchmarks(tmp_path):
     assert list(found["about"]) == ["limits", *names]
     assert {"python", "jax", "jaxlib", "torch", "faiss-cpu"} <= set(found["versions"])
     for row in rows:
-        assert f"| {row['benchmark']} | {row['case']} |" in page
-        assert row["peer"] is not None
+        assert f"| {row['benchmark']} | {row['case']} | {row['peer']} |" in page
 
 
 @pytest.mark.slow
@@ -393,7 +419,7 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(tmp_path):
     assert found["rows"] == [
         {"benchmark": "train_step", "failed": "ImportError: no torch here"}
     ]
-    assert "| train_step | failed: ImportError: no torch here |" in page
+    assert "| train_step |  |  | failed: ImportError: no torch here |" in page
 
 
 def test_the_shares_of_a_step_are_those_of_its_kernels():
