@@ -150,7 +150,7 @@ def show(found):
 
 PAGE = """# Speed: ours, the peers, and what the machines can do
 
-Seeds are fixed in the scripts. Of each machine, the command and all numbers:
+Seeds are fixed in the scripts. The machines:
 
 {machines}
 
@@ -167,14 +167,18 @@ just above 100 %.
 
 
 def markdown(runs):
-    """The runs of several machines as a page.   Args: {name of a JSON: its content}."""
+    """The runs of several machines as a page.   Args: {name of a JSON: its content}.
+
+    Without a name, nothing is linked.
+    """
     machines, answers = [], {}
     for number, (name, found) in enumerate(runs.items(), start=1):
         said = {what: rate for what, rate, _ in rates(found["limits"])}
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         machines.append(
             [str(number), found["device"], *(said.get(k, "") for k in LIMITS)]
-            + [f"`{found['command']}`, {found['date']}, {versions}: [{name}]({name})"]
+            + [f"`{found['command']}`, {found['date']}, {versions}"]
+            + [f"[{name}]({name})" if name else ""]
         )
         for row in found["rows"]:
             key = tuple(row.get(k) or "" for k in ("benchmark", "case", "peer"))
@@ -185,7 +189,7 @@ def markdown(runs):
         cell = [_cell(of.get(i + 1), min(ratios, default=0)) for i in range(len(runs))]
         rows.append([text.replace("|", "\\|") for text in [*key, *cell]])
     columns = ("benchmark", "case", "peer", *(f"machine {row[0]}" for row in machines))
-    about = ("machine", "processor", *LIMITS, "run")
+    about = ("machine", "processor", *LIMITS, "run", "numbers")
     return PAGE.format(machines=_grid(about, machines), rows=_grid(columns, rows))
 
 
@@ -226,8 +230,17 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small, to see it work")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
-    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="JSON")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="JSON",
+        help="what --json wrote on other machines, for the tables",
+    )
     args = parser.parse_args()
+    # Read before anything is measured, which takes minutes.
+    runs = {path.name: json.loads(path.read_text()) for path in args.beside}
     machine = start("limits", QUICK_LIMITS.split() if args.quick else [])
     about, limits = machine.get("about", {}), machine.get("limits", {})
     written = {"limits": machine | {"cases": []}}
@@ -256,8 +269,7 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     if args.markdown:
-        runs = {path.name: json.loads(path.read_text()) for path in args.beside}
-        own = args.json.name if args.json else "not kept"
+        own = args.json.name if args.json else ""
         args.markdown.write_text(markdown(runs | {own: found}))
     failed = [row["benchmark"] for row in found["rows"] if "failed" in row]
     raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
