@@ -18,6 +18,11 @@ import multiprocessing
 import platform
 import time
 
+from memsep_jax import memory
+
+if __name__ == "__main__":  # as the command line does, before jax is imported
+    memory.keep()
+
 import jax
 import jax.numpy as jnp
 

@@ -18,6 +18,11 @@ import platform
 import re
 import tempfile
 
+from memsep_jax import memory
+
+if __name__ == "__main__":  # as the command line does, before jax is imported
+    memory.keep()
+
 import jax
 import numpy as np
 

@@ -37,6 +37,11 @@ from pathlib import Path
 # The device's memory is for two.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from memsep_jax import memory
+
+if __name__ == "__main__":  # as the command line does, before jax is imported
+    memory.keep()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -39,6 +39,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memsep_jax import memory
+
+if __name__ == "__main__":  # before jax is imported
+    memory.keep()
+
 import jax
 
 from memsep_jax import checkpoint, experiments

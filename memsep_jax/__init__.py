@@ -4,6 +4,7 @@ The map of the house, from the ground up. Every function is written for one poin
 x [*event] and one time t []; jax.vmap makes the batch.
 
 Below all (jax only):
+  memory        freed memory: kept for the next step, or given back (no jax either)
   checks        what must be right before anything is traced or compiled
   keys          a branch of a random key that no split and no step can reach
   shapes        types of arrays for annotations, which tests check

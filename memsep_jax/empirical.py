@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from memsep_jax.checks import is_known
@@ -307,19 +308,50 @@ def _chunk_sums(points, prior, x, alpha, v):
     )
     # No other point is likelier than the last contender, whatever rounding says.
     others = jnp.minimum(logits - logits[best], jnp.min(contenders))
-    logits = others.at[nearest].set(contenders)
     # The likeliest by differences, which need not be the first by the product, becomes
     # the anchor: all logits are then at most 0, and exp cannot overflow.
-    place = nearest[jnp.argmax(contenders)]
-    logits = logits - logits[place]
-    weights = jnp.exp(logits)
+    place, shift = nearest[jnp.argmax(contenders)], jnp.max(contenders)
+    near, far = contenders - shift, (others - shift).at[nearest].set(NEVER)
+    of_near, of_far = jnp.exp(near), jnp.exp(far)
+    first, _ = jax.lax.scan(
+        lambda total, one: (total + one[0] * points[one[1]], None),
+        _weighted(of_far, points),
+        (of_near, nearest),
+    )
     return _Sums(
         points[place],
         prior[place],
-        jnp.sum(weights),
-        _product(weights, points),
-        jnp.sum(weights * logits),
+        jnp.sum(of_near) + jnp.sum(of_far),
+        first,
+        jnp.sum(of_near * near) + jnp.sum(of_far * far),
     )
+
+
+@jax.custom_jvp
+def _weighted(weights, points):
+    """weights @ points; nothing is multiplied where all weights of a batch are 0.
+
+    So it is for images and all but large sigma, as exp(-104) is 0 in float32. Under
+    vmap, a loop goes on for as long as any point of the batch needs it, which no cond
+    does. The weights change in it, or XLA would move the product out of the loop.
+    """
+    return jax.lax.while_loop(
+        lambda left: jnp.any(left[0] > 0),
+        lambda left: (jnp.zeros_like(weights), _product(left[0], points)),
+        (weights, jnp.zeros_like(points[0])),
+    )[1]
+
+
+@partial(_weighted.defjvp, symbolic_zeros=True)
+def _slope(at, moves):
+    """By plain products, as reverse mode cannot follow a loop without a known end."""
+    (weights, points), (by_weights, by_points) = at, moves
+    slope = jnp.zeros_like(points[0])
+    if not isinstance(by_weights, SymbolicZero):
+        slope += _product(by_weights, points)
+    if not isinstance(by_points, SymbolicZero):
+        slope += _product(weights, by_points)
+    return _weighted(weights, points), slope
 
 
 def _product(a, b):

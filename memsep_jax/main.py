@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from memsep_jax import memory
 from memsep_jax.experiments.config import command, schema
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -142,6 +143,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """The entry point."""
+    memory.keep()
     try:
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:  # before or after a run, where nothing is to be saved

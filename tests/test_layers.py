@@ -17,9 +17,10 @@ ROOMS = {
 ALONE = {
     "checks", "keys", "process", "neighbours", "fidelity", "parallel", "checkpoint",
 }  # fmt: skip
-FREE = {"__version__", "shapes", "checks", "keys"}  # what stands alone may import them
+# What stands alone may import them.
+FREE = {"__version__", "memory", "shapes", "checks", "keys"}
 FLOORS = [  # a room imports from its own row and those above it here
-    {"shapes", "checks", "keys"},
+    {"memory", "shapes", "checks", "keys"},
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},

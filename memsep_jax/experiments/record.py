@@ -7,7 +7,6 @@ one.
 
 import contextlib
 import csv
-import ctypes
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from memsep_jax import parallel
+from memsep_jax import memory, parallel
 from memsep_jax.checkpoint import StorageError
 
 # Seconds that one call into XLA takes, by the measured rate. Python handles a signal
@@ -193,25 +192,12 @@ def kept(path, work) -> dict:
     """
     arrays = read_npz(path)
     if arrays is None:
-        _trim()(0)  # what the last piece freed makes room for this one
+        memory.give_back()  # what the last piece freed makes room for this one
         # np.asarray of a computation that failed later would end the process.
         done = jax.block_until_ready(work())
         arrays = {name: np.asarray(value) for name, value in done.items()}
         write_npz(path, **arrays)
     return arrays
-
-
-@functools.cache
-def _trim():
-    """malloc_trim of glibc, which gives freed memory back; elsewhere, nothing.
-
-    By itself glibc keeps pieces below 32 MB that were freed: 0.3 GiB after the searches
-    of 1,000 images of 256 x 256.
-    """
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return lambda pad: 0
 
 
 def in_chunks(directory, work, total: int, chunk: int, session, what: str) -> dict:
