@@ -1,16 +1,16 @@
 """The empirical score against its dense forms: speed, memory, rounding.
 
 python benchmarks/empirical_score.py [--parts speed memory rounding] [--n=5000]
-    [--batch=256] [--rounds=15] [--data=FILE.npz] [--json=FILE.json]
+    [--batch=256] [--rounds=6] [--data=FILE.npz] [--json=FILE.json]
 
 Needs the extra `dev` (torch). Everything is float32, on images of 32 x 32 x 3 from an
 npz (`train_images`), or on uniform noise where none is given. Queries are noised points
 at t = 0.1, where a few points have all of the weight and ours leaves out the second of
-two products, and at t = 8, where all points have weight; also of an eighth of the batch
-and among ten times the points. All forms of a table take turns in one run, each of them
-called twice in its turn, and the ratios compare their fastest times. On a GPU the default sizes
-differ, PyTorch goes through torch.compile, and no product is TF32. Memory is resident
-memory, so it is measured only on a CPU.
+two products, and at t = 8, where all points have weight; also of an eighth of the
+batch. All forms of a table take turns in one run, each of them
+called twice in its turn, and the ratios compare their fastest times. On a GPU the
+default sizes differ, PyTorch goes through torch.compile, and no product is TF32. Memory
+is resident memory, so it is measured only on a CPU.
 """
 
 import argparse
@@ -43,8 +43,8 @@ D = 32 * 32 * 3
 TIMES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 SHARP, DIFFUSE = 0.1, 8.0  # one point has all the weight; all have some
 SIZES = {
-    "cpu": {"n": 5_000, "batch": 256, "rounds": 15},
-    "gpu": {"n": 50_000, "batch": 1_024, "rounds": 15},
+    "cpu": {"n": 5_000, "batch": 256, "rounds": 6},
+    "gpu": {"n": 50_000, "batch": 1_024, "rounds": 6},
 }
 
 
@@ -278,15 +278,14 @@ def main():
     found = {"about": about}
     if "speed" in args.parts:
         found |= {"speed": [], "cases": []}
-        for n, batch, t, rounds in (
-            (args.n, args.batch, SHARP, args.rounds),
-            (args.n, args.batch, DIFFUSE, args.rounds),
-            (args.n, max(1, args.batch // 8), SHARP, args.rounds),
-            (10 * args.n, args.batch, SHARP, max(3, args.rounds // 5)),
+        for batch, t in (
+            (args.batch, SHARP),
+            (args.batch, DIFFUSE),
+            (max(1, args.batch // 8), SHARP),
         ):
-            rows = speed(args.data, n, batch, t, rounds)
-            found["speed"].append({"n": n, "batch": batch, "t": t, "forms": rows})
-            found["cases"] += cases(rows, n, batch, t)
+            rows = speed(args.data, args.n, batch, t, args.rounds)
+            found["speed"].append({"batch": batch, "t": t, "forms": rows})
+            found["cases"] += cases(rows, args.n, batch, t)
     if "memory" in args.parts:
         found["memory"] = memory(args.data)
     if "rounding" in args.parts:

@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -34,13 +35,13 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 RUNS = {  # script: (flags, more of them of a quick run)
     "empirical_score": ("--parts speed", "--n=500 --batch=32 --rounds=3"),
-    "neighbours": ("--rounds=3", "--n=1000 --m=256 --size=8 --rounds=1"),
+    "neighbours": ("--rounds=1", "--n=1000 --m=256 --size=8 --rounds=1"),
     "lipschitz": ("", "--n=500 --d=192 --probes=4 --iters=5 --size=8 --dit_width=32 "
                   "--dit_depth=1 --dit_heads=2 --rounds=1"),
     "train_step": ("", "--size=8 --batch=4 --unet_width=8 --unet_depth=1 "
                    "--dit_width=32 --dit_depth=1 --dit_heads=2 --samples=4 --rounds=1"),
-    "pruned": ("--ratios 0.5", "--width=16 --depth=2 --num_heads=4 --size=8 --batch=2 "
-               "--rounds=1"),
+    "pruned": ("--ratios 0.5 --rounds=1", "--width=16 --depth=2 --num_heads=4 "
+               "--size=8 --batch=2 --rounds=1"),
 }  # fmt: skip
 QUICK_LIMITS = "--side=256 --megabytes=16 --seconds=0.1"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "faiss-cpu")
@@ -57,9 +58,11 @@ def start(script, flags):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, str(HERE / f"{script}.py"), *flags, f"--json={path}"]
+        began = time.perf_counter()
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode == 0:
-            return json.loads(path.read_text())
+            seconds = round(time.perf_counter() - began, 1)
+            return json.loads(path.read_text()) | {"seconds": seconds}
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         sys.stderr.write(done.stderr)
         return {"failed": said[-1]}
@@ -259,6 +262,9 @@ def main():
         "limits": limits,
         "about": {
             name: one["about"] for name, one in written.items() if "about" in one
+        },
+        "seconds": {
+            name: one["seconds"] for name, one in written.items() if "seconds" in one
         },
         "rows": rows(written, limits),
     }

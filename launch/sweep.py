@@ -49,7 +49,7 @@ import jax
 from memsep_jax import checkpoint, experiments
 from memsep_jax.experiments.config import sweep_file
 from memsep_jax.experiments.config.command import UsageError
-from memsep_jax.experiments.runtime import runs, signals, terminal
+from memsep_jax.experiments.runtime import compiled, runs, signals, terminal
 from memsep_jax.experiments.studies import overview
 
 LOOK_EVERY = 1.0  # seconds between looks at the points, where a sweep is waited for
@@ -314,14 +314,7 @@ def attend(args) -> int:
     # SLURM sends this signal to a whole job before its end: submitit listens, and
     # closes the input of this process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    # Every program is kept, however small or fast: all workers compile the same ones.
-    for name, value in {
-        "jax_compilation_cache_dir": str(args.workdir / "compiled"),  # of all workers
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
-        if name.upper() not in os.environ:  # what a person chose stays
-            jax.config.update(name, value)
+    compiled.keep(args.workdir / "compiled")  # all workers compile the same ones
     if os.environ.get(ATTACHED):
 
         def end_with_it():

@@ -88,6 +88,7 @@ def _run(config, workdir) -> int:
     """Runs the config.   Returns: the exit code; a bug of one process is raised."""
     # Here, and not above: a mistake in the command is told before jax is imported.
     from memsep_jax import experiments, parallel
+    from memsep_jax.experiments.runtime import compiled
     from memsep_jax.experiments.runtime.session import Terminal
     from memsep_jax.experiments.studies.dry_run import dry_run
 
@@ -101,6 +102,8 @@ def _run(config, workdir) -> int:
             console = Terminal(highlight=False, emoji=False)
             console.print(dry_run(config, console.print))
         else:
+            if not _DISTRIBUTED.value:
+                compiled.keep()
             experiments.run(
                 config, workdir, _RESUME_STEP.value, _ALLOW_CONFIG_CHANGE.value
             )

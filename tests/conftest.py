@@ -47,6 +47,7 @@ def children(tmp_path_factory):
     harness.CACHE = shared / "jax-cache"
     harness.XLA_FLAGS = tuple(_FLAGS)
     harness.OPTIMIZED = False  # the first run of TINY takes 10 s instead of 24
+    os.environ["XDG_CACHE_HOME"] = str(shared / "user-cache")  # nobody's own is used
 
 
 # These import what they need inside, as above: it imports the package.

@@ -72,6 +72,7 @@ OWNERS = {  # package: rooms that may import it
     "wandb": {"experiments"},
 }
 LAZY = {
+    "scipy",
     "tensorflow_datasets",
     "sklearn",
     "jinja2",
@@ -138,7 +139,7 @@ def violations(room, tree):
         owners = set().union(*(OWNERS[p] for p in OWNERS if within(name, p)))
         if not any(within(room, owner) for owner in owners):
             yield f"{where}: owned by {sorted(owners) or 'nobody'}"
-        if package in LAZY and top == "data" and not inside:
+        if package in LAZY and (top == "data" or package == "scipy") and not inside:
             yield f"{where}: inside the function that needs it"
 
 

@@ -7,7 +7,6 @@ C_T and FLD.
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from memsep_jax.fidelity import UndefinedError, squared_distances
 from memsep_jax.shapes import Arr, Bool, Float
@@ -232,6 +231,8 @@ def copying_test(
 
 def _mann_whitney(x, y):
     """The z-score of U, the number of pairs with x_i > y_j; ties count one half."""
+    from scipy import stats  # takes over a second, and few runs need it
+
     # Not `stats.mannwhitneyu`: it gives a p-value, which is 0 from z = 38 on.
     m, n = len(x), len(y)
     ranks = stats.rankdata(np.concatenate([x, y]))

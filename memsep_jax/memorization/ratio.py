@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours, distinct, searcher
@@ -138,6 +137,8 @@ def wilson(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
         raise ValueError(f"count={count} of total={total} is not a share")
     # Wilson's, since copies are often none or all, where the interval of a normal law
     # has no width.
+    from scipy import stats  # takes over a second to import
+
     low, high = stats.binomtest(count, total).proportion_ci(level, "wilson")
     return float(low), float(high)
 
@@ -178,4 +179,6 @@ def by_chance(count: int, total: int, null_count: int, null_total: int) -> float
     Source: Fisher 1935, section 21.1: hypergeometric, given all copies together.
     """
     table = [[count, total - count], [null_count, null_total - null_count]]
+    from scipy import stats  # takes over a second to import
+
     return float(stats.fisher_exact(table, alternative="greater").pvalue)

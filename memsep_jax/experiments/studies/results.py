@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy import stats
 
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import grid
@@ -181,6 +180,8 @@ def mean_interval(values, level=0.95) -> Interval:
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         error = std / np.sqrt(len(values))
+        from scipy import stats  # takes over a second to import
+
         half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
     return Interval(mean, std, mean - half, mean + half)
 

@@ -1,0 +1,58 @@
+"""Compiled programs on disk, so that the next process starts in seconds."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux
+_SAYS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+_DAYS = 30  # a program is compiled anew after that, so that old ones do not pile up
+
+
+def keep(folder: Path | None = None) -> None:
+    """Uses jax's persistent compilation cache in a folder; what a person set stays.
+
+    Every program is kept, however small. A processor has a folder of its own in it:
+    programs for one may not run on another, and a home or a workdir is often that of
+    many machines. Where nothing can be written, nothing is kept. Not for processes
+    that train together, where each must compile what the others do.
+
+    Args: folder; None is memsep_jax in the user's cache directory.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is not None:
+        return
+    try:
+        place = (folder or _of_user()) / _processor()
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            return
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return
+    for path in place.iterdir():
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - path.stat().st_mtime > _DAYS * 24 * 3_600:
+                path.unlink()
+    for name, value in {
+        "jax_compilation_cache_dir": str(place),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+
+
+def _of_user():
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "memsep_jax"
+
+
+def _processor():
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    said = sorted({line for line in lines if line.startswith(_SAYS)})
+    text = "\n".join([platform.machine(), platform.processor(), *said])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
