@@ -18,9 +18,9 @@ def keep() -> None:
     does. A program of XLA on a CPU asks for its temporary memory anew in each call, and
     glibc maps pieces above 32 MB anew each time: the kernel then writes zeros to tens
     of thousands of pages in each step of a training, a quarter of its time. Threads
-    share one arena, so that what one of them freed serves the others. The heap has gaps, so
-    a process may hold more: 1.3 times as much was seen where a step needs 571 MB.
-    Nothing happens where the C library is another one.
+    share one arena, so that what one of them freed serves the others. The heap has
+    gaps, so a process may hold more: 1.3 times as much was seen where a step needs
+    571 MB. Nothing happens where the C library is another one.
     """
     # AttributeError: no mallopt (macOS); OSError, TypeError: no CDLL(None) (Windows).
     with contextlib.suppress(AttributeError, OSError, TypeError):
