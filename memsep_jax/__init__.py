@@ -25,7 +25,7 @@ Mathematics (jax only):
                 emission (which points come out), reproducibility (of two models)
 Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
-                inception and alexnet, which make features
+                inception and alexnet, which make features; own, a user's network
 Learning:
   data          a data set is an array: load, subset, label, duplicate, draw, stream.
                 arrays (what they may hold), readers (folders and zips of images),

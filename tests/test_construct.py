@@ -3,7 +3,7 @@
 import pytest
 
 from memsep_jax import defaults, experiments, sources
-from memsep_jax.experiments import record
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, construct
 from memsep_jax.experiments.studies import audit
 
@@ -39,8 +39,18 @@ class Flat(nn.Module):
         return nn.Dense(1)(x)
 
 
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, t):
+        return nn.Dense(x.size)(x)
+
+
 class NoModule:
     pass
+
+
+def absent():
+    raise KeyError("weights")
 
 
 def slow(rate=1.0):
@@ -82,13 +92,14 @@ def own(mine):
     return defaults.smoke(config)
 
 
-def test_the_fields_are_the_arguments_of_the_users_function(mine):
+def test_the_fields_are_the_arguments_of_the_users_function(mine, key):
     config = own(mine)
     config.process.name, config.process.rate = f"{mine}:slow", 2.0
     config.sampler.update(t_min=1e-3, t_max=3.0)
     config.times.update(name="uniform", t_min=1e-3, t_max=3.0)
     parts = build.build(config)
-    assert parts.model.size == 8
+    assert parts.model.takes == {"label", "train"}
+    assert training.init_params(parts, key)["Dense_1"]["bias"].shape == (8,)
     assert parts.splits.train.x.shape == (16, 2)
     assert parts.process.alpha(0.5) == pytest.approx(0.3679, rel=1e-3)
     config.model.sise = 8
@@ -111,12 +122,24 @@ def test_a_study_of_ones_own_is_run(mine, tmp_path):
     assert (tmp_path / "run" / "mine.txt").read_text() == "dit"
 
 
-def test_an_audit_does_not_run_the_code_of_a_run(mine, tmp_path):
-    known = build.to_json(own(mine))
+def left(run, config):
+    """A workdir that holds the config of a run."""
     for name in ("config.json", "run.json"):
-        record.write_json(tmp_path / "run" / name, known)
+        record.write_json(run / name, build.to_json(config))
+    return str(run)
+
+
+def test_an_audit_does_not_run_the_code_of_a_run(mine, tmp_path):
+    run = left(tmp_path / "run", own(mine))
     with pytest.raises(sources.DataError, match=f"code of its own .*{mine}:ring"):
-        audit.images_of(str(tmp_path / "run"), "train")
+        audit.images_of(run, "train")
+
+
+def test_an_audit_needs_the_data_of_a_run_and_not_its_network(tmp_path):
+    config = defaults.switch(defaults.train(), model="nobodys:Net")
+    config.data.num_examples = 10
+    images = audit.images_of(left(tmp_path / "run", config), "train").images
+    assert images.shape == (10, 8, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +166,35 @@ def test_a_function_that_is_not_there_is_one_message(name, words, mine, tmp_path
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Deaf", r"raises TypeError: Deaf.__call__\(\) takes 2 .* but 4 were given"),
+        ("Deaf", r"has __call__\(self, x\): it must take \(x, t\) of one example"),
         ("Broken", r"raises NameError: .*\(.*mine_.*\.py:\d+\)$"),
-        ("Flat", r"makes \(1,\) of x \[2\]: the result must have the shape of x"),
-        ("NoModule", "must be a flax module, .* has no attribute 'init'"),
+        ("Flat", r"makes float32\[1\] of x float32\[2\]: the answer must have the"),
+        ("NoModule", "makes NoModule: a network is a module of flax.linen, a class"),
+        ("absent", r"raises KeyError: 'weights' \(.*mine_.*\.py:\d+\)$"),
     ],
 )
 def test_a_network_of_ones_own_that_cannot_be_called(name, words, mine):
     config = own(mine)
     config.model = {"name": f"{mine}:{name}"}
     with pytest.raises(build.ConfigError, match=words):
+        build.build(config)
+
+
+def test_labels_need_a_network_that_takes_them(mine):
+    config = own(mine)
+    config.model = {"name": f"{mine}:Plain"}
+    build.build(config)
+    config.data.update(labels="random", num_labels=3)
+    words = "takes no label, and the data have 3 .* argument label, or .*labels=none"
+    with pytest.raises(build.ConfigError, match=words):
+        build.build(config)
+
+
+def test_a_network_without_gates_is_not_pruned(mine):
+    config = own(mine)
+    config.model = {"name": f"{mine}:Plain"}
+    config.prune.ratio = 0.5
+    with pytest.raises(build.ConfigError, match="prune.ratio=0.5 .* takes none: give"):
         build.build(config)
 
 

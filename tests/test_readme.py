@@ -100,7 +100,7 @@ def test_every_link_of_the_docs_leads_somewhere():
 
 def test_a_users_file_is_short_and_is_shown_whole():
     page = (ROOT / "docs" / "extending.md").read_text()
-    assert len(USERS) == 4
+    assert len(USERS) == 6
     for path in USERS:
         assert f"```python\n{path.read_text()}```" in page
         assert len(path.read_text().splitlines()) <= 40
@@ -127,6 +127,19 @@ def test_a_users_process_network_and_data_make_a_run(users_files, tmp_path):
     metrics = record.read_json(tmp_path / "metrics.json")
     assert (metrics["model"]["name"], metrics["data"]["name"]) == (model, rings)
     assert metrics["memorization"]["samples"] == config.sampler.num_samples
+
+
+@pytest.mark.parametrize(
+    "name", ["my_least_network:Linen", "my_least_network:Nnx", "my_functions:network"]
+)
+def test_the_least_networks_are_trained(name, users_files, tmp_path):
+    config = digits.get_config("smoke")
+    defaults.switch(config, model=name)
+    with harness.undrawn():
+        experiments.run(config, tmp_path)
+    rows = record.read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[-1]["step"] == config.train.steps
+    assert record.read_json(tmp_path / "config.json")["model"]["name"] == name
 
 
 def test_a_users_study_makes_a_sweep(users_files, tmp_path):

@@ -117,3 +117,16 @@ def test_a_truth_that_is_not_known_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(build.ConfigError, match="data.name=mixture has one"):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_a_bound_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "linear_net.py").write_text(
+        "def net():\n"
+        "    return lambda key, x, t: x + 1, lambda params, x, t: params * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = defaults.switch(tiny(), model="linear_net:net")
+    config.sweep.width = ()
+    with pytest.raises(build.ConfigError, match="linear_net:net.* model.name=mlp"):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

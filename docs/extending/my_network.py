@@ -13,7 +13,7 @@ class ConvNet(nn.Module):
     num_classes: int = 0  # given by the data: 0 without labels
 
     @nn.compact
-    def __call__(self, x, t, label=None, gates=None, train=False):
+    def __call__(self, x, t, label=None):
         """One example.   x [h, w, c], t [], label [] or None -> [h, w, c]."""
         embedding = Embedding(self.width, self.num_classes)(t, label)
         h = nn.Conv(self.width, (3, 3))(x)

@@ -27,16 +27,16 @@ from memsep_jax.experiments.config.construct import (
     is_own,
     look_up,
     naming,
-    parameters,
     untaken,
 )
 from memsep_jax.experiments.config.schema import ORDERS, did_you_mean
-from memsep_jax.models import MODELS
+from memsep_jax.models import MODELS, own
 
 __all__ = [
     "MODELS", "ORDERS", "ConfigError", "Keys", "Parts", "build", "call", "check",
-    "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "keys",
-    "lengths", "look_up", "sampling_options", "to_json", "truth", "watched",
+    "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "is_own",
+    "keys", "lengths", "look_up", "sampling_options", "splits", "to_json", "truth",
+    "watched",
 ]  # fmt: skip
 
 
@@ -140,9 +140,9 @@ def build(config, read=sources.source) -> Parts:
     if splits is not None and in_epochs and not attempt.wrong:
         steps, warmup = lengths(config, len(splits.train.x))
         tx = attempt(_optimizer, config, steps, warmup)
-    model = attempt(_model, config.model, num_classes)
     # Without points, their shape alone: the network is still checked against it.
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
+    model = attempt(_model, config.model, num_classes, shape)
     if model is not None and shape is not None:
         attempt(_check_shape, config.model, model, shape, num_classes)
     attempt(checks.mitigations, config, splits, num_classes)
@@ -178,6 +178,21 @@ class _Attempts:
         except (ValueError, TypeError) as error:
             self.wrong.extend(str(error).splitlines())
             return None
+
+
+def splits(config, read=sources.source) -> data.Splits:
+    """The points of a config alone; runs no code but that of a user's own data.
+
+    Raises: ConfigError, data.DataError: as `build`.
+    """
+    check_kinds(config)
+    _refuse(schema.broken_rules(config, "data"))
+    try:
+        return _splits(config.data, read)
+    except data.DataError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def lengths(config, n: int = 0) -> tuple[int, int]:
@@ -299,18 +314,23 @@ def _choice():
     return arguments(data.select) - {"source"}
 
 
-def _model(group, num_classes):
-    made = call(MODELS, group, "model", num_classes=num_classes)
-    # `call` gives a user's function only the arguments that it takes: without
-    # num_classes it would have no place for the labels.
-    if num_classes and is_own(group.name):
-        taken = parameters(look_up(MODELS, group.name, "model.name"))
-        if taken is not None and "num_classes" not in taken:
-            raise ConfigError(
-                f"model.name={group.name!r} takes no num_classes, and the data have "
-                f"{num_classes}: add the argument, or give data.labels=none"
-            )
-    return made
+def _model(group, num_classes, shape):
+    if not is_own(group.name):
+        return call(MODELS, group, "model", num_classes=num_classes)
+    if shape is None:  # what is wrong with the data is said elsewhere
+        return None
+    given = {"num_classes": num_classes, "shape": tuple(shape)}
+    with _naming_own(group.name, but=(ValueError, TypeError)):  # they name fields
+        made = call(MODELS, group, "model", **given)
+    with _naming_own(group.name):
+        model = own.network(made)
+    if num_classes and "label" not in model.takes:
+        raise ConfigError(
+            f"model.name={group.name!r} takes no label, and the data have "
+            f"{num_classes} classes: give its call the argument label, or give "
+            "data.labels=none"
+        )
+    return model
 
 
 def _num_classes(splits):
@@ -356,39 +376,30 @@ def _check_shape(group, model, shape, num_classes):
                 for line in str(error).splitlines()
             )
             raise ConfigError("\n".join(named)) from error
-    elif is_own(group.name):
-        _check_own(group.name, model, shape, num_classes)
+    elif isinstance(model, own.Network):
+        with _naming_own(group.name):
+            own.check(model, shape, num_classes)
 
 
-def _check_own(name, model, shape, num_classes):
-    """Traces a user's network once, as a training calls it."""
-    # eval_shape computes nothing. A result of another shape would not fail later: the
-    # loss would broadcast it.
-    label = jnp.zeros((), jnp.int32) if num_classes else None
-
-    def call_network(x, t):
-        params = model.init(jax.random.key(0), x, t, label)["params"]
-        return model.apply({"params": params}, x, t, label, None)
-
+@contextlib.contextmanager
+def _naming_own(name, but=()):
+    """Makes what a user's own network raises one line, with its place."""
     try:
-        made = jax.eval_shape(call_network, jnp.zeros(shape), jnp.zeros(()))
-    except Exception as error:  # whatever the user's module raises
+        yield
+    except but:
+        raise
+    except own.NetworkError as error:
+        raise ConfigError(f"model.name={name!r} {error}") from error
+    except Exception as error:
         # The last line of the user's own file, and not one inside of flax.
         path = sys.modules[name.partition(":")[0]].__file__
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = f" ({path}:{lines[-1]})" if lines else ""
-        first_line, *_ = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {first_line}"
+        reason, *_ = str(error).strip().splitlines() or [""]
         raise ConfigError(
-            f"model.name={name!r} must be a flax module, called as (x, t, label, "
-            f"gates): of x {list(shape)} it raises {reason}{where}"
+            f"model.name={name!r} raises {type(error).__name__}: {reason}{where}"
         ) from error
-    if getattr(made, "shape", None) != tuple(shape):
-        raise ConfigError(
-            f"model.name={name!r} makes {getattr(made, 'shape', type(made).__name__)} "
-            f"of x {list(shape)}: the result must have the shape of x"
-        )
 
 
 def _splits(group, read):

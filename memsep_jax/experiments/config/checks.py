@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from memsep_jax import prune, sampling
 from memsep_jax.experiments.config import schema
 from memsep_jax.experiments.config.construct import ConfigError, naming
+from memsep_jax.models import own
 
 STOPS = [name.removeprefix("train.") for name in schema.marked(schema.STOPS)]
 EPOCHS = ("epochs", "warmup_epochs")
@@ -116,6 +117,12 @@ def pruning(group, model, shape, num_classes):
     """Refuses a pruning that would remove nothing."""
     if not group.ratio:
         return
+    if isinstance(model, own.Network) and "gates" not in model.takes:
+        raise ValueError(
+            f"prune.ratio={group.ratio} closes gates, and the network takes none: give "
+            "its call the argument gates and its layers the names that models.DiT has, "
+            "or leave prune.ratio at 0"
+        )
     label = jnp.zeros((), jnp.int32) if num_classes else None
     # Shapes alone: a large network is not made to count its heads.
     like = jax.eval_shape(

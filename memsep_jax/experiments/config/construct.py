@@ -16,6 +16,7 @@ from pathlib import Path
 
 from memsep_jax.experiments.config import schema
 from memsep_jax.experiments.config.schema import did_you_mean
+from memsep_jax.models import own
 
 
 class ConfigError(ValueError):
@@ -32,7 +33,8 @@ def call(table: dict, group, what: str, **given):
     """table[group.name](the other fields of the group that are not None, **given).
 
     A field that the constructor does not take is left out: `untaken` refuses those
-    that a person gave. A user's own function also gets only what it takes of `given`.
+    that a person gave. A user's own function also gets only what it takes of `given`,
+    and a field of that name comes first.
 
     Raises: ValueError: an unknown name, a missing argument, and whatever the
       constructor has to say.
@@ -41,6 +43,7 @@ def call(table: dict, group, what: str, **given):
     fields = given_to(group, arguments(constructor))
     if is_own(group["name"]):
         given = given_to(given, parameters(constructor))
+        given = {name: given[name] for name in given.keys() - fields.keys()}
     check_given(constructor, {*fields, *given}, what, group["name"])
     with naming(what, group):
         return constructor(**fields, **given)
@@ -106,7 +109,7 @@ def _own(name, what):
             f"{what}={name!r} is {type(known[attribute]).__name__}, not a function "
             "or a class"
         )
-    return known[attribute]
+    return own.constructor(known[attribute])
 
 
 def _is_installed(origin):

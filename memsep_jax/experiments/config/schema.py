@@ -729,14 +729,6 @@ def tags(known: dict) -> list[str]:
     return list(dict.fromkeys(made))
 
 
-def own_code(known: dict) -> list[str]:
-    """The names in a config, MODULE:FUNCTION, that stand for a user's own code."""
-    groups = [known.get(group) for group in sorted(CONSTRUCTED)]
-    names = [known.get("experiment")]
-    names += [group.get("name") for group in groups if isinstance(group, dict)]
-    return [name for name in names if isinstance(name, str) and ":" in name]
-
-
 def settled(known: dict) -> dict:
     """The plain values of a config, without those that its constructors do not take.
 

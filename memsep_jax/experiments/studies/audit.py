@@ -260,13 +260,14 @@ def images_of(where, role, resolution=None, skip_bad=False, **preparation) -> So
         x = (record.read_npz(workdir / "samples.npz") or {}).get("samples")
         images = None if x is None else Source(x)
     elif "model" in known:
-        # An audit may be of a stranger's workdir: it must run none of its code.
-        if own := schema.own_code(known):
+        # An audit may be of a stranger's workdir: it must run none of its code. Only
+        # that of the data would be run, as the network makes no training images.
+        if build.is_own(name := known["data"]["name"]):
             raise DataError(
-                f"--config.{role}={where} is a run with code of its own "
-                f"({', '.join(own)}), which an audit does not run: give its images"
+                f"--config.{role}={where} is a run with code of its own for the data "
+                f"({name}), which an audit does not run: give its images"
             )
-        splits = build.build(defaults.restored(known)).splits
+        splits = build.splits(defaults.restored(known))
         part = splits.held_out if role == "held_out" else splits.train
         if part is not None and splits.pixels:
             x = data.to_uint8(np.asarray(data.read(part).x))

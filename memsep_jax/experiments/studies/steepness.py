@@ -29,6 +29,12 @@ def check(config) -> build.Parts:
     """The parts of the first point.   Raises: ConfigError."""
     parts = grid.check(config)
     build.truth(config)
+    if not isinstance(parts.model, mlp.MLP):
+        raise build.ConfigError(
+            f"model.name={config.model.name!r}: experiment=lipschitz bounds a network "
+            "by the weights of its layers, which it knows of an mlp: give "
+            "model.name=mlp"
+        )
     return parts
 
 
