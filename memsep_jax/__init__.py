@@ -6,6 +6,7 @@ x [*event] and one time t []; jax.vmap makes the batch.
 Below all (jax only):
   memory        freed memory: kept for the next step, or given back (no jax either)
   checks        what must be right before anything is traced or compiled
+  roots         square roots and lengths with a derivative at 0
   keys          a branch of a random key that no split and no step can reach
   shapes        types of arrays for annotations, which tests check
 Mathematics (jax only):

@@ -11,6 +11,15 @@ def is_known(*values) -> bool:
     )
 
 
+def check_on_host(name: str, *values):
+    """Refuses traced arrays where NumPy does the work.   Raises: TypeError."""
+    if any(isinstance(a, jax.core.Tracer) for a in values):
+        raise TypeError(
+            f"{name} runs on the host, on NumPy arrays, so jax.grad, jit and vmap "
+            "cannot pass through it: call it outside of the function they transform"
+        )
+
+
 def check_leaves(given, expected):
     """Raises ValueError with a line for each array that does not fit, ten at most.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from memsep_jax.checks import check_on_host
 from memsep_jax.shapes import Arr, Float
 
 # With fewer samples a Frechet distance has a visible bias; the authors of the FID, too,
@@ -211,6 +212,7 @@ def _features(name, a, b, least, why):
     They keep their type, since 50,000 x 2,048 features in float64 take 0.8 GB; tiles of
     them are converted when they are used.
     """
+    check_on_host(name, a, b)
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[1] == b.shape[1]:
         raise ValueError(

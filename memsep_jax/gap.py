@@ -18,6 +18,7 @@ from memsep_jax import empirical, mixture
 from memsep_jax.checks import is_known
 from memsep_jax.mixture import Law
 from memsep_jax.process import Process, check_time, diffusion2, perturb, time_of
+from memsep_jax.roots import length, root
 from memsep_jax.score import ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
 
@@ -63,7 +64,7 @@ def estimate(samples: Num[Arr, " m"]) -> Estimate:
     if len(samples) < 1:
         raise ValueError("estimate: no samples: at least 1")
     # ddof=1: with few draws the biased deviation would make errors too small.
-    error = jnp.std(samples, ddof=1) / math.sqrt(len(samples))
+    error = root(jnp.var(samples, ddof=1)) / math.sqrt(len(samples))
     return Estimate(jnp.mean(samples), error)
 
 
@@ -246,7 +247,7 @@ def kl_integral(times, gaps: Estimate, process: Process) -> Estimate:
     """
     rate = jax.vmap(lambda t: diffusion2(process, t))(jnp.asarray(times))
     # Independent errors: their squares add up.
-    error = jnp.linalg.norm(_trapezoid(times) * rate * gaps.error)
+    error = length(_trapezoid(times) * rate * gaps.error)
     return Estimate(integral(times, rate * gaps.value), error)
 
 
@@ -363,7 +364,9 @@ def effective_size(log_weights: Num[Arr, " n"]) -> Scalar:
 
     Args: log_weights, unnormalised; -inf leaves a point out.
     """
-    return jnp.exp(jnp.sum(entr(jax.nn.softmax(log_weights))))
+    weights = jax.nn.softmax(log_weights)
+    # Points without weight add 0, but the slope of entr at 0 is infinite.
+    return jnp.exp(jnp.sum(entr(jnp.where(weights > 0, weights, 1.0))))
 
 
 def collapse_time(n: Scalar, k: Scalar, d: Scalar, process: Process) -> Scalar:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from memsep_jax.process import Process, check_time
+from memsep_jax.roots import length, root
 from memsep_jax.sampling import path
 from memsep_jax.score import Prediction, ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Num, Point, Points, Scalar
@@ -68,7 +69,7 @@ def spectral_norm(
         # |J'Jv|^2, overflow float32.
         u, value = _unit(push(v))
         pulled = push(u) if symmetric else jax.linear_transpose(push, u)(u)[0]
-        return _unit(pulled)[0], (value, _length(pulled - value * v))
+        return _unit(pulled)[0], (value, length(pulled - value * v))
 
     # A random start has a part in the top direction, almost surely; a fixed one may be
     # orthogonal to it.
@@ -111,13 +112,13 @@ def frobenius(
         )
 
     def square(u):
-        return _length(jax.jvp(lambda x: score_fn(x, t), (x,), (u,))[1]) ** 2
+        return length(jax.jvp(lambda x: score_fn(x, t), (x,), (u,))[1]) ** 2
 
     signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
     squares = jax.vmap(square)(signs)
-    value = jnp.sqrt(jnp.mean(squares))
+    value = root(jnp.mean(squares))
     # The error is that of the mean square, through the slope 1 / (2 value) of the root.
-    error = jnp.std(squares, ddof=1) / jnp.sqrt(probes)
+    error = root(jnp.var(squares, ddof=1)) / jnp.sqrt(probes)
     return value, error / (2 * jnp.where(value > 0, value, 1))
 
 
@@ -290,14 +291,10 @@ def network_bound(
     return (kept + steep) / process.sigma(t) ** 2
 
 
-def _length(v):
-    return jnp.sqrt(jnp.sum(v**2))
-
-
 def _unit(v):
     """v / |v| and |v|; zero stays zero."""
-    length = _length(v)
-    return v / jnp.where(length > 0, length, 1), length
+    norm = length(v)
+    return v / jnp.where(norm > 0, norm, 1), norm
 
 
 def _check_floats(data):

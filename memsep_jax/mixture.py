@@ -16,6 +16,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import erfc, logsumexp
 
 from memsep_jax.process import Process
+from memsep_jax.roots import root
 from memsep_jax.score import ScoreFn
 from memsep_jax.shapes import Arr, Float, Keys, Scalar
 
@@ -53,7 +54,7 @@ class Mixture(NamedTuple):
         factors, shape = self.factors, (len(k), self.means.shape[1])
         if factors is None:
             eps = jax.random.normal(key, shape)
-            return self.means[k] + jnp.sqrt(self.variances[k]) * eps
+            return self.means[k] + root(self.variances[k]) * eps
         key, factor_key = jax.random.split(key)
         z = jax.random.normal(factor_key, (len(k), factors.shape[2]))
         # One product with all factors: factors[k] would be [n, d, r].
@@ -92,7 +93,7 @@ class Boxes(NamedTuple):
 
     def moved(self, alpha, sigma) -> "Boxes":
         """The law of alpha X + sigma eps; boxes keep their shape, the noise adds up."""
-        noise = jnp.sqrt((alpha * self.sigma) ** 2 + sigma**2)
+        noise = root((alpha * self.sigma) ** 2 + sigma**2)
         return self._replace(low=alpha * self.low, high=alpha * self.high, sigma=noise)
 
     def draws(self, key, k):

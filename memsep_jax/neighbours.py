@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from memsep_jax.checks import check_on_host
 from memsep_jax.shapes import Arr, Int
 
 # Points beyond k that are recomputed by differences. Their number decides only how many
@@ -35,6 +36,7 @@ class Neighbours(NamedTuple):
 
 def distinct(data) -> Int[Arr, " k"]:
     """Sorted indices of the rows of data [n, *e] that are the first of their kind."""
+    check_on_host("a search of neighbours", data)
     first: dict[bytes, int] = {}
     # Digests, not the rows: 16 bytes for each, whatever the rows are, and 128 bits
     # leave no chance of a collision.
@@ -82,6 +84,7 @@ def searcher(
       ValueError: k larger than the number of distinct points, or shapes or units that
         differ.
     """
+    check_on_host("a search of neighbours", data)
     on_disk = not isinstance(data, (np.ndarray, jax.Array, list, tuple))
     data = data if on_disk else np.asarray(data)
     if chunk < 1 or block < 1:
@@ -110,6 +113,7 @@ def searcher(
         )
 
     def search(samples) -> Neighbours:
+        check_on_host("a search of neighbours", samples)
         samples = np.asarray(samples)
         if samples.shape[1:] != event:
             raise ValueError(

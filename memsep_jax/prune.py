@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memsep_jax.roots import root
+
 Params = Any
 
 # The axis that counts heads, of every parameter that belongs to one head.
@@ -106,7 +108,7 @@ def magnitude(params: Params, group: str = "heads"):
         else:
             others = tuple(i for i in range(p.ndim) if i != axis)
             squares = squares.at[layer].add(jnp.sum(p**2, axis=others))
-    return normalised(jnp.sqrt(squares))
+    return normalised(root(squares))
 
 
 def activations(intermediates: Params, group: str = "heads"):
@@ -325,5 +327,5 @@ def _block(name):
 
 def normalised(values):
     """values [layers, units] of unit norm in every layer."""
-    norm = jnp.linalg.norm(values, axis=1, keepdims=True)
+    norm = root(jnp.sum(values**2, axis=1, keepdims=True))
     return values / jnp.where(norm > 0, norm, 1)  # a layer that does nothing: all zero

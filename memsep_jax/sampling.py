@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from memsep_jax.process import Process, diffusion2, drift, noise_to_signal, time_of
+from memsep_jax.roots import root
 from memsep_jax.score import ScoreFn, to_denoiser
 from memsep_jax.shapes import Arr, Float, Keys, Point, Scalar
 
@@ -178,7 +179,7 @@ def _sde(score_fn, process, times, denoise=True):
         # A key of its own for each step, so that a trajectory cut anywhere goes on
         # with the same noise.
         z = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        x_next = x + (t_next - t) * slope + jnp.sqrt(g2 * (t - t_next)) * z
+        x_next = x + (t_next - t) * slope + root(g2 * (t - t_next)) * z
         return x_next.astype(x.dtype)
 
     end = _end(score_fn, process, times, denoise)
@@ -237,7 +238,7 @@ def _edm(
     gamma = jnp.where(within, min(churn / len(times), 2**0.5 - 1), 0)
     raised = levels * (1 + gamma)
     # The variance that is missing: raised^2 - levels^2 = levels^2 gamma (2 + gamma).
-    added = churn_noise * levels * jnp.sqrt(gamma * (2 + gamma))
+    added = churn_noise * levels * root(gamma * (2 + gamma))
     # Without added noise t stays as it is, since `time_of` is exact to rounding only.
     later = jax.vmap(lambda s: time_of(process, s))(raised)
     starts = jnp.where(gamma > 0, later, times)
@@ -424,14 +425,19 @@ def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0
         )
 
     def unit(z):
+        """z / |z|, and whether z has a direction; some unit vector if it has none."""
+        largest = jnp.max(jnp.abs(z))
+        directed = (largest > 0) & (largest < jnp.inf)  # neither where it is NaN
+        # Before the divisions, or the derivative of the search would be NaN.
+        z = jnp.where(directed, z, 1.0)
         z = z / jnp.max(jnp.abs(z))  # else squares could overflow float32
-        return z / jnp.sqrt(jnp.sum(z**2))
+        return z / jnp.sqrt(jnp.sum(z**2)), directed
 
     def loss(z):
         return jnp.sum((flow(z) - x) ** 2).astype(x.dtype)
 
     def begin(key):
-        start = radius * unit(jax.random.normal(key, x.shape, x.dtype))
+        start = radius * unit(jax.random.normal(key, x.shape, x.dtype))[0]
         start = start.astype(x.dtype)
         return start, start, jnp.full((), jnp.inf, x.dtype)
 
@@ -441,13 +447,13 @@ def search_stages(flow, x: Point, radius: float, steps: int = 100, lr: float = 0
         better = value < least  # never where it is NaN
         best, least = jnp.where(better, z, best), jnp.where(better, value, least)
         length = lr * (1 + jnp.cos(jnp.pi * i / steps)) / 2
-        here, slope = z / radius, unit(grad)
+        here, (slope, sloped) = z / radius, unit(grad)
         # Along the sphere: if x is out of reach, the rest points away from it.
-        along = unit(slope - jnp.sum(slope * here) * here)
-        moved = radius * unit(here - length * along)
+        along, sideways = unit(slope - jnp.sum(slope * here) * here)
+        moved, kept = unit(here - length * along)
         # Where the gradient has no direction (0, NaN or infinite), a shorter step
         # starts from the best point again.
-        z = jnp.where(jnp.all(jnp.isfinite(moved)), moved, best)
+        z = jnp.where(sloped & sideways & kept, radius * moved, best)
         return z.astype(x.dtype), best, least
 
     # The last round has length 0: it only evaluates the end of the one before it.

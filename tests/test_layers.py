@@ -20,7 +20,7 @@ ALONE = {
 # What stands alone may import them.
 FREE = {"__version__", "memory", "shapes", "checks", "keys"}
 FLOORS = [  # a room imports from its own row and those above it here
-    {"memory", "shapes", "checks", "keys"},
+    {"memory", "shapes", "checks", "keys", "roots"},
     {"process", "neighbours", "fidelity"},
     {"score", "mixture", "memorization"},
     {"empirical", "gap", "lipschitz", "sampling"},

@@ -7,6 +7,7 @@ import numpy as np
 
 from memsep_jax.fidelity import UndefinedError
 from memsep_jax.neighbours import Neighbours, distinct, searcher
+from memsep_jax.roots import root
 from memsep_jax.shapes import Arr, Bool, Float, Num, Point, Points
 
 RATIO = 1 / 3  # the criterion of the papers: d1 < d2 / 3
@@ -40,7 +41,7 @@ def nearest_two(x: Point, data: Points) -> Float[Arr, " 2"]:
     nearest = data[jnp.argmin(squares)]
     # A copy of a point that occurs twice has d1 = d2: only another point is second.
     same = jnp.all(data == nearest[None], axis=axes)
-    return jnp.sqrt(
+    return root(
         jnp.stack([jnp.min(squares), jnp.min(squares, where=~same, initial=jnp.inf)])
     )
 

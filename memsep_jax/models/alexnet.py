@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax.checks import check_leaves
+from memsep_jax.roots import root
 
 SIDE = 64  # pixels of an image whose features are pooled
 # Pixels: 31 leave maps of 7, 3 and 1 pixels a side; with fewer the last are empty.
@@ -84,7 +85,7 @@ def embedding(params, x):
     parts = []
     for i, h in enumerate(maps(params, x)):
         # 1e-10 as in the authors' program: a pixel without any activation has norm 0.
-        unit = h / (jnp.linalg.norm(h, axis=-1, keepdims=True) + 1e-10)
+        unit = h / (root(jnp.sum(h**2, axis=-1, keepdims=True)) + 1e-10)
         weights = params[f"NetLinLayer_{i}/Conv_0/kernel"].reshape(-1)
         unit = unit * jnp.sqrt(weights / (h.shape[0] * h.shape[1]))[None, None]
         parts.append(unit.reshape(-1))
