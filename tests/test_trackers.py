@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from memsep_jax import defaults
+from memsep_jax.experiments import training
 from memsep_jax.experiments.runtime import trackers
+from memsep_jax.experiments.studies.monitor import Monitor
 
 ROW = {"step": 3, "loss": 0.5, "train_losses": [1.0, 3.0], "ratio_interval": [0, 1]}
 
@@ -101,6 +103,27 @@ def test_wandb_stays_offline_without_a_key(known, old, tmp_path, picture, monkey
     mode = "online" if known else "offline"
     row = {"loss": 0.5, "train_loss_mean": 2.0, "samples": str(picture)}
     assert calls == [mode, (row, 3)] and Run.summary == {"verdict": "copies"}
+
+
+def test_a_grid_leaves_only_where_images_may_be_shown(picture):
+    config = defaults.train()
+    monitor = types.SimpleNamespace(config=config, _grid=lambda step: picture)
+    assert Monitor._picture(monitor, 3) == picture
+    config.run.images = False
+    assert Monitor._picture(monitor, 3) is None
+
+
+def test_the_learning_rate_is_that_of_the_step():
+    """At 0 warm-up starts; the peak is at its end; a cosine ends at 0."""
+    config = defaults.train()
+    config.optimizer.update({"lr": 0.5, "schedule": "cosine", "warmup": 2})
+    config.train.steps = 10
+    rate = training.learning_rate(config, 100)
+    # The halves of float32 are exact, and the cosine rounds.
+    assert [float(rate(step)) for step in (0, 1, 2)] == [0, 0.25, 0.5]
+    assert float(rate(6)) == pytest.approx(0.25) and abs(float(rate(10))) < 1e-7
+    config.optimizer.name = "my_nets:optimizer"  # nobody knows its schedule
+    assert training.learning_rate(config, 100) is None
 
 
 def test_a_tracker_that_fails_is_not_asked_again(tmp_path, monkeypatch):
