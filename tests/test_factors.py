@@ -91,7 +91,8 @@ def test_values_stand_where_they_are_and_lines_are_joined_by_n():
     ]
     panel = factors._panel("model.width", rows, 16)
     assert panel.xscale == "log" and panel.ticks is None
-    assert [line.label for line in panel.lines] == ["n = 16", None, "n = 24", None]
+    labels = [line.label for line in panel.lines]
+    assert labels == ["n = 16", "null level", "n = 24", None]
     assert panel.lines[0].x == [8.0, 16, 32.0]
     np.testing.assert_array_equal(panel.lines[2].mean, 0.24)
     rows = [row | {"setting": row["setting"] and "model.name=dit"} for row in rows]

@@ -4,6 +4,7 @@ import errno
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from memsep_jax.checkpoint import StorageError
@@ -136,6 +137,7 @@ def test_the_frontier_has_every_point_with_both_of_its_intervals():
     figure = figures.frontier(tracks, "quality", "copies", 0.01)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["0.2", "0.4", ""]
+    assert "null level" in axes.get_legend_handles_labels()[1]
     lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_label()]
     drawn = [tuple(line.get_xdata()) for line in lines]
     assert (1.0, 2.0) in drawn and (3.0,) in drawn
@@ -150,11 +152,76 @@ def test_every_label_has_a_bar_of_every_series():
         name: [around(0.5), {"mean": None, "low": None, "high": None}]
         for name in ("first", "second", "third")
     }
-    figure = figures.bars(["a", "b"], series, "share", [0.1, None])
+    figure = figures.bars(["a", "b"], series, "share", [0.1, None], "searched")
     (axes,) = figure.axes
     assert len(axes.patches) == 6 and len(axes.lines) >= 1
+    assert axes.get_legend_handles_labels()[1].count("searched") == 1
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert figures.encode(figure, "pdf").startswith(b"%PDF")
+
+
+def full():
+    """Name -> a figure of a page, with all the lines that it can have."""
+    steps = [1, 1_000, 2_000, 4_000, 8_000]
+    row = {
+        "ratio": 0.5, "raw_ratio": 0.4, "ratio_interval": [0.3, 0.7],
+        "raw_ratio_interval": [0.3, 0.5], "loss": 0.5, "train_losses": [0.1, 2.0],
+        "held_out_losses": [1.0, 3.0],
+    }  # fmt: skip
+    rows = [{"step": step} | row for step in steps]
+    final = {
+        "step": 8_000, "ratio": 0.9, "interval": [0.8, 1.0], "samples": 10_000,
+        "null": 0.01, "null_interval": [0.0, 0.1],
+    }  # fmt: skip
+    share = np.linspace(0, 1, 1_000)
+    images = np.zeros((12, 3, 8, 8, 1), np.uint8)
+    index = np.arange(49_988, 50_000)
+    near = [(str(x), around(1 + x / 500), around(0.5 + x / 900)) for x in range(6)]
+    return {
+        "losses": figures.losses(rows),
+        "noise levels": figures.noise_levels([0.01, 1, 99], [1, 2, 3], [2, 3, 4]),
+        "ratio": figures.ratio_along(rows, final),
+        "distances": figures.distance_ratios(
+            share, share < 0.3, 1 / 3, share, "random_conv features"
+        ),
+        "pairs": figures.pairs(
+            index, images[:, 0], images[:, 1:], np.full((12, 2), 0.0123),
+            np.stack([index, index], axis=1), index > 0, "random_conv features",
+        ),
+        "frontier": figures.frontier({"small": near}, "quality", "copies", 0.01),
+        "bars": figures.bars(
+            ["a", "b"], {"first": [around(0.5)] * 2}, "share", [0.1, 0.2], "searched"
+        ),
+    }  # fmt: skip
+
+
+def boxes(figure):
+    """(words, extent) of all text that is drawn."""
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        ticks = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+        beyond = any(
+            text in (tick.label1, tick.label2)
+            and not min(axis.get_view_interval()) - 1e-9
+            <= tick.get_loc()
+            <= max(axis.get_view_interval()) + 1e-9
+            for axis in ticks
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks()
+        )
+        if text.get_visible() and text.get_text().strip() and not beyond:
+            yield text.get_text(), text.get_window_extent()
+
+
+def test_no_text_lies_on_another_or_leaves_the_picture():
+    for name, figure in full().items():
+        every = list(boxes(figure))
+        assert len(every) > 5, name
+        for i, (words, box) in enumerate(every):
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, (name, words)
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, (name, words)
+            for others, other in every[:i]:
+                inner = box.shrunk(0.99, 0.9)  # lines of text may touch
+                assert not inner.overlaps(other), (name, words, others)
 
 
 def test_equal_numbers_are_equal_files():

@@ -31,6 +31,8 @@ def finished(workdir, shape=(4, 4, 1), held_out=True, m=8, name="digits"):
     columns = {"index": range(m), "d1": d1, "d2": d2, "memorized": memorized * 1}
     record.write_csv(workdir / "per_sample.csv", columns)
     record.write_npz(workdir / "samples.npz", samples=samples)
+    if held_out:
+        record.write_csv(workdir / "held_out.csv", {"d1": [0.8, 0.9], "d2": [1, 1]})
     pairs = {}
     order = np.argsort(d1, kind="stable")
     groups = {"first": np.arange(m), "most": order, "least": order[::-1]}
@@ -80,6 +82,7 @@ def finished(workdir, shape=(4, 4, 1), held_out=True, m=8, name="digits"):
         metrics.write(**row)
     config = {
         "experiment": "train",
+        "model": {"name": "dit"},
         "data": {"num_examples": 5, "name": name, "path": "/home/someone/secret/set"},
     }
     record.write_json(workdir / "config.json", config)
@@ -102,13 +105,17 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.words, self.tags, self.names, self.fetched = [], set(), set(), []
+        self.anchors, self.ids = set(), []
         self.feed(html)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.names |= {name for name, _ in attributes}
-        self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset")]
+        links = [v for k, v in attributes if k in ("src", "href", "srcset")]
+        self.fetched += [link for link in links if link[:1] != "#"]  # not of the page
+        self.anchors |= {link[1:] for link in links if link[:1] == "#"}
+        self.ids += [value for name, value in attributes if name == "id"]
 
     def handle_data(self, data):
         self.words.append(data)
@@ -156,6 +163,43 @@ def test_the_page_says_every_number_and_no_path(images):
     assert [fact for fact in FACTS if fact not in text] == []
     assert "someone" not in html and ".../set" in html
     assert str(images) not in re.sub(r"base64,[\w+/=]*", "", html)
+
+
+def test_the_page_is_in_the_order_in_which_it_is_read(images):
+    page = read(images)
+    text = page.text
+    order = (
+        "98.8 % [97.4, 99.4]", "Samples and the training images", "Along the training",
+        "Loss at each noise level", "Memorization in numbers", "What was run",
+        "Settings", "Time",
+    )  # fmt: skip
+    places = [text.index(heading) for heading in order]
+    assert places == sorted(places)
+    assert page.anchors == set(page.ids) and len(page.ids) == len(set(page.ids)) >= 6
+    html = (images / "report.html").read_text()
+    assert html.count("<figcaption>") == html.count("<img ")
+
+
+def test_settings_at_their_defaults_are_folded(images):
+    html = (images / "report.html").read_text()
+    start, end = html.index("<details>"), html.index("</details>")
+    folded, rest = Page(html[start:end]).text, Page(html[:start] + html[end:]).text
+    assert "lr" not in folded  # nothing that the config does not have
+    known = "experiment train"
+    assert known in folded and known not in rest
+    assert "num_examples 5" in rest and "num_examples 5" not in folded
+
+
+def test_held_out_points_are_in_the_histogram_where_they_are_known(tmp_path, undrawn):
+    def curves(held_out):
+        workdir = finished(tmp_path / str(held_out), held_out=held_out)
+        numbers = report._read(workdir, report.SAMPLED) | {"rows": []}
+        figure = dict(report._figures(numbers, True))["distances"]
+        texts = figure.axes[0].get_legend_handles_labels()[1]
+        return [text for text in texts if "held-out" in text]
+
+    assert curves(False) == []  # as in a run of an earlier version
+    assert curves(True) == ["held-out points (2), scaled to the samples"]
 
 
 def test_every_figure_is_there_as_png_and_as_pdf(images):

@@ -34,6 +34,18 @@ def sampled_weights(state, config):
     return state.ema if config.sampler.weights == "ema" else state.params
 
 
+def learning_rate(config, n: int):
+    """(steps taken) -> the learning rate of the next; None of a user's own optimizer.
+
+    Args: n, training points, which give an epoch its steps.
+    """
+    settings = config.optimizer
+    if settings.name not in train.OPTIMIZERS:
+        return None
+    schedule = train.SCHEDULES[settings.schedule]
+    return jax.jit(schedule(settings.lr, *build.lengths(config, n)))
+
+
 def sampler(config, made_process, times, shape, score_fn: score.ScoreFn):
     """(key) -> one sample [*shape] of a score, by the settings of config.sampler.
 

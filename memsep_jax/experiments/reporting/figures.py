@@ -137,37 +137,33 @@ def losses(rows):
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _plain_log(axes, "y", "{x:g}")
         if axes.lines:
-            axes.legend()
+            _legend_above(axes)
     return figure
 
 
 @styled
 def noise_levels(noise, train, held_out):
     """The eps-loss at each noise level.   All [l]; held_out may be empty."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    figure = Figure(figsize=(6, 3.9), layout="constrained")
     axes = figure.subplots()
     noise = np.asarray(noise, float)
     train, held_out = np.asarray(train, float), np.asarray(held_out, float)
     seen, unseen = _pair_of_lines()
-    # E |eps|^2 = d: a network that predicts 0 loses 1 per dimension.
-    axes.axhline(1, color=GREY, linewidth=1, linestyle=":", zorder=1)
-    axes.annotate(
-        "a network that always predicts 0", (0.995, 1), ha="right",
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", color="#666666",
-        fontsize=8,
-    )  # fmt: skip
     if len(held_out):
         axes.fill_between(noise, train, held_out, color=ORANGE, alpha=0.12, lw=0)
         axes.plot(noise, held_out, label="held-out points", **unseen)
     if len(train):
         axes.plot(noise, train, label="training points", **seen)
+    # E |eps|^2 = d: a network that predicts 0 loses 1 per dimension.
+    axes.axhline(
+        1, color=GREY, linewidth=1, linestyle=":", zorder=1,
+        label="a network that always predicts 0",
+    )  # fmt: skip
     axes.set(
         xscale="log", yscale="log", xlabel="noise level, sigma / alpha",
         ylabel="eps-loss per dimension",
     )  # fmt: skip
-    if len(train):
-        axes.legend()
+    _legend_above(axes)
     return figure
 
 
@@ -177,7 +173,7 @@ def ratio_along(rows, final):
 
     Args: rows of metrics.jsonl; final, metrics.json's "memorization" and its "step".
     """
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(6, 3.7), layout="constrained")
     axes = figure.subplots()
     if final["null"] is not None:
         axes.axhspan(*final["null_interval"], color=ORANGE, alpha=0.3, lw=0)
@@ -189,7 +185,7 @@ def ratio_along(rows, final):
         step, ratio = _column(rows, name)
         intervals = _column(rows, f"{name}_interval")[1]
         if len(step):
-            text = f"samples of the snapshots, {weights} weights"
+            text = f"snapshots, {weights} weights"
             _with_interval(axes, step, ratio, intervals, "o-", color, text)
     last = [final["ratio"]], [final["interval"]]
     text = f"the {final['samples']:,} samples at the end"
@@ -197,14 +193,18 @@ def ratio_along(rows, final):
     axes.set(xlabel="training step", ylabel="memorized samples", ylim=(-0.03, 1.03))
     _plain_log(axes, "x", "{x:,.0f}")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="best")
+    _legend_above(axes)
     return figure
 
 
 @styled
-def distance_ratios(share, memorized, threshold: float):
-    """Histogram of d1 / d2, the nearest over the second distance.   share [m]."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+def distance_ratios(share, memorized, threshold: float, held_out=None, space=""):
+    """Histogram of d1 / d2, the nearest over the second distance.
+
+    Args: share [m] of the samples; memorized bool [m]; held_out [l], the same of
+      held-out points, or None; space, the name of what is compared.
+    """
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     # 30 bins, of which the threshold is an edge: no bar mixes copies and others.
     below = min(max(1, round(30 * threshold)), 29)
@@ -217,26 +217,36 @@ def distance_ratios(share, memorized, threshold: float):
     counts = [share[memorized], share[~memorized]]
     labels = [f"memorized ({len(counts[0]):,})", f"not memorized ({len(counts[1]):,})"]
     axes.hist(counts, edges.tolist(), stacked=True, color=[RED, BLUE], label=labels)
+    if held_out is not None and len(held_out):
+        # As many as the samples, so that the two may be compared by eye.
+        scaled = np.histogram(held_out, edges)[0] * (len(share) / len(held_out))
+        axes.stairs(
+            scaled, edges, color="black", linewidth=1.4,
+            label=f"held-out points ({len(held_out):,}), scaled to the samples",
+        )  # fmt: skip
     axes.axvline(
         threshold, color="black", linestyle="--", linewidth=1.2,
         label=f"threshold {threshold:.3g}",
     )  # fmt: skip
-    axes.set(xlabel="d1 / d2", ylabel="samples", xlim=(0, 1))
+    of = f" in {space}" if space else ""
+    axes.set(xlabel=f"d1 / d2{of}", ylabel="samples", xlim=(0, 1))
     _legend_above(axes)
     return figure
 
 
 @styled
-def pairs(index, samples, neighbours, distances, nearest, memorized):
+def pairs(index, samples, neighbours, distances, nearest, memorized, space=""):
     """In each column a sample above its two nearest training images.
 
     Args:
+      space: the name of what the distances are measured in.
       index [k] of the samples; samples [k, h, w, c]; neighbours [k, 2, h, w, c],
       distances [k, 2] and nearest [k, 2] of training images; memorized [k].
     """
     tall = samples.shape[1] / samples.shape[2]  # every image is 1 wide
     pitch, margin = tall + 0.46, 1.75  # a row with its caption; room for the labels
-    width, height = margin + 1.12 * len(index), 3 * pitch + 0.05
+    top = tall + (0.35 if space else 0.05)
+    width, height = margin + 1.12 * len(index), 3 * pitch + top - tall
     figure = Figure(figsize=(0.95 * width, 0.95 * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
@@ -268,8 +278,10 @@ def pairs(index, samples, neighbours, distances, nearest, memorized):
                 left + 0.5, bottom - 0.04, text, ha="center", va="top", fontsize=10,
                 color=color,
             )  # fmt: skip
+    if space:
+        axes.text(0, tall + 0.1, f"nearest in {space}", fontsize=11, fontweight="bold")
     # Last, as each imshow sets the limits and the aspect for its own image.
-    axes.set(xlim=(-margin, width - margin), ylim=(tall + 0.05 - height, tall + 0.05))
+    axes.set(xlim=(-margin, width - margin), ylim=(top - height, top))
     return figure
 
 
@@ -451,23 +463,24 @@ def frontier(tracks, xlabel, ylabel, level=None):
                 text, (a, b), textcoords="offset points", xytext=(5, 4), fontsize=7
             )
     if level is not None:
-        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
+        axes.axhline(level, color=GREY, linestyle="--", linewidth=1, label="null level")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside right upper", fontsize=8)
+    _part(figure, axes.texts)
     return figure
 
 
 @styled
-def bars(labels, series, xlabel, levels):
+def bars(labels, series, xlabel, levels, level_name):
     """Shares side by side: for each label one bar of every series.
 
     Args:
       series: name -> one interval for each label, as `Interval.read` takes them.
-      levels: a share for each label, drawn as a dotted line.
+      levels: a share for each label, drawn as a dotted line; level_name, what it is.
     """
     count = len(series)
-    figure = Figure(figsize=(8.5, 1.2 + 0.15 * (count + 1) * len(labels)))
+    figure = Figure(figsize=(8.5, 1.4 + 0.15 * (count + 1) * len(labels)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     places = np.arange(len(labels)) * (count + 1.0)
@@ -478,10 +491,12 @@ def bars(labels, series, xlabel, levels):
             places + i, mean, 0.85, xerr=np.maximum(around, 0), label=name,
             color=COLORS[i % len(COLORS)], error_kw={"elinewidth": 0.8},
         )  # fmt: skip
+    name = level_name
     for place, level in zip(places, levels, strict=True):
         if level is not None:
             ends = [place - 0.5, place + count - 0.5]
-            axes.plot([level, level], ends, ":", color="black", linewidth=1)
+            axes.plot([level] * 2, ends, ":", color="black", linewidth=1, label=name)
+            name = None  # once in the legend
     axes.set_yticks(places + (count - 1) / 2, labels)
     axes.set(xlabel=xlabel, xlim=(0, 1.02), ylim=(places[-1] + count, -1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -546,11 +561,31 @@ def _bars(values):
     return np.stack([mean, *np.nan_to_num([mean - low, high - mean])])
 
 
+def _part(figure, texts):
+    """Moves the texts at points away from each other; one without room is left out."""
+    figure.draw_without_rendering()  # places all that the texts must not cover
+    taken: list = []
+    for text in texts:
+        for across, up in ((5, 4), (5, -10), (-5, 4), (-5, -10), (0, 11), (0, -17)):
+            text.set_position((across, up))
+            text.set_horizontalalignment(
+                "left" if across > 0 else "right" if across < 0 else "center"
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            text.set_visible(False)
+
+
 def _plain_log(axes, which, text):
     """A log axis with ticks such as 200 and 5,000 instead of 2 x 10^2."""
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    # Over more than two decades the labels of 2 and 5 would run into others.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter(text))
     axis.set_minor_formatter(NullFormatter())
 
@@ -559,8 +594,15 @@ def _word(value):
     return value if isinstance(value, str) else f"{value:,}"
 
 
-def _legend_above(axes):
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9)
+def _legend_above(axes, ncols=2):
+    """A legend that hides no line: above the axes, below their title."""
+    rows = -(-len(axes.get_legend_handles_labels()[1]) // ncols)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=ncols, fontsize=9,
+        borderaxespad=0.3,
+    )  # fmt: skip
+    if axes.get_title():
+        axes.set_title(axes.get_title(), pad=12 + 13 * rows)  # points: 13 for a row
 
 
 def _pair_of_lines():

@@ -15,6 +15,7 @@ import numpy as np
 from memsep_jax import memorization
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
+from memsep_jax.experiments.config import schema
 from memsep_jax.experiments.reporting import figures, tables, verdict
 from memsep_jax.experiments.reporting.verdict import between, percent
 
@@ -26,6 +27,7 @@ ALWAYS = ("metrics.json", "config.json", "run.json", "per_sample.csv", "pairs.np
 OF_RUN = ("config.json", "run.json")
 SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
+HELD_OUT = "held_out.csv"  # not of earlier versions, nor without held-out points
 GRIDS = 3  # grids of samples along training that an unfinished run shows
 REPEATS = 20  # duplicates of a training set that the page lists; the csv has all
 # The directories of an absolute path, and of one in somebody's home.
@@ -94,7 +96,7 @@ def _write(workdir, attempt, config=None, place=None):
 
 def _write_sweep(workdir, draw, attempt):
     numbers = _read(workdir, ("metrics.json", *OF_RUN))
-    metrics, config, run = numbers.values()
+    metrics, config, run = (numbers[k] for k in ("metrics.json", *OF_RUN))
     shown = metrics | {"table": tables.without_gaps(metrics["table"])}
     images = [
         (name, caption, _save_figure(workdir, name, figure, attempt))
@@ -159,20 +161,29 @@ def _may_show(numbers, config):
 def _audit_figures(numbers, pairs_too):
     """(name, figure) for all figures of an audit."""
     table = numbers["per_sample.csv"]
-    threshold = numbers["metrics.json"]["memorization"]["threshold"]
+    metrics = numbers["metrics.json"]
+    threshold, features = metrics["memorization"]["threshold"], metrics["features"]
+    names = {"pixels": "pixels"}
+    if features:
+        names["features"] = f"{features['name']} features"
     for space, prefix in ("pixels", ""), ("features", "feature_"):
         if f"{prefix}d1" not in table:
             continue
         d1, d2 = table[f"{prefix}d1"], table[f"{prefix}d2"]
         share = memorization.quotient(d1, d2)
         copied = table[f"{prefix}memorized"] == 1
-        yield f"distances_{space}", figures.distance_ratios(share, copied, threshold)
+        held_out = _held_out(numbers, prefix)
+        yield (
+            f"distances_{space}",
+            figures.distance_ratios(share, copied, threshold, held_out, names[space]),
+        )
         if pairs_too:
-            yield f"pairs_{space}", _pairs(numbers["pairs.npz"], space, copied)
+            pairs = _pairs(numbers["pairs.npz"], space, copied, names[space])
+            yield f"pairs_{space}", pairs
 
 
 def _read(workdir, names, place=None):
-    """The numbers of a finished run by file name.
+    """The numbers of a finished run by file name; HELD_OUT is None where it is not.
 
     Args: place, the directory of the numbers where it is not the workdir.
     Raises: ConflictError, which names the files that are missing.
@@ -188,7 +199,19 @@ def _read(workdir, names, place=None):
             "the numbers of a finished run. Make them with "
             + (command or "the same command without --config.experiment=report")
         )
-    return numbers
+    held_out = _read_csv((place or workdir) / HELD_OUT)
+    return numbers | {HELD_OUT: held_out}
+
+
+def _held_out(numbers, prefix=""):
+    """d1 / d2 of held-out points, [l], or None where it is not known.
+
+    Args: prefix, of the columns of a space.
+    """
+    table = numbers[HELD_OUT] or {}
+    if f"{prefix}d1" not in table:
+        return None
+    return memorization.quotient(table[f"{prefix}d1"], table[f"{prefix}d2"])
 
 
 def _read_csv(path):
@@ -226,7 +249,14 @@ def _figures(numbers, pairs_too):
         yield "pruning", figures.curves([_along(metrics["pruning"])])
     share = memorization.quotient(table["d1"], table["d2"])
     memorized = table["memorized"] == 1
-    yield "distances", figures.distance_ratios(share, memorized, final["threshold"])
+    pixels = len(metrics["data"]["shape"]) == 3 and metrics["data"]["name"] != "latents"
+    yield (
+        "distances",
+        figures.distance_ratios(
+            share, memorized, final["threshold"], _held_out(numbers),
+            "pixels" if pixels else "",
+        ),
+    )  # fmt: skip
     if pairs_too and len(metrics["data"]["shape"]) == 3:  # images
         for name in GROUPS:
             yield f"pairs_{name}", _pairs(numbers["pairs.npz"], name, memorized)
@@ -240,12 +270,15 @@ def _figures(numbers, pairs_too):
         yield "scatter", figures.scatter(every, memorized, lines)
 
 
-def _pairs(pairs, name, memorized):
-    """The samples of one group beside their two nearest training images."""
+def _pairs(pairs, name, memorized, space=""):
+    """The samples of one group beside their two nearest training images.
+
+    Args: space, the name of what the distances are measured in.
+    """
     index = pairs[f"{name}_index"]
     fields = ("sample", "neighbours", "distances", "nearest")
     arrays = (pairs[f"{name}_{field}"] for field in fields)
-    return figures.pairs(index, *arrays, memorized[index])
+    return figures.pairs(index, *arrays, memorized[index], space)
 
 
 def _along(pruning):
@@ -327,17 +360,31 @@ def _render(template, **values) -> bytes:
 
 
 def _settings(config):
-    """(group, [(field, value)]) of all fields that are set; a path by its last part."""
+    """The fields that are set: those that differ from the defaults, and the others.
+
+    Returns: two lists of (group, [(field, value)]); a path is its last part.
+    """
+    known = schema.of(config)
+    default = {name: _plain(one.default) for name, one, _ in schema.leaves(known)}
+    own: dict[str, list] = {}
+    others: dict[str, list] = {}
     plain = {k: v for k, v in config.items() if not isinstance(v, dict)}
     groups = {"": plain, **{k: v for k, v in config.items() if isinstance(v, dict)}}
-    shown = {
-        group: [(k, _shown(v)) for k, v in fields.items() if v is not None and v != []]
-        for group, fields in groups.items()
-    }
-    return [
-        (group, sorted(fields, key=lambda field: (field[0] != "name", field[0])))
-        for group, fields in shown.items()
-    ]
+    for group, fields in groups.items():
+        names = sorted(fields, key=lambda name: (name != "name", name))
+        for name in names:
+            value, full = fields[name], f"{group}.{name}" if group else name
+            if value is None or value == []:
+                continue
+            # A field of the user's own constructor has no default that is known here.
+            place = others if default.get(full) == value else own
+            place.setdefault(group, []).append((name, _shown(value)))
+    return list(own.items()), list(others.items())
+
+
+def _plain(value):
+    """A default as config.json has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value):

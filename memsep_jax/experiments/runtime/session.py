@@ -13,7 +13,7 @@ from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import fields, grid, schema
 from memsep_jax.experiments.config.build import differences, to_json, watched
-from memsep_jax.experiments.runtime import circumstances, locks, terminal
+from memsep_jax.experiments.runtime import circumstances, locks, terminal, trackers
 from memsep_jax.experiments.runtime.processes import WATCH_EVERY, Processes
 from memsep_jax.experiments.runtime.signals import Interrupted, Signals
 from memsep_jax.experiments.runtime.terminal import Terminal
@@ -57,6 +57,7 @@ class Session:
         self._held: int | None = None  # the lock; None where another process leads
         self._begun = False
         self._made: list[Path] = []  # directories that were not there
+        self._trackers: dict = {}  # by the workdir of the network
         self._signals = Signals(together=jax.process_count() > 1)
         self._processes = Processes(self.workdir, self._signals, self._fail)
 
@@ -311,6 +312,18 @@ class Session:
         with contextlib.suppress(OSError):
             # The brackets of a text, such as those of a shape, are no markup.
             self.console.print(text, markup=not isinstance(text, str))
+
+    def track(self, row, config=None, workdir=None):
+        """Gives a row to run.tracker, which its first row starts.
+
+        Args: config and workdir, of one of several networks; by default of this run.
+        """
+        config, workdir = config or self.config, workdir or self.workdir
+        if workdir not in self._trackers:
+            self._trackers[workdir] = trackers.tracker(
+                config.run.tracker, workdir, config, self.say
+            )
+        self._trackers[workdir](row)
 
     def progress(self, what: str, total: int, done: int = 0):
         """As `terminal.progress`, on this run's console."""

@@ -1,9 +1,14 @@
-"""The rows of metrics.jsonl in TensorBoard or Weights & Biases too, on request."""
+"""The rows of metrics.jsonl in TensorBoard or Weights & Biases too, on request.
+
+A row for a tracker may hold words, such as the verdict, and the path of a picture.
+"""
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 
 def none(workdir, config):
@@ -18,15 +23,25 @@ def tensorboard(workdir, config):
     writer = SummaryWriter(str(workdir / "tensorboard"))
 
     def track(row):
+        step = row["step"]
         for name, value in _flat(row):
-            writer.add_scalar(name, value, row["step"])
+            writer.add_scalar(name, value, step)
+        for name, words in _of_type(row, str):
+            writer.add_text(name, words, step)
+        for name, path in _of_type(row, Path):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            writer.add_image(name, pixels, step, dataformats="HWC")
         writer.flush()
 
     return track
 
 
 def wandb(workdir, config):
-    """A run in Weights & Biases (extra `wandb`); offline where nobody is logged in."""
+    """A run in Weights & Biases (extra `wandb`); offline where nobody is logged in.
+
+    The project is that of the environment, WANDB_PROJECT, as wandb reads it.
+    """
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
@@ -38,7 +53,6 @@ def wandb(workdir, config):
             known = wandb.api.api_key
         mode = "online" if known else "offline"
     run = wandb.init(
-        project="memsep_jax",
         dir=str(workdir),
         name=workdir.name,
         config=config.to_dict(),
@@ -50,7 +64,13 @@ def wandb(workdir, config):
             "console": "off",  # the output of a run is not sent to the server
         },
     )
-    return lambda row: run.log(dict(_flat(row)), step=row["step"])
+
+    def track(row):
+        pictures = {k: wandb.Image(str(path)) for k, path in _of_type(row, Path)}
+        run.log(dict(_flat(row)) | pictures, step=row["step"])
+        run.summary.update(dict(_of_type(row, str)))
+
+    return track
 
 
 TRACKERS = {"none": none, "tensorboard": tensorboard, "wandb": wandb}
@@ -93,3 +113,7 @@ def _flat(row):
             yield name, value
         elif name.endswith("_losses"):
             yield name.removesuffix("es") + "_mean", float(np.mean(value))
+
+
+def _of_type(row, kind):
+    return [(name, value) for name, value in row.items() if isinstance(value, kind)]

@@ -1,8 +1,8 @@
 """Are these samples copies of that training set, and what should be done?
 
 The samples are images of any generator; nothing is trained. Numbers go to the workdir:
-compared/ (chunks), per_sample.csv, duplicates.csv, pairs.npz, metrics.json. The report
-is drawn from them.
+compared/ (chunks), per_sample.csv, held_out.csv, duplicates.csv, pairs.npz,
+metrics.json. The report is drawn from them.
 """
 
 import functools
@@ -106,6 +106,8 @@ def _write(session, result, metrics, origins):
     """Writes the numbers, then the report, and says what they mean."""
     columns = result.columns | _named(origins, result.columns["nearest"])
     record.write_csv(session.workdir / "per_sample.csv", columns)
+    if result.held_out:
+        record.write_csv(session.workdir / "held_out.csv", result.held_out)
     record.write_csv(session.workdir / "duplicates.csv", result.repeats)
     record.write_npz(session.workdir / "pairs.npz", **result.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)

@@ -256,6 +256,10 @@ def _figure(metrics, copying, what, ylabel, level):
         "below": (f"{copying} below t", "edges", ".--"),
         "above": (f"{copying} above t", "edges", ".--"),
     }
+    names = {
+        "null": "held-out points", "truth_overlap": "samples of the truth",
+        "collapse_time": "collapse time", "spacing_time": "spacing time",
+    }  # fmt: skip
     panels = []
     for row in metrics["table"]:
         lines = []
@@ -266,10 +270,16 @@ def _figure(metrics, copying, what, ylabel, level):
         ends = [row["edges"]["mean"][0], row["edges"]["mean"][-1]]
         if level and row[level]["mean"] is not None:
             height = [row[level]["mean"]] * 2
-            lines.append(figures.Line(ends, height, style="--", color=figures.GREY))
+            label = None if panels else names[level]
+            lines.append(
+                figures.Line(ends, height, label, style="--", color=figures.GREY)
+            )
         for name, style in (("collapse_time", ":"), ("spacing_time", "-.")):
             if (t := row[name]["mean"]) is not None:
-                lines.append(figures.Line([t, t], [0, 1], style=style, color="#666666"))
+                label = None if panels else names[name]
+                lines.append(
+                    figures.Line([t, t], [0, 1], label, style=style, color="#666666")
+                )
         panels.append(
             figures.Panel(
                 grid.label(row), lines, "time t", ylabel, yscale="linear",

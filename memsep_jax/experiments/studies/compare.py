@@ -66,6 +66,7 @@ class Measured(NamedTuple):
 
     metrics: dict  # metrics.json
     columns: dict  # per_sample.csv: one row per sample
+    held_out: dict  # held_out.csv: one row per held-out image; none without any
     repeats: dict  # duplicates.csv: one row per training image that repeats another
     pairs: dict  # pairs.npz
 
@@ -99,6 +100,7 @@ def measure(
         columns, copies = _copies(near, group.threshold)
         images = _mirrored(sets.samples, near.flipped)
         columns |= _of_pixels(chunked, sets, images, near, group, memory)
+        held_out = nearest_two(near.held_out)
     repeats = _repeats(near, group.threshold)
     emitted, about = _of_training(sets, columns, repeats)
     metrics = {
@@ -128,8 +130,9 @@ def measure(
         metrics |= more
         if nearest is not None:
             columns |= {f"feature_{k}": column for k, column in own.items()}
-            shown |= _worst("features", sets.samples, sets.train, nearest)
-    return Measured(metrics, columns, repeats, shown)
+            held_out |= nearest_two(nearest.held_out, "feature_")
+            shown |= _worst("features", sets.samples, sets.train, nearest.samples)
+    return Measured(metrics, columns, held_out, repeats, shown)
 
 
 def _tag(config, sets, space, fingerprint) -> str:
@@ -256,6 +259,17 @@ def distances(near, held_out) -> dict:
     }
 
 
+def nearest_two(held_out, prefix="") -> dict:
+    """Columns of held_out.csv: the distances of held-out points to training points.
+
+    Args: held_out, their neighbours; without any there are no columns.
+    """
+    if held_out is None:
+        return {}
+    d1, d2 = held_out.distances[:, 0], held_out.distances[:, 1]
+    return {f"{prefix}d1": d1.tolist(), f"{prefix}d2": d2.tolist()}
+
+
 def share(flags, null=None) -> dict:
     """The share of flags [m], that of held-out ones, the excess; 95 % intervals."""
     count, total = int(flags.sum()), len(flags)
@@ -357,7 +371,7 @@ def pairs(name, index, samples, train_x, near) -> dict:
 
 
 def _in_features(config, sets, space, session, chunked, memory):
-    """(parts of metrics.json, columns, neighbours of the samples).
+    """(parts of metrics.json, columns, `Searched`).
 
     The last two are None where the search has no value.
     """
@@ -394,7 +408,7 @@ def _in_features(config, sets, space, session, chunked, memory):
             "left_out": left_out,
             "law": law(equal(points, config.seed), title),
         }
-    return parts, columns, None if near is None else near.samples
+    return parts, columns, near
 
 
 def _tests(config, points, near, left_out):

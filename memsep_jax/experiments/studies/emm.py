@@ -256,7 +256,10 @@ def draw(metrics, points):
         value = outcome["ratio"]
         if value["value"] is not None:
             ends = [value["low"], value["value"], value["high"]]
-            curves.append(figures.Line(ends, [level] * 3, style="|-", color=color))
+            name = "EMM, 95 % interval" if len(curves) == 1 else None
+            curves.append(
+                figures.Line(ends, [level] * 3, name, style="|-", color=color)
+            )
         null = null or results.line(rows, "null", "null level", "--", figures.GREY)
     yield (
         "emm",

@@ -1,7 +1,7 @@
 """Samples of any score, their neighbours, and how much of them is copied.
 
 Numbers go to the workdir, chunk by chunk: evaluation/ (chunks), samples.npz,
-per_sample.csv, pairs.npz, metrics.json. The report is drawn from those.
+per_sample.csv, held_out.csv, pairs.npz, metrics.json. The report is drawn from those.
 """
 
 import functools
@@ -174,7 +174,10 @@ def evaluate(config, parts, session, generate, weights, about: dict, workdir=Non
     with session.phase("quality"):
         sets = compare.Sets(samples, train_x, held_out)
         about = about | {"frechet": _laws(sets, parts.splits.pixels, config, chunked)}
-    _write(config, parts, workdir or session.workdir, samples, result, beside, about)
+    workdir = workdir or session.workdir
+    if null is not None:
+        record.write_csv(workdir / "held_out.csv", compare.nearest_two(null))
+    _write(config, parts, workdir, samples, result, beside, about)
 
 
 def _laws(sets, pixels, config, chunked):
@@ -263,10 +266,18 @@ def _write(config, parts, workdir, samples, result, beside, about):
 
 
 def finish(session):
-    """Draws the report, and shows the person the numbers."""
+    """Draws the report, and gives the numbers to the person and the tracker."""
     with session.reporting():
         report.write(session.workdir, session.say)
     tell(session, session.workdir)
+    metrics = record.read_json(session.workdir / "metrics.json")
+    copies, known = metrics["memorization"], metrics["verdict"]
+    numbers = {"ratio": copies["ratio"], "null": copies["null"]}
+    session.track(
+        {"step": metrics["model"].get("steps", 0)}
+        | {f"final_{k}": value for k, value in numbers.items() if value is not None}
+        | {"verdict": f"{known['name']}: {known['text']} {known['small']}"}
+    )
 
 
 def tell(session, numbers):

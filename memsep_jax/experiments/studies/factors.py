@@ -91,8 +91,9 @@ def _panel(factor, rows, base):
         x = [place for place, _ in some]
         ratio, null = ([row[name] for _, row in some] for name in ("ratio", "null"))
         style = "o-" if ticks is None else "o"
-        lines.append(figures.line(x, ratio, label, style, color))
-        lines.append(figures.line(x, null, None, "--", color)._replace(low=None))
+        name = None if i else "null level"  # once in the legend
+        lines.append(figures.line(x, ratio, label or "samples", style, color))
+        lines.append(figures.line(x, null, name, "--", color)._replace(low=None))
     return figures.Panel(
         "", lines, grid.LABELS.get(factor, factor), "memorized samples",
         xscale=_scale([place for place, _ in placed]) if ticks is None else "linear",

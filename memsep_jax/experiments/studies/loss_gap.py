@@ -132,7 +132,8 @@ def draw(metrics, points):
         lines, floor_lines = [], []
         for i, row in enumerate(rows):
             label, color = grid.label(row, ["num_examples"]), _of(figures.COLORS, i)
-            lines += [_line(row, "gap", label, color), _mark(row, color)]
+            mark = _mark(row, color, None if i else "collapse time, expected")
+            lines += [_line(row, "gap", label, color), mark]
             floor_lines.append(_line(row, "floor_empirical", label, color))
             collapse = figures.Interval.read(row["collapse_time"]).mean  # nan: never
             if len(groups) > 1:  # a colour for each d, a marker for each n
@@ -192,14 +193,14 @@ def _line(row, name, label, color, style="o-"):
     return figures.line(times, row[name], label, style, color)
 
 
-def _mark(row, color):
+def _mark(row, color, label):
     """A short vertical line through the saturated value at the collapse time."""
     t = figures.Interval.read(row["collapse_time"]).mean
     known = np.interp(
         np.log(t), *np.log([row[k]["mean"] for k in ("times", "saturated")])
     )
     ends = np.exp(known) * np.array([0.5, 2])
-    return figures.Line([t, t], ends, style="-", color=color)
+    return figures.Line([t, t], ends, label, style="-", color=color)
 
 
 def _columns(table):

@@ -434,6 +434,7 @@ def draw(metrics, points):
                 {text: [row[name] for row in table] for name, text in RETEST.items()},
                 "share of the training points",
                 [row["found_null"]["mean"] for row in table],
+                "held-out points found by the search",
             ),
         )
 

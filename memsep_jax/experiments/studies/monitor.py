@@ -21,7 +21,6 @@ from memsep_jax import (
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.runtime import trackers
 from memsep_jax.experiments.runtime.session import Interrupted
 
 LEVELS = 12  # noise levels of the held-out loss
@@ -102,17 +101,16 @@ class Log:
         whole = self._metrics is not None and start in self._metrics.steps
         self.has_start = bool(session.share(whole))
 
-    @functools.cached_property
-    def _track(self):  # made with the first row: a run that is over starts no tracker
-        run, say = self.config.run, self.session.say
-        return trackers.tracker(run.tracker, self.workdir, self.config, say)
+    def write(self, row: dict, picture=None):
+        """Writes a whole row; nothing where it is empty.
 
-    def write(self, row: dict):
-        """Writes a whole row; nothing where it is empty."""
+        Args: picture, the path of a grid of samples that the tracker gets beside it.
+        """
         if row and self._metrics is not None:
             self._metrics.write(**row)
             self._written = row["step"]
-            self._track(row)
+            shown = {} if picture is None else {"samples": picture}
+            self.session.track(row | shown, self.config, self.workdir)
 
     def write_unfinished(self, row: dict):
         """Writes the known part of a row before the rest is measured.
@@ -252,7 +250,7 @@ class Monitor:
         self.session.poll(now=True)
         if self.session.stop is not None:
             return False
-        self.log.write(row)
+        self.log.write(row, self._picture(step))
         return self.log.ends(step)
 
     def _measured(self, step, row, weights):
@@ -281,9 +279,7 @@ class Monitor:
         for name, which in zip(RATIOS, ("ema", "params"), strict=True):
             samples = self._samples(weights[which])
             if name == RATIOS[0]:
-                path = self.session.workdir / "samples" / f"step_{step:08d}.png"
-                save = figures.save_samples
-                self._draw(save, path, samples[:GRID])
+                self._draw(figures.save_samples, self._grid(step), samples[:GRID])
             # Without the null level: it is the same at all steps, and measured once.
             ratio = memorization.ratio_of(
                 self.search(data.like(self.parts.splits.train.x, samples)),
@@ -293,6 +289,17 @@ class Monitor:
             )
             numbers |= {name: ratio.value, f"{name}_interval": ratio.interval}
         return numbers
+
+    def _grid(self, step):
+        return self.session.workdir / "samples" / f"step_{step:08d}.png"
+
+    def _picture(self, step):
+        """The grid of samples of a step; None where there is none, or none may leave.
+
+        Samples may be copies of training images, which run.images hides.
+        """
+        path = self._grid(step)
+        return path if self.config.run.images and path.exists() else None
 
     def _samples(self, weights):
         """A few samples, from the same noise for all weights."""

@@ -22,6 +22,7 @@ class Stepper:
         self.config, self.parts, self.session, self.log = config, parts, session, log
         self.take, self.most, self.calendar = take, most, Calendar.of(config, parts)
         self._rate, self._since = 0.0, (0.0, 0)
+        self._learning_rate = training.learning_rate(config, len(parts.splits.train.x))
 
     def advance(self, state, step: int, update):
         """Takes steps up to the next at which a state is needed, or to a signal.
@@ -60,6 +61,9 @@ class Stepper:
         row = {"step": step, **{name: float(fetched[name]) for name in names}}
         if "skipped" in fetched:
             row["skipped"] = int(fetched["skipped"])
+        if self._learning_rate is not None:  # a step that is skipped does not count
+            taken = step - row.get("skipped", 0)
+            row["learning_rate"] = float(self._learning_rate(max(taken - 1, 0)))
         return row | {"steps_per_second": round(self._rate, 3)}
 
     def _refused(self, state, step, fetched):

@@ -2,8 +2,9 @@
 
 In a workdir: config.json, run.json, metrics.jsonl (along training), checkpoints/,
 best/ (lowest held-out loss), snapshots/ (raw and EMA weights), samples/ (grids along
-training), evaluation/ (chunks), samples.npz, per_sample.csv, pairs.npz, metrics.json,
-figures/ and report.html. Given again, the same command goes on where it stopped.
+training), evaluation/ (chunks), samples.npz, per_sample.csv, held_out.csv, pairs.npz,
+metrics.json, figures/ and report.html. Given again, the same command goes on where it
+stopped.
 """
 
 import functools
