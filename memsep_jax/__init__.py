@@ -45,6 +45,7 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 a command line, a file or the axes of a sweep into configs; construct,
                 checks and build turn a config into objects; page writes docs/configs.md
   training      config -> loss, step, sampler and score, on one screen
+  loaded        a run as an object: `load`, its score, new samples, its audit
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
                 circumstances, terminal, trackers; points (a grid of points, each done
@@ -64,4 +65,25 @@ The modules memsep_jax.sources and memsep_jax.readers repeat names of rooms of d
 scripts that look for them here.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+__all__ = [
+    "checkpoint", "data", "defaults", "empirical", "experiments", "features",
+    "fidelity", "gap", "lipschitz", "load", "memorization", "memory", "mixture",
+    "models", "neighbours", "parallel", "process", "prune", "sampling", "score",
+    "train", "weights",
+]  # fmt: skip
+
+
+def __getattr__(name):
+    # A room is imported when it is first asked for: jax alone takes a second.
+    if name == "load":
+        return importlib.import_module("memsep_jax.experiments.loaded").load
+    if name in __all__:
+        return importlib.import_module(f"memsep_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return [*__all__, "__version__"]

@@ -39,6 +39,7 @@ INSIDE: dict[str, set] = {
     "config": set(),
     "record": set(),
     "training": BASE,
+    "loaded": BASE | {"training", "studies"},
     "runtime": BASE,
     "reporting": BASE,
     "studies": BASE | {"training", "runtime", "reporting"},

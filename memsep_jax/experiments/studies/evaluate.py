@@ -22,7 +22,7 @@ from memsep_jax.experiments.studies import compare
 TOGETHER = 256  # images, at most, in a network of features at once
 
 
-def make_generate(config, parts, mesh, score_of, session=None):
+def make_generate(config, parts, mesh, score_of, session=None, key=None, labels=None):
     """(weights, start, stop) -> samples start .. stop, run.chunk of them at once.
 
     Compiled for run.chunk samples, and for a half, a quarter, ... of it where fewer are
@@ -30,12 +30,15 @@ def make_generate(config, parts, mesh, score_of, session=None):
     The steps are `record.paced`.
 
     Args: score_of, (weights, label or None) -> score_fn; session, which is told where
-      memory ends, and hears signals.
+      memory ends, and hears signals; key, of the samples, by default that of the run;
+      labels [k], among which each sample draws one, by default those of the data.
     Raises: record.OutOfMemoryError; Interrupted.
     """
+    key = build.keys(config.seed).sample if key is None else key
     # Labels are drawn from those of training points: of others nothing was learned.
-    labels = jnp.unique(parts.splits.train.label) if parts.num_classes else None
-    begin, advance = _programs(config, parts, mesh, score_of, labels)
+    if labels is None and parts.num_classes:
+        labels = jnp.unique(parts.splits.train.label)
+    begin, advance = _programs(config, parts, mesh, score_of, key, labels)
 
     @functools.cache
     def pace(count):  # one for each count, since the rate depends on it
@@ -70,13 +73,12 @@ def make_generate(config, parts, mesh, score_of, session=None):
     return generate
 
 
-def _programs(config, parts, mesh, score_of, labels):
+def _programs(config, parts, mesh, score_of, key, labels):
     """The start of samples, and steps of them, each one program.
 
     Returns: begin, (weights, start, count) -> x [count, *e]; advance, (x, weights,
       start, first, last) -> x after the steps first .. last.
     """
-    key = build.keys(config.seed).sample
     split = parallel.by_batch(mesh)
 
     def stages(weights, i):

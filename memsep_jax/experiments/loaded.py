@@ -1,0 +1,186 @@
+"""A run that was trained, as an object: its score, its denoiser, new samples."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from memsep_jax import checkpoint, defaults, parallel, score
+from memsep_jax.experiments import record, studies, training
+from memsep_jax.experiments.config import build
+from memsep_jax.experiments.studies import evaluate, store, training_run, unfinished
+
+
+class Run(NamedTuple):
+    """The network of a run and what its config describes; made by `load`."""
+
+    workdir: Path
+    config: ConfigDict
+    parts: build.Parts  # process, prediction, data (`splits`), sampling times, ...
+    params: Any  # the weights that are sampled: by sampler.weights, EMA or raw
+    step: int  # of the weights
+
+    def score_fn(self, x, t, label=None):
+        """The learned score.   x [*e], t [], label [] or None -> [*e]."""
+        return training.score_fn(self.parts, self.params, label)(x, t)
+
+    def denoiser(self, x, t, label=None):
+        """E[X_0 | X_t = x] as learned (Tweedie).   x [*e], t [] -> [*e]."""
+        score_fn = training.score_fn(self.parts, self.params, label)
+        return score.to_denoiser(score_fn, self.parts.process)(x, t)
+
+    def sample(self, key=None, n: int = 16, label=None, guidance=None, steps=None):
+        """Samples as the run draws its own, by the sampler of its config.
+
+        Sample i depends on the key and on i alone, not on n.
+
+        Args:
+          key: None is that of the run: the first n of its own samples come again.
+          label: of all samples; None draws labels as they are in the training set.
+          guidance: the factor g of the score s(x) + g (s(x | label) - s(x)) (Ho &
+            Salimans 2022, with g = 1 + w); 1 is no guidance. Needs train.label_drop.
+          steps: of the sampler; None is sampler.steps.
+        Returns:
+          numpy [n, *e]: uint8 pixels, or vectors as they are.
+        Raises:
+          ValueError: n below 1; a label or guidance that the network does not know.
+        """
+        config, parts = self.config, self.parts
+        if n < 1:
+            raise ValueError(f"n={n} samples: give at least 1")
+        labels = None if label is None else self._only(label)
+        if guidance is not None and not (
+            self.parts.num_classes and config.train.label_drop
+        ):
+            raise ValueError(
+                f"guidance={guidance} needs the score without a label, which this run "
+                "has not learned: train with data.labels and --config.train."
+                "label_drop=0.1, or leave guidance out"
+            )
+        if steps is not None:
+            config = copy.deepcopy(config)
+            config.sampler.steps = steps
+            parts = build.build(config)  # checks the number, too
+        draw = evaluate.make_generate(
+            config,
+            parts,
+            parallel.make_mesh(jax.local_devices()),
+            lambda params, label: _guided(parts, params, label, guidance),
+            key=key,
+            labels=labels,
+        )
+        chunk = config.run.chunk
+        starts = range(0, n, chunk)
+        return np.concatenate([draw(self.params, i, min(i + chunk, n)) for i in starts])
+
+    def audit(self, held_out=None, workdir=None) -> dict:
+        """Audits the run's images as `configs/audit.py` does.
+
+        Args: held_out, as --config.held_out; None takes the run's own, where it has
+          some.   workdir, by default audit/ in that of the run.
+        Returns: the numbers, as metrics.json of an audit has them.
+        """
+        config, own = defaults.audit(), str(self.workdir)
+        config.samples = config.train = own
+        kept = self.parts.splits.held_out is not None
+        config.held_out = str(held_out) if held_out else (own if kept else "")
+        workdir = Path(workdir or self.workdir / "audit")
+        studies.run(config, workdir)
+        return record.read_json(workdir / "metrics.json")
+
+    def report(self) -> Path:
+        """Draws report.html again.   Returns: its path."""
+        config = copy.deepcopy(self.config)
+        config.experiment = "report"
+        studies.run(config, self.workdir)
+        return self.workdir / "report.html"
+
+    def _only(self, label):
+        """[label], where the network knows it."""
+        known = self.parts.splits.train.label
+        if known is None:
+            raise ValueError(
+                f"label={label}: this run was trained without labels; leave it out"
+            )
+        known = np.unique(known)
+        if label not in known:
+            raise ValueError(
+                f"label={label} is not among those of the training set: "
+                f"{known[:10].tolist()}{', ...' if len(known) > 10 else ''}"
+            )
+        return jnp.array([label])
+
+
+def load(path, config=None) -> Run:
+    """A run of experiment=train, finished or not, by its newest weights.
+
+    The data are read again, as the config names them, and code that the config names is
+    run: load only what you trust as you trust a program.
+
+    Args:
+      path: a workdir, or a file that run.pack wrote.
+      config: of such a file: a ConfigDict or a config.json.
+    Raises:
+      checkpoint.ConflictError: no run, or one without weights.
+      build.ConfigError, data.DataError, checkpoint.CorruptError.
+    """
+    path = Path(path).expanduser()
+    packed = path.is_file()
+    if config is None or not isinstance(config, ConfigDict):
+        config = _config(path, config, packed)
+    parts = build.build(config)
+    if packed:
+        like = jax.eval_shape(lambda: training_run.initial_state(config, parts))
+        state, step = store.unpack(path, like, parts)
+        params = training.sampled_weights(state, config)
+    else:
+        if not any(checkpoint.steps(path / name) for name in unfinished.KEPT):
+            raise checkpoint.ConflictError(
+                f"{path} has no weights yet: give the command of its run first"
+            )
+        params, step = unfinished.newest(config, parts, path)
+    return Run(path.parent if packed else path, config, parts, params, step)
+
+
+def _config(path, config, packed):
+    file = Path(config).expanduser() if config else path / "config.json"
+    if packed and not config:
+        raise checkpoint.ConflictError(
+            f"{path} holds weights without their config: give it beside them, "
+            "load(path, config='.../config.json')"
+        )
+    known = record.read_json(file)
+    if known is None or known.get("experiment") != "train":
+        what = (
+            "no such file"
+            if known is None
+            else (f"experiment={known.get('experiment')}")
+        )
+        raise checkpoint.ConflictError(
+            f"{path} is no run of one network ({file}: {what}): give the workdir of "
+            "a run of experiment=train"
+        )
+    try:
+        return defaults.restored(known)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.ConflictError(
+            f"{file} is of another version of memsep_jax: {error}"
+        ) from error
+
+
+def _guided(parts, params, label, guidance):
+    with_label = training.score_fn(parts, params, label)
+    if guidance is None:
+        return with_label
+    # The label that training drops to: one beyond the last.
+    without = training.score_fn(parts, params, jnp.int32(parts.num_classes))
+
+    def score_fn(x, t):
+        free = without(x, t)
+        return free + guidance * (with_label(x, t) - free)
+
+    return score_fn

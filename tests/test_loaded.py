@@ -1,0 +1,137 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import harness
+
+import memsep_jax
+from memsep_jax import checkpoint, experiments
+from memsep_jax.experiments import record
+from memsep_jax.experiments.config.construct import ConfigError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compiled_once, all_undrawn):
+    """A small run with labels, of which some were dropped, and its own samples."""
+    folder = tmp_path_factory.mktemp("loaded") / "run"
+    config = harness.config(
+        *harness.TINY_DIT,
+        "--config.data.labels=true",
+        "--config.train.label_drop=0.5",
+        f"--config.run.pack={folder.parent / 'state.npz'}",
+    )
+    experiments.run(config, folder)
+    return memsep_jax.load(folder)
+
+
+def own(run):
+    return record.read_npz(run.workdir / "samples.npz")["samples"]
+
+
+def test_samples_are_those_of_the_run(run):
+    samples = own(run)
+    np.testing.assert_array_equal(run.sample(n=len(samples)), samples)
+    assert samples.dtype == np.uint8
+
+
+def test_a_sample_depends_on_its_key_and_its_number_alone(run):
+    key = jax.random.key(3)
+    few, more = run.sample(key, 2), run.sample(key, 3)
+    np.testing.assert_array_equal(few, more[:2])
+    assert np.any(few != own(run)[:2])
+
+
+def test_steps_and_labels_change_the_samples(run):
+    key = jax.random.key(3)
+    known = np.unique(run.parts.splits.train.label)
+    one, other = (run.sample(key, 2, label=label) for label in known[:2])
+    assert np.any(one != other)
+    assert np.any(run.sample(key, 2, label=known[0], steps=2) != one)
+    np.testing.assert_array_equal(run.sample(key, 2, label=known[0], guidance=1.0), one)
+    assert np.any(run.sample(key, 2, label=known[0], guidance=4.0) != one)
+
+
+def test_score_and_denoiser_say_the_same(run):
+    x, t = jax.random.normal(jax.random.key(0), run.parts.splits.train.x.shape[1:]), 0.7
+    process = run.parts.process
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    label = jnp.int32(1)
+    score = (alpha * run.denoiser(x, t, label) - x) / sigma**2
+    np.testing.assert_allclose(run.score_fn(x, t, label), score, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_state_is_the_same_run(run):
+    packed = run.workdir.parent / "state.npz"
+    same = memsep_jax.load(packed, config=run.workdir / "config.json")
+    assert same.step == run.step
+    assert checkpoint.digest(same.params) == checkpoint.digest(run.params)
+    with pytest.raises(checkpoint.ConflictError, match="without their config"):
+        memsep_jax.load(packed)
+
+
+def test_an_audit_and_a_report(run, tmp_path, undrawn):
+    numbers = run.audit(workdir=tmp_path / "audit")
+    assert numbers["memorization"]["samples"] == len(own(run))
+    report = run.report()
+    assert report == run.workdir / "report.html" and report.stat().st_size
+
+
+def test_wrong_requests_are_told(run):
+    with pytest.raises(ValueError, match=r"label=77 .*\[0, 1"):
+        run.sample(label=77)
+    with pytest.raises(ValueError, match="n=0 samples"):
+        run.sample(n=0)
+    with pytest.raises(ConfigError, match=r"sampler\.steps"):
+        run.sample(steps=0)
+    run.config.unlock()
+    without = run._replace(
+        parts=run.parts._replace(
+            num_classes=0,
+            splits=run.parts.splits._replace(
+                train=run.parts.splits.train._replace(label=None)
+            ),
+        )
+    )
+    with pytest.raises(ValueError, match="without labels"):
+        without.sample(label=0)
+    with pytest.raises(ValueError, match="guidance=2 needs"):
+        without.sample(guidance=2)
+
+
+def test_what_is_no_run_is_told(run, tmp_path):
+    with pytest.raises(checkpoint.ConflictError, match="is no run"):
+        memsep_jax.load(tmp_path)
+    known = json.loads((run.workdir / "config.json").read_text())
+    for change, message in (
+        ({"experiment": "emm"}, "experiment=emm"),
+        ({"model": known["model"] | {"colour": "red"}}, "colour"),
+        ({}, "no weights yet"),
+    ):
+        folder = tmp_path / message.replace(" ", "_")
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(known | change))
+        with pytest.raises((checkpoint.ConflictError, ConfigError), match=message):
+            memsep_jax.load(folder)
+    half = tmp_path / "half"
+    shutil.copytree(run.workdir, half)
+    (half / "metrics.json").unlink()  # stopped before its evaluation
+    assert memsep_jax.load(half).step == run.step
+
+
+def test_rooms_come_when_they_are_asked_for():
+    text = """
+import sys
+import memsep_jax
+assert "jax" not in sys.modules
+assert {"load", "empirical", "process"} <= set(dir(memsep_jax))
+for name in memsep_jax.__all__:
+    getattr(memsep_jax, name)
+"""
+    subprocess.run([sys.executable, "-c", text], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = memsep_jax.nothing
