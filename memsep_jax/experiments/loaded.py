@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from memsep_jax import checkpoint, defaults, parallel, score
 from memsep_jax.experiments import record, studies, training
@@ -19,7 +18,7 @@ class Run(NamedTuple):
     """The network of a run and what its config describes; made by `load`."""
 
     workdir: Path
-    config: ConfigDict
+    config: Any  # a ConfigDict
     parts: build.Parts  # process, prediction, data (`splits`), sampling times, ...
     params: Any  # the weights that are sampled: by sampler.weights, EMA or raw
     step: int  # of the weights
@@ -130,7 +129,7 @@ def load(path, config=None) -> Run:
     """
     path = Path(path).expanduser()
     packed = path.is_file()
-    if config is None or not isinstance(config, ConfigDict):
+    if config is None or isinstance(config, str | Path):
         config = _config(path, config, packed)
     parts = build.build(config)
     if packed:
