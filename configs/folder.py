@@ -9,10 +9,10 @@ labels, and --config.data.stream=True leaves the prepared images on disk, for se
 are larger than memory. Then --config=configs/audit.py compares what the run drew with
 other images.
 
-`small` copies 16 photographs of 32 pixels on a CPU. Of CIFAR-10's, saved as PNG, 65 % of
-250 samples are copies after 1,000 of its 4,000 steps, and none after 500: 157 s of
-processor time for 1,150 steps. Variants: `full` (DiT-S/4, for a GPU; not run yet),
-`small`, `smoke` (digits).
+`small` copies 16 photographs of 32 pixels on a CPU. In a run of 4,000 steps on images
+of CIFAR-10, saved as PNG, 99.2 % [97.1, 99.8] of 250 samples were copies after 2,000
+steps, 65 % after 1,000 and none after 500; 2,300 steps took 230 s of processor time.
+Variants: `full` (DiT-S/4, for a GPU; not run yet), `small`, `smoke` (digits).
 """
 
 from memsep_jax import defaults
@@ -37,7 +37,7 @@ def small(config):
         chosen, process="ornstein_uhlenbeck", times="log_uniform", prediction="denoiser"
     )
     chosen.times.update(t_min=0.05, t_max=8.0)
-    chosen.train.update(steps=4_000)
+    chosen.train.update(steps=2_000)
     chosen.sampler.update(grid="log", t_min=0.05, t_max=8.0, steps=20, num_samples=500)
     return chosen
 
