@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from memsep_jax import data, mixture
-from memsep_jax.data import archives, sources
+from memsep_jax.data import archives, readers, sources
 
 
 def pool(n=60):
@@ -368,3 +368,34 @@ def test_tfds_reads_what_is_prepared(tmp_path):
         sources.tfds("no_such_set", tmp_path)
     with pytest.raises(ValueError, match="must be name"):
         sources.tfds("huggingface:mnist", tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_streamed_folder_is_the_one_in_memory(damaged, tmp_path):
+    rng = np.random.default_rng(2)
+    for i, group in enumerate("abab"):
+        (tmp_path / group).mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (9, 6, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / group / f"{i}.png")
+    for i in range(damaged):
+        (tmp_path / "a" / f"0{i}.png").write_bytes(b"cut short")
+    how = dict(resolution=4, crop="center", skip_bad=True)
+    whole = sources.folder(tmp_path, **how)
+    streamed = sources.folder(tmp_path, **how, stream=True)
+
+    assert isinstance(streamed.images, data.Rows)
+    np.testing.assert_array_equal(streamed.images, whole.images)
+    np.testing.assert_array_equal(streamed.labels, whole.labels)
+    assert streamed.notes == whole.notes
+
+
+def test_a_streamed_folder_needs_room_on_the_disk(tmp_path, monkeypatch):
+    for i in range(2):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{i}.png")
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(readers.tempfile, "TemporaryFile", full)
+    with pytest.raises(data.DataError, match=r"2 images .*TMPDIR"):
+        sources.folder(tmp_path, stream=True)

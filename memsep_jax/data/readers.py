@@ -7,9 +7,11 @@ report the same.
 import collections
 import io
 import json
+import math
 import os
 import re
 import stat
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from memsep_jax.data.arrays import DataError, Source, listed
+from memsep_jax.data.arrays import DataError, Rows, Source, listed
 
 # Formats that are recognized by their first bytes. EPS and WMF are left out, as Pillow
 # starts other programs for them; a TARGA has no signature, so its suffix decides.
@@ -97,7 +99,9 @@ class _Tree(NamedTuple):
 AS_IT_IS = Preparation()
 
 
-def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
+def read(
+    path, how=AS_IT_IS, skip_bad: bool = False, only=None, stream: bool = False
+) -> Source:
     """All images below a folder, or in a zip of one, in the order of ImageFolder.
 
     A file is read if Pillow knows its content, whatever its name, and becomes RGB: of
@@ -112,6 +116,8 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     Args:
       how: see `Preparation`.   skip_bad: leave out what cannot be read, with a note.
       only: names of the files to read; None: all.
+      stream: the images, once prepared, lie in a file below TMPDIR that is gone when
+        the process ends; memory holds those in use.
     Raises:
       DataError: no image, damaged ones, splits in place of classes.   ValueError: sizes
         differ, or a preparation that does not exist.
@@ -125,7 +131,7 @@ def read(path, how=AS_IT_IS, skip_bad: bool = False, only=None) -> Source:
     if only is not None:
         wanted = set(only)
         names = [name for name in names if name in wanted]
-    reader = _Reader(path, how, tree.open, len(names))
+    reader = _Reader(path, how, tree.open, len(names), stream)
     with warnings.catch_warnings():
         # Pillow warns of some damage; `_Reader` refuses what it would misread.
         warnings.simplefilter("ignore")
@@ -365,11 +371,22 @@ def _told(path, files, about):
 # One file.
 
 
+def _on_disk(shape):
+    """Zeros uint8 in a file without a name.   Raises: OSError: no space for it."""
+    with tempfile.TemporaryFile() as file:
+        # Written now: on a full disk, a write to mapped memory would end the process.
+        for _ in range(shape[0]):
+            file.write(bytes(math.prod(shape[1:])))
+        file.flush()
+        return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
 class _Reader:
     """Reads files one by one into one array, and counts how each was treated."""
 
-    def __init__(self, path, how, open_file, total):
+    def __init__(self, path, how, open_file, total, on_disk):
         self.path, self.how, self.open, self.total = path, how, open_file, total
+        self.on_disk = on_disk
         self.suffixes = Image.registered_extensions()
         # A build of pillow may lack some. A camera's MPO is opened as JPEG.
         self.formats = [name for name in FORMATS if name in Image.OPEN]
@@ -420,12 +437,13 @@ class _Reader:
         """Room for all images, once two have one size; unused pages take no memory."""
         shape = self.total, *self.images.shape[1:]
         try:
-            room = np.empty(shape, np.uint8)
-        except MemoryError as error:
+            room = _on_disk(shape) if self.on_disk else np.empty(shape, np.uint8)
+        except (MemoryError, OSError) as error:
+            place = f" in {tempfile.gettempdir()} (TMPDIR)" if self.on_disk else ""
             raise DataError(
                 f"{self.path}: {self.total:,} images of {shape[2]} x {shape[1]} pixels "
                 f"take {np.prod(shape, dtype=float) / 2**30:.3g} GiB, more than there "
-                "is; set resolution, or give fewer"
+                f"is{place}; set resolution, or give fewer"
             ) from error
         room[:1] = self.images
         return room
@@ -562,8 +580,9 @@ class _Reader:
                 f"x * 255 // {2**bits - 1}, so that white is white"
             )
         images = self.images[: len(self.files)]
+        images = Rows(images) if self.on_disk else images
         if len(good) < len(images):
-            images = images[np.isin(self.files, good)]
+            images = images[np.flatnonzero(np.isin(self.files, good))]
         return images, good, notes + self._counted(len(good))
 
     def _without(self):

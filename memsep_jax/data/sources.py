@@ -117,6 +117,7 @@ def folder(
     crop: str = "squeeze",
     exif: bool = True,
     alpha: str = "white",
+    stream: bool = False,
 ) -> Source:
     """All images below a folder, or in a zip of one: uint8 [n, h, w, 3].
 
@@ -129,12 +130,13 @@ def folder(
       crop: "squeeze", or "center": the largest square in the middle first.
       exif: turn images as the camera was held.   alpha: "white" is laid below
         transparent pixels, or "drop": they are taken as opaque.
+      stream: the images lie on disk, see `readers.read`.
     Raises:
       DataError: no image, or damaged ones.   ValueError: sizes differ.
     """
     path = os.path.expanduser(path)
     how = readers.Preparation(resolution, crop, exif, alpha)
-    pools = readers.read(path, how, skip_bad)
+    pools = readers.read(path, how, skip_bad, stream=stream)
     return pools._replace(notes=pools.notes + check_source(pools, str(path)))
 
 

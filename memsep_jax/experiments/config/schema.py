@@ -118,7 +118,7 @@ TRAIN: dict[str, Field | Group] = {
         path=unset(str, "File or folder to read.", of=("npz", "latents", "folder")),
         stream=unset(
             bool, "Leaves the images on disk.",
-            of=("npz", "latents", "cifar10", "tfds"),
+            of=("npz", "latents", "folder", "cifar10", "tfds"),
         ),
         skip_bad=unset(bool, "Leaves out images that cannot be read.", of=FOLDER),
         crop=unset(
