@@ -136,10 +136,10 @@ def wilson(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """
     if not 0 <= count <= total or total < 1:
         raise ValueError(f"count={count} of total={total} is not a share")
-    # Wilson's, since copies are often none or all, where the interval of a normal law
-    # has no width.
     from scipy import stats  # takes over a second to import
 
+    # Wilson's, since copies are often none or all, where the interval of a normal law
+    # has no width.
     low, high = stats.binomtest(count, total).proportion_ci(level, "wilson")
     return float(low), float(high)
 
@@ -179,7 +179,7 @@ def by_chance(count: int, total: int, null_count: int, null_total: int) -> float
     Args: as `excess`.   Returns: the one-sided p-value of Fisher's exact test.
     Source: Fisher 1935, section 21.1: hypergeometric, given all copies together.
     """
-    table = [[count, total - count], [null_count, null_total - null_count]]
     from scipy import stats  # takes over a second to import
 
+    table = [[count, total - count], [null_count, null_total - null_count]]
     return float(stats.fisher_exact(table, alternative="greater").pvalue)
