@@ -9,9 +9,10 @@ labels, and --config.data.stream=True leaves the prepared images on disk, for se
 are larger than memory. Then --config=configs/audit.py compares what the run drew with
 other images.
 
-`small`, an MLP, copies 16 photographs of 32 pixels on a CPU. In a run of 4,000 steps on images
-of CIFAR-10, saved as PNG, 99.2 % [97.1, 99.8] of 250 samples were copies after 2,000
-steps, 65 % after 1,000 and none after 500; 2,300 steps took 230 s of processor time.
+`small`, an MLP, copies 16 photographs of 32 pixels on a CPU. In a run of 4,000 steps on
+images of CIFAR-10, saved as PNG, 99.2 % [97.1, 99.8] of 250 samples were copies after
+2,000 steps, 65 % after 1,000 and none after 500; 2,300 steps took 230 s of processor
+time.
 Variants: `full` (DiT-S/4, for a GPU; not run yet), `small`, `smoke` (digits).
 """
 

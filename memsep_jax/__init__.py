@@ -79,7 +79,9 @@ __all__ = [
 def __getattr__(name):
     # A room is imported when it is first asked for: jax alone takes a second.
     if name == "load":
-        return importlib.import_module("memsep_jax.experiments.loaded").load
+        from memsep_jax.experiments.loaded import load
+
+        return load
     if name in __all__:
         return importlib.import_module(f"memsep_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

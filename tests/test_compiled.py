@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -7,20 +8,20 @@ from faults import harness
 
 from memsep_jax.experiments.runtime import compiled
 
-OPTIONS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
+DEFAULTS = {  # jax's
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
 
 
 @pytest.fixture
 def of_user(tmp_path, monkeypatch):
-    """The cache directory of a user; jax's options are as before afterwards."""
-    for name in OPTIONS:
-        monkeypatch.delenv(name.upper(), raising=False)
+    """The cache directory of a user, of whom jax knows no wish before or afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    before = {name: getattr(jax.config, name) for name in DEFAULTS}
+    for name, value in DEFAULTS.items():
+        jax.config.update(name, value)
     yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)
@@ -31,35 +32,35 @@ def place():
 
 
 def test_each_processor_has_a_folder_of_its_own(of_user, tmp_path, monkeypatch):
-    compiled.keep()
-    assert os.path.dirname(place()) == str(of_user / "memsep_jax")
-    first = place()
-    monkeypatch.setattr(compiled, "_CPUINFO", tmp_path / "cpuinfo")
-    compiled._CPUINFO.write_text("processor: 0\nmodel name: another\nflags: avx\n")
-    compiled.keep()
-    assert place() != first
-    compiled.keep(tmp_path / "of a sweep")
-    assert os.path.dirname(place()) == str(tmp_path / "of a sweep")
+    places = []
+    for processor in ("this one", "another"):
+        monkeypatch.setattr(compiled, "_CPUINFO", tmp_path / "cpuinfo")
+        compiled._CPUINFO.write_text(f"model name: {processor}\nflags: avx\n")
+        for folder in (None, tmp_path / "of a sweep"):
+            jax.config.update("jax_compilation_cache_dir", None)
+            compiled.keep(folder)
+            places.append(Path(place()))
+    assert len(set(places)) == 4
+    above = [path.parent for path in places]
+    assert above == 2 * [of_user / "memsep_jax", tmp_path / "of a sweep"]
 
 
-def test_what_a_person_chose_stays(of_user, monkeypatch):
-    before = place()
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # none
+def test_what_a_person_chose_stays(of_user):
+    jax.config.update("jax_compilation_cache_dir", "")  # none
     compiled.keep()
-    assert place() == before and not of_user.exists()
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    assert place() == "" and not of_user.exists()
+    jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
     compiled.keep()
-    assert place() != before
+    assert place()
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
+    assert jax.config.jax_persistent_cache_min_entry_size_bytes == -1
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(of_user):
-    before = place()
     of_user.write_text("a file, not a directory")
     compiled.keep()
-    assert place() == before
+    assert place() is None
 
 
 def test_programs_of_long_ago_are_removed(of_user):
@@ -70,6 +71,7 @@ def test_programs_of_long_ago_are_removed(of_user):
             pass
         then = time.time() - days * 24 * 3_600
         os.utime(path, (then, then))
+    jax.config.update("jax_compilation_cache_dir", None)
     compiled.keep()
     assert os.listdir(place()) == ["new"]
 

@@ -8,6 +8,7 @@ import collections
 import io
 import json
 import math
+import mmap
 import os
 import re
 import stat
@@ -378,7 +379,8 @@ def _on_disk(shape):
         for _ in range(shape[0]):
             file.write(bytes(math.prod(shape[1:])))
         file.flush()
-        return np.memmap(file, np.uint8, "r+", shape=shape)
+        mapped = mmap.mmap(file.fileno(), 0)
+    return np.frombuffer(mapped, np.uint8).reshape(shape)
 
 
 class _Reader:

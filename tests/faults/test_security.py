@@ -178,7 +178,7 @@ def by_name(tree):
             yield node
 
 
-VARIABLES = ("TFDS_DATA_DIR", "WANDB_MODE", "XLA_FLAGS")
+VARIABLES = ("TFDS_DATA_DIR", "WANDB_MODE", "XDG_CACHE_HOME", "XLA_FLAGS")
 
 
 def environment(tree):
@@ -356,7 +356,7 @@ RULES = {
         # others choose between names that are written beside them.
         allowed={
             "command.py": 2, "sweep_file.py": 2, "construct.py": 6, "fields.py": 3,
-            "__init__.py": 1, "figures.py": 1,
+            "__init__.py": 3, "figures.py": 1,
         },
     ),
     "environment": Rule(
@@ -416,9 +416,10 @@ RULES = {
 def test_security_the_source_never_breaks_the_rule(rule):
     found, allowed = {}, RULES[rule].allowed
     for path in RULES[rule].files:
-        nodes = list(RULES[rule].search(tree_of(path)))
-        if nodes:
-            found[path.name] = [f"{node.lineno}: {ast.unparse(node)}" for node in nodes]
+        for node in RULES[rule].search(tree_of(path)):  # several files have one name
+            found.setdefault(path.name, []).append(
+                f"{path}:{node.lineno}: {ast.unparse(node)}"
+            )
     assert {name: len(lines) for name, lines in found.items()} == allowed, found
 
 
@@ -584,7 +585,9 @@ def test_security_whatever_a_run_calls_itself_is_only_text(
     report.write(workdir, print)
     html = (workdir / "report.html").read_text()
     page = Page(html)
-    assert page.tags == plain.tags and page.names == plain.names
+    # No value of it is a default, so nothing is folded.
+    assert page.tags == plain.tags - {"details", "summary"}
+    assert page.names == plain.names
     assert page.fetched == plain.fetched
     shown = " ".join(text.encode("utf-8", "replace").decode().split())
     assert page.text.count(shown) >= 8
@@ -610,7 +613,8 @@ def test_security_an_audit_of_hostile_files_is_only_text(shown, tmp_path, undraw
     html = (workdir / "report.html").read_text()
     page = Page(html)
     assert not page.tags & {"script", "iframe", "object", "link"}
-    assert not page.names & {"onerror", "onmouseover", "href"}
+    assert not page.names & {"onerror", "onmouseover"}
+    assert page.anchors <= set(page.ids)  # all links that are not among `fetched`
     assert names[1] in page.text and str(tmp_path) not in html
     sources = {source.partition(",")[0] for source in page.fetched}
     assert sources == {"data:image/png;base64"}

@@ -11,6 +11,10 @@ import jax
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
 _SAYS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+_EVERY = {  # how slow to compile and how large a program must be: jax's default, ours
+    "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
+    "jax_persistent_cache_min_entry_size_bytes": (0, -1),
+}
 _DAYS = 30  # a program is compiled anew after that, so that old ones do not pile up
 
 
@@ -24,7 +28,7 @@ def keep(folder: Path | None = None) -> None:
 
     Args: folder; None is memsep_jax in the user's cache directory.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         place = (folder or _of_user()) / _processor()
@@ -37,12 +41,9 @@ def keep(folder: Path | None = None) -> None:
         with contextlib.suppress(OSError):  # another process may have removed it
             if time.time() - path.stat().st_mtime > _DAYS * 24 * 3_600:
                 path.unlink()
-    for name, value in {
-        "jax_compilation_cache_dir": str(place),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
-        if name.upper() not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    for name, (default, value) in _EVERY.items():
+        if jax.config.values[name] == default:
             jax.config.update(name, value)
 
 
