@@ -425,6 +425,8 @@ def test_d49_every_variant_of_every_config_parses(path):
 # 81: what a dry run needs.
 
 POINTS = {  # of configs whose data are elsewhere, and of no known sizes
+    "folder": ("npz", 300, 64, 64, 3),
+    "folder:small": ("npz", 300, 32, 32, 3),
     "imagenet": ("npz", 300, 64, 64, 3),
     "latents": ("latents", 300, 32, 32, 4),
     "optimum:cifar": ("npz", 5_010, 32, 32, 3),

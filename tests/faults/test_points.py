@@ -420,11 +420,16 @@ def test_g66_two_processes_share_a_sweep_and_one_is_killed(tmp_path):
     def done():
         return list(workdir.glob("points/*/[!.]*.npz"))
 
+    def both_at_work():
+        # A claim stays where its process is killed between the point and its release.
+        return len([p for p in taken() if not p.with_suffix(".npz").exists()]) == 2
+
     with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as first:
         harness.wait_for(first, taken, "a point that the first one has")
         with harness.spawn(*REAL, workdir=workdir, patch=harness.SLOW_STEPS) as second:
             harness.wait_for(second, lambda: len(taken()) == 2, "two points at once")
             harness.wait_for(second, done, "a point")
+            harness.wait_for(second, both_at_work, "two points at once again")
             harness.kill(first)
             result = harness.finish(second)
     assert "this one joins it" in result.stdout
