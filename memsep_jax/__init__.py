@@ -48,8 +48,9 @@ Experiments (the only rooms that read a config): run(config, workdir)
   loaded        a run as an object: `load`, its score, new samples, its audit
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
-                circumstances, terminal, trackers; points (a grid of points, each done
-                once, by whoever takes it), runs (points that are runs of their own)
+                circumstances, compiled (programs, for the next process), terminal,
+                trackers; points (a grid of points, each done once, by whoever takes
+                it), runs (points that are runs of their own)
   reporting     figures, tables, verdict (what the numbers mean), report (the pages)
   studies       study says what a study is. One run: training_run (stepper, store,
                 monitor, evaluate, pruning, dry_run, unfinished), optimum; audit (of any
