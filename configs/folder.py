@@ -9,10 +9,9 @@ labels, and --config.data.stream=True leaves the prepared images on disk, for se
 are larger than memory. Then --config=configs/audit.py compares what the run drew with
 other images.
 
-`small`, an MLP, copies 16 photographs of 32 pixels on a CPU. In a run of 4,000 steps on
-images of CIFAR-10, saved as PNG, 99.2 % [97.1, 99.8] of 250 samples were copies after
-2,000 steps, 65 % after 1,000 and none after 500; 2,300 steps took 230 s of processor
-time.
+`small`, an MLP, copies 16 photographs of 32 pixels in 52 seconds on 2 CPU cores: of 300
+images of CIFAR-10, saved as PNG, it drew 16, and 99.0 % [97.7, 99.6] of its 500 samples
+are copies of them; null level 0.0 % [0.0, 7.1].
 Variants: `full` (DiT-S/4, for a GPU; not run yet), `small`, `smoke` (digits).
 """
 
