@@ -42,7 +42,8 @@ def test_samples_are_those_of_the_run(run):
 def test_a_sample_depends_on_its_key_and_its_number_alone(run):
     key = jax.random.key(3)
     few, more = run.sample(key, 2), run.sample(key, 3)
-    np.testing.assert_array_equal(few, more[:2])
+    # Two programs: a pixel between two levels may be rounded to either.
+    np.testing.assert_allclose(np.float32(few), np.float32(more[:2]), atol=1)
     assert np.any(few != own(run)[:2])
 
 

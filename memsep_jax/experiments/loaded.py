@@ -35,7 +35,8 @@ class Run(NamedTuple):
     def sample(self, key=None, n: int = 16, label=None, guidance=None, steps=None):
         """Samples as the run draws its own, by the sampler of its config.
 
-        Sample i depends on the key and on i alone, not on n.
+        Sample i depends on the key and on i, and on n by rounding only: fewer samples
+        than run.chunk are drawn by a smaller program.
 
         Args:
           key: None is that of the run: the first n of its own samples come again.
