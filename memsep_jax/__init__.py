@@ -45,7 +45,7 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 a command line, a file or the axes of a sweep into configs; construct,
                 checks and build turn a config into objects; page writes docs/configs.md
   training      config -> loss, step, sampler and score, on one screen
-  loaded        a run as an object: `load`, its score, new samples, its audit
+  loaded        a run as an object: `load`, its score, new samples, audit, export
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
                 circumstances, compiled (programs, for the next process), terminal,
@@ -61,6 +61,7 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 twins (two networks on disjoint halves), onset (when it begins); they
                 share networks (trained once for all points), results and overview
   defaults      the presets that a file in configs/ starts from
+  commands      train, sample, audit, report, configs and sweep, by these words
   main          the command line
 The modules memsep_jax.sources and memsep_jax.readers repeat names of rooms of data, for
 scripts that look for them here.

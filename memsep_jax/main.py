@@ -1,4 +1,4 @@
-"""The command: --config=FILE[:variant] [--workdir=DIR] [--config.a.b=value].
+"""The command: --config=NAME[:variant] [--workdir=DIR] [--config.a.b=value].
 
 Exit codes: 0 done; 2 config, usage or state conflict; 3 data or integrity; 4 a value
 that is not finite; 5 storage; 6 another process of the run is missing; 130 Ctrl-C and
@@ -15,11 +15,14 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from memsep_jax import memory
+from memsep_jax import commands, memory
 from memsep_jax.experiments.config import command, schema
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the run, FILE.py[:variant] or a run's config.json."
+    "config",
+    None,
+    "A name that `memsep_jax configs` lists or FILE.py, each with [:variant], or the "
+    "config.json of a run.",
 )
 flags.FLAGS["config"].parser = _FILE = command.ConfigFile()
 _WORKDIR = flags.DEFINE_string(
@@ -54,7 +57,7 @@ def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected argument {argv[1]!r}: flags start with --", 2)
     if _CONFIG.value is None:
-        return _fail("--config=FILE is required, for example configs/digits.py", 2)
+        return _fail("--config=NAME is required, for example --config=digits", 2)
     config, workdir = _CONFIG.value, _workdir()
     try:
         if not _DRY_RUN.value:
@@ -85,19 +88,19 @@ def _workdir() -> str:
 
 
 def _run(config, workdir) -> int:
-    """Runs the config.   Returns: the exit code; a bug of one process is raised."""
+    """Runs the config.   Returns: the exit code."""
     # Here, and not above: a mistake in the command is told before jax is imported.
     from memsep_jax import experiments, parallel
     from memsep_jax.experiments.runtime import compiled
     from memsep_jax.experiments.runtime.session import Terminal
     from memsep_jax.experiments.studies.dry_run import dry_run
 
-    try:
+    def work():
         if where := _DISTRIBUTED.value:
             try:
                 parallel.join(where)
             except ValueError as error:
-                return _fail(str(error), 2)
+                raise command.UsageError(str(error)) from error
         if _DRY_RUN.value:
             console = Terminal(highlight=False, emoji=False)
             console.print(dry_run(config, console.print))
@@ -107,6 +110,14 @@ def _run(config, workdir) -> int:
             experiments.run(
                 config, workdir, _RESUME_STEP.value, _ALLOW_CONFIG_CHANGE.value
             )
+
+    return _told(work)
+
+
+def _told(work) -> int:
+    """Calls work.   Returns: the exit code; a bug of one process is raised."""
+    try:
+        work()
         return 0
     except BaseException as error:
         # Errors of ours carry their exit code, so that no list of them is kept here.
@@ -126,12 +137,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     argv = [command.readable(argument) for argument in command.joined(argv)]
     # ml_collections has no None for a field with a type: it is set after the parsing.
     emptied = [a.partition("=")[0] for a in argv if command.is_emptied(a)]
+    if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & {*argv}:
+        sys.stdout.write(_help())
+        sys.exit(0)
     try:
         rest = flags.FLAGS([a for a in argv if not command.is_emptied(a)])
-    except SystemExit:
-        if any(a.lstrip("-").startswith("help") for a in argv):
-            sys.exit(0)  # absl calls it a failure to be asked for help
-        raise
     except (command.UsageError, flags.Error) as error:
         sys.exit(_fail(str(error), 2))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -144,10 +154,26 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
+def _help() -> str:
+    from memsep_jax.experiments.config import page
+
+    own = flags.FLAGS.find_module_defining_flag("workdir")
+    about = [__doc__.strip(), commands.usage(), flags.FLAGS.module_help(own)]
+    return "\n\n".join([*about, page.plain()])
+
+
 def run() -> None:
-    """The entry point."""
+    """The entry point: of `python -m memsep_jax.main`, and of `memsep_jax COMMAND`."""
     memory.keep()
     try:
+        if sys.argv[1:] and (program := commands.PROGRAMS.get(sys.argv[1])):
+            flags.FLAGS.mark_as_parsed()  # it takes none of them
+            sys.exit(_told(lambda: program(sys.argv[2:])))
+        try:
+            # ml_collections, too, looks for the fields in sys.argv.
+            sys.argv[1:] = commands.spelled(sys.argv[1:])
+        except command.UsageError as error:
+            sys.exit(_fail(str(error), 2))
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:  # before or after a run, where nothing is to be saved
         sys.exit(_fail("interrupted", 130))

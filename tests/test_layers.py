@@ -29,6 +29,7 @@ FLOORS = [  # a room imports from its own row and those above it here
     {"sources", "readers"},  # older names of two rooms of data
     {"weights", "features"},
     {"experiments", "defaults"},
+    {"commands"},
     {"main"},
 ]
 # Inside experiments, rooms and modules beside them: what each may import of the others.
@@ -39,7 +40,7 @@ INSIDE: dict[str, set] = {
     "config": set(),
     "record": set(),
     "training": BASE,
-    "loaded": BASE | {"training", "studies"},
+    "loaded": BASE | {"training", "studies", "reporting"},
     "runtime": BASE,
     "reporting": BASE,
     "studies": BASE | {"training", "runtime", "reporting"},

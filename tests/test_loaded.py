@@ -10,7 +10,7 @@ import pytest
 from faults import harness
 
 import memsep_jax
-from memsep_jax import checkpoint, experiments
+from memsep_jax import checkpoint, experiments, weights
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config.construct import ConfigError
 
@@ -77,6 +77,22 @@ def test_a_packed_state_is_the_same_run(run):
     assert checkpoint.digest(same.params) == checkpoint.digest(run.params)
     with pytest.raises(checkpoint.ConflictError, match="without their config"):
         memsep_jax.load(packed)
+
+
+def test_an_exported_file_is_the_same_run(run, tmp_path):
+    path = tmp_path / "net.safetensors"
+    run.export(path)
+    for same in memsep_jax.load(path), memsep_jax.load(path, run.config):
+        assert same.step == run.step and same.workdir == tmp_path
+        assert checkpoint.digest(same.params) == checkpoint.digest(run.params)
+    np.testing.assert_array_equal(same.sample(n=2), run.sample(n=2))
+    for about, message in (({}, "without their config"), ({"config": "{"}, "no JSON")):
+        weights.write(path, weights.from_params(run.params), about)
+        with pytest.raises(checkpoint.ConflictError, match=message):
+            memsep_jax.load(path)
+    weights.write(path, {"a": np.zeros(3)})
+    with pytest.raises(weights.WeightsError, match="not the weights of this"):
+        memsep_jax.load(path, run.config)
 
 
 def test_an_audit_and_a_report(run, tmp_path, undrawn):

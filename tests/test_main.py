@@ -72,16 +72,18 @@ def test_the_config_json_of_a_run_is_its_config(finished):
 def test_help_prints_the_flags_and_exits_0(argument):
     done = subprocess.run((*COMMAND, argument), capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert "--config=FILE[:variant]" in done.stdout and "Exit codes: 0" in done.stdout
+    assert "--config=NAME[:variant]" in done.stdout and "Exit codes: 0" in done.stdout
     for flag in ("--workdir", "dry_run", "--resume_step", "allow_config_change"):
         assert flag in done.stdout
+    for more in ("memsep_jax sample", "--config.train.steps: int", "Number of steps"):
+        assert more in done.stdout
 
 
 def test_without_a_config_it_says_what_to_give(tmp_path):
     done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "error: --config=FILE is required, for example configs/digits.py\n"
+        "error: --config=NAME is required, for example --config=digits\n"
     )
     assert not list(tmp_path.iterdir())
 

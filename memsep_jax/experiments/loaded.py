@@ -1,6 +1,7 @@
 """A run that was trained, as an object: its score, its denoiser, new samples."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memsep_jax import checkpoint, defaults, parallel, score
+from memsep_jax import checkpoint, defaults, parallel, score, weights
 from memsep_jax.experiments import record, studies, training
 from memsep_jax.experiments.config import build
+from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import evaluate, store, training_run, unfinished
+
+IN_GRID = 64  # samples in the grid of `write`, at most
 
 
 class Run(NamedTuple):
@@ -47,16 +51,17 @@ class Run(NamedTuple):
         Returns:
           numpy [n, *e]: uint8 pixels, or vectors as they are.
         Raises:
-          ValueError: n below 1; a label or guidance that the network does not know.
+          build.ConfigError, a ValueError: n below 1, steps that the sampler cannot
+            take, a label or guidance that the network does not know.
         """
         config, parts = self.config, self.parts
         if n < 1:
-            raise ValueError(f"n={n} samples: give at least 1")
+            raise build.ConfigError(f"n={n} samples: give at least 1")
         labels = None if label is None else self._only(label)
         if guidance is not None and not (
             self.parts.num_classes and config.train.label_drop
         ):
-            raise ValueError(
+            raise build.ConfigError(
                 f"guidance={guidance} needs the score without a label, which this run "
                 "has not learned: train with data.labels and --config.train."
                 "label_drop=0.1, or leave guidance out"
@@ -99,16 +104,27 @@ class Run(NamedTuple):
         studies.run(config, self.workdir)
         return self.workdir / "report.html"
 
+    def export(self, path) -> None:
+        """Writes weights and config as one safetensors file, which `load` reads.
+
+        Raises: checkpoint.StorageError; an existing file stays as it was.
+        """
+        about = {
+            "config": json.dumps(build.to_json(self.config)),
+            "step": str(self.step),
+        }
+        weights.write(path, weights.from_params(self.params), about)
+
     def _only(self, label):
         """[label], where the network knows it."""
         known = self.parts.splits.train.label
         if known is None:
-            raise ValueError(
+            raise build.ConfigError(
                 f"label={label}: this run was trained without labels; leave it out"
             )
         known = np.unique(known)
         if label not in known:
-            raise ValueError(
+            raise build.ConfigError(
                 f"label={label} is not among those of the training set: "
                 f"{known[:10].tolist()}{', ...' if len(known) > 10 else ''}"
             )
@@ -122,38 +138,70 @@ def load(path, config=None) -> Run:
     run: load only what you trust as you trust a program.
 
     Args:
-      path: a workdir, or a file that run.pack wrote.
-      config: of such a file: a ConfigDict or a config.json.
+      path: a workdir, a file that run.pack wrote, or one of `Run.export`.
+      config: of a file, where it is not in it: a ConfigDict or a config.json.
     Raises:
       checkpoint.ConflictError: no run, or one without weights.
-      build.ConfigError, data.DataError, checkpoint.CorruptError.
+      build.ConfigError, data.DataError, checkpoint.CorruptError, weights.WeightsError.
     """
     path = Path(path).expanduser()
-    packed = path.is_file()
+    is_file, inside, tensors = path.is_file(), None, None
+    step, folder = 0, path.parent if is_file else path
+    if is_file and path.suffix == ".safetensors":
+        tensors, about = weights.read(path)
+        inside, known = about.get("config"), about.get("step", "")
+        step = int(known) if known.isdecimal() else 0
     if config is None or isinstance(config, str | Path):
-        config = _config(path, config, packed)
+        config = _config(path, config, is_file, inside)
     parts = build.build(config)
-    if packed:
+    if is_file:
         like = jax.eval_shape(lambda: training_run.initial_state(config, parts))
-        state, step = store.unpack(path, like, parts)
-        params = training.sampled_weights(state, config)
+        if tensors is not None:
+            params = weights.to_params(tensors, like.params)
+        else:
+            state, step = store.unpack(path, like, parts)
+            params = training.sampled_weights(state, config)
     else:
         if not any(checkpoint.steps(path / name) for name in unfinished.KEPT):
             raise checkpoint.ConflictError(
                 f"{path} has no weights yet: give the command of its run first"
             )
         params, step = unfinished.newest(config, parts, path)
-    return Run(path.parent if packed else path, config, parts, params, step)
+    return Run(folder, config, parts, params, step)
 
 
-def _config(path, config, packed):
+def sample_key(seed: int):
+    """The key of the samples of a run of this seed: sample i depends on both."""
+    return build.keys(seed).sample
+
+
+def write(folder: Path, samples) -> None:
+    """Writes samples.npz, grid.png of the first and, of images, images/*.png."""
+    record.write_npz(folder / "samples.npz", samples=samples)
+    figures.save_samples(folder / "grid.png", samples[:IN_GRID])
+    if samples.dtype == np.uint8 and samples.shape[-1] in (1, 3):
+        for i, image in enumerate(samples):
+            figures.save_image(folder / "images" / f"{i:06}.png", image)
+
+
+def _config(path, config, is_file, inside):
+    """The config of a run.   Args: inside, as an exported file has it, or None."""
     file = Path(config).expanduser() if config else path / "config.json"
-    if packed and not config:
-        raise checkpoint.ConflictError(
-            f"{path} holds weights without their config: give it beside them, "
-            "load(path, config='.../config.json')"
-        )
-    known = record.read_json(file)
+    if is_file and not config:
+        file = path
+        if inside is None:
+            raise checkpoint.ConflictError(
+                f"{path} holds weights without their config: give it beside them, "
+                "load(path, config='.../config.json')"
+            )
+        try:
+            known = json.loads(inside)
+        except ValueError as error:
+            raise checkpoint.ConflictError(
+                f"{path}: the config in its metadata is no JSON ({error})"
+            ) from error
+    else:
+        known = record.read_json(file)
     if known is None or known.get("experiment") != "train":
         what = (
             "no such file"

@@ -383,7 +383,7 @@ def test_d48_a_config_file_that_fails_is_one_message(kind, tmp_path):
         ([SMOKE, "extra"], "unexpected argument 'extra'"),
         ([SMOKE, "--resume_step=x"], "flag --resume_step=x: invalid literal"),
         ([SMOKE, "--config.train=5"], "flag --config.train=5: Failed to parse '5'"),
-        ([], "--config=FILE is required"),
+        ([], "--config=NAME is required"),
     ],
 )
 def test_d48_a_command_that_is_wrong_is_one_message(arguments, message, tmp_path):

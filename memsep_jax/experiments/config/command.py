@@ -28,6 +28,8 @@ UNSAFE = r"[^\w.=,+-]"  # characters that mean more to a shell or a file system
 class UsageError(Exception):
     """A command that cannot be understood; not a ValueError, which absl rewraps."""
 
+    exit_code = 2
+
 
 class ConfigFile(flags.ArgumentParser):
     """FILE.py[:variant] -> a locked ConfigDict.
@@ -193,11 +195,37 @@ def _declared(flag):
     ][:1]
 
 
+def folder(name: str) -> Path:
+    """Where the files of "configs" or "launch" are, installed or in a checkout."""
+    package = Path(__file__).parents[2]
+    # A wheel has them inside of the package, a checkout beside it.
+    return next(p / name for p in (package, package.parent) if (p / name).is_dir())
+
+
+def found(name: str) -> str:
+    """The file that --config=NAME means: a path, or a config of the package."""
+    own = folder("configs") / f"{name.removesuffix('.py')}.py"
+    is_name = Path(name).name == name
+    return str(own) if is_name and not Path(name).is_file() and own.is_file() else name
+
+
+def no_such_file(name: str) -> str:
+    """What to say of a config that is not there."""
+    known = sorted(path.stem for path in folder("configs").glob("*.py"))
+    close = difflib.get_close_matches(Path(name).stem, known, 1)
+    hint = f", did you mean --config={close[0]}?" if close else ""
+    return f"no such file{hint or '; `memsep_jax configs` lists those of the package'}"
+
+
 def load(argument: str) -> ConfigDict:
-    """The ConfigDict of FILE.py[:variant] or RUN/config.json.   Raises: UsageError."""
+    """The ConfigDict of NAME or FILE.py[:variant], or of RUN/config.json.
+
+    Raises: UsageError.
+    """
     file, colon, variant = argument.partition(":")
+    file = found(file)
     if not Path(file).is_file():
-        raise UsageError(f"--config={argument}: no such file")
+        raise UsageError(f"--config={argument}: {no_such_file(file)}")
     try:
         if file.endswith(".json"):
             # A config.json is data, perhaps a stranger's: no code of it is executed.

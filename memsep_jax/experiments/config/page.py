@@ -5,6 +5,7 @@ python -m memsep_jax.experiments.config.page > docs/configs.md
 
 import ast
 import sys
+import textwrap
 from pathlib import Path
 
 from memsep_jax.experiments.config.fields import (
@@ -15,7 +16,13 @@ from memsep_jax.experiments.config.fields import (
     Field,
     Group,
 )
-from memsep_jax.experiments.config.schema import AUDIT, TRAIN, marked
+from memsep_jax.experiments.config.schema import AUDIT, TRAIN, leaves, marked
+
+SCHEMAS = {
+    "Fields of a training, and of studies that train": TRAIN,
+    "Fields of an audit": AUDIT,
+}
+WIDTH, IN = 80, " " * 6  # columns of a terminal, and before a help text
 
 
 def page(configs: Path) -> str:
@@ -47,17 +54,36 @@ def page(configs: Path) -> str:
         + ".",
         "",
     ]
-    for title, schema in (
-        ("Fields of a training, and of studies that train", TRAIN),
-        ("Fields of an audit", AUDIT),
-    ):
+    for title, known in SCHEMAS.items():
         lines += [f"## {title}", ""]
-        plain = {name: one for name, one in schema.items() if isinstance(one, Field)}
-        lines += _table("", Group("", RESULT, plain, named=False))
-        for name, one in schema.items():
+        alone = {name: one for name, one in known.items() if isinstance(one, Field)}
+        lines += _table("", Group("", RESULT, alone, named=False))
+        for name, one in known.items():
             if isinstance(one, Group):
                 lines += [f"### {name}", "", one.help, "", *_table(name, one)]
     return "\n".join(lines)
+
+
+def plain() -> str:
+    """Every field with type, default, rule and help, for a terminal."""
+    lines = []
+    for title, known in SCHEMAS.items():
+        lines += [f"{title}:", ""]
+        for name, field, _ in leaves(known):
+            about = field.kind.__name__
+            if field.default is not None:
+                about += f" = {field.default!r}"
+            if field.rule:
+                about += f"; {field.rule.text()}"
+            lines.append(f"  --config.{name}: {about}")
+            text = field.help + _only(field)
+            lines += textwrap.wrap(text, WIDTH, initial_indent=IN, subsequent_indent=IN)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _only(field):
+    return f" Only for {', '.join(field.of)}." if field.of else ""
 
 
 def _table(name, group):
@@ -68,11 +94,10 @@ def _table(name, group):
     for field, known in group.fields.items():
         default = "" if known.default is None else f"`{known.default!r}`"
         rule = known.rule.text() if known.rule else ""
-        only = f" Only for {', '.join(known.of)}." if known.of else ""
         cells = (
             f"`{name}.{field}`" if name else f"`{field}`",
             known.kind.__name__, default, rule, known.role or group.role,
-            known.help + only,
+            known.help + _only(known),
         )  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return [*rows, ""]

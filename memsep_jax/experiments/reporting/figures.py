@@ -77,12 +77,17 @@ def quietly(say):
 def save_samples(path, samples):
     """A grid of samples as PNG: uint8 images [m, h, w, c], or vectors [m, d]."""
     if samples.ndim == 2:
-        content = encode(scatter(samples), "png")
+        record.write_bytes(path, encode(scatter(samples), "png"))
     else:
-        buffer = io.BytesIO()
-        Image.fromarray(grid(samples)).save(buffer, format="PNG")
-        content = buffer.getvalue()
-    record.write_bytes(path, content)
+        save_image(path, grid(samples))
+
+
+def save_image(path, image):
+    """One image as PNG, pixel by pixel: uint8 [h, w, 1 or 3]."""
+    buffer = io.BytesIO()
+    grey = image.shape[-1] == 1
+    Image.fromarray(image[..., 0] if grey else image).save(buffer, format="PNG")
+    record.write_bytes(path, buffer.getvalue())
 
 
 def grid(samples):
