@@ -116,12 +116,19 @@ def activations(intermediates: Params, group: str = "heads"):
 
     Args: intermediates, of model.apply(..., mutable="intermediates") for one example.
     Returns: [layers, units], means over tokens.
+    Raises: ValueError: the network keeps none of this group.
     """
     sizes = {}
     for path, value in jax.tree_util.tree_leaves_with_path(intermediates):
         names = _names(path)
         if group in names:
             sizes[_block(names[0])] = value
+    if not sizes:
+        raise ValueError(
+            f"criterion=activation needs the outputs of {group}, which this network "
+            "does not keep: take another criterion, or a module of flax.linen whose "
+            "layers sow them as those of models.DiT do"
+        )
     rows = jnp.stack([sizes[i] for i in sorted(sizes)])
     return rows[None] if group == "blocks" else rows
 

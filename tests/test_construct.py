@@ -53,6 +53,21 @@ def absent():
     raise KeyError("weights")
 
 
+def apply(params, x, t):
+    return x
+
+
+def gated():
+    def init(key, x, t):
+        layer = jnp.zeros((2, 4, 2))
+        return {"block_0": {"attention": {"query": {"kernel": layer}}}}
+
+    def apply(params, x, t, gates=None):
+        return x
+
+    return init, apply
+
+
 def slow(rate=1.0):
     def sigma(t):
         return jnp.sqrt(-jnp.expm1(-2 * rate * t))
@@ -171,6 +186,7 @@ def test_a_function_that_is_not_there_is_one_message(name, words, mine, tmp_path
         ("Flat", r"makes float32\[1\] of x float32\[2\]: the answer must have the"),
         ("NoModule", "makes NoModule: a network is a module of flax.linen, a class"),
         ("absent", r"raises KeyError: 'weights' \(.*mine_.*\.py:\d+\)$"),
+        ("apply", r"is called as \(params, x, t\), as a network is: name a function"),
     ],
 )
 def test_a_network_of_ones_own_that_cannot_be_called(name, words, mine):
@@ -195,6 +211,15 @@ def test_a_network_without_gates_is_not_pruned(mine):
     config.model = {"name": f"{mine}:Plain"}
     config.prune.ratio = 0.5
     with pytest.raises(build.ConfigError, match="prune.ratio=0.5 .* takes none: give"):
+        build.build(config)
+
+
+def test_a_pair_that_keeps_no_outputs_is_not_pruned_by_activation(mine):
+    config = own(mine)
+    config.model = {"name": f"{mine}:gated"}
+    config.prune.update(ratio=0.5, criterion="activation")
+    words = "prune.criterion=activation needs the outputs of heads, which"
+    with pytest.raises(build.ConfigError, match=words):
         build.build(config)
 
 

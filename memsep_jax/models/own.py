@@ -57,6 +57,17 @@ def constructor(found):
     return bridged
 
 
+def check_constructor(found):
+    """Refuses a function that is the network itself.   Raises: NetworkError."""
+    known = inspect.signature(found).parameters.values()
+    needed = [one.name for one in known if one.default is one.empty]
+    if {"x", "t"} <= {*needed}:
+        raise NetworkError(
+            f"is called as ({', '.join(needed)}), as a network is: name a function "
+            "that returns the network, such as the pair (init, apply), or a class"
+        )
+
+
 def network(made) -> Network:
     """The network that a user's constructor has returned.
 
@@ -88,7 +99,9 @@ def network(made) -> Network:
         given = _given(takes, label=label, gates=gates, train=train, key=key)
         if not is_pair:
             given |= flax | {"rngs": rngs}
-        return pair[1](variables["params"], x, t, **given)
+        answer = pair[1](variables["params"], x, t, **given)
+        # Functions keep no intermediates, and answer as a module that keeps none.
+        return (answer, {}) if is_pair and flax.get("mutable") else answer
 
     return Network(init, apply, takes, not takes.isdisjoint({"train", "key"}))
 

@@ -320,6 +320,9 @@ def _model(group, num_classes, shape):
     if shape is None:  # what is wrong with the data is said elsewhere
         return None
     given = {"num_classes": num_classes, "shape": tuple(shape)}
+    constructor = look_up(MODELS, group.name, "model.name")
+    with _naming_own(group.name):
+        own.check_constructor(constructor)
     with _naming_own(group.name, but=(ValueError, TypeError)):  # they name fields
         made = call(MODELS, group, "model", **given)
     with _naming_own(group.name):

@@ -125,11 +125,17 @@ def pruning(group, model, shape, num_classes):
         )
     label = jnp.zeros((), jnp.int32) if num_classes else None
     # Shapes alone: a large network is not made to count its heads.
-    like = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(()), label
-    )
+    x, t = jnp.zeros(shape), jnp.zeros(())
+    like = jax.eval_shape(model.init, jax.random.key(0), x, t, label)
+
+    def sizes(variables):
+        _, seen = model.apply(variables, x, t, label, mutable="intermediates")
+        return prune.activations(seen.get("intermediates", {}), group.group)
+
     with naming("prune", group):
         units = prune.gates(like["params"], group.group).size
+        if group.criterion == "activation":
+            jax.eval_shape(sizes, like)
     if not prune.count(units, group.ratio):
         raise ValueError(
             f"prune.ratio={group.ratio} removes none of {units} {group.group}: give "

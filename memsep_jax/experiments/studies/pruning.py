@@ -83,7 +83,7 @@ def _sizes(config, parts, criterion):
                 {"params": params}, x, parts.prediction.level(t), one.label,
                 mutable="intermediates",
             )  # fmt: skip
-            return prune.activations(seen["intermediates"], group)
+            return prune.activations(seen.get("intermediates", {}), group)
 
         def loss(gates):
             network = training.network(parts, params, one.label, gates={group: gates})
