@@ -378,23 +378,38 @@ def curves(panels):
     size = (7 if columns == 1 else 4.1 * columns, 3.6 * rows)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    # One legend below where all panels have the same lines.
-    labels = [[line.label for line in panel.lines if line.label] for panel in panels]
-    shared = len(panels) > 1 and labels[0] and all(s in ([], labels[0]) for s in labels)
+    # One legend below where a panel has the lines of all others, some of which may
+    # lack a line that has no value there.
+    labels = [{line.label for line in panel.lines if line.label} for panel in panels]
+    shared = len(panels) > 1 and max(labels, key=len) == set().union(*labels) != set()
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_lines(axes, panel)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.set(xscale=panel.xscale, yscale=panel.yscale)
         _set_x(axes, panel)
         _set_y(axes, panel)
-        if not shared and any(line.label for line in panel.lines):
-            axes.legend(fontsize=8)
+        if not shared and (entries := _entries(axes)):
+            axes.legend(entries.values(), entries.keys(), fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     if shared:
-        handles, texts = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=8)
+        # Those of the richest panel first, in its order.
+        order = sorted(range(len(panels)), key=lambda i: -len(labels[i]))
+        entries = _entries(*(grid.flat[i] for i in order))
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=4,
+            fontsize=8,
+        )  # fmt: skip
     return figure
+
+
+def _entries(*many):
+    """The entries of a legend, {label: its first line}, of all these axes."""
+    entries: dict = {}
+    for axes in many:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return entries
 
 
 def _draw_lines(axes, panel):

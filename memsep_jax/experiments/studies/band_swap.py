@@ -264,21 +264,20 @@ def _figure(metrics, copying, what, ylabel, level):
     for row in metrics["table"]:
         lines = []
         for name, (label, x, style) in labels.items():
-            label = None if panels else label  # a legend in the first panel only
             times = row[x]["mean"]
             lines.append(figures.line(times, row[f"{name}_{what}"], label, style))
         ends = [row["edges"]["mean"][0], row["edges"]["mean"][-1]]
         if level and row[level]["mean"] is not None:
             height = [row[level]["mean"]] * 2
-            label = None if panels else names[level]
             lines.append(
-                figures.Line(ends, height, label, style="--", color=figures.GREY)
+                figures.Line(ends, height, names[level], style="--", color=figures.GREY)
             )
         for name, style in (("collapse_time", ":"), ("spacing_time", "-.")):
             if (t := row[name]["mean"]) is not None:
-                label = None if panels else names[name]
                 lines.append(
-                    figures.Line([t, t], [0, 1], label, style=style, color="#666666")
+                    figures.Line(
+                        [t, t], [0, 1], names[name], style=style, color="#666666"
+                    )
                 )
         panels.append(
             figures.Panel(

@@ -91,9 +91,10 @@ def _panel(factor, rows, base):
         x = [place for place, _ in some]
         ratio, null = ([row[name] for _, row in some] for name in ("ratio", "null"))
         style = "o-" if ticks is None else "o"
-        name = None if i else "null level"  # once in the legend
         lines.append(figures.line(x, ratio, label or "samples", style, color))
-        lines.append(figures.line(x, null, name, "--", color)._replace(low=None))
+        lines.append(
+            figures.line(x, null, "null level", "--", color)._replace(low=None)
+        )
     return figures.Panel(
         "", lines, grid.LABELS.get(factor, factor), "memorized samples",
         xscale=_scale([place for place, _ in placed]) if ticks is None else "linear",

@@ -298,8 +298,7 @@ def _against_n(row, i):
     if law["slope"] is not None:
         ends = np.array([law["sizes"][0], law["sizes"][-1]], float)
         tau = law["factor"] * ends ** law["slope"]
-        label = None if i else "fitted power law"  # once in the legend
-        yield figures.Line(ends, tau, label, style="--", color=color)
+        yield figures.Line(ends, tau, "fitted power law", style="--", color=color)
 
 
 def _words(row):

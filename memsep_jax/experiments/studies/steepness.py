@@ -236,10 +236,9 @@ def _bounds(rows):
     ]
     measured = _line(first, "empirical_largest", "measured", figures.RED)
     networks = []
-    for i, (row, color) in enumerate(zip(rows, COLORS * len(rows), strict=False)):
-        bound = None if i else "upper bound"  # once in the legend
+    for row, color in zip(rows, COLORS * len(rows), strict=False):
         networks.append(_line(row, "network_largest", _decay(row), color))
-        networks.append(_line(row, "network_bound", bound, color, "--"))
+        networks.append(_line(row, "network_bound", "upper bound", color, "--"))
     return [
         _panel("between random pairs", _all_scores(rows, "segments")),
         _panel("empirical score", [measured, *known]),
