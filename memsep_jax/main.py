@@ -52,7 +52,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
 
 def main(argv) -> int:
-    """Flags -> experiments.run(config, workdir)."""
+    """Flags -> studies.run(config, workdir)."""
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         return _fail(f"unexpected argument {argv[1]!r}: flags start with --", 2)
@@ -90,7 +90,8 @@ def _workdir() -> str:
 def _run(config, workdir) -> int:
     """Runs the config.   Returns: the exit code."""
     # Here, and not above: a mistake in the command is told before jax is imported.
-    from memsep_jax import experiments, parallel
+    from memsep_jax import parallel
+    from memsep_jax.experiments import studies
     from memsep_jax.experiments.runtime import compiled
     from memsep_jax.experiments.runtime.session import Terminal
     from memsep_jax.experiments.studies.dry_run import dry_run
@@ -107,9 +108,7 @@ def _run(config, workdir) -> int:
         else:
             if not _DISTRIBUTED.value:
                 compiled.keep()
-            experiments.run(
-                config, workdir, _RESUME_STEP.value, _ALLOW_CONFIG_CHANGE.value
-            )
+            studies.run(config, workdir, _RESUME_STEP.value, _ALLOW_CONFIG_CHANGE.value)
 
     return _told(work)
 

@@ -61,6 +61,7 @@ OWNERS = {  # package: rooms that may import it
     "matplotlib": {"experiments.reporting.figures"},
     "jinja2": {"experiments.reporting.report"},
     "absl": {"main", "experiments.config.command"},
+    "IPython": {"experiments.runtime.terminal"},
     # Warnings of what is wrong with the data or the disk, and nothing else.
     "absl.logging": {
         "data",

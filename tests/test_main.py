@@ -139,13 +139,13 @@ def test_after_a_signal_the_process_leaves_without_a_teardown(tmp_path):
     """Threads of XLA that still compile would crash in it; what was said is flushed."""
     patch = """
 import atexit
-from memsep_jax import experiments
+from memsep_jax.experiments import studies
 from memsep_jax.experiments.runtime.session import Interrupted
 def run(*args):
     atexit.register(print, "torn down")
     print("saved")
     raise Interrupted(15)
-experiments.run = run
+studies.run = run
 """
     result = harness.run(*TINY, workdir=tmp_path / "run", patch=patch)
     assert result.code == 143 and result.stderr == "error: SIGTERM\n", result.output

@@ -1,8 +1,13 @@
 """Resumable functions of (config, workdir): numbers first, then pictures."""
 
+from pathlib import Path
 
-def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
+
+def run(config, workdir, resume_step=None, allow_config_change=False):
     """Runs config.experiment in a workdir, or continues it where it stopped.
+
+    Returns: of experiment=train the `loaded.Run`; of an audit the `audited.Audit`; of a
+      study its numbers, as metrics.json has them.
 
     Args:
       config: a ConfigDict, as the files in configs/ make it.
@@ -14,9 +19,17 @@ def run(config, workdir, resume_step=None, allow_config_change=False) -> None:
       FailedError and Interrupted, each with the `exit_code` of the command line.
     """
     # A command line is read without the studies, and so without jax.
-    from memsep_jax.experiments import studies
+    from memsep_jax.experiments import audited, loaded, record, studies
 
     studies.run(config, workdir, resume_step, allow_config_change)
+    workdir = Path(workdir)
+    # A report is of what was run here, whatever that was.
+    ran = (record.read_json(workdir / "config.json") or {}).get("experiment")
+    if ran == "audit":
+        return audited.Audit(workdir)
+    if ran == "train":
+        return loaded.load(workdir)
+    return record.read_json(workdir / "metrics.json")
 
 
 def __getattr__(name):

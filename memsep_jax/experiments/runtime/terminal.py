@@ -1,6 +1,7 @@
 """Where a run speaks: lines, tables, and a bar of progress."""
 
 import contextlib
+import html
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.progress import (
 )
 
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
+NOTEBOOK_EVERY = 0.2  # and between the updates of a bar in a notebook
 
 
 class Terminal(Console):
@@ -29,10 +31,13 @@ class Terminal(Console):
 
 @contextlib.contextmanager
 def progress(console, say, what: str, total: int, done: int = 0):
-    """A live bar, or plain lines where there is no terminal.
+    """A live bar, also in a notebook, or plain lines where there is neither.
 
     Yields: update(done, text), which may be called at any rate.
     """
+    if console.is_jupyter:
+        yield _in_a_notebook(what, total, done)
+        return
     if not console.is_terminal:
         yield _plain(say, what, total, done)
         return
@@ -50,17 +55,41 @@ def progress(console, say, what: str, total: int, done: int = 0):
 
 
 def _plain(say, what, total, first):
-    started, last = time.monotonic(), 0.0
+    def show(done, line):
+        say(line)
+
+    return _updates(show, what, total, first, PLAIN_EVERY)
+
+
+def _in_a_notebook(what, total, first):
+    # rich would need ipywidgets, and without them print a new bar at each update.
+    from IPython.display import display
+
+    def content(done, line):
+        bar = f'<progress value="{done}" max="{total}"></progress>'
+        return {"text/plain": line, "text/html": f"{bar} {html.escape(line)}"}
+
+    shown = display(content(first, what), raw=True, display_id=True)
+
+    def show(done, line):
+        shown.update(content(done, line), raw=True)
+
+    return _updates(show, what, total, first, NOTEBOOK_EVERY)
+
+
+def _updates(show, what, total, first, every):
+    """update(done, text), which calls show(done, line) once in `every` seconds."""
+    started, last = time.monotonic(), -every
 
     def update(done, text=""):
         nonlocal last
         now = time.monotonic()
         # Not the last line, which says that the work is done.
-        if now - last < PLAIN_EVERY and done < total:
+        if now - last < every and done < total:
             return
         last = now
         rate = (done - first) / max(now - started, 1e-9)
         eta = f"{(total - done) / rate:.0f} s" if rate else "?"
-        say(f"{what} {done}/{total}  {text}  ETA {eta}")
+        show(done, f"{what} {done}/{total}  {text}  ETA {eta}")
 
     return update
