@@ -117,6 +117,25 @@ def write_csv(path, columns: dict):
         writer.writerows(zip(*columns.values(), strict=True))
 
 
+def read_csv(path):
+    """Columns by name, as numbers or words; None where the file cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            names, *rows = csv.reader(file)
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
+        return {k: _column(k, c) for k, c in zip(names, columns, strict=True)}
+    except (OSError, ValueError):
+        return None
+
+
+def _column(name, words):
+    kinds = () if name.endswith("file") else (int, float)  # a file may be called "007"
+    for kind in kinds:
+        with contextlib.suppress(ValueError, OverflowError):
+            return np.array(words, kind)
+    return np.array(words, str)
+
+
 UNFINISHED = "unfinished"  # the key that marks a row whose step is not measured yet
 
 

@@ -417,6 +417,8 @@ def _tests(config, points, near, left_out):
         return {"c_t": None, "likelihood": None}
 
     def likelihood():
+        if not config.quality.points:
+            return None
         check_dim(points.train)
         most = min(config.quality.points, MODELLED)
         some = points.map(lambda name, x: _some(x, most, config.seed))
@@ -565,7 +567,7 @@ def _nearer(config, points, title, left_out):
     Its mean over fifths of the samples, with Student's 95 % interval. Both are of equal
     numbers, so of fewer training images, perhaps, than the distance to them alone.
     """
-    if points.held_out is None:
+    if points.held_out is None or not config.quality.points:
         return None
 
     def difference():
@@ -594,9 +596,9 @@ def _quality(config, points, title, left_out):
         ("KID",): kid,
         ("precision", "recall", "density", "coverage"): fidelity.balls,
     }
-    rows = []
+    rows: list[dict] = []
     for reference, x in points._asdict().items():
-        if x is None:
+        if x is None or not config.quality.points:
             continue
         works = [(names, work, [x]) for names, work in alone.items()]
         if reference != "samples":
