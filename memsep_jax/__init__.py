@@ -49,7 +49,8 @@ Experiments (the only rooms that read a config): run(config, workdir)
   audited       an audit as an object: `audit`, of arrays, files or a generator
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
-                circumstances, compiled (programs, for the next process), terminal,
+                circumstances, cache (of sets that audits share), compiled (programs,
+                for the next process), terminal,
                 trackers; points (a grid of points, each done once, by whoever takes
                 it), runs (points that are runs of their own)
   reporting     figures, tables, verdict (what the numbers mean), report (the pages)

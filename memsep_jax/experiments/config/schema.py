@@ -522,6 +522,7 @@ AUDIT: dict[str, Field | Group] = {
             positive("GiB, or None: what the machine has"),
         ),
         images=field(True, "Shows training images in the report."),
+        cache=field(True, "Keeps features of the sets for other audits of them."),
     ),
 }  # fmt: skip
 
