@@ -99,7 +99,9 @@ def test_without_held_out_images_nobody_knows(tmp_path, capsys, undrawn):
     assert metrics["verdict"]["alarm"] is None
     assert metrics["memorization"]["null"] is None
     assert "--config.held_out" in metrics["advice"][0]["text"]
-    assert "no --config.held_out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no --config.held_out" in said
+    assert f"verdict: {metrics['verdict']['text']}" in said
     assert "not known" in (tmp_path / "report.html").read_text()
 
 

@@ -77,6 +77,11 @@ def test_a_notebook_shows_the_verdict_and_the_worst_pairs(result):
     assert "http" not in page and "<script" not in page
 
 
+def test_a_notebook_shows_no_training_image_where_none_may_be(undrawn):
+    page = memsep_jax.audit(**SETS, **LEAST, run={"images": False})._repr_html_()
+    assert "25.0 % [16.8, 35.5]" in page and "<img" not in page
+
+
 def test_the_page_is_written_on_request(undrawn, tmp_path, capsys):
     result = memsep_jax.audit(**SETS, **LEAST)
     workdir = result.workdir

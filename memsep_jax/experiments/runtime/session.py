@@ -183,7 +183,7 @@ class Session:
         old = self.before.get("fingerprint")
         if old not in (None, fingerprint) and not self.allow_config_change:
             raise ConflictError(
-                f"the training data of {self.workdir} changed: their fingerprint was "
+                f"the data of {self.workdir} changed: their fingerprint was "
                 f"{old[:12]} and is {fingerprint[:12]}. {WAY_OUT}"
             )
 
