@@ -46,10 +46,11 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 checks and build turn a config into objects; page writes docs/configs.md
   training      config -> loss, step, sampler and score, on one screen
   loaded        a run as an object: `load`, its score, new samples, audit, export
+  audited       an audit as an object: `audit`, of arrays, files or a generator
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
-                circumstances, compiled (programs, for the next process), terminal,
-                trackers; points (a grid of points, each done once, by whoever takes
+                circumstances, cache (of sets that audits share), compiled (programs,
+                for the next process), terminal, trackers; points (a grid of points, each done once, by whoever takes
                 it), runs (points that are runs of their own)
   reporting     figures, tables, verdict (what the numbers mean), report (the pages)
   studies       study says what a study is. One run: training_run (stepper, store,
@@ -71,7 +72,7 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
-    "checkpoint", "data", "defaults", "empirical", "experiments", "features",
+    "audit", "checkpoint", "data", "defaults", "empirical", "experiments", "features",
     "fidelity", "gap", "lipschitz", "load", "memorization", "memory", "mixture",
     "models", "neighbours", "parallel", "process", "prune", "sampling", "score",
     "train", "weights",
@@ -80,6 +81,10 @@ __all__ = [
 
 def __getattr__(name):
     # A room is imported when it is first asked for: jax alone takes a second.
+    if name == "audit":
+        from memsep_jax.experiments.audited import audit
+
+        return audit
     if name == "load":
         from memsep_jax.experiments.loaded import load
 

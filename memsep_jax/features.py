@@ -43,6 +43,8 @@ class Extractor(NamedTuple):
     dim: int
     least: Callable[[], int]  # bytes that one image takes in the network
     note: str = ""  # how it was trained, if it was trained here
+    # The digest of its weights, by which features are known again; None: made anew.
+    digest: Callable[[], str] | None = None
 
 
 def pixels(shape) -> Extractor:
@@ -318,7 +320,11 @@ def _extractor(name, one, params, shape, chunk):
         return np.concatenate(pieces)
 
     dim = traced(1).out_info.shape[1]
-    return Extractor(name, f"FD ({name})", apply, dim, least)
+
+    def digest():
+        return checkpoint.digest(params)
+
+    return Extractor(name, f"FD ({name})", apply, dim, least, digest=digest)
 
 
 def _together(memory, each, most) -> int:

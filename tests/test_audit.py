@@ -1,6 +1,7 @@
 """An audit finds the copies that are there, says so in words, and refuses bad input."""
 
 import csv
+import itertools
 import json
 import signal
 
@@ -98,7 +99,9 @@ def test_without_held_out_images_nobody_knows(tmp_path, capsys, undrawn):
     assert metrics["verdict"]["alarm"] is None
     assert metrics["memorization"]["null"] is None
     assert "--config.held_out" in metrics["advice"][0]["text"]
-    assert "no --config.held_out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no --config.held_out" in said
+    assert f"verdict: {metrics['verdict']['text']}" in said
     assert "not known" in (tmp_path / "report.html").read_text()
 
 
@@ -133,6 +136,28 @@ def test_repeated_training_images_are_told(tmp_path, undrawn):
     ]  # fmt: skip
     assert "Deduplicate" in metrics["advice"][0]["text"]
     assert about["duplicates_emitted"] == 3
+
+
+def test_tables_and_pairs_have_the_names_of_files(tmp_path, undrawn):
+    """Also where a name is a number, as some programs write them."""
+    sets = {"samples": DIGITS[10:70], "train": DIGITS[[*range(30), 4]]}
+    for role, x in sets.items():
+        (tmp_path / role).mkdir()
+        for i, image in enumerate(x):
+            Image.fromarray(image[..., 0]).save(tmp_path / role / f"{i:03d}", "PNG")
+    places = {role: str(tmp_path / role) for role in sets}
+    experiments.run(settings(held_out=None, **places), tmp_path / "run")
+    table = record.read_csv(tmp_path / "run" / "per_sample.csv")
+    np.testing.assert_array_equal(table["index"], np.arange(60))
+    for column in ("index", "nearest", "second", "feature_nearest", "feature_second"):
+        files = table[f"{column}_file".removeprefix("index_")]
+        assert files.tolist() == [f"{i:03d}" for i in table[column]]
+    repeats = record.read_csv(tmp_path / "run" / "duplicates.csv")
+    assert (repeats["train_file"][0], repeats["repeats_file"][0]) == ("030", "004")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>30 030</td><td>4 004</td>" in page
+    first = record.read_npz(tmp_path / "run" / "pairs.npz")["pixels_index"][0]
+    assert f"<td>{first} {first:03d}</td>" in page
 
 
 def test_all_origins_of_images_are_one(tmp_path):
@@ -293,3 +318,71 @@ def test_bad_settings_get_one_message_and_leave_nothing(
     with pytest.raises(build.ConfigError, match=words):
         experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# What audits share.
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """Runs an audit of `settings`: (its numbers as bytes, the pieces it computed)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    in_chunks, names, count = record.in_chunks, [], itertools.count()
+
+    def noted(directory, work, total, chunk, session, what):
+        names.append(what)
+        return in_chunks(directory, work, total, chunk, session, what)
+
+    monkeypatch.setattr(record, "in_chunks", noted)
+
+    def audited(cache=True, **fields):
+        config, workdir = settings(**fields), tmp_path / f"run {next(count)}"
+        config.run.cache = cache
+        names.clear()
+        experiments.run(config, workdir)
+        files = ("metrics.json", "per_sample.csv", "held_out.csv", "duplicates.csv")
+        return [(workdir / name).read_bytes() for name in files], {*names}
+
+    return audited
+
+
+OF_SETS = {
+    "pixels train", "in random_conv train",
+    "features random_conv train", "features random_conv held_out",
+}  # fmt: skip
+
+
+def test_a_second_audit_of_a_training_set_computes_less(shared, undrawn):
+    _, first = shared()
+    _, second = shared(samples="digits[60:140]")
+    assert first - second == OF_SETS and second < first
+    _, other = shared(train="digits[:61]")  # held-out images are the same ones
+    assert first - other == {"features random_conv held_out"}
+    _, seed = shared(seed=1)  # other features of the same images
+    assert first - seed == {"pixels train"}
+
+
+def test_kept_features_change_no_byte_of_an_audit(shared, undrawn, tmp_path):
+    without, _ = shared(cache=False)
+    assert not (tmp_path / "cache").exists()
+    made, _ = shared()
+    read, pieces = shared()
+    assert without == made == read
+    assert "features random_conv train" not in pieces
+
+
+def test_parts_of_an_audit_are_switched_off(tmp_path, undrawn):
+    config = settings()
+    config.quality.points, config.features.name = 0, "none"
+    experiments.run(config, tmp_path / "both")
+    metrics = record.read_json(tmp_path / "both" / "metrics.json")
+    assert metrics["features"] is None and metrics["quality"] == []
+    assert metrics["left_out"] == [] and metrics["memorization"]["count"] == 20
+    config.features.name = "random_conv"
+    experiments.run(config, tmp_path / "quality")
+    metrics = record.read_json(tmp_path / "quality" / "metrics.json")
+    found = metrics["features"]
+    assert metrics["quality"] == [] and metrics["comparable"] == ""
+    assert found["likelihood"] is None and found["nearer"] is None
+    assert found["count"] == 20 and found["c_t"]
+    assert "KID" not in (tmp_path / "quality" / "report.html").read_text()

@@ -36,11 +36,12 @@ FLOORS = [  # a room imports from its own row and those above it here
 # record is atomic files, which runtime writes and reporting reads.
 BASE = {"config", "record"}
 INSIDE: dict[str, set] = {
-    "__init__": {"studies"},  # run(config, workdir)
+    "__init__": {"record", "studies", "loaded", "audited"},  # run(config, workdir)
     "config": set(),
     "record": set(),
     "training": BASE,
-    "loaded": BASE | {"training", "studies", "reporting"},
+    "audited": BASE | {"runtime", "reporting", "studies"},
+    "loaded": BASE | {"training", "studies", "reporting", "audited"},
     "runtime": BASE,
     "reporting": BASE,
     "studies": BASE | {"training", "runtime", "reporting"},

@@ -96,8 +96,9 @@ def test_an_exported_file_is_the_same_run(run, tmp_path):
 
 
 def test_an_audit_and_a_report(run, tmp_path, undrawn):
-    numbers = run.audit(workdir=tmp_path / "audit")
-    assert numbers["memorization"]["samples"] == len(own(run))
+    result = run.audit(workdir=tmp_path / "audit", features={"name": "none"})
+    assert result.numbers["memorization"]["samples"] == len(own(run))
+    assert result.numbers["features"] is None
     report = run.report()
     assert report == run.workdir / "report.html" and report.stat().st_size
 

@@ -69,6 +69,15 @@ def test_the_prompt_examples_show_what_they_say(monkeypatch, tmp_path):
     assert round(float(printed[3].split()[0]), 1) == 82.8
 
 
+def test_the_audits_of_the_prompt_show_what_they_say(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # one of them writes a page
+    with harness.undrawn():
+        first, second = shown("audit.md")
+    assert first.startswith("25.0 % [16.8, 35.5] of the 80 samples are copies")
+    assert "copies [40 41 42]" in first and second == "copies\n"
+    assert "25.0 %" in (tmp_path / "audit.html").read_text()
+
+
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_a_command_of_the_docs_parses(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)

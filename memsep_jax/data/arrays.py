@@ -282,6 +282,19 @@ def pixels(x, where):
     Args: x, uint8 or floats in [-1, 1]: [n, h, w, c], [n, h, w] or one [h, w, 3].
     Raises: DataError.
     """
+    x = form(x, where)
+    low, high, below = limits(x)
+    if x.dtype != np.uint8:
+        refuse(~np.isfinite(low), where, "NaN or Inf")
+    notes = tuple(check_range(x, where, low, high, below))
+    return x if x.dtype == np.uint8 else to_uint8(x), notes
+
+
+def form(x, where):
+    """Images [n, h, w, c] of one of the forms of `pixels`, whatever their values.
+
+    Raises: DataError.
+    """
     x = native(x)
     if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
         raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
@@ -300,11 +313,7 @@ def pixels(x, where):
             f"{where} is {x.shape}, of {x.shape[3]} channels: images have 1, 3 or 4; "
             "decode latents first"
         )
-    low, high, below = limits(x)
-    if x.dtype != np.uint8:
-        refuse(~np.isfinite(low), where, "NaN or Inf")
-    notes = tuple(check_range(x, where, low, high, below))
-    return x if x.dtype == np.uint8 else to_uint8(x), notes
+    return x
 
 
 def limits(x):

@@ -239,6 +239,23 @@ def origin(
     return result._replace(images=result.images[rows], labels=labels, files=files)
 
 
+def of_array(x, where: str) -> Source:
+    """Images that are in memory already, as an .npy file of them would be read.
+
+    Args: x, whatever numpy takes for an array; where, its name in messages.
+    Raises: DataError, as `origin` of such a file.
+    """
+    try:
+        x = np.asarray(x)
+    except Exception as error:  # of numpy, or of the library that x belongs to
+        raise DataError(
+            f"{where} is {type(x).__name__}, which numpy makes no array of ({error}); "
+            "give numbers [n, h, w, c], or a path"
+        ) from error
+    images, notes = pixels(x, where)
+    return Source(images, notes=notes)
+
+
 def again(where: str, files, **preparation) -> np.ndarray:
     """Some files of `origin(where)`, prepared in another way: uint8 [k, h, w, 3].
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import checkpoint, defaults, parallel, score, weights
-from memsep_jax.experiments import record, studies, training
+from memsep_jax.experiments import audited, record, studies, training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import evaluate, store, training_run, unfinished
@@ -82,20 +82,17 @@ class Run(NamedTuple):
         starts = range(0, n, chunk)
         return np.concatenate([draw(self.params, i, min(i + chunk, n)) for i in starts])
 
-    def audit(self, held_out=None, workdir=None) -> dict:
-        """Audits the run's images as `configs/audit.py` does.
+    def audit(self, held_out=None, workdir=None, **settings) -> audited.Audit:
+        """Audits the run's own samples, as `memsep_jax.audit` does.
 
-        Args: held_out, as --config.held_out; None takes the run's own, where it has
-          some.   workdir, by default audit/ in that of the run.
-        Returns: the numbers, as metrics.json of an audit has them.
+        Args: held_out, images; None takes the run's own, where it has some.   workdir,
+          by default audit/ in that of the run.   settings, as there.
         """
-        config, own = defaults.audit(), str(self.workdir)
-        config.samples = config.train = own
-        kept = self.parts.splits.held_out is not None
-        config.held_out = str(held_out) if held_out else (own if kept else "")
-        workdir = Path(workdir or self.workdir / "audit")
-        studies.run(config, workdir)
-        return record.read_json(workdir / "metrics.json")
+        if held_out is None and self.parts.splits.held_out is not None:
+            held_out = self.workdir
+        workdir = workdir or self.workdir / "audit"
+        own = self.workdir
+        return audited.audit(own, own, held_out, workdir=workdir, **settings)
 
     def report(self) -> Path:
         """Draws report.html again.   Returns: its path."""

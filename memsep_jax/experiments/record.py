@@ -13,7 +13,6 @@ import math
 import os
 import re
 import time
-import zipfile
 from pathlib import Path
 
 import jax
@@ -93,7 +92,7 @@ def read_npz(path):
         # Opened here: np.load leaves the file of a damaged .npz open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except Exception:  # numpy, zipfile and zlib each fail in their own way
         return None  # a damaged file counts as missing, so that `kept` makes it again
 
 
@@ -115,6 +114,25 @@ def write_csv(path, columns: dict):
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
+
+
+def read_csv(path):
+    """Columns by name, as numbers or words; None where the file cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            names, *rows = csv.reader(file)
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
+        return {k: _column(k, c) for k, c in zip(names, columns, strict=True)}
+    except (OSError, ValueError):
+        return None
+
+
+def _column(name, words):
+    kinds = () if name.endswith("file") else (int, float)  # a file may be called "007"
+    for kind in kinds:
+        with contextlib.suppress(ValueError, OverflowError):
+            return np.array(words, kind)
+    return np.array(words, str)
 
 
 UNFINISHED = "unfinished"  # the key that marks a row whose step is not measured yet

@@ -476,7 +476,10 @@ AUDIT: dict[str, Field | Group] = {
     "features": group(
         "The features that images are compared by.",
         RESULT,
-        name=choice("random_conv", "memsep_jax.features:FEATURES", "The features."),
+        name=field(
+            "random_conv", "The features; given: of files; none: pixels alone.",
+            Rule("given, none, or one of ", table="memsep_jax.features:FEATURES"),
+        ),
         path=unset(str, "File of the weights of inception, alexnet or lpips."),
         required=field(False, "Ends an audit that cannot have them."),
         samples=unset(str, "File of the samples' own features: an .npy [n, d]."),
@@ -505,7 +508,10 @@ AUDIT: dict[str, Field | Group] = {
     "quality": group(
         "How good the samples are.",
         RESULT,
-        points=field(10_000, "Points of each set, at most.", at_least(50, "images")),
+        points=field(
+            10_000, "Points of each set, at most; 0: quality is not measured.",
+            Rule("at least 50 images, or 0", lambda n: not n or n >= 50),
+        ),
     ),
     "run": group(
         "Memory, and what the report shows.",
@@ -516,6 +522,7 @@ AUDIT: dict[str, Field | Group] = {
             positive("GiB, or None: what the machine has"),
         ),
         images=field(True, "Shows training images in the report."),
+        cache=field(True, "Keeps features of the sets for other audits of them."),
     ),
 }  # fmt: skip
 

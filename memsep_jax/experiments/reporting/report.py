@@ -5,7 +5,6 @@ There are three kinds of pages: of a run, of a sweep and of an audit.
 
 import base64
 import contextlib
-import csv
 import re
 from pathlib import Path, PurePath
 
@@ -29,6 +28,7 @@ SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
 HELD_OUT = "held_out.csv"  # not of earlier versions, nor without held-out points
 GRIDS = 3  # grids of samples along training that an unfinished run shows
+SPACES = {"pixels": "", "features": "feature_"}  # of an audit: prefixes of columns
 REPEATS = 20  # duplicates of a training set that the page lists; the csv has all
 # The directories of an absolute path, and of one in somebody's home.
 PATH = r"""(?<![\w.:/])(?:/\S|~\w*/)(?:[^'"\n:;,=]*/)?(?<=/)"""
@@ -132,7 +132,6 @@ def _write_audit(workdir, attempt, config=None):
     if "pairs_pixels" in images:  # not where training images must not be shown
         png = base64.b64decode(images["pairs_pixels"])
         attempt(record.write_bytes, workdir / "pairs.png", png)
-    rows = zip(*numbers["duplicates.csv"].values(), strict=True)
     page = _render(
         "audit.html",
         title=workdir.resolve().name,
@@ -141,12 +140,60 @@ def _write_audit(workdir, attempt, config=None):
         notes=metrics["notes"],
         beside=tables.quality(metrics),
         quality=tables.by_reference(metrics["quality"]),
-        duplicates=list(rows)[:REPEATS],
+        duplicates=_rows(numbers["duplicates.csv"], slice(REPEATS)),
+        files=_files_of_pairs(numbers),
         run=run,
         config=_settings(numbers["config.json"]),
         images=images,
     )
     attempt(record.write_bytes, workdir / "report.html", page)
+
+
+def of_notebook(workdir, say=str) -> str:
+    """The verdict of an audit and its worst pairs, as html for a notebook.
+
+    Args: say, text -> the same in the words of a prompt.
+    """
+    numbers = _read(Path(workdir), AUDITED)
+    metrics, shown = numbers["metrics.json"], _may_show(numbers, None)
+    known = metrics["verdict"]
+    page = _render(
+        "notebook.html",
+        verdict=known | {part: say(known[part]) for part in ("text", "small")},
+        notes=[say(note) for note in metrics["notes"]],
+        advice=[say(line["text"]) for line in metrics["advice"]],
+        images={
+            name: base64.b64encode(figures.encode(figure, "png")).decode()
+            for name, figure in _audit_figures(numbers, shown, too=False)
+        },
+        files=_files_of_pairs(numbers),
+        features=metrics["features"],
+    )
+    return page.decode()
+
+
+def _rows(columns, some) -> list[dict]:
+    """Some rows of a table, each by the names of its columns."""
+    values = (column[some].tolist() for column in columns.values())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _files_of_pairs(numbers) -> dict[str, list[dict]]:
+    """The files of the pairs that figures show, a row for each, by the figure's name.
+
+    Sets that did not come from files have none.
+    """
+    table, found = numbers["per_sample.csv"], {}
+    for space, prefix in SPACES.items():
+        names = {"sample": "index", "file": "file"}
+        for which in ("nearest", "second"):
+            names[which] = f"{prefix}{which}"
+            names[f"{which}_file"] = f"{prefix}{which}_file"
+        some = numbers["pairs.npz"].get(f"{space}_index")
+        columns = {name: table[own] for name, own in names.items() if own in table}
+        if some is not None and any(name.endswith("file") for name in columns):
+            found[f"pairs_{space}"] = _rows(columns, some)
+    return found
 
 
 def _may_show(numbers, config):
@@ -158,25 +205,28 @@ def _may_show(numbers, config):
     return all(known.get("run", {}).get("images", True) for known in settings)
 
 
-def _audit_figures(numbers, pairs_too):
-    """(name, figure) for all figures of an audit."""
+def _audit_figures(numbers, pairs_too, too=True):
+    """(name, figure) for all figures of an audit; too, whether beside its pairs."""
     table = numbers["per_sample.csv"]
     metrics = numbers["metrics.json"]
     threshold, features = metrics["memorization"]["threshold"], metrics["features"]
     names = {"pixels": "pixels"}
     if features:
         names["features"] = f"{features['name']} features"
-    for space, prefix in ("pixels", ""), ("features", "feature_"):
+    for space, prefix in SPACES.items():
         if f"{prefix}d1" not in table:
             continue
         d1, d2 = table[f"{prefix}d1"], table[f"{prefix}d2"]
         share = memorization.quotient(d1, d2)
         copied = table[f"{prefix}memorized"] == 1
-        held_out = _held_out(numbers, prefix)
-        yield (
-            f"distances_{space}",
-            figures.distance_ratios(share, copied, threshold, held_out, names[space]),
-        )
+        if too:
+            held_out = _held_out(numbers, prefix)
+            yield (
+                f"distances_{space}",
+                figures.distance_ratios(
+                    share, copied, threshold, held_out, names[space]
+                ),
+            )
         if pairs_too:
             pairs = _pairs(numbers["pairs.npz"], space, copied, names[space])
             yield f"pairs_{space}", pairs
@@ -188,7 +238,7 @@ def _read(workdir, names, place=None):
     Args: place, the directory of the numbers where it is not the workdir.
     Raises: ConflictError, which names the files that are missing.
     """
-    read = {".json": record.read_json, ".npz": record.read_npz, ".csv": _read_csv}
+    read = {".json": record.read_json, ".npz": record.read_npz, ".csv": record.read_csv}
     places = dict.fromkeys(names, place or workdir) | dict.fromkeys(OF_RUN, workdir)
     numbers = {name: read[Path(name).suffix](places[name] / name) for name in names}
     missing = [name for name, value in numbers.items() if value is None]
@@ -199,7 +249,7 @@ def _read(workdir, names, place=None):
             "the numbers of a finished run. Make them with "
             + (command or "the same command without --config.experiment=report")
         )
-    held_out = _read_csv((place or workdir) / HELD_OUT)
+    held_out = record.read_csv((place or workdir) / HELD_OUT)
     return numbers | {HELD_OUT: held_out}
 
 
@@ -212,24 +262,6 @@ def _held_out(numbers, prefix=""):
     if f"{prefix}d1" not in table:
         return None
     return memorization.quotient(table[f"{prefix}d1"], table[f"{prefix}d2"])
-
-
-def _read_csv(path):
-    """Columns by name, as floats or words; None where the file cannot be read."""
-    try:
-        with open(path, newline="") as file:
-            names, *rows = csv.reader(file)
-        columns = zip(*rows, strict=True) if rows else [()] * len(names)
-        return {k: _column(c) for k, c in zip(names, columns, strict=True)}
-    except (OSError, ValueError):
-        return None
-
-
-def _column(words):
-    try:
-        return np.array(words, float)
-    except ValueError:
-        return np.array(words)
 
 
 def _figures(numbers, pairs_too):

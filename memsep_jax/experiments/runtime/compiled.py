@@ -1,13 +1,13 @@
 """Compiled programs on disk, so that the next process starts in seconds."""
 
-import contextlib
 import hashlib
 import os
 import platform
-import time
 from pathlib import Path
 
 import jax
+
+from memsep_jax.experiments.runtime import cache
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
 _SAYS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
@@ -15,7 +15,6 @@ _EVERY = {  # how slow to compile and how large a program must be: jax's default
     "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
     "jax_persistent_cache_min_entry_size_bytes": (0, -1),
 }
-_DAYS = 30  # a program is compiled anew after that, so that old ones do not pile up
 
 
 def keep(folder: Path | None = None) -> None:
@@ -31,25 +30,17 @@ def keep(folder: Path | None = None) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
-        place = (folder or _of_user()) / _processor()
+        place = (folder or cache.folder()) / _processor()
         place.mkdir(parents=True, exist_ok=True)
         if not os.access(place, os.W_OK):
             return
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return
-    for path in place.iterdir():
-        with contextlib.suppress(OSError):  # another process may have removed it
-            if time.time() - path.stat().st_mtime > _DAYS * 24 * 3_600:
-                path.unlink()
+    cache.forget(place)
     jax.config.update("jax_compilation_cache_dir", str(place))
     for name, (default, value) in _EVERY.items():
         if jax.config.values[name] == default:
             jax.config.update(name, value)
-
-
-def _of_user():
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "memsep_jax"
 
 
 def _processor():

@@ -34,6 +34,7 @@ class Session:
 
     Args: shared, whether other processes with the same config may join and take points
       of a sweep: the first one has the workdir, and `lead` waits for it.
+      quiet, whether nothing is said; a terminal still shows the bars of progress.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Session:
         allow_config_change=False,
         resume_step=None,
         shared=False,
+        quiet=False,
     ):
         self.workdir = Path(workdir)
         self.config = config
@@ -53,7 +55,7 @@ class Session:
         # Without emoji: rich would draw one for "my_file:ring:".
         self.console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         self.console.quiet = not parallel.is_first()
-        self._shared = shared
+        self._shared, self._quiet = shared, quiet
         self._held: int | None = None  # the lock; None where another process leads
         self._begun = False
         self._made: list[Path] = []  # directories that were not there
@@ -181,7 +183,7 @@ class Session:
         old = self.before.get("fingerprint")
         if old not in (None, fingerprint) and not self.allow_config_change:
             raise ConflictError(
-                f"the training data of {self.workdir} changed: their fingerprint was "
+                f"the data of {self.workdir} changed: their fingerprint was "
                 f"{old[:12]} and is {fingerprint[:12]}. {WAY_OUT}"
             )
 
@@ -309,6 +311,8 @@ class Session:
 
     def say(self, text):
         """Shows the person a line or a table; a closed pipe is not an error."""
+        if self._quiet:
+            return
         with contextlib.suppress(OSError):
             # The brackets of a text, such as those of a shape, are no markup.
             self.console.print(text, markup=not isinstance(text, str))

@@ -42,16 +42,34 @@ FALSE = 0.01  # share of honest samples that a set without held-out images may f
 # Other ways to prepare images are tried on parts of the sets, for time and memory.
 TRIED = 1_000  # samples, and held-out images, that are tried in other ways, at most
 FEWER = 250  # samples that are tried with exchanged axes or colours, at most
+NEAREST = "nearest", "second"  # columns of per_sample.csv
 FILES = 10_000  # training files that are prepared in another way, at most
 
 
-def run(config, session):
-    """Audits config.samples against config.train."""
+class Generator(NamedTuple):
+    """A function that makes the samples of an audit, n -> n images, and how many."""
+
+    generate: Callable
+    total: int
+
+
+def run(config, session, given=None, page=True):
+    """Audits config.samples against config.train.
+
+    Args: given, what is in memory already, by the name of its set: a `Source`, or a
+      `Generator` of the samples, which is called once all else is known to be right.
+      page, whether the report is written too.
+    """
     with session.phase("data"):
         check(config)
-        sets, origins, kept = read(config)
+        sets, origins, kept = read(config, given)
         compared, *note = _compared(config, sets, origins["train"].labels, kept)
         memory, room = check_memory(config, sets, compared)
+    if given and isinstance(generator := given.get("samples"), Generator):
+        with session.phase("sample"):
+            origins["samples"] = generated(config, session, generator, sets.train)
+            sets = sets._replace(samples=origins["samples"].images)
+        check_new(config, sets)
     fingerprint = data.fingerprint(*sets)
     session.status["memory"] = memory
     session.begin(fingerprint, origins["train"]._replace(notes=()))
@@ -72,10 +90,11 @@ def run(config, session):
                 config, sets, origins, pixels, session, room
             )
     metrics["verdict"] = verdict.verdict(metrics)
-    metrics["advice"] = advice(metrics)
+    own = readers.is_workdir(Path(config.samples).expanduser())
+    metrics["advice"] = advice(metrics, own)
     metrics["nearer"] = nearer(metrics["features"])
     metrics["comparable"] = comparable(metrics["quality"])
-    _write(session, result, metrics, origins)
+    _write(session, result, metrics, origins, page)
 
 
 def _notes(sets, origins, more, excluded) -> list[str]:
@@ -102,21 +121,27 @@ def _notes(sets, origins, more, excluded) -> list[str]:
     return notes
 
 
-def _write(session, result, metrics, origins):
+def _write(session, result, metrics, origins, page):
     """Writes the numbers, then the report, and says what they mean."""
-    columns = result.columns | _named(origins, result.columns["nearest"])
+    columns = {"index": np.arange(len(result.columns["nearest"]))} | result.columns
+    files = {name: origin.files for name, origin in origins.items()}
+    columns |= _named(files, samples={"": columns["index"]}, train=_found(columns))
     record.write_csv(session.workdir / "per_sample.csv", columns)
     if result.held_out:
         record.write_csv(session.workdir / "held_out.csv", result.held_out)
-    record.write_csv(session.workdir / "duplicates.csv", result.repeats)
+    repeats = {name: result.repeats[name] for name in ("train", "repeats")}
+    repeats = result.repeats | _named(files, train=repeats)
+    record.write_csv(session.workdir / "duplicates.csv", repeats)
     record.write_npz(session.workdir / "pairs.npz", **result.pairs)
     record.write_json(session.workdir / "metrics.json", metrics)
-    with session.reporting():
-        report.write_audit(session.workdir, session.say)
+    if page:
+        with session.reporting():
+            report.write_audit(session.workdir, session.say)
     session.say(summary(metrics))
     for line in verdict.lines(metrics):
         session.say(line)
-    session.say(f"report: {session.workdir / 'report.html'}")
+    if page:
+        session.say(f"report: {session.workdir / 'report.html'}")
 
 
 # What is read.
@@ -144,41 +169,40 @@ def check(config):
         raise build.ConfigError("\n".join(wrong))
 
 
-def read(config):
+def read(config, given=None):
     """All images, of one size.
 
+    Args: given, as for `run`; blank images stand for those of a `Generator`.
     Returns: `compare.Sets`; the `Source` of each; [held-out] bool: those that equal no
       training image, which are kept.
     Raises: build.ConfigError where they do not fit each other; DataError.
     """
-    origins = {name: origin_of(config, name) for name in ROLES if config[name]}
+    given = given or {}
+    origins = {
+        name: given[name] if name in given else origin_of(config, name)
+        for name in ROLES
+        if config[name]
+    }
     check_places(config)
+    if drawn := isinstance(generator := origins["samples"], Generator):
+        shape = generator.total, *origins["train"].images.shape[1:]
+        origins["samples"] = Source(np.broadcast_to(np.uint8(0), shape))
     origins = coloured(origins)
     sets = Sets(**{name: origin.images for name, origin in origins.items()})
     check_sizes(sets)
-    samples, train = data.digests(sets.samples), data.digests(sets.train)
+    train = data.digests(sets.train)
     if len(set(train)) < 2:
         raise build.ConfigError(
             f"--config.train={config.train} has fewer than 2 different images: the "
             "nearest and the second nearest are compared"
         )
-    if sorted(samples) == sorted(train):
-        raise build.ConfigError(
-            f"--config.samples={config.samples} and --config.train={config.train} are "
-            f"the same {len(train):,} images: give what was generated as samples"
-        )
+    if not drawn:
+        check_new(config, sets)
     if sets.held_out is None:
         return sets, origins, None
-    held_out = data.digests(sets.held_out)
-    if sorted(held_out) == sorted(samples):
-        raise build.ConfigError(
-            f"--config.held_out={config.held_out} and --config.samples="
-            f"{config.samples} are the same {len(samples):,} images: give images that "
-            "were neither generated nor trained on"
-        )
     seen = set(train)
     # A held-out image that was trained on would raise the null level, and hide copies.
-    kept = np.array([one not in seen for one in held_out])
+    kept = np.array([one not in seen for one in data.digests(sets.held_out)])
     if not kept.any():
         raise build.ConfigError(
             f"all {len(kept):,} images of --config.held_out={config.held_out} are in "
@@ -186,6 +210,56 @@ def read(config):
             "not trained on, or none"
         )
     return sets._replace(held_out=sets.held_out[kept]), origins, kept
+
+
+def check_new(config, sets):
+    """Refuses samples that are one of the other sets.   Raises: build.ConfigError."""
+    samples = sorted(data.digests(sets.samples))
+    for name, way_out in (
+        ("train", "give what was generated as samples"),
+        ("held_out", "give images that were neither generated nor trained on"),
+    ):
+        x = sets._asdict()[name]
+        if x is not None and sorted(data.digests(x)) == samples:
+            raise build.ConfigError(
+                f"--config.samples={config.samples} and --config.{name}={config[name]} "
+                f"are the same {len(samples):,} images: {way_out}"
+            )
+
+
+def generated(config, session, generator, train) -> Source:
+    """The images of a `Generator`, which is called for run.chunk at a time, at most.
+
+    Args: train, the images that they must be as large as.
+    Raises: DataError: other images, or another number of them, than were asked for.
+    """
+    h, w, c = train.shape[1:]
+    pieces: list[np.ndarray] = []
+    done, what = 0, "samples"
+    with session.progress("samples", generator.total) as update:
+        while done < generator.total:
+            n = min(config.run.chunk, generator.total - done)
+            what = f"samples({n})"
+            x = np.asarray(generator.generate(n))
+            if x.ndim == 3 and len(x) == n:  # else 3 grey images may pass for one
+                x = x[..., None]
+            x = arrays.form(x, what)
+            alike = not pieces or (x.shape[1:], x.dtype) == (
+                pieces[0].shape[1:],
+                pieces[0].dtype,
+            )
+            fits = x.shape[:3] == (n, h, w) and x.shape[3] in (1, c)
+            if not (fits and alike):
+                raise DataError(
+                    f"{what} returned {x.dtype}{x.shape}; it must return {n} images of "
+                    f"{h} x {w} x {c}, as the training images are, each time of one "
+                    "dtype"
+                )
+            pieces.append(x)
+            done += n
+            update(done)
+    origin = sources.of_array(np.concatenate(pieces), "samples")
+    return coloured({"train": Source(train), "samples": origin})["samples"]
 
 
 def check_places(config):
@@ -431,14 +505,23 @@ def _few(x, most):
     return x[:: max(1, -(-len(x) // most))]
 
 
-def _named(origins, nearest) -> dict:
-    """Columns of file names, where the images came from files."""
-    columns = {}
-    if (files := origins["samples"].files) is not None:
-        columns["file"] = files
-    if (files := origins["train"].files) is not None:
-        columns["nearest_file"] = files[nearest]
-    return columns
+def _found(columns) -> dict:
+    """The columns that hold places in the training set."""
+    known = (f"{space}{which}" for space in ("", "feature_") for which in NEAREST)
+    return {name: columns[name] for name in known if name in columns}
+
+
+def _named(files, **places) -> dict:
+    """Columns of the files at some places of a set, for sets that came from files.
+
+    Args: files, by set, or None; places, by set: {the column of numbers: numbers}.
+    """
+    return {
+        f"{name}_file".removeprefix("_"): files[which][numbers]
+        for which, columns in places.items()
+        if files[which] is not None
+        for name, numbers in columns.items()
+    }
 
 
 def space(config, name, sets, label):
@@ -463,6 +546,8 @@ def space(config, name, sets, label):
 def _compared(config, sets, label, kept):
     """The space beside pixels in which samples are compared, or None; and notes."""
     group = config.features
+    if group.name == "none":
+        return [None]
     try:
         if group.name == "given":
             return [_given(group, sets, kept)]
@@ -561,43 +646,52 @@ def nearer(in_features) -> str:
 
 
 PRUNING = "docs/results/pruning.md"
-EVIDENCE = (  # what removed copies in our runs, most effective first, and the page
+# What removed copies in our runs, most effective first; the field of a config of ours
+# that does it, if there is one; and the page.
+EVIDENCE = (
     (
         "Stop earlier: training that ends once the held-out loss is 10 % above the "
-        "training loss took copies from 87 to 0 %, with better samples "
-        "(train.stop_gap).",
+        "training loss took copies from 87 to 0 %, with better samples",
+        "train.stop_gap",
         PRUNING,
     ),
     (
-        "Stronger weight decay: 10 instead of 0 took copies from 87 to 0.6 % "
-        "(optimizer.weight_decay).",
+        "Stronger weight decay: 10 instead of 0 took copies from 87 to 0.6 %",
+        "optimizer.weight_decay",
         PRUNING,
     ),
     (
         "More training images: the same network and steps copied 98.9 % of the time "
-        "with 50 digits, and never with 1,400.",
+        "with 50 digits, and never with 1,400",
+        "data.num_examples",
         "docs/results/main_job.md",
     ),
     (
-        "A narrower network: of 100 digits, width 512 copied 83 %, and width 128 4 % "
-        "(model.width).",
+        "A narrower network: of 100 digits, width 512 copied 83 %, and width 128 4 %",
+        "model.width",
         "docs/results/emm.md",
     ),
     (
         "Pruning attention heads by small-t gradients helps least: 87 to 64 %, and "
-        "fine-tuning brings copies back (prune.ratio).",
+        "fine-tuning brings copies back",
+        "prune.ratio",
         PRUNING,
     ),
     (
         "None of these makes a network forget: a search over the noise still found "
-        "its training images. What must not come out must not be trained on.",
+        "its training images. What must not come out must not be trained on",
+        "",
         PRUNING,
     ),
 )
 
 
-def advice(metrics) -> list[dict]:
-    """Advice that follows from the numbers, most useful first: {"text", "evidence"}."""
+def advice(metrics, own: bool) -> list[dict]:
+    """Advice that follows from the numbers, most useful first: {"text", "evidence"}.
+
+    Args: own, whether the samples are those of a run of ours, whose config has fields
+      for what is advised.
+    """
     pixels, about = metrics["memorization"], metrics["data"]
     meaning = metrics["verdict"]["name"]
     lines = []
@@ -613,7 +707,9 @@ def advice(metrics) -> list[dict]:
         lines.append((_deduplicate(pixels, about), "duplicates.csv"))
     often = pixels["interval"][0] > memorization.BEGUN
     if meaning == "copies" or (meaning == "unknown" and often):
-        lines += EVIDENCE
+        for text, field, page in EVIDENCE:
+            where = f" ({field})" if own and field else ""
+            lines.append((f"{text}{where}.", page))
     if meaning == "no sign of copying":
         high = verdict.percent(max(pixels["excess_interval"][1], 0))
         text = (

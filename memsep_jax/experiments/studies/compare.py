@@ -16,6 +16,7 @@ from memsep_jax import data, fidelity, memorization, neighbours
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import verdict
+from memsep_jax.experiments.runtime import cache
 from memsep_jax.experiments.studies.results import mean_interval
 from memsep_jax.fidelity import UndefinedError
 
@@ -85,15 +86,23 @@ def measure(
     group = config.memorization
     place = session.workdir / "compared" / _tag(config, sets, space, fingerprint)
 
-    def chunked(name, work, x):
-        return record.in_chunks(
-            place / name,
-            lambda start, stop: work(x[start:stop]),
-            len(x),
-            config.run.chunk,
-            session,
-            name.replace("-", " "),
-        )
+    def chunked(name, work, x, shared=""):
+        def chunks():
+            return record.in_chunks(
+                place / name,
+                lambda start, stop: work(x[start:stop]),
+                len(x),
+                config.run.chunk,
+                session,
+                name.replace("-", " "),
+            )
+
+        # What is computed of one set alone, `shared` in words, other audits may share.
+        if not (shared and config.run.cache):
+            return chunks()
+        # With the size of a chunk, which decides the last bits of features.
+        of = {"what": shared, "of": data.fingerprint(x), "chunk": config.run.chunk}
+        return cache.kept(of, chunks, len(x))
 
     with session.phase("neighbours"):
         near = _search(chunked, "pixels", sets, group.near, memory, group.flips)
@@ -142,8 +151,13 @@ def _tag(config, sets, space, fingerprint) -> str:
     if isinstance(space, Sets):  # a file of features may change under its name
         of.append(data.fingerprint(*space))
     elif space is not None:  # other weights at the same path give other features
-        of.append(data.fingerprint(space.apply(sets.train[:1])))
+        of.append(_probe(space, sets))
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _probe(space, sets) -> str:
+    """The fingerprint of the features of one image."""
+    return data.fingerprint(space.apply(sets.train[:1]))
 
 
 def _of_training(sets, columns, repeats):
@@ -201,12 +215,12 @@ def _search(chunked, name, sets, near, memory, flips=False) -> Searched:
     )
     flipping = memorization.with_flips(search) if flips else search
 
-    def nearest(where, x, search, most):
+    def nearest(where, x, search, most, shared=""):
         def work(x):
             some = search(x)._asdict()
             return {k: v[:, :most] if v.ndim == 2 else v for k, v in some.items()}
 
-        return chunked(f"{name}-{where}", work, x)
+        return chunked(f"{name}-{where}", work, x, shared)
 
     def of(kept):
         return neighbours.Neighbours(kept["distances"], kept["indices"])
@@ -214,7 +228,7 @@ def _search(chunked, name, sets, near, memory, flips=False) -> Searched:
     samples, held_out = nearest("samples", sets.samples, flipping, near), None
     if sets.held_out is not None:
         held_out = of(nearest("held-out", sets.held_out, flipping, 2))
-    train = of(nearest("train", sets.train, search, THREE))
+    train = of(nearest("train", sets.train, search, THREE, "neighbours in itself"))
     flipped = samples.get("flipped", np.zeros(len(sets.samples), bool))
     return Searched(of(samples), held_out, train, flipped)
 
@@ -381,11 +395,15 @@ def _in_features(config, sets, space, session, chunked, memory):
         points = space
         if not isinstance(space, Sets):
             name, title = space.name, space.title
+            shared = ""
+            if config.run.cache and space.digest is not None:
+                shared = f"{name} features {space.digest()} {_probe(space, sets)}"
             points = sets.map(
                 lambda which, x: chunked(
                     f"features-{name}-{which}",
                     lambda x: {"x": space.apply(x, memory)},
                     x,
+                    "" if which == "samples" else shared,
                 )["x"]
             )
         near = attempt(
@@ -417,6 +435,8 @@ def _tests(config, points, near, left_out):
         return {"c_t": None, "likelihood": None}
 
     def likelihood():
+        if not config.quality.points:
+            return None
         check_dim(points.train)
         most = min(config.quality.points, MODELLED)
         some = points.map(lambda name, x: _some(x, most, config.seed))
@@ -565,7 +585,7 @@ def _nearer(config, points, title, left_out):
     Its mean over fifths of the samples, with Student's 95 % interval. Both are of equal
     numbers, so of fewer training images, perhaps, than the distance to them alone.
     """
-    if points.held_out is None:
+    if points.held_out is None or not config.quality.points:
         return None
 
     def difference():
@@ -594,9 +614,9 @@ def _quality(config, points, title, left_out):
         ("KID",): kid,
         ("precision", "recall", "density", "coverage"): fidelity.balls,
     }
-    rows = []
+    rows: list[dict] = []
     for reference, x in points._asdict().items():
-        if x is None:
+        if x is None or not config.quality.points:
             continue
         works = [(names, work, [x]) for names, work in alone.items()]
         if reference != "samples":
