@@ -50,8 +50,9 @@ Experiments (the only rooms that read a config): run(config, workdir)
   record        numbers on disk; long work, done and kept in pieces
   runtime       session (one run in one workdir), locks, signals, processes,
                 circumstances, cache (of sets that audits share), compiled (programs,
-                for the next process), terminal, trackers; points (a grid of points, each done once, by whoever takes
-                it), runs (points that are runs of their own)
+                for the next process), terminal, trackers; points (a grid of points,
+                each done once, by whoever takes it), runs (points that are runs of
+                their own)
   reporting     figures, tables, verdict (what the numbers mean), report (the pages)
   studies       study says what a study is. One run: training_run (stepper, store,
                 monitor, evaluate, pruning, dry_run, unfinished), optimum; audit (of any

@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -76,6 +80,38 @@ def test_the_audits_of_the_prompt_show_what_they_say(monkeypatch, tmp_path):
     assert first.startswith("25.0 % [16.8, 35.5] of the 80 samples are copies")
     assert "copies [40 41 42]" in first and second == "copies\n"
     assert "25.0 %" in (tmp_path / "audit.html").read_text()
+
+
+TOUR = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=900).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+@pytest.mark.dev
+def test_the_tour_runs_from_top_to_bottom(tmp_path):
+    pytest.importorskip("nbclient")
+    tour, out = ROOT / "docs" / "tour.ipynb", tmp_path / "tour.ipynb"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", TOUR, tour, out], check=True, env=env, cwd=tmp_path
+    )
+    *_, training, _, audit = [
+        json.dumps([one.get("data", one.get("text")) for one in cell["outputs"]])
+        for cell in json.loads(out.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    assert "<progress" in training and "memorized samples" in training
+    assert "of the 200 samples are copies of a training image" in audit
+    assert "data:image/png" in audit
+
+
+def test_the_tour_holds_pictures_and_no_path_of_a_machine():
+    text = (ROOT / "docs" / "tour.ipynb").read_text()
+    assert text.count('"image/png"') == 3 and "/home/" not in text
+    assert "/root/" not in text and "Traceback" not in text and len(text) < 600_000
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))

@@ -67,7 +67,10 @@ def _in_a_notebook(what, total, first):
 
     def content(done, line):
         bar = f'<progress value="{done}" max="{total}"></progress>'
-        return {"text/plain": line, "text/html": f"{bar} {html.escape(line)}"}
+        return {
+            "text/plain": line,
+            "text/html": f"<div>{bar} {html.escape(line)}</div>",
+        }
 
     shown = display(content(first, what), raw=True, display_id=True)
 
