@@ -151,6 +151,26 @@ def test_a_function_is_called_until_there_are_enough(form, result, undrawn):
     assert own.numbers["memorization"] == result.numbers["memorization"]
 
 
+def test_a_function_may_write_over_what_it_returned(result, undrawn):
+    buffer = np.empty((32, 8, 8, 1), np.uint8)
+
+    def form(x):
+        buffer[: len(x)] = x
+        return buffer[: len(x)]
+
+    rest = {name: SETS[name] for name in ("train", "held_out")}
+    own = memsep_jax.audit(
+        maker([], form), **rest, num_samples=80, run={"chunk": 32}, **LEAST
+    )
+    assert own.numbers["memorization"] == result.numbers["memorization"]
+
+
+def test_three_grey_images_of_a_function_are_three(undrawn):
+    grey = maker([], lambda x: x[..., 0])
+    rest = LEAST | {"num_samples": 63, "run": {"chunk": 20}}  # the last batch has 3
+    assert memsep_jax.audit(grey, DIGITS[:60], **rest).samples["index"][-1] == 62
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -207,6 +227,13 @@ def test_a_function_that_makes_other_samples_needs_another_workdir(undrawn, tmp_
 # Refusals.
 
 
+class Elsewhere:
+    """An array of another library, on a device that numpy cannot read."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("on a device")
+
+
 ARRAYS = {name: case for name, case in BAD.items() if isinstance(case[2], np.ndarray)}
 
 
@@ -232,6 +259,10 @@ def test_an_array_passes_the_door_of_its_file(case, tmp_path):
     [
         ({"samples": [DIGITS[0], DIGITS[0][:4]]}, "samples is list, which numpy makes"),
         ({"samples": {"a": 1}}, "samples is object"),
+        (
+            {"train": Elsewhere()},
+            r"train is Elsewhere, .*\(on a device\).* of the host",
+        ),
         ({"samples": np.zeros((3, 8, 8))}, "one image, channels first, or 3 grey ones"),
         ({"samples": np.zeros((9, 3, 8, 8))}, "channels first"),
         ({"train": DIGITS / 255.0}, r"train has floats in \[0, 1\]"),

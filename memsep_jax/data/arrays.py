@@ -217,6 +217,17 @@ def _is_image(x):
     return x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] > 4
 
 
+def of_numpy(x, where):
+    """An array, or what another library calls one, as numpy's.   Raises: DataError."""
+    try:
+        return np.asarray(x)
+    except Exception as error:  # of numpy, or of the library that x belongs to
+        raise DataError(
+            f"{where} is {type(x).__name__}, which numpy makes no array of ({error}); "
+            "give numbers [n, h, w, c] in the memory of the host"
+        ) from error
+
+
 def native(x):
     """An array in the byte order of this machine."""
     return x.astype(x.dtype.newbyteorder("="), copy=False)

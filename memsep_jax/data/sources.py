@@ -21,6 +21,7 @@ from memsep_jax.data.arrays import (
     check_source,
     joined,
     listed,
+    of_numpy,
     pixels,
 )
 from memsep_jax.keys import BRANCH
@@ -245,14 +246,7 @@ def of_array(x, where: str) -> Source:
     Args: x, whatever numpy takes for an array; where, its name in messages.
     Raises: DataError, as `origin` of such a file.
     """
-    try:
-        x = np.asarray(x)
-    except Exception as error:  # of numpy, or of the library that x belongs to
-        raise DataError(
-            f"{where} is {type(x).__name__}, which numpy makes no array of ({error}); "
-            "give numbers [n, h, w, c], or a path"
-        ) from error
-    images, notes = pixels(x, where)
+    images, notes = pixels(of_numpy(x, where), where)
     return Source(images, notes=notes)
 
 

@@ -235,27 +235,24 @@ def generated(config, session, generator, train) -> Source:
     """
     h, w, c = train.shape[1:]
     pieces: list[np.ndarray] = []
-    done, what = 0, "samples"
+    done, kinds = 0, set()
     with session.progress("samples", generator.total) as update:
         while done < generator.total:
             n = min(config.run.chunk, generator.total - done)
             what = f"samples({n})"
-            x = np.asarray(generator.generate(n))
+            x = arrays.of_numpy(generator.generate(n), what)
             if x.ndim == 3 and len(x) == n:  # else 3 grey images may pass for one
                 x = x[..., None]
             x = arrays.form(x, what)
-            alike = not pieces or (x.shape[1:], x.dtype) == (
-                pieces[0].shape[1:],
-                pieces[0].dtype,
-            )
+            kinds.add((x.shape[1:], x.dtype))
             fits = x.shape[:3] == (n, h, w) and x.shape[3] in (1, c)
-            if not (fits and alike):
+            if not fits or len(kinds) > 1:
                 raise DataError(
                     f"{what} returned {x.dtype}{x.shape}; it must return {n} images of "
                     f"{h} x {w} x {c}, as the training images are, each time of one "
                     "dtype"
                 )
-            pieces.append(x)
+            pieces.append(x.copy())  # it may be written over by the next call
             done += n
             update(done)
     origin = sources.of_array(np.concatenate(pieces), "samples")
