@@ -8,6 +8,7 @@ training (length, batch at a fixed ratio of rate and batch, rate, decay, optimiz
 and the labels. U-Nets: configs/factors_cifar.py; transformers: configs/factors_dit.py.
 
 Variants: `full` (5 seeds), `small` (2 seeds, two values of each factor: 2 CPU cores),
+`guidance` (one conditional network per seed, sampled with four weights of guidance),
 `smoke`.
 """
 
@@ -57,12 +58,22 @@ def get_config(variant="full"):
     config.train.steps = 5_000
     config.sweep.update(seeds=5, points=POINTS)
     config.run.snapshots = 0
-    return defaults.variant_of(config, variant, small=small, smoke=smoke)
+    return defaults.variant_of(
+        config, variant, small=small, guidance=guidance, smoke=smoke
+    )
 
 
 def small(config):
     """The factors that move the ratio most, fewer seeds."""
     config.sweep.update(seeds=2, points=FEW)
+    return config
+
+
+def guidance(config):
+    """Without a label (weight 0), of a label (1), and guided towards it."""
+    config.data.labels, config.train.label_drop = "true", 0.1
+    points = values("sampler.guidance", 0.0, 1.0, 2.0, 4.0)
+    config.sweep.update(seeds=3, points=points)
     return config
 
 

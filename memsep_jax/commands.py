@@ -82,7 +82,7 @@ def sample(words: list[str]) -> None:
     add("--outdir", required=True, type=Path, help="a new or empty folder")
     add("--num_samples", type=int, default=16, help="default 16")
     add("--label", type=int, help="of all samples; default: as the training set has")
-    add("--guidance", type=float, help="g of s(x) + g (s(x | label) - s(x))")
+    add("--guidance", type=float, help="g of s(x) + g (s(x, label) - s(x))")
     add("--steps", type=int, help="of the sampler; default: those of the run")
     add("--seed", type=int, help="default: that of the run, and so its own samples")
     args = parser.parse_args(words)

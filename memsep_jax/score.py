@@ -225,6 +225,22 @@ def banded(inside: ScoreFn, outside: ScoreFn, low: Scalar, high: Scalar) -> Scor
     return score_fn
 
 
+def guided(conditional: ScoreFn, unconditional: ScoreFn, weight: Scalar) -> ScoreFn:
+    """s(x) + weight (s(x | label) - s(x)), classifier-free guidance.
+
+    Weight 0 is the score without a label, 1 that of the label, and more than 1 moves
+    samples towards what tells the label from the others.
+
+    Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, where w is weight - 1.
+    """
+
+    def score_fn(x, t):
+        free = unconditional(x, t)
+        return free + weight * (conditional(x, t) - free)
+
+    return score_fn
+
+
 def to_denoiser(score_fn: ScoreFn, process: Process):
     """E[X_0 | X_t = x] = (x + sigma^2 score) / alpha (Tweedie).   (x, t) -> [*e]."""
     return lambda x, t: (x + process.sigma(t) ** 2 * score_fn(x, t)) / process.alpha(t)

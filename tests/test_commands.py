@@ -135,7 +135,7 @@ def test_what_cannot_be_sampled_is_one_message(workdir, tmp_path, monkeypatch, c
         ([f"--run={tmp_path}"], "is no run of one network"),
         ([f"--run={workdir}", "--label=3"], "trained without labels"),
         ([f"--run={workdir}", "--num_samples=0"], "n=0 samples"),
-        ([f"--run={workdir}", "--guidance=2"], "has not learned"),
+        ([f"--run={workdir}", "--guidance=2"], "train with data.labels"),
     ):
         outdir = tmp_path / "none"
         argv = ["memsep_jax", "sample", *words, f"--outdir={outdir}"]

@@ -218,6 +218,7 @@ FINITE = {
     "score.from_denoiser": (lambda x, t: score.from_denoiser(nothing, OU)(x, t), AT),
     "score.from_velocity": (lambda x, t: score.from_velocity(nothing, OU)(x, t), AT),
     "score.to_denoiser": (lambda x, t: score.to_denoiser(nothing, OU)(x, t), AT),
+    "score.guided": (lambda x, t: score.guided(nothing, nothing, 2.0)(x, t), AT),
     "score.banded": (
         lambda x, t, *band: score.banded(linear, nothing, *band)(x, t),
         [(X, T, 0.1, 0.9), (X, T, T, T), (X, T, 0.9, 0.1)],

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import subprocess
@@ -121,8 +122,12 @@ def test_wrong_requests_are_told(run):
     )
     with pytest.raises(ValueError, match="without labels"):
         without.sample(label=0)
-    with pytest.raises(ValueError, match="guidance=2 needs"):
-        without.sample(guidance=2)
+    kept = copy.deepcopy(run.config)
+    kept.train.label_drop = 0.0
+    with pytest.raises(ConfigError, match=r"sampler\.guidance=2\.0 needs the scores"):
+        run._replace(config=kept).sample(guidance=2)
+    with pytest.raises(ConfigError, match="guidance=-1.0 must be at least 0"):
+        run.sample(guidance=-1)
 
 
 def test_what_is_no_run_is_told(run, tmp_path):

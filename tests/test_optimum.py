@@ -167,6 +167,20 @@ def test_the_truth_gives_the_null_level(tmp_path, undrawn):
     assert abs(found["ratio"] - found["null"]) < 4 * error
 
 
+def test_guidance_needs_a_score_without_labels(tmp_path, undrawn):
+    """The empirical score has one, and its guided samples are still copies."""
+    config = configs.get_config("full")
+    config.data.num_examples = 100
+    config.sampler.update(num_samples=20, guidance=2.0)
+    with pytest.raises(build.ConfigError, match="guidance=2.0 needs the scores with"):
+        experiments.run(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    config.data.labels = "true"
+    experiments.run(config, tmp_path / "guided")
+    found = record.read_json(tmp_path / "guided" / "metrics.json")["memorization"]
+    assert found["exact_copies"] == 20
+
+
 def test_the_truth_of_images_is_not_known(tmp_path):
     config = configs.get_config("full")
     config.optimum.score = "truth"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import FORMULAS, PROCESSES, SLOW_32, T, close
 
-from memsep_jax import empirical, process, score, train
+from memsep_jax import empirical, mixture, process, score, train
 
 EACH = pytest.mark.parametrize("name", PROCESSES)
 DATA = np.random.default_rng(0).normal(size=(5, 3))
@@ -17,6 +17,25 @@ LEVELS = {  # c_noise of Karras 2022, table 1, of s; VP's divided by 999
     "ve": lambda s: np.log(s / 2),
     "ddpm": lambda s: np.interp(np.log(s), np.log(STEPS), np.arange(1_000)) / 1_000,
 }
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_guidance_between_two_gaussians_is_a_tanh(weight, x64):
+    """Classes N(m, 1) and N(-m, 1): in the OU process the variance stays 1, the mean is
+    a m, and s(x | label) - s(x) = a m - a m tanh(a m x)."""
+    made, m, t, x = process.ornstein_uhlenbeck(), 1.5, 0.4, jnp.array([0.3])
+    classes = [
+        mixture.Mixture(*map(jnp.asarray, ([0.0], [[sign * m]], [[1.0]])))
+        for sign in (1, -1)
+    ]
+    both = mixture.Mixture(
+        jnp.log(jnp.full(2, 0.5)), jnp.array([[m], [-m]]), jnp.ones((2, 1))
+    )
+    scores = [mixture.score(law, made) for law in (classes[0], both)]
+    guided = jax.jit(score.guided(*scores, weight))(x, t)
+    am, x = np.exp(-t / 2) * m, np.asarray(x)
+    free = am * np.tanh(am * x) - x
+    close(guided, free + weight * (am - am * np.tanh(am * x)), 64)
 
 
 def truth(made):

@@ -1,6 +1,7 @@
 """A run that was trained, as an object: its score, its denoiser, new samples."""
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,8 @@ class Run(NamedTuple):
         Args:
           key: None is that of the run: the first n of its own samples come again.
           label: of all samples; None draws labels as they are in the training set.
-          guidance: the factor g of the score s(x) + g (s(x | label) - s(x)) (Ho &
-            Salimans 2022, with g = 1 + w); 1 is no guidance. Needs train.label_drop.
+          guidance: the weight of `score.guided`; 1 is no guidance, None that of
+            sampler.guidance. Needs train.label_drop.
           steps: of the sampler; None is sampler.steps.
         Returns:
           numpy [n, *e]: uint8 pixels, or vectors as they are.
@@ -58,23 +59,16 @@ class Run(NamedTuple):
         if n < 1:
             raise build.ConfigError(f"n={n} samples: give at least 1")
         labels = None if label is None else self._only(label)
-        if guidance is not None and not (
-            self.parts.num_classes and config.train.label_drop
-        ):
-            raise build.ConfigError(
-                f"guidance={guidance} needs the score without a label, which this run "
-                "has not learned: train with data.labels and --config.train."
-                "label_drop=0.1, or leave guidance out"
-            )
-        if steps is not None:
+        given = {"guidance": guidance, "steps": steps}
+        if given := {k: v for k, v in given.items() if v is not None}:
             config = copy.deepcopy(config)
-            config.sampler.steps = steps
-            parts = build.build(config)  # checks the number, too
+            config.sampler.update(given)
+            parts = build.build(config)  # checks them, too
         draw = evaluate.make_generate(
             config,
             parts,
             parallel.make_mesh(jax.local_devices()),
-            lambda params, label: _guided(parts, params, label, guidance),
+            functools.partial(training.sampled_score, config, parts),
             key=key,
             labels=labels,
         )
@@ -215,17 +209,3 @@ def _config(path, config, is_file, inside):
         raise checkpoint.ConflictError(
             f"{file} is of another version of memsep_jax: {error}"
         ) from error
-
-
-def _guided(parts, params, label, guidance):
-    with_label = training.score_fn(parts, params, label)
-    if guidance is None:
-        return with_label
-    # The label that training drops to: one beyond the last.
-    without = training.score_fn(parts, params, jnp.int32(parts.num_classes))
-
-    def score_fn(x, t):
-        free = without(x, t)
-        return free + guidance * (with_label(x, t) - free)
-
-    return score_fn

@@ -29,6 +29,15 @@ def score_fn(parts: Parts, params, label=None) -> score.ScoreFn:
     return score.from_network(bound, parts.prediction, parts.process)
 
 
+def sampled_score(config, parts: Parts, params, label=None) -> score.ScoreFn:
+    """The score that is sampled: `score_fn`, guided by config.sampler.guidance."""
+    conditional = score_fn(parts, params, label)
+    if config.sampler.guidance is None:
+        return conditional
+    free = score_fn(parts, params, jnp.int32(parts.num_classes))  # `loss` drops to it
+    return score.guided(conditional, free, config.sampler.guidance)
+
+
 def sampled_weights(state, config):
     """The weights of a TrainState that are sampled: by sampler.weights, EMA or raw."""
     return state.ema if config.sampler.weights == "ema" else state.params

@@ -146,6 +146,8 @@ def build(config, read=sources.source) -> Parts:
     if model is not None and shape is not None:
         attempt(_check_shape, config.model, model, shape, num_classes)
     attempt(checks.mitigations, config, splits, num_classes)
+    if splits is not None:
+        attempt(checks.guidance, config, num_classes)
     if splits is not None and isinstance(splits.train.x, data.Rows):
         attempt(checks.stream, config)
     if model is not None and shape is not None and not attempt.wrong:

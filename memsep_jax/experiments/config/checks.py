@@ -99,6 +99,18 @@ def mitigations(config, splits, num_classes):
         raise ConfigError("\n".join(wrong))
 
 
+def guidance(config, num_classes):
+    """Refuses guidance where the score without a label is not known."""
+    factor = config.sampler.guidance
+    # The empirical score needs no training to be known without a label.
+    free = config.train.label_drop or config.experiment == "optimum"
+    if factor is not None and not (num_classes and free):
+        raise ConfigError(
+            f"sampler.guidance={factor} needs the scores with and without a label: "
+            "train with data.labels and --config.train.label_drop=0.1, or leave it out"
+        )
+
+
 def stream(config):
     """Refuses what needs all training points in memory, where they stay on disk."""
     needs = {

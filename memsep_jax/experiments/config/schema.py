@@ -291,6 +291,10 @@ TRAIN: dict[str, Field | Group] = {
             "ema", "Weights that are sampled: their average, or the raw ones.",
             Rule("'ema' or 'raw'", lambda value: value in ("ema", "raw")),
         ),
+        guidance=unset(
+            float, "Weight g of the score s(x) + g (s(x, label) - s(x)); 1 is none.",
+            Rule("at least 0", lambda value: 0 <= value < math.inf), mark=WATCHED,
+        ),
         churn=unset(float, "S_churn of EDM.", mark=WATCHED, of=("edm",)),
         churn_min=unset(float, "S_tmin of EDM.", mark=WATCHED, of=("edm",)),
         churn_max=unset(float, "S_tmax of EDM.", mark=WATCHED, of=("edm",)),

@@ -6,7 +6,7 @@ the data have labels, the minimiser is the empirical score of the points with th
 (Gu 2023, section 2): with unique labels, the denoiser is that point itself.
 """
 
-from memsep_jax import empirical, mixture, parallel
+from memsep_jax import empirical, mixture, parallel, score
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies.evaluate import evaluate, finish, make_generate
@@ -30,7 +30,13 @@ def _empirical(config, parts):
     # The data are the weights: an argument of the program, and no constant inside it.
     def score_of(train, label):
         of_label = None if label is None else empirical.labelled(train.label, label)
-        return empirical.score(train.x, parts.process, log_weights=of_label)
+        scores = [
+            empirical.score(train.x, parts.process, log_weights=log_weights)
+            for log_weights in (of_label, None)
+        ]
+        if (weight := config.sampler.guidance) is None:
+            return scores[0]
+        return score.guided(*scores, weight)
 
     train = parts.splits.train
     kind = "empirical score" if train.label is None else "empirical score of a label"

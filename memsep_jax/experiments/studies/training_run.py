@@ -76,7 +76,7 @@ def initial_state(config, parts):
 
 def network_samples(config, parts, session=None):
     """(params, start, stop) -> samples of the network, as `make_generate`."""
-    score_of = functools.partial(training.score_fn, parts)
+    score_of = functools.partial(training.sampled_score, config, parts)
     mesh = parallel.make_mesh(jax.local_devices())
     return make_generate(config, parts, mesh, score_of, session)
 
