@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from memsep_jax import memorization
+from memsep_jax import memorization, neighbours
 
 
 def test_emission_by_hand():
@@ -93,3 +93,79 @@ def test_counts_that_contradict_each_other_are_refused(call, words):
     function, *arguments = call
     with pytest.raises(ValueError, match=words):
         function(*arguments)
+
+
+def test_traits_by_hand():
+    """Points on a line, one of them twice; the nearest others are counted by hand."""
+    x = np.array([[0.0], [1.0], [3.0], [7.0], [1.0]], np.float32)
+    near = neighbours.nearest(x, x, 3)
+    labels = np.array([0, 0, 0, 1, 0])
+    found = memorization.traits(x, near, labels, k=2)
+    # Of 1, both times: 0 and 3 are the nearest other points.
+    np.testing.assert_allclose(found.sparsity, [2, 1.5, 2.5, 5, 1.5])
+    np.testing.assert_allclose(found.atypicality, [1.25, 0.25, 1.75, 0, 0.25])
+    np.testing.assert_array_equal(found.repeats, [0, 1, 0, 0, 1])
+    alone = memorization.traits(x, near, k=1)
+    np.testing.assert_allclose(alone.sparsity, [1, 1, 2, 4, 1])
+    np.testing.assert_allclose(alone.atypicality, np.abs(x[:, 0] - 2.4), rtol=1e-6)
+    with pytest.raises(ValueError, match="give two columns at least"):
+        memorization.traits(x, near._replace(distances=near.distances[:, :1]))
+
+
+def test_rank_correlation_is_that_of_the_ranks():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=60), rng.integers(0, 5, 60)  # with ties
+
+    def ranks(x):  # a tie has the mean of its ranks
+        return np.array([np.sum(x < v) + (np.sum(x == v) + 1) / 2 for v in x])
+
+    b = b + (a > 0)
+    found = memorization.rank_correlation(a, b)
+    r = np.corrcoef(ranks(a), ranks(b))[0, 1]
+    z = 1.959964 * np.sqrt((1 + r**2 / 2) / 57)
+    np.testing.assert_allclose(
+        found, [r, *np.tanh(np.arctanh(r) + np.array([-z, z]))], rtol=1e-6
+    )
+    # Ranks alone count.
+    np.testing.assert_allclose(memorization.rank_correlation(np.exp(a), b), found)
+
+
+def test_the_interval_of_a_rank_correlation_holds_the_truth():
+    """Spearman's of a normal law is 6 / pi arcsin(rho / 2); 400 draws of 50 pairs."""
+    rng, rho = np.random.default_rng(1), 0.5
+    truth = 6 / np.pi * np.arcsin(rho / 2)
+    inside = []
+    for _ in range(400):
+        a, noise = rng.normal(size=(2, 50))
+        b = rho * a + np.sqrt(1 - rho**2) * noise
+        _, low, high = memorization.rank_correlation(a, b)
+        inside.append(low < truth < high)
+    # 4 standard errors of a share of 95 %.
+    assert abs(np.mean(inside) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 400)
+
+
+def test_rank_correlation_at_its_edges():
+    line = np.arange(6.0)
+    assert memorization.rank_correlation(line, 2 * line) == pytest.approx((1, 1, 1))
+    assert memorization.rank_correlation(line, -line).value == pytest.approx(-1)
+    assert np.isnan(memorization.rank_correlation(line, np.ones(6))).all()
+    for a, b in ((line[:3], line[:3]), (line, line[:5])):
+        with pytest.raises(ValueError, match="two of one length, at least 4"):
+            memorization.rank_correlation(a, b)
+
+
+def test_points_are_ranked_by_how_often_they_are_emitted():
+    """Five distinct points, one of them twice, emitted 0, 1, 2, 3, 4 times."""
+    x = np.array([[0.0], [1.0], [3.0], [1.0], [7.0], [20.0]], np.float32)
+    own = neighbours.nearest(x, x, 2)
+    emitted = np.repeat([1, 2, 4, 5], [1, 2, 3, 4])
+    columns = {"place": x[:, 0], "against": -x[:, 0], "same": np.ones(6)}
+    found = memorization.which(emitted, own, columns)
+    assert found["place"] == pytest.approx((1, 1, 1))
+    assert found["against"].value == pytest.approx(-1)
+    assert np.isnan(found["same"].value)
+    nothing = memorization.which([], own, columns)
+    assert all(np.isnan(one.value) for one in nothing.values())
+    with pytest.raises(ValueError, match="at least 4"):
+        few = neighbours.nearest(x[:2], x[:2], 2)
+        memorization.which([0], few, {"place": x[:2, 0]})

@@ -32,7 +32,16 @@ from memsep_jax.memorization.effective import (
     next_size,
     plateaued,
 )
-from memsep_jax.memorization.emission import Emission, emitted, rarefaction
+from memsep_jax.memorization.emission import (
+    Correlation,
+    Emission,
+    Traits,
+    emitted,
+    rank_correlation,
+    rarefaction,
+    traits,
+    which,
+)
 from memsep_jax.memorization.ratio import (
     BEGUN,
     RATIO,

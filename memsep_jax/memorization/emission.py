@@ -1,4 +1,4 @@
-"""Which training points a model emits, and how many it would with more samples."""
+"""Which training points a model emits, how many more it would, and what tells them."""
 
 from typing import NamedTuple
 
@@ -35,6 +35,101 @@ def emitted(nearest, memorized, n: int) -> Emission:
             "number that was searched"
         )
     return Emission(points, counts, len(points), len(points) / n)
+
+
+class Traits(NamedTuple):
+    """What may decide whether a training point is emitted; a value for each, [n]."""
+
+    sparsity: np.ndarray  # mean distance to the nearest other points
+    atypicality: np.ndarray  # distance to the mean of the points of its label
+    repeats: np.ndarray  # further points that are equal to it
+
+
+def traits(x, near, labels=None, k: int = 10) -> Traits:
+    """How sparse, untypical and repeated each training point is.
+
+    Sparse points are memorized first in Merger & Goldt 2026 (arXiv 2606.14390), and
+    prototypical ones in arXiv 2605.30642, whose definition is of strings: here a
+    prototype is near the mean of its class. Of the second paper only the abstract was
+    at hand.
+
+    Args:
+      x: [n, *e] training points.   near: their `Neighbours` in x itself; of k + 1 or
+        fewer columns, the first of which is the point.   labels: [n], or None.
+    Least: n = 2.
+    Odd: a class of one point has atypicality 0; equal points share their neighbours.
+    Raises: ValueError: fewer than two distinct points.
+    """
+    distances, first = near.distances, near.indices[:, 0]
+    if distances.shape[1] < 2:
+        raise ValueError(
+            f"neighbours [{len(distances)}, 1] of training points in themselves: give "
+            "two columns at least, the point and the nearest other one"
+        )
+    x = np.asarray(x, np.float64).reshape(len(distances), -1)
+    classes = np.unique(np.zeros(len(x)) if labels is None else labels)
+    away = np.empty(len(x))
+    for one in classes:
+        rows = np.full(len(x), True) if labels is None else np.asarray(labels) == one
+        away[rows] = np.linalg.norm(x[rows] - x[rows].mean(axis=0), axis=1)
+    return Traits(
+        distances[:, 1 : k + 1].mean(axis=1), away, np.bincount(first)[first] - 1
+    )
+
+
+class Correlation(NamedTuple):
+    """Spearman's rank correlation of two columns, with its 95 % interval."""
+
+    value: float  # nan where a column is constant
+    low: float
+    high: float
+
+
+def rank_correlation(a, b) -> Correlation:
+    """Spearman's rank correlation of a [n] and b [n].
+
+    Least: n = 4.
+    Odd: nan where a column is constant, which orders nothing.
+    Raises: ValueError: fewer than 4 pairs, or columns of different lengths.
+    Source: Bonett & Wright 2000, for the interval: Fisher's z with the variance
+      (1 + r^2 / 2) / (n - 3).
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 4:
+        raise ValueError(
+            f"columns of shapes {a.shape} and {b.shape}: a rank correlation takes two "
+            "of one length, at least 4"
+        )
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Correlation(np.nan, np.nan, np.nan)
+    from scipy import stats  # takes over a second to import
+
+    r = float(stats.spearmanr(a, b).statistic)
+    if abs(r) > 1 - 1e-12:  # the ranks agree, to rounding, and z is infinite
+        return Correlation(r, r, r)
+    half = stats.norm.ppf(0.975) * np.sqrt((1 + r**2 / 2) / (len(a) - 3))
+    low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
+    return Correlation(r, float(low), float(high))
+
+
+def which(emitted, own, columns: dict) -> dict[str, Correlation]:
+    """The rank correlation of how often a training point is emitted with each column.
+
+    Args:
+      emitted: [c] index of the training point that each copy is of.
+      own: the `Neighbours` of the training points in themselves: of equal points, only
+        the first is emitted, and so only it is ranked.
+      columns: [n] each, by name, such as those of `traits`.
+    Least: c = 0 and 4 distinct points.
+    Odd: nan where all points are emitted equally often, as without copies.
+    Raises: ValueError: fewer than 4 distinct points.
+    """
+    first = own.indices[:, 0] == np.arange(len(own.indices))
+    counts = np.bincount(np.asarray(emitted, int), minlength=len(first))[first]
+    return {
+        name: rank_correlation(counts, np.asarray(column)[first])
+        for name, column in columns.items()
+    }
 
 
 def rarefaction(counts, total: int, sizes, n: int) -> Float[Arr, " s"]:

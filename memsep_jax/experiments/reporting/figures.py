@@ -291,6 +291,26 @@ def pairs(index, samples, neighbours, distances, nearest, memorized, space=""):
 
 
 @styled
+def image_rows(rows):
+    """Rows of images, each with its name.   rows: name -> [k, h, w, c]."""
+    most = max(map(len, rows.values()))
+    height, width = next(iter(rows.values())).shape[1:3]
+    tall = height / width  # every image is 1 wide
+    figure = Figure(figsize=(0.8 * most + 1.4, 0.85 * tall * len(rows)))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(len(rows), most, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for (name, images), line in zip(rows.items(), grid, strict=True):
+        line[0].text(
+            -0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes
+        )
+        for image, axes in zip(images, line, strict=False):
+            axes.imshow(_pixels(image))
+    return figure
+
+
+@styled
 def scatter(samples, memorized=None, lines=None):
     """The first two coordinates of samples, and of training points near some of them.
 

@@ -24,6 +24,7 @@ from memsep_jax.experiments.studies import (
     training_run,
     twins,
     unfinished,
+    which,
 )
 from memsep_jax.experiments.studies.study import Study
 
@@ -71,6 +72,7 @@ EXPERIMENTS = {
     "report": Study(run=_report),
     "train": Study(run=training_run.run),
     "twins": twins.STUDY,
+    "which": which.STUDY,
 }
 # What `report` draws again, by the name of the experiment.
 DRAWINGS = {name: one.draw for name, one in EXPERIMENTS.items() if one.draw}

@@ -1,0 +1,40 @@
+"""Which training points a trained network emits, as a study."""
+
+import numpy as np
+import pytest
+
+from configs import which_digits
+from memsep_jax import experiments, neighbours
+from memsep_jax.experiments import record
+from memsep_jax.experiments.studies import which
+
+
+def test_one_radius_does_not_favour_sparse_points():
+    """The 1/3 rule takes the third sample, as its second neighbour is far away."""
+    own = neighbours.nearest(*[np.array([[0.0], [10.0], [20.0], [300.0]])] * 2, 2)
+    near = neighbours.Neighbours(
+        np.array([[1.0, 10.0], [4.0, 6.0], [4.0, 100.0], [1.0, 2.0]]), np.zeros((4, 2))
+    )
+    copies = which._copies(near, own, 1 / 3)
+    assert copies["ratio"].tolist() == [True, False, True, False]
+    # Nearest other points are 10, 10, 10 and 280 away: the radius is 10 / 3.
+    assert copies["radius"].tolist() == [True, False, False, True]
+
+
+@pytest.mark.slow
+def test_a_study_of_two_sizes(tmp_path, undrawn):
+    config = which_digits.get_config("smoke")
+    config.data.labels = "true"
+    config.train.steps, config.sampler.num_samples = 300, 64
+    config.sweep.update(num_examples=(8, 16), seeds=1)
+    numbers = experiments.run(config, tmp_path)
+    small, large = numbers["table"]
+    for row in (small, large):
+        for trait in ("sparsity", "atypicality", "atypicality_features"):
+            value = row[f"ratio_{trait}"]["mean"]
+            assert value is None or -1 <= value <= 1  # None: nothing is copied yet
+    assert {"points_8.png", "which.png"} <= {p.name for p in tmp_path.rglob("*.png")}
+    point = record.read_npz(tmp_path / numbers["points"][0])
+    n = point["counts"].shape[1]
+    assert point["most"].shape == (min(n, which.SHOWN), 8, 8, 1)
+    assert point["counts"][0].sum() == round(point["ratio"].item() * 64)
