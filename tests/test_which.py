@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from configs import which_digits
+from configs import mlp_mixture, which_digits
 from memsep_jax import experiments, neighbours
 from memsep_jax.experiments import record
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies import which
 
 
@@ -19,6 +20,23 @@ def test_one_radius_does_not_favour_sparse_points():
     assert copies["ratio"].tolist() == [True, False, True, False]
     # Nearest other points are 10, 10, 10 and 280 away: the radius is 10 / 3.
     assert copies["radius"].tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("labels", ["none", "unique"])
+def test_classes_are_those_of_the_source_whatever_the_labels(labels):
+    config = which_digits.get_config("smoke")
+    config.data.labels = labels
+    train = build.splits(config).train
+    config.data.labels = "true"
+    truth = build.splits(config).train.label
+    config.data.labels = labels
+    np.testing.assert_array_equal(which._classes(config, train), truth)
+
+
+def test_a_source_without_classes_has_one_mean():
+    config = mlp_mixture.get_config("smoke")
+    train = build.splits(config).train
+    assert which._classes(config, train) is None
 
 
 @pytest.mark.slow

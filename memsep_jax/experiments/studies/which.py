@@ -55,7 +55,7 @@ def measured(config, session) -> dict:
         drawn = generate(weights, 0, config.sampler.num_samples)
     with session.phase("neighbours"):
         train = parts.splits.train
-        x, labels = np.asarray(train.x), _true_labels(config, train)
+        x, labels = np.asarray(train.x), _classes(config, train)
         search = neighbours.searcher(x, min(NEAR + 1, parts.splits.num_distinct))
         near, own = search(data.like(x, drawn)), search(x)
         columns = _traits(config, x, own, labels)
@@ -91,11 +91,20 @@ def _copies(near, own, threshold):
     }
 
 
-def _true_labels(config, train):
-    """The classes of the training points; None where they have no meaning."""
-    if config.data.labels == "true":
-        return np.asarray(train.label)
-    return None
+def _classes(config, train):
+    """The classes of the training points, whatever the labels of the run are, [n].
+
+    None where the source has no classes.
+    """
+    labelled = config.copy_and_resolve_references()
+    labelled.data.update(labels="true", num_labels=None)
+    try:
+        known = build.splits(labelled).train
+    except (build.ConfigError, data.DataError):
+        return None
+    # Where labels decide which points are taken, the classes are of other points.
+    same = len(known.x) == len(train.x) and np.array_equal(known.x, train.x)
+    return np.asarray(known.label) if same else None
 
 
 def _traits(config, x, own, labels):
