@@ -287,3 +287,19 @@ def test_numbers_of_numpy_are_numbers(undrawn):
     chosen = {"points": np.int64(60)}
     result = memsep_jax.audit(**SETS, **SMOKE, quality=chosen)
     assert {row["images"] for row in result.numbers["quality"]} == {60}
+
+
+def test_it_says_what_the_emitted_images_are_like(result, tmp_path):
+    """The last 20 of 60 training images are emitted once, and no other."""
+    train = SETS["train"] / 127.5 - 1
+    emitted = np.arange(60) >= 40
+    away = np.linalg.norm((train - train.mean(axis=0)).reshape(60, -1), axis=1)
+    ranks = away.argsort().argsort()
+    expected = np.corrcoef(ranks, emitted)[0, 1]
+    found = result.numbers["memorization"]["which"]
+    assert found["atypicality"]["value"] == pytest.approx(expected)
+    assert set(found) == {"sparsity", "atypicality"}  # none is repeated
+    shown = {x.tobytes() for x in result.pairs["emitted_most"]}
+    assert shown <= {x.tobytes() for x in SETS["train"][40:]}
+    page = result.report(tmp_path / "page.html").read_text()
+    assert "Which training images are copied" in page and "emitted most" in page

@@ -6,6 +6,8 @@ import numpy as np
 
 from memsep_jax.shapes import Arr, Float
 
+TOGETHER = 64  # points that are in memory as float64 at a time
+
 
 class Emission(NamedTuple):
     """Which training points were emitted, and how often."""
@@ -66,15 +68,22 @@ def traits(x, near, labels=None, k: int = 10) -> Traits:
             f"neighbours [{len(distances)}, 1] of training points in themselves: give "
             "two columns at least, the point and the nearest other one"
         )
-    x = np.asarray(x, np.float64).reshape(len(distances), -1)
-    classes = np.unique(np.zeros(len(x)) if labels is None else labels)
-    away = np.empty(len(x))
-    for one in classes:
-        rows = np.full(len(x), True) if labels is None else np.asarray(labels) == one
-        away[rows] = np.linalg.norm(x[rows] - x[rows].mean(axis=0), axis=1)
+    labels = np.zeros(len(distances)) if labels is None else np.asarray(labels)
+    away = np.empty(len(distances))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        parts = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
+        mean = sum(_flat(x, part).sum(axis=0) for part in parts) / len(rows)
+        for part in parts:
+            away[part] = np.linalg.norm(_flat(x, part) - mean, axis=1)
     return Traits(
         distances[:, 1 : k + 1].mean(axis=1), away, np.bincount(first)[first] - 1
     )
+
+
+def _flat(x, rows):
+    # In float64: the mean of many points would lose digits in their own type.
+    return np.asarray(x[rows], np.float64).reshape(len(rows), -1)
 
 
 class Correlation(NamedTuple):

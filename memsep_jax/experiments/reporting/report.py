@@ -230,6 +230,8 @@ def _audit_figures(numbers, pairs_too, too=True):
         if pairs_too:
             pairs = _pairs(numbers["pairs.npz"], space, copied, names[space])
             yield f"pairs_{space}", pairs
+    if too and pairs_too:
+        yield from _emitted(numbers["pairs.npz"])
 
 
 def _read(workdir, names, place=None):
@@ -292,6 +294,7 @@ def _figures(numbers, pairs_too):
     if pairs_too and len(metrics["data"]["shape"]) == 3:  # images
         for name in GROUPS:
             yield f"pairs_{name}", _pairs(numbers["pairs.npz"], name, memorized)
+        yield from _emitted(numbers["pairs.npz"])
     elif pairs_too:
         samples, neighbours = (
             np.concatenate([numbers["pairs.npz"][f"{name}_{what}"] for name in GROUPS])
@@ -300,6 +303,15 @@ def _figures(numbers, pairs_too):
         lines = samples, neighbours[:, 0]
         every = numbers["samples.npz"]["samples"]
         yield "scatter", figures.scatter(every, memorized, lines)
+
+
+def _emitted(pairs):
+    """(name, figure) of the training images that are emitted most and least."""
+    if "emitted_most" in pairs:
+        rows = {
+            f"emitted {name}": pairs[f"emitted_{name}"] for name in ("most", "least")
+        }
+        yield "emitted", figures.image_rows(rows)
 
 
 def _pairs(pairs, name, memorized, space=""):

@@ -29,6 +29,8 @@ FOLDS = 5  # parts of the samples, for the interval of a difference
 # Dimensions: with more, no distributions are compared. A covariance then takes 128 MiB
 # in float64, and the time of its eigenvalues grows like their cube.
 LAWS = 4_096
+COPIES = 10  # copies, and distinct training points, with which emission is ranked
+EMITTED = 10  # training points that are shown as emitted most, and as many as least
 TILED = 256, 26  # images compared by tiles at a time; bytes that each number takes
 # Points and bytes of each set, at most, whose distribution a verdict compares: so that
 # it takes seconds.
@@ -112,6 +114,8 @@ def measure(
         held_out = nearest_two(near.held_out)
     repeats = _repeats(near, group.threshold)
     emitted, about = _of_training(sets, columns, repeats)
+    copied = columns["memorized"] == 1
+    ranked = which(near.samples, copied, near.train, sets.train)
     metrics = {
         "memorization": {
             **copies,
@@ -124,6 +128,7 @@ def measure(
                 for i in np.flatnonzero(columns["exact_copy"])
             ),
             "emitted": emitted,
+            "which": ranked,
         },
         "data": about | {"fingerprint": fingerprint},
         "features": None,
@@ -133,6 +138,8 @@ def measure(
     with session.phase("quality"):
         metrics["frechet"] = [law(equal(sets, config.seed), "FD (pixels)")]
     shown = _worst("pixels", images, sets.train, near.samples)
+    if ranked is not None:
+        shown |= emission(near.samples, copied, near.train, sets.train)
     if space is not None:
         more, own, nearest = _in_features(config, sets, space, session, chunked, memory)
         metrics["frechet"].append(more.pop("law"))
@@ -182,6 +189,43 @@ def _of_training(sets, columns, repeats):
         "near_duplicates": repeats["kind"].count("near"),
         "duplicates_emitted": len(set(near[copied].tolist()) & repeated),
     }
+
+
+def which(near, copied, own, x, labels=None) -> dict | None:
+    """What points that are emitted often are like: see `memorization.which`.
+
+    Args: near, the neighbours of samples; copied [m]; own, those of the training points
+      x in themselves.
+    Returns: trait -> its rank correlation with emission; None without enough copies.
+    """
+    if copied.sum() < COPIES or len(np.unique(own.indices[:, 0])) < COPIES:
+        return None
+    columns = memorization.traits(x, own, labels)._asdict()
+    ranked = memorization.which(near.indices[copied, 0], own, columns)
+    return {
+        name: found._asdict()
+        for name, found in ranked.items()
+        if np.isfinite(found.value)
+    }
+
+
+def emission(near, copied, own, x) -> dict:
+    """The arrays from which a report shows what is emitted most and least, by name."""
+    counts = np.bincount(near.indices[copied, 0], minlength=len(x))
+    sparsity = own.distances[:, 1:].mean(axis=1)
+    rows = most_and_least(counts, own, sparsity)
+    return {f"emitted_{name}": np.asarray(x[some]) for name, some in rows.items()}
+
+
+def most_and_least(counts, own, sparsity) -> dict:
+    """The training points that are emitted most and least often.   name -> [k].
+
+    Of points that are emitted equally seldom, the sparsest: where copies would be
+    expected, if sparse points were copied first.
+    """
+    order = np.lexsort((-sparsity, counts))
+    order = order[own.indices[order, 0] == order]  # each distinct point once
+    return {"least": order[:EMITTED], "most": order[::-1][:EMITTED]}
 
 
 def attempt(left_out, names, reference, work):

@@ -7,6 +7,7 @@ per_sample.csv, held_out.csv, pairs.npz, metrics.json. The report is drawn from 
 import functools
 import hashlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import report, tables, verdict
 from memsep_jax.experiments.studies import compare
 
+# Numbers that a search of the training points in themselves may compare: seconds.
+RANKED = 1e12
 TOGETHER = 256  # images, at most, in a network of features at once
 
 
@@ -172,6 +175,16 @@ def evaluate(config, parts, session, generate, weights, about: dict, workdir=Non
             config.memorization.threshold,
         )
         beside = compare.distances(result.neighbours, null)
+        ranked, shown = None, {}
+        many = len(train_x) ** 2 * math.prod(train_x.shape[1:]) > RANKED
+        if result.memorized.sum() >= compare.COPIES and not many:
+            copies = result.neighbours, result.memorized
+            own = nearest("in-itself", np.asarray(train_x))
+            labels = parts.splits.train.label
+            ranked = compare.which(*copies, own, train_x, labels)
+            if ranked is not None:
+                shown = compare.emission(*copies, own, train_x)
+        beside["which"] = ranked
 
     with session.phase("quality"):
         sets = compare.Sets(samples, train_x, held_out)
@@ -179,7 +192,7 @@ def evaluate(config, parts, session, generate, weights, about: dict, workdir=Non
     workdir = workdir or session.workdir
     if null is not None:
         record.write_csv(workdir / "held_out.csv", compare.nearest_two(null))
-    _write(config, parts, workdir, samples, result, beside, about)
+    _write(config, parts, workdir, samples, result, beside, about, shown)
 
 
 def _laws(sets, pixels, config, chunked):
@@ -205,7 +218,7 @@ def _laws(sets, pixels, config, chunked):
     ]
 
 
-def _write(config, parts, workdir, samples, result, beside, about):
+def _write(config, parts, workdir, samples, result, beside, about, shown):
     splits, near = parts.splits, result.neighbours
     d1, d2 = near.distances[:, 0], near.distances[:, 1]
     calibrated = memorization.calibrated_l2(near.distances)
@@ -229,7 +242,6 @@ def _write(config, parts, workdir, samples, result, beside, about):
     train_x = _on_host(splits.train.x)
     order = np.argsort(memorization.quotient(d1, d2), kind="stable")
     picked = {"first": np.arange(len(samples)), "most": order, "least": order[::-1]}
-    shown: dict = {}
     for name, index in picked.items():
         index = index[: compare.PAIRS]
         shown |= compare.pairs(name, index, samples, train_x, near)

@@ -10,12 +10,11 @@ import numpy as np
 from memsep_jax import data, features, memorization, neighbours
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import networks, results, training_run
+from memsep_jax.experiments.studies import compare, networks, results, training_run
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.experiments.training import sampled_weights
 
 NEAR = 10  # nearest other points whose mean distance is the sparsity of a point
-SHOWN = 10  # points that are shown as emitted most, and as many as emitted least
 RULES = {
     "ratio": "a copy is nearer than 1/3 of the second distance",
     "radius": "a copy is nearer than one radius for all",
@@ -72,12 +71,8 @@ def measured(config, session) -> dict:
         "counts": np.stack(counts),
     }
     if x.ndim == 4 and config.run.images:
-        # Of points that are emitted equally seldom, the sparsest: where copies could
-        # have been expected, if sparse points were copied first.
-        order = np.lexsort((-columns["sparsity"], counts[1]))
-        order = order[own.indices[order, 0] == order]  # each distinct point once
-        row["least"] = data.to_uint8(x[order[:SHOWN]])
-        row["most"] = data.to_uint8(x[order[::-1][:SHOWN]])
+        shown = compare.most_and_least(counts[1], own, columns["sparsity"])
+        row |= {name: data.to_uint8(x[rows]) for name, rows in shown.items()}
     return row
 
 
@@ -109,10 +104,10 @@ def _classes(config, train):
 
 def _traits(config, x, own, labels):
     """name -> [n] of the training points, as TRAITS has them."""
-    columns = memorization.traits(x, own, labels, NEAR)._asdict()
+    columns = memorization.traits(x, own, labels)._asdict()
     if x.ndim == 4:
         see = features.random_conv(x.shape[1:], config.seed).apply
-        seen = memorization.traits(see(x), own, labels, NEAR)
+        seen = memorization.traits(see(x), own, labels)
         columns["atypicality_features"] = seen.atypicality
     if not columns["repeats"].any():
         del columns["repeats"]
@@ -152,7 +147,7 @@ def draw(metrics, points):
         if "most" not in point or n in seen:
             continue
         seen.add(n)
-        rows = {"emitted most": point["most"], "emitted least": point["least"]}
+        rows = {f"emitted {name}": point[name] for name in ("most", "least")}
         yield (
             f"points_{n}" if n else "points",
             "Training points that one network emits most and least often (by the "
