@@ -30,8 +30,9 @@ Networks (flax.linen):
 Learning:
   data          a data set is an array: load, subset, label, duplicate, draw, stream.
                 arrays (what they may hold), readers (folders and zips of images),
-                archives (.npz, CIFAR-10, TensorFlow Datasets), sources (one function
-                each), subsets (what a run trains on and never sees), batches
+                archives (.npz, MNIST's format, CIFAR-10, TensorFlow Datasets), sources
+                (one function each), subsets (what a run trains on and never sees),
+                batches
   train         step (TrainState, one train step), objectives (what a network learns
                 to predict), optimizers
   prune         importance -> keep -> mask -> apply or take away: heads, neurons, blocks

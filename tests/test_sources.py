@@ -1,9 +1,14 @@
 """Sources: real readers on small files, and everything they refuse."""
 
+import gzip
 import hashlib
+import http.server
 import io
+import struct
 import tarfile
+import threading
 import time
+import tracemalloc
 
 import jax
 import numpy as np
@@ -187,6 +192,308 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(data.DataError, match="bomb.png.*decompression bomb"):
             sources.folder(tmp_path)
+
+
+# Idx files.
+
+
+def idx_bytes(x):
+    """An idx file of unsigned bytes, as its description says."""
+    head = bytes((0, 0, 8, x.ndim)) + struct.pack(f">{x.ndim}I", *x.shape)
+    return head + np.ascontiguousarray(x, np.uint8).tobytes()
+
+
+def write_idx(folder, source, end="", dot="-"):
+    """The four files of a Source, with the usual names.   -> their paths."""
+    folder.mkdir(exist_ok=True)
+    arrays = [x[..., 0] if x.ndim == 4 else x for x in source[:4]]
+    paths = [
+        folder / f"{name.replace('-idx', f'{dot}idx')}{end}" for name in archives.IDX
+    ]
+    for path, x in zip(paths, arrays, strict=True):
+        content = idx_bytes(x)
+        path.write_bytes(gzip.compress(content) if end == ".gz" else content)
+    return paths
+
+
+def same(one, two):
+    for x, y in zip(one[:4], two[:4], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_idx_reads_the_bytes_of_its_description(tmp_path):
+    """Sizes are big-endian, and rows come before columns."""
+    images = "00000803 00000002 00000003 00000002 000102030405 0a0b0c0d0eff"
+    (tmp_path / "some-images-idx3-ubyte").write_bytes(bytes.fromhex(images))
+    labels = "00000801 00000002 09ff"
+    (tmp_path / "some-labels-idx1-ubyte").write_bytes(bytes.fromhex(labels))
+    got = sources.idx(tmp_path / "some-images-idx3-ubyte")
+    assert got.images.dtype == np.uint8 and got.images.shape == (2, 3, 2, 1)
+    assert got.images[0, ..., 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert got.images[1, ..., 0].tolist() == [[10, 11], [12, 13], [14, 255]]
+    assert got.labels.tolist() == [9, 255]
+    assert got.test_images is None and got.notes == ()
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("dot", ["-", "."])
+def test_idx_finds_the_four_usual_names(end, dot, tmp_path):
+    write_idx(tmp_path, pool(), end, dot)
+    same(sources.idx(tmp_path), pool())
+    same(sources.idx(str(tmp_path)), pool())
+
+
+def test_idx_knows_a_gzip_by_its_content(tmp_path):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    for path in write_idx(plain, pool(), ".gz"):
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    for path in write_idx(packed, pool()):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    same(sources.idx(plain), pool())
+    same(sources.idx(packed), pool())
+
+
+def test_idx_takes_one_file_and_the_labels_beside_it(tmp_path):
+    images, labels, test_images, _ = write_idx(tmp_path, pool(), ".gz", ".")
+    got = sources.idx(images)
+    np.testing.assert_array_equal(got.images, pool().images)
+    np.testing.assert_array_equal(got.labels, pool().labels)
+    assert got.test_images is None and got.test_labels is None and got.notes == ()
+    np.testing.assert_array_equal(sources.idx(test_images).labels, pool().test_labels)
+    labels.unlink()
+    got = sources.idx(images)
+    assert got.labels is None and got.notes == (
+        f"{images}: no file of labels beside it",
+    )
+    other = images.rename(tmp_path / "clothes")
+    np.testing.assert_array_equal(sources.idx(other).images, pool().images)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        {},
+        {"num_examples": 20, "seed": 3, "num_held_out": 2, "labels": "true"},
+        {"num_held_out": 0, "skip": 5},
+        {"classes": (0, 2), "balanced": True, "num_examples": 10, "labels": "true"},
+        {"resolution": 8, "duplicates": 0.5},
+        {"labels": "random", "num_labels": 4},
+    ],
+)
+def test_points_of_idx_are_chosen_as_those_of_any_other_source(choose, tmp_path):
+    """The same points as from an .npz, whose t10k files are the test split."""
+    write_idx(tmp_path, pool())
+    images, labels, test_images, test_labels, *_ = pool()
+    np.savez(
+        tmp_path / "same.npz", train_images=images, train_labels=labels,
+        test_images=test_images, test_labels=test_labels,
+    )  # fmt: skip
+    got = data.splits("idx", path=tmp_path, **choose)
+    known = data.splits("npz", path=tmp_path / "same.npz", **choose)
+    assert got.fingerprint == known.fingerprint
+    with pytest.raises(ValueError, match="num_held_out=6, but the test split has 5"):
+        data.splits("idx", path=tmp_path, num_held_out=6)
+
+
+TINY = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "ends within its header, after 0 bytes; fetch"),
+        (idx_bytes(TINY)[:15], "ends within its header, after 15 bytes"),
+        (gzip.compress(idx_bytes(TINY)[:15]), "ends within its header, after 15 bytes"),
+        (idx_bytes(TINY)[:-1], "2 x 4 x 3 = 24 bytes, but only 23 follow; fetch"),
+        (idx_bytes(TINY) + b"x", "2 x 4 x 3 = 24 bytes, but more follow; fetch"),
+        (gzip.compress(idx_bytes(TINY)[:-1]), "24 bytes, but only 23 follow"),
+        (gzip.compress(idx_bytes(TINY) + b"x"), "24 bytes, but more follow"),
+        (gzip.compress(idx_bytes(TINY))[:-9], r"damaged \(.*\); fetch it again"),
+        (gzip.compress(idx_bytes(TINY))[:-8] + bytes(8), "damaged .*CRC"),
+        (gzip.compress(idx_bytes(TINY)) + b"<html>", "damaged .*Not a gzipped file"),
+        (
+            idx_bytes(TINY[0, 0]) + bytes(9),
+            "0x00000801, where images .*holds labels, not",
+        ),
+        (b"\0\0\x0d\x03" + idx_bytes(TINY)[4:], "0x00000d03, .*are float32, and only"),
+        (b"\0\0\x0a\x03" + idx_bytes(TINY)[4:], "numbers are of an unknown type"),
+        (b"\0\0\x08\x02" + idx_bytes(TINY)[4:], "it has 2 dimensions, not 3; "),
+        (b"\x03\x08\0\0" + idx_bytes(TINY)[4:], "0x03080000.*another format"),
+        (b"<!DOCTYPE html><p>later</p>", "it is an HTML page; fetch it again, or"),
+        (idx_bytes(TINY[:0]), "train_images is empty"),
+    ],
+)
+def test_a_damaged_or_foreign_idx_file_is_named(content, message, tmp_path):
+    path = tmp_path / "images"
+    path.write_bytes(content)
+    with pytest.raises(data.DataError, match=message) as caught:
+        sources.idx(path)
+    assert str(caught.value).startswith(str(path)) and caught.value.exit_code == 3
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_idx_files_that_do_not_belong_together_are_named(tmp_path):
+    images, labels, test_images, test_labels = write_idx(tmp_path, pool())
+    labels.write_bytes(idx_bytes(pool().labels[:-1]))
+    with pytest.raises(
+        data.DataError, match="59 labels of the 60 images in .*train-im"
+    ):
+        sources.idx(tmp_path)
+    labels.write_bytes(idx_bytes(TINY))
+    with pytest.raises(data.DataError, match="0x00000803, where labels .*holds images"):
+        sources.idx(images)
+    labels.write_bytes(idx_bytes(pool().labels))
+    test_images.write_bytes(idx_bytes(pool().test_images[:, 1:, :, 0]))
+    with pytest.raises(data.DataError, match="test_images .* do not fit train_images"):
+        sources.idx(tmp_path)
+    test_images.unlink()
+    test_labels.unlink()
+    with pytest.raises(data.DataError) as caught:
+        sources.idx(tmp_path)
+    for part in ("no t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, ", "path=FILE"):
+        assert part in str(caught.value)
+    for nothing in ("nothing", "no\0thing", "n" * 5_000):
+        with pytest.raises(data.DataError, match="no such file; give a folder"):
+            sources.idx(nothing)
+
+
+def test_every_bit_and_every_end_of_a_packed_idx_file_is_guarded(tmp_path):
+    """A flipped bit is refused, or was one that says nothing of the images."""
+    path = tmp_path / "images"
+    whole = gzip.compress(idx_bytes(TINY))
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(data.DataError):
+            sources.idx(path)
+    refused = 0
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            np.testing.assert_array_equal(sources.idx(path).images[..., 0], TINY)
+        except data.DataError:
+            refused += 1
+    assert refused > 7 * (len(whole) - 10)  # all but the ten bytes of the gzip's header
+
+
+def test_an_idx_file_takes_no_more_memory_than_it_should(tmp_path):
+    """A header, or a gzip, that claims gigabytes is refused at once."""
+    path = tmp_path / "images"
+    huge = bytes((0, 0, 8, 3)) + struct.pack(">3I", *[2**32 - 1] * 3)
+    endless = gzip.compress(idx_bytes(TINY)) + 1_024 * gzip.compress(bytes(2**20))
+    tracemalloc.start()
+    for content, message in (
+        (huge + bytes(9), "but only 9 follow"),
+        (gzip.compress(huge + bytes(9)), "at most 2,147,483,648 are unpacked; unpack"),
+        (endless, "24 bytes, but more follow"),
+    ):
+        path.write_bytes(content)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(data.DataError, match=message):
+            sources.idx(path)
+        assert tracemalloc.get_traced_memory()[1] - before < 2**20
+    tracemalloc.stop()
+
+
+# Fashion-MNIST: the true routes to a small set.
+
+
+@pytest.fixture
+def clothes(monkeypatch, tmp_path):
+    """A small set that is taken for Fashion-MNIST, and Debian's package without it."""
+    digest = data.fingerprint(*pool()[:4])
+    monkeypatch.setattr(archives, "FASHION_SHA256", digest)
+    monkeypatch.setattr(archives, "FASHION_PACKAGE", str(tmp_path / "package"))
+    return pool()
+
+
+def test_fashion_mnist_is_found_by_path_or_where_debian_has_it(clothes, tmp_path):
+    given, package = tmp_path / "given", tmp_path / "package"
+    write_idx(given, clothes, ".gz")
+    by_path = sources.fashion_mnist(given)
+    same(by_path, clothes)
+    assert len(by_path.classes) == 10 and by_path.classes[9] == "Ankle boot"
+    write_idx(package, clothes)
+    same(sources.fashion_mnist(), clothes)
+    same(sources.at_hand("fashion_mnist"), clothes)
+    kept = data.splits("fashion_mnist", 9, labels="true", classes=(0, 2))
+    assert kept.classes == ("T-shirt/top", "Pullover")
+    # What is given comes first, and another set is not taken for this one.
+    write_idx(given, clothes._replace(labels=clothes.labels[::-1]))
+    with pytest.raises(data.DataError, match="not the images .*name=idx") as caught:
+        sources.fashion_mnist(given)
+    assert str(caught.value).startswith(str(given))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves the files in tmp_path / "served"; counts what is asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "served")
+
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}/", asked
+        serving.shutdown()
+        thread.join()
+
+
+def test_fashion_mnist_is_fetched_once_and_held_to_its_digests(
+    clothes, server, tmp_path, monkeypatch
+):
+    url, asked = server
+    paths = write_idx(tmp_path / "served", clothes, ".gz")
+    content = [path.read_bytes() for path in paths]
+    known = {
+        path.name: (len(raw), hashlib.sha256(raw).hexdigest())
+        for path, raw in zip(paths, content, strict=True)
+    }
+    monkeypatch.setattr(archives, "FASHION_URL", url)
+    monkeypatch.setattr(archives, "FASHION_FILES", known)
+    paths[3].write_bytes(gzip.compress(idx_bytes(clothes.labels[1:6])))
+    with pytest.raises(data.DataError, match="cannot be fetched .*hecksum") as caught:
+        sources.fashion_mnist(data_dir=tmp_path / "sets")
+    assert "Debian's package dataset-fashion-mnist, or put" in str(caught.value)
+    paths[3].write_bytes(content[3])
+    same(sources.fashion_mnist(data_dir=tmp_path / "sets"), clothes)
+    assert {path.partition("/")[2] for path in asked} == set(known)
+    asked.clear()
+    for read in (
+        sources.fashion_mnist,
+        lambda **k: sources.at_hand("fashion_mnist", **k),
+    ):
+        same(read(data_dir=tmp_path / "sets"), clothes)
+    assert not asked
+
+
+def test_without_files_and_network_fashion_mnist_says_two_ways(
+    clothes, tmp_path, monkeypatch
+):
+    import requests
+
+    def offline(*_, **__):
+        raise requests.exceptions.ConnectionError("no network in tests")
+
+    monkeypatch.setattr(requests.Session, "send", offline)
+    with pytest.raises(data.DataError) as caught:
+        sources.fashion_mnist(data_dir=tmp_path)
+    for way in ("install Debian's package dataset-fashion-mnist", "give path=FOLDER"):
+        assert way in str(caught.value)
+    assert caught.value.exit_code == 3
+    noise = sources.at_hand("fashion_mnist", data_dir=tmp_path)
+    assert (
+        noise.images.shape == (60_000, 28, 28, 1) and len(noise.test_images) == 10_000
+    )
+    assert "noise of the same sizes" in noise.notes[0]
 
 
 # CIFAR-10 and TensorFlow Datasets: the true route on a small archive.

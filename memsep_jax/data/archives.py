@@ -1,9 +1,11 @@
-"""Sets that come in one archive: .npz files, CIFAR-10, TensorFlow Datasets.
+"""Sets that come packed: .npz and idx files, Fashion-MNIST, CIFAR-10, TFDS.
 
 Nothing is unpickled, no archive is extracted, and TensorFlow is never needed.
 """
 
+import gzip
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -22,6 +24,7 @@ from memsep_jax.data.arrays import (
     Rows,
     Source,
     check_source,
+    fingerprint,
     listed,
     native,
     refuse,
@@ -39,8 +42,50 @@ CIFAR_UNPACKED_BYTES = 256 * 2**20
 CIFAR_RECORD = 1 + 32 * 32 * 3  # a label, then the red, green and blue planes
 CIFAR_TRAIN = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
 CIFAR_TEST = ("cifar-10-batches-bin/test_batch.bin",)
+# Usual names of idx files, in the order of KEYS.
+IDX = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+# What they begin with: two zeros, the type (8: unsigned bytes), the dimensions.
+IDX_IMAGES, IDX_LABELS = bytes((0, 0, 8, 3)), bytes((0, 0, 8, 1))
+IDX_TYPES = {
+    0x08: "unsigned bytes", 0x09: "signed bytes", 0x0B: "int16", 0x0C: "int32",
+    0x0D: "float32", 0x0E: "float64",
+}  # fmt: skip
+# A small gzip may unpack to any size; EMNIST, the largest such set, holds 547 million.
+IDX_UNPACKED_BYTES = 2**31
+IDX_PIECE = 2**20  # bytes that are unpacked at a time
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_FILES = {  # bytes and SHA-256 as they are fetched, in the order of KEYS
+    "train-images-idx3-ubyte.gz": (
+        26_421_880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        29_515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        4_422_102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        5_148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+}  # fmt: skip
+# `fingerprint` of what they hold, however it was packed.
+FASHION_SHA256 = "42064eeb88f7d869514a77721b09659bbbf94e2b0333f243dfb1ec9b0bce3bd0"
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
+    "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+FASHION_PACKAGE = "/usr/share/datasets/fashion-mnist"  # of Debian
+FASHION_WAY = (
+    "install Debian's package dataset-fashion-mnist, or put the four files of "
+    "https://github.com/zalandoresearch/fashion-mnist (data/fashion) into a folder and "
+    "give path=FOLDER"
+)
 KNOWN = {  # images to train on and to test, their shape and their classes
     "cifar10": (50_000, 10_000, (32, 32, 3), 10),
+    "fashion_mnist": (60_000, 10_000, (28, 28, 1), 10),
 }
 
 
@@ -168,6 +213,185 @@ def read_arrays(path, choose):
         raise DataError(f"{path}: not a readable .npz ({error}); {way_out}") from error
 
 
+# Idx files, the format of MNIST.
+
+
+def idx(path) -> Source:
+    """Images and labels in the format of MNIST: uint8 [n, h, w, 1], labels 0..255.
+
+    Files may be gzipped, and have a dot before "idx" in place of a dash.
+
+    Args:
+      path: a folder with the four files that IDX names, of which the two of t10k are
+        the test split; or a file of images, beside which lies that of its labels.
+    Raises:
+      DataError: a file is missing, damaged, or not what its name says.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        files = [_idx_file(path, name) for name in IDX]
+        missing = [name for name, file in zip(IDX, files, strict=True) if file is None]
+        if missing:
+            raise DataError(
+                f"{path} has no {listed(missing)}, gzipped or not; a folder needs all "
+                "four files; of files with other names, give path=FILE, the images"
+            )
+    else:
+        files = [path, _labels_beside(path)]
+    pools = Source(*_idx_pools(files))
+    notes = () if files[1] else (f"{path}: no file of labels beside it",)
+    return pools._replace(notes=notes + check_source(pools, path))
+
+
+def _idx_file(folder, name):
+    """The path of the idx file of a usual name, or None."""
+    names = (name, name.replace("-idx", ".idx"))
+    paths = (
+        os.path.join(folder, f"{each}{end}") for end in ("", ".gz") for each in names
+    )
+    return next(filter(os.path.exists, paths), None)
+
+
+def _labels_beside(path):
+    """The path of the labels of a file of images, or None."""
+    folder, name = os.path.split(path)
+    name = name.removesuffix(".gz").replace(".idx", "-idx")
+    other = name.replace("images", "labels").replace("-idx3", "-idx1")
+    return None if other == name else _idx_file(folder, other)
+
+
+def _idx_pools(files):
+    """Images, labels, and those of the test split, from files in the same order."""
+    pools = []
+    for image_file, label_file in zip(files[::2], files[1::2], strict=True):
+        images, labels = _read_idx(image_file, IDX_IMAGES), None
+        if label_file is not None:
+            labels = _read_idx(label_file, IDX_LABELS).astype(np.int32)
+            if len(images) != len(labels):
+                raise DataError(
+                    f"{label_file} has {len(labels):,} labels of the {len(images):,} "
+                    f"images in {image_file}; take both from the same set"
+                )
+        pools += [images[..., None], labels]
+    return pools
+
+
+def _read_idx(path, magic):
+    """The numbers of an idx file, uint8 [n, h, w] or [n].
+
+    No more memory is taken than the file is large, or its header says.
+
+    Args: magic, IDX_IMAGES or IDX_LABELS: what the file must begin with.
+    """
+    if not os.path.isfile(path):  # opening a pipe would wait for its other end
+        raise DataError(
+            f"{path}: no such file; give a folder of idx files, or one file"
+        )
+    try:
+        with open(path, "rb") as file:
+            # By content: some browsers unpack what they fetch, and keep the name.
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream = gzip.GzipFile(fileobj=file) if packed else file
+            shape = _idx_shape(stream.read(4 + 4 * magic[3]), magic, path)
+            size = math.prod(shape)
+            if packed and size > IDX_UNPACKED_BYTES:
+                raise DataError(
+                    f"{path}: its header says {size:,} bytes, and at most "
+                    f"{IDX_UNPACKED_BYTES:,} are unpacked; unpack it by gunzip first"
+                )
+            held = os.fstat(file.fileno()).st_size - file.tell()
+            content = bytearray()
+            if packed or held == size:
+                # One byte more than there should be shows that there are more.
+                content = _at_most(stream, size + 1)
+                held = len(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged ({error}); fetch it again") from error
+    if held != size:
+        told = f"only {held:,}" if held < size else "more"
+        raise DataError(
+            f"{path}: its header says {' x '.join(map(str, shape))} = {size:,} bytes, "
+            f"but {told} follow; fetch it again"
+        )
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _at_most(stream, most):
+    """What a stream holds, or its first `most` bytes."""
+    content = bytearray()
+    while piece := stream.read(min(IDX_PIECE, most - len(content))):
+        content += piece
+    return content
+
+
+def _idx_shape(header, magic, path):
+    """The shape that the header of an idx file says.   Raises: DataError."""
+    if len(header) < 4 + 4 * magic[3]:
+        raise DataError(
+            f"{path} ends within its header, after {len(header)} bytes; fetch it again"
+        )
+    first = header[:4]
+    if first == magic:
+        return struct.unpack(f">{magic[3]}I", header[4:])
+    what = {IDX_IMAGES: "images", IDX_LABELS: "labels"}
+    if first in what:
+        reason = f"it holds {what[first]}, not {what[magic]}"
+    elif first[:2] != bytes(2):
+        page = header.lstrip().lower().startswith((b"<!doctype", b"<html"))
+        reason = f"it is {'an HTML page' if page else 'of another format'}"
+    elif first[2] != magic[2]:
+        kind = IDX_TYPES.get(first[2], "of an unknown type")
+        reason = f"its numbers are {kind}, and only unsigned bytes are read"
+    else:
+        reason = f"it has {first[3]} dimensions, not {magic[3]}"
+    raise DataError(
+        f"{path} begins with 0x{first.hex()}, where {what[magic]} of the MNIST format "
+        f"begin with 0x{magic.hex()}: {reason}; fetch it again, or write an .npz by "
+        "np.savez(path, train_images=...) for name=npz"
+    )
+
+
+def fashion_mnist(path=None, data_dir=None) -> Source:
+    """Fashion-MNIST's 60,000 + 10,000 grey images of clothes, as in its files.
+
+    Args:
+      path: a folder with its files. If not given, that of Debian's package; where it is
+        not installed, the files are fetched once, and what they hold is kept in
+        `<data_dir>/fashion_mnist`.
+    Raises:
+      DataError: no files and no network, or files of another set.
+    """
+    where = fashion_folder(path)
+    if where is not None:
+        pools = idx(where)
+    else:
+        root = _data_dir(data_dir)
+        where = root / "fashion_mnist" / "memsep_jax" / DECODED
+        pools = _kept(where, lambda part: _decode_fashion(root, part), stream=False)
+    if (digest := fingerprint(*pools[:4])) != FASHION_SHA256:
+        raise DataError(
+            f"{where}: not the images and labels of Fashion-MNIST (SHA-256 of their "
+            f"arrays {digest}, not {FASHION_SHA256}); {FASHION_WAY}; name=idx reads "
+            "any set of the MNIST format"
+        )
+    return pools._replace(classes=FASHION_CLASSES)
+
+
+def fashion_folder(path=None):
+    """The folder of Fashion-MNIST's files: `path`, or Debian's; None: neither."""
+    return path or (FASHION_PACKAGE if os.path.isdir(FASHION_PACKAGE) else None)
+
+
+def _decode_fashion(root, path):
+    """Fetches the four files, and writes what they hold as an .npz."""
+    known = {FASHION_URL + name: info for name, info in FASHION_FILES.items()}
+    pools = _idx_pools(_fetched("fashion_mnist", known, root, FASHION_WAY))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez(file, **dict(zip(KEYS, pools, strict=True)))
+
+
 # CIFAR-10.
 
 
@@ -209,25 +433,40 @@ def _cifar_archive(root):
     """The path of the archive: the local one, or the one fetched to downloads."""
     if (manual := _cifar_manual(root)).exists():
         return manual
+    known = {CIFAR_URL: (CIFAR_BYTES, CIFAR_SHA256)}
+    (path,) = _fetched("cifar10", known, root, _cifar_way(root))
+    return path
+
+
+def _fetched(name, known, root, way_out):
+    """The paths of files that TensorFlow Datasets fetches to `<root>/downloads`, once.
+
+    Args: known, {url: (bytes, SHA-256)}.
+    Raises: DataError.
+    """
     try:
         import tensorflow_datasets
         from tensorflow_datasets.core.download import checksums
 
-        logging.info("fetching %s to %s", CIFAR_URL, root / "downloads")
+        logging.info("fetching %s to %s", listed(known), root / "downloads")
         _fail_soon()
-        # The digest is ours, not one that the package brings along or takes on trust.
-        known = checksums.UrlInfo(CIFAR_BYTES, CIFAR_SHA256, manual.name)
+        # The digests are ours, not those that the package brings along or takes on
+        # trust.
+        infos = {
+            url: checksums.UrlInfo(size, digest, url.rpartition("/")[2])
+            for url, (size, digest) in known.items()
+        }
         manager = tensorflow_datasets.download.DownloadManager(
             download_dir=root / "downloads",
-            dataset_name="cifar10",
-            url_infos={CIFAR_URL: known},
+            dataset_name=name,
+            url_infos=infos,
             force_checksums_validation=True,
         )
-        return Path(manager.download(CIFAR_URL))
+        return [Path(path) for path in manager.download(list(known))]
     except Exception as error:  # no network, no space, another file, ...
         raise DataError(
-            f"cifar10: cannot be fetched ({type(error).__name__}: "
-            f"{str(error)[:300]}); {_cifar_way(root)}"
+            f"{name}: cannot be fetched ({type(error).__name__}: "
+            f"{str(error)[:300]}); {way_out}"
         ) from error
 
 

@@ -13,7 +13,16 @@ import jax
 import numpy as np
 
 from memsep_jax.data import archives, readers
-from memsep_jax.data.archives import cifar10, latents, npz, read_arrays, tfds
+from memsep_jax.data.archives import (
+    cifar10,
+    fashion_folder,
+    fashion_mnist,
+    idx,
+    latents,
+    npz,
+    read_arrays,
+    tfds,
+)
 from memsep_jax.data.arrays import (
     DataError,
     Source,
@@ -147,9 +156,12 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "npz": npz,
     "latents": latents,
     "folder": folder,
+    "idx": idx,
+    "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "tfds": tfds,
 }
+REMOTE = ("fashion_mnist", "cifar10", "tfds")  # those that may have to be fetched
 
 
 def source(name: str, **source_args) -> Source:
@@ -164,7 +176,8 @@ def at_hand(name: str, **source_args) -> Source:
 
     Raises: DataError, also where a set of TensorFlow Datasets is not here yet.
     """
-    if name in ("cifar10", "tfds"):
+    here = name == "fashion_mnist" and fashion_folder(source_args.get("path"))
+    if name in REMOTE and not here:
         return archives.decoded(**{"dataset": name} | source_args)
     return source(name, **source_args)
 

@@ -465,8 +465,12 @@ def dry(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     # As many images as a config needs: to resize all 60,000 takes long.
-    fewer = {"cifar10": (10_000, 1_000, (32, 32, 3), 10)}
+    fewer = {
+        "cifar10": (10_000, 1_000, (32, 32, 3), 10),
+        "fashion_mnist": (6_000, 1_000, (28, 28, 1), 10),
+    }
     monkeypatch.setattr(archives, "KNOWN", fewer)
+    monkeypatch.setattr(archives, "FASHION_PACKAGE", str(tmp_path / "package"))
 
     def run(path, variant):
         arguments = [f"--config={path}:{variant}"]
@@ -600,6 +604,20 @@ def test_d50_a_page_in_place_of_an_archive_is_refused(tmp_path):
     assert caught.value.exit_code == 3
     assert f"{path}: an HTML page, not an archive: expected" in told
     assert archives.CIFAR_SHA256 in told and "got 37 bytes, " in told
+
+
+@pytest.mark.parametrize("name", ["idx", "fashion_mnist"])
+def test_d50_a_set_of_idx_files_that_is_not_whole_is_named(name, tmp_path):
+    folder = tmp_path / "clothes"
+    folder.mkdir()
+    arguments = (SMOKE, f"--config.data.name={name}", f"--config.data.path={folder}")
+    for file in archives.IDX:
+        (folder / f"{file}.gz").write_bytes(gzip.compress(bytes(16)))
+    told = refused(*arguments, tmp_path=tmp_path, code=3, patch=NO_NETWORK)
+    assert f"{folder}/{archives.IDX[0]}.gz begins with 0x00000000, where images" in told
+    (folder / f"{archives.IDX[2]}.gz").unlink()
+    told = refused(*arguments, tmp_path=tmp_path, code=3, patch=NO_NETWORK)
+    assert f"{folder} has no {archives.IDX[2]}, gzipped or not" in told
 
 
 def test_d51_a_hostile_archive_leaves_nothing_outside(tmp_path):

@@ -67,7 +67,6 @@ class Keys(NamedTuple):
 
 
 SAMPLERS = (*sampling.ODE_METHODS, "sde", "edm")
-REMOTE = ("cifar10", "tfds")  # sources that may have to be fetched
 
 
 def keys(seed: int) -> Keys:
@@ -128,7 +127,7 @@ def build(config, read=sources.source) -> Parts:
 
     splits = None
     # Nothing is downloaded for a config that is refused, and no absurd size is read.
-    remote = {config.data.name, config.data.get("mix_from")} & {*REMOTE}
+    remote = {config.data.name, config.data.get("mix_from")} & {*sources.REMOTE}
     if not (attempt.wrong and remote) and not schema.broken_rules(config, "data"):
         try:
             splits = attempt(_splits, config.data, read)
@@ -441,7 +440,7 @@ def _shape(group):
     # Without the choice, the source itself may be read; images keep their size.
     choice = _choice() - {"resolution"}
     rest = {field: None if field in choice else v for field, v in group.items()}
-    if group.name in REMOTE:
+    if group.name in sources.REMOTE:
         return None
     with contextlib.suppress(ValueError, TypeError):
         return _splits(rest, sources.source).train.x.shape[1:]

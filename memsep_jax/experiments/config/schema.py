@@ -115,7 +115,10 @@ TRAIN: dict[str, Field | Group] = {
         mix=field(0.0, "Share of the points that comes from a second source."),
         mix_from=unset(str, "The second source: a name without arguments, or an .npz."),
         deduplicate=unset(bool, "Keeps each distinct point once."),
-        path=unset(str, "File or folder to read.", of=("npz", "latents", "folder")),
+        path=unset(
+            str, "File or folder to read.",
+            of=("npz", "latents", "folder", "idx", "fashion_mnist"),
+        ),
         stream=unset(
             bool, "Leaves the images on disk.",
             of=("npz", "latents", "folder", "cifar10", "tfds"),
@@ -132,7 +135,8 @@ TRAIN: dict[str, Field | Group] = {
         ),
         dataset=unset(str, "Data set of TensorFlow Datasets.", of=("tfds",)),
         data_dir=unset(
-            str, "Where TensorFlow Datasets keeps its data.", of=("cifar10", "tfds"),
+            str, "Where TensorFlow Datasets keeps its data.",
+            of=("fashion_mnist", "cifar10", "tfds"),
         ),
         k=unset(int, "Number of components.", of=MIXTURE),
         d=unset(int, "Dimension.", of=MIXTURE),
