@@ -38,7 +38,8 @@ from memsep_jax.streaming import (
 # Of one step, whatever the images are: pixels of 32 images of 32 x 32, so that what a
 # query needs of them stays in the cache, and patches for a product of matrices.
 PIXELS = 32_768
-PATCHES = 4_096
+PATCHES = 8_192
+BLOCK = 96  # numbers, or a few more, that a mask leaves out together: a row of an image
 
 Patch = int | Sequence[tuple[float, int]]
 
@@ -245,14 +246,41 @@ def covariance_local(
         shrunk = directions * (signal / (signal + process.sigma(t) ** 2))[None]
         rows = jnp.abs(_product(shrunk, directions.T))
         seen = rows >= threshold * jnp.max(rows, axis=1, keepdims=True)
-
-        def around(squares):
-            flat = squares.reshape(len(squares), -1)
-            return _product(flat, seen.T.astype(dtype)).reshape(squares.shape)
-
-        return around
+        return _masked(seen)
 
     return from_denoiser(_placed(data, process, distance, chunk, log_weights), process)
+
+
+def _masked(seen):
+    """squares [m, *e] -> their sums where seen [d, d], row by row, as [m, *e].
+
+    Masks are local, so most of their blocks are empty, and nothing is multiplied there.
+    """
+    d = len(seen)
+    side = next((b for b in range(BLOCK, d) if d % b == 0), d)
+    blocks = seen.reshape(d // side, side, d // side, side).swapaxes(1, 2)
+    used = jnp.any(blocks, axis=(2, 3))
+
+    def around(squares):
+        parts = squares.reshape(len(squares), -1, side)
+
+        def add(total, i, j):
+            return total + _product(parts[:, j], blocks[i, j].T.astype(parts.dtype))
+
+        def row(i):
+            def step(total, j):
+                total = jax.lax.cond(
+                    used[i, j], add, lambda total, *_: total, total, i, j
+                )
+                return total, None
+
+            none = jnp.zeros_like(parts[:, 0])
+            return jax.lax.scan(step, none, jnp.arange(len(used)))[0]
+
+        sums = jax.lax.map(row, jnp.arange(len(used)))
+        return sums.swapaxes(0, 1).reshape(squares.shape)
+
+    return around
 
 
 class _Places(NamedTuple):
@@ -414,7 +442,7 @@ def _patches(images, side):
 
 
 def _sides(patch):
-    return [patch] if isinstance(patch, int) else [side for _, side in patch]
+    return [side for _, side in patch] if isinstance(patch, Sequence) else [patch]
 
 
 def _choice(patch, t, choices):
@@ -437,8 +465,8 @@ def _check_patch(patch, data):
                 f"patch={side} must be odd, so that it has a centre, and from 1 to "
                 f"{most}, which covers the whole image from every pixel"
             )
-    times = [] if isinstance(patch, int) else [time for time, _ in patch]
-    if _sides(patch) == [] or times != sorted(set(times)):
+    times = [time for time, _ in patch] if isinstance(patch, Sequence) else [0]
+    if not times or times != sorted(set(times)):
         raise ValueError(
             f"patch={patch} must be one side, or pairs (t, side) with rising times"
         )

@@ -78,7 +78,7 @@ def floored(log_weights, n: int, dtype):
 def chunk_sums(points, prior, x, alpha, v, values=None) -> Sums:
     """Sums of points [m, d] with log-weights prior [m], for x [d].
 
-    The means are those of values [m, k], or of the points.
+    The means are those of values [m, k], far fewer numbers than d, or of the points.
     """
     values = points if values is None else values
     count = min(CONTENDERS, len(points))
@@ -109,7 +109,7 @@ def chunk_sums(points, prior, x, alpha, v, values=None) -> Sums:
     of_near, of_far = jnp.exp(near), jnp.exp(far)
     first, _ = jax.lax.scan(
         lambda total, one: (total + one[0] * values[one[1]], None),
-        _weighted(of_far, values),
+        (_weighted if values is points else _product)(of_far, values),
         (of_near, nearest),
     )
     return Sums(
