@@ -4,7 +4,7 @@ python benchmarks/analytic.py [--n=4000] [--batch=8] [--size=32] [--patch=5]
     [--rounds=3] [--json=FILE.json]
 
 Needs the extra `dev` (torch). Everything is float32, on smooth random images [size,
-size, 3] with a spectrum like that of photographs, at t = 0.3. The forms of PyTorch are
+size, 3] with a spectrum like that of photographs, at t = 0.1. The forms of PyTorch are
 those of the published codes, without what they waste: all squared distances at once, a
 softmax, a product. `equivariant_local` takes 50 of the n images, as each of them has so
 many patches. What is computed once, such as eigenvectors, is not timed, in both. Both
@@ -46,7 +46,7 @@ neighbours = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(neighbours)
 
 OU = process.ornstein_uhlenbeck()
-T = 0.3
+T = 0.1
 ALPHA, V = math.exp(-T / 2), -math.expm1(-T)
 CHANNELS = 3
 THRESHOLD = 0.05

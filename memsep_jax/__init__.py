@@ -73,10 +73,10 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
-    "analytic", "checkpoint", "data", "defaults", "empirical", "experiments", "features",
-    "fidelity", "gap", "lipschitz", "load", "memorization", "memory", "mixture",
-    "models", "neighbours", "parallel", "process", "prune", "sampling", "score",
-    "train", "weights",
+    "analytic", "checkpoint", "data", "defaults", "empirical", "experiments",
+    "features", "fidelity", "gap", "lipschitz", "load", "memorization", "memory",
+    "mixture", "models", "neighbours", "parallel", "process", "prune", "sampling",
+    "score", "train", "weights",
 ]  # fmt: skip
 
 

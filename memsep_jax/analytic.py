@@ -119,7 +119,7 @@ def gaussian(
         check_query(data, x, t)
         x = jnp.asarray(x)
         alpha, v = process.alpha(t), process.sigma(t) ** 2
-        centre, variances, directions = (jnp.asarray(a, x.dtype) for a in of_data)
+        centre, variances, directions = _constants(of_data, x.dtype)
         gap = x.reshape(-1) - alpha * centre
         inside = _product(gap, directions)
         slope = _product(directions, inside / (alpha**2 * variances + v))
@@ -241,7 +241,7 @@ def covariance_local(
 
     def distance(t):
         dtype = jnp.result_type(t)
-        _, variances, directions = (jnp.asarray(a, dtype) for a in of_data)
+        _, variances, directions = _constants(of_data, dtype)
         signal = process.alpha(t) ** 2 * variances
         shrunk = directions * (signal / (signal + process.sigma(t) ** 2))[None]
         rows = jnp.abs(_product(shrunk, directions.T))
@@ -470,6 +470,13 @@ def _check_patch(patch, data):
         raise ValueError(
             f"patch={patch} must be one side, or pairs (t, side) with rising times"
         )
+
+
+def _constants(of_data, dtype):
+    # Behind a barrier: at a known time XLA would compute with them for minutes, when it
+    # compiles.
+    arrays = tuple(jnp.asarray(a, dtype) for a in of_data)
+    return jax.lax.optimization_barrier(arrays)
 
 
 def _product(a, b):
