@@ -35,6 +35,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 RUNS = {  # script: (flags, more of them of a quick run)
     "empirical_score": ("--parts speed", "--n=500 --batch=32 --rounds=3"),
+    "analytic": ("", "--n=100 --batch=2 --size=8 --patch=3 --rounds=1"),
     "neighbours": ("--rounds=1", "--n=1000 --m=256 --size=8 --rounds=1"),
     "lipschitz": ("", "--n=500 --d=192 --probes=4 --iters=5 --size=8 --dit_width=32 "
                   "--dit_depth=1 --dit_heads=2 --rounds=1"),

@@ -51,6 +51,7 @@ from memsep_jax import (
     neighbours,
     parallel,
     process,
+    streaming,
     train,
 )
 from memsep_jax.data import batches
@@ -119,7 +120,7 @@ def score_counts(n, d, batch):
     And of each chunk the contenders of each query, four times.
     """
     chunks = math.ceil(n / empirical.CHUNK)
-    contenders = 4 * chunks * empirical.CONTENDERS * batch * d
+    contenders = 4 * chunks * streaming.CONTENDERS * batch * d
     numbers = 4 * n * d + 10 * n * batch + contenders
     return 4 * n * d * batch, FLOAT * numbers
 

@@ -12,7 +12,10 @@ Below all (jax only):
 Mathematics (jax only):
   process       alpha, sigma and what follows from them; laws of t
   mixture       known truths: Gaussian, low-rank, Student-t, boxes; density, score
+  streaming     sums over a training set, chunk by chunk: a product, then differences
   empirical     the noised training set: weights, denoiser, score, density, Jacobian
+  analytic      scores between truth and copy: Gaussian, local, equivariant and local,
+                local as the covariance says
   score         score_fn(x, t), and how a network's answer becomes one
   gap           denoising loss, Fisher divergence, loss gap, its closed forms, detector
   lipschitz     spectral norm of a Jacobian, probes between points, bounds
@@ -75,10 +78,10 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
-    "audit", "checkpoint", "data", "defaults", "empirical", "experiments", "features",
-    "fidelity", "gap", "lipschitz", "load", "memorization", "memory", "mixture",
-    "models", "neighbours", "parallel", "process", "prune", "sampling", "score",
-    "train", "weights",
+    "analytic", "audit", "checkpoint", "data", "defaults", "empirical", "experiments",
+    "features", "fidelity", "gap", "lipschitz", "load", "memorization", "memory",
+    "mixture", "models", "neighbours", "parallel", "process", "prune", "sampling",
+    "score", "train", "weights",
 ]  # fmt: skip
 
 

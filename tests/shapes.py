@@ -6,6 +6,7 @@ FLOOR_0 = (
     "process",
     "mixture",
     "empirical",
+    "analytic",
     "score",
     "gap",
     "lipschitz",

@@ -45,6 +45,19 @@ def test_the_forms_of_the_empirical_score_agree():
         np.testing.assert_allclose(form, truth, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_analytic_scores_of_pytorch_are_ours():
+    """Where a mask is thresholded, rounding may decide about a number."""
+    pytest.importorskip("torch", reason="of the extra dev")
+    pytest.importorskip("faiss", reason="of the extra dev")
+    cases = load("analytic").measure(n=60, batch=2, size=8, patch=3, rounds=1)
+    check(load("run").rows({"analytic": {"cases": cases}}, LIMITS))
+    assert [case["case"].split(",")[0] for case in cases] == [
+        "gaussian", "local", "equivariant_local", "covariance_local",
+    ]  # fmt: skip
+    assert max(case["difference"] for case in cases) < 1e-4, cases
+
+
 def quick(benchmark, tmp_path, monkeypatch):
     """The rows of a benchmark as run.py --quick starts it, and those run.py makes."""
     name, path = benchmark.__name__, tmp_path / "rows.json"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from memsep_jax import (
+    analytic,
     empirical,
     fidelity,
     gap,
@@ -33,8 +34,8 @@ from memsep_jax.models import alexnet, mlp
 from memsep_jax.train import objectives
 
 ROOMS = (
-    process, mixture, empirical, score, gap, lipschitz, sampling, prune, objectives,
-    roots,
+    process, mixture, empirical, analytic, score, gap, lipschitz, sampling, prune,
+    objectives, roots,
 )  # fmt: skip
 
 OU = process.ornstein_uhlenbeck()
@@ -98,6 +99,13 @@ DRAWN = [
     (GAUSSIAN, data, t, log_weights)
     for data, t in ((DATA, T), (TWINS, EARLY), (SAME, T))
     for log_weights in (EVEN, SOME)
+]
+IMAGES = np.float32(np.cos(np.arange(36))).reshape(4, 3, 3, 1)
+PICTURES = [
+    (images, x, t, log_weights)
+    for images, log_weights in ((IMAGES, SOME), (0 * IMAGES, EVEN), (IMAGES, ALONE))
+    for x in (IMAGES[0] + 0.1, IMAGES[1], IMAGES[2] + 9)
+    for t in (T, EARLY)
 ]
 
 
@@ -199,6 +207,27 @@ FINITE = {
     "empirical.jacobian": (
         lambda data, x, t, w: empirical.jacobian(data, OU, x, t, w),
         POINTS,
+    ),
+    **{
+        f"analytic.{name}": (
+            lambda images, x, t, w, make=make: make(
+                images, OU, 3, 3, log_weights=w
+            )(x, t),
+            PICTURES,
+        )
+        for name, make in {
+            "local": analytic.local, "equivariant_local": analytic.equivariant_local,
+        }.items()
+    },
+    "analytic.gaussian": (  # the data cannot be traced
+        each(lambda data, x, t: analytic.gaussian(data, OU)(x, t), (DATA, SAME)), AT,
+    ),
+    "analytic.covariance_local": (
+        each(
+            lambda data, x, t: analytic.covariance_local(data, OU, 0.1)(x, t),
+            (DATA, TWINS, SAME),
+        ),
+        AT,
     ),
     "score.PREDICTIONS": (
         each(
@@ -438,6 +467,7 @@ UNCOMPILED = (
 # Public functions whose derivatives are refused, and the words of the refusal.
 HOST = "runs on the host, on NumPy arrays"
 REFUSED = {
+    "analytic.moments": (analytic.moments, DATA, HOST),
     "fidelity.frechet": (lambda a: fidelity.frechet(a, DATA), DATA, HOST),
     "fidelity.kid": (lambda a: fidelity.kid(a, DATA), DATA, HOST),
     "fidelity.precision_recall": (

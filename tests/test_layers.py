@@ -22,8 +22,8 @@ FREE = {"__version__", "memory", "shapes", "checks", "keys"}
 FLOORS = [  # a room imports from its own row and those above it here
     {"memory", "shapes", "checks", "keys", "roots"},
     {"process", "neighbours", "fidelity"},
-    {"score", "mixture", "memorization"},
-    {"empirical", "gap", "lipschitz", "sampling"},
+    {"score", "mixture", "streaming", "memorization"},
+    {"empirical", "analytic", "gap", "lipschitz", "sampling"},
     {"models"},
     {"data", "train", "prune", "parallel", "checkpoint"},
     {"sources", "readers"},  # older names of two rooms of data
