@@ -16,6 +16,7 @@ FLOOR_0 = (
     "copying",
     "emission",
     "effective",
+    "membership",
     "reproducibility",
 )
 
