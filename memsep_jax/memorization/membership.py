@@ -50,6 +50,9 @@ class Separation(NamedTuple):
     tpr_interval: tuple[float, float]  # Wilson, 95 %, at this threshold
 
 
+UNKNOWN = Separation(np.nan, (np.nan, np.nan), np.nan, (np.nan, np.nan))
+
+
 class Curve(NamedTuple):
     """The `Separation` of each statistic against time, its arrays [k] or [k, 2]."""
 
@@ -59,6 +62,7 @@ class Curve(NamedTuple):
     secmi: Separation
     by_complexity: Separation
     by_model: Separation | None
+    counts: tuple[int, int]  # of members and of non-members
     note: str | None  # where there are too few non-members for an FPR of 1 %
 
 
@@ -178,13 +182,14 @@ def wiener(points, process: Process) -> ScoreFn:
         a.astype(points.dtype) for a in (mean, sizes**2 / len(flat), axes)
     )
 
-    def score_fn(x, t):
+    def score_fn(mean, variances, axes, x, t):
         signal, v = process.alpha(t) ** 2 * variances, process.sigma(t) ** 2
         offset = jnp.ravel(x) - process.alpha(t) * mean
         kept = axes.T @ (signal / (signal + v) * (axes @ offset))
         return jnp.reshape((kept - offset) / v, jnp.shape(x))
 
-    return score_fn
+    # Not a closure: where the axes are large, a program takes them as an argument.
+    return jax.tree_util.Partial(score_fn, mean, variances, axes)
 
 
 # Of two sets.
@@ -213,6 +218,7 @@ def curve(
     Raises: ValueError: as `check_sets`; times that do not increase, fewer than two of
       them or one that is not positive; draws below 1.
     """
+    check_on_host("membership.curve", members, non_members, times)
     check_sets(members, non_members)
     check_times(times)
     if draws < 1:
@@ -236,7 +242,7 @@ def curve(
 
 
 def curve_of(times, values: Statistics, n: int) -> Curve:
-    """The curve from the statistics of all points.
+    """The curve from the statistics of all points; NaN where one is not finite.
 
     Args: values, arrays [n + n2, k], of which the first n are the members'.
     """
@@ -244,8 +250,12 @@ def curve_of(times, values: Statistics, n: int) -> Curve:
     def of(values):
         if values is None:
             return None
+        check_on_host("membership.curve_of", values)
         columns = np.asarray(values, np.float64).T
-        each = [separation(column[:n], column[n:]) for column in columns]
+        each = [
+            separation(c[:n], c[n:]) if np.isfinite(c).all() else UNKNOWN
+            for c in columns
+        ]
         return Separation(*map(np.array, zip(*each, strict=True)))
 
     others, note = len(values.loss) - n, None
@@ -255,7 +265,9 @@ def curve_of(times, values: Statistics, n: int) -> Curve:
             f"the TPR at {FPR:.0%} FPR is that at 0"
         )
     separations = Statistics(*map(of, values))
-    return Curve(np.asarray(times), **separations._asdict(), note=note)
+    return Curve(
+        np.asarray(times), **separations._asdict(), counts=(n, others), note=note
+    )
 
 
 def separation(members, non_members) -> Separation:
@@ -270,6 +282,7 @@ def separation(members, non_members) -> Separation:
     Raises: ValueError: fewer than two of either, or values that are not finite.
     Source: DeLong 1988 (Biometrics 44, 837); Wilson 1927.
     """
+    check_on_host("membership.separation", members, non_members)
     from scipy import stats
     from sklearn import metrics  # both take over a second, and few runs need them
 
@@ -333,6 +346,7 @@ def check_sets(members, non_members):
     Raises: ValueError: shapes or kinds of numbers that differ, fewer than two points,
       ranges of values that differ as after another preprocessing, or common points.
     """
+    check_on_host("membership.check_sets", members, non_members)
     members, non_members = (np.asarray(a) for a in (members, non_members))
     sets = {"members": members, "non-members": non_members}
     if members.shape[1:] != non_members.shape[1:]:
