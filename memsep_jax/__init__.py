@@ -26,7 +26,8 @@ Mathematics (jax only):
   neighbours    the nearest distinct training points, exactly
   memorization  what follows from those distances: ratio (copies, null level,
                 intervals), copying (other tests), effective (memorization against n),
-                emission (which points come out), reproducibility (of two models)
+                emission (which points come out), reproducibility (of two models);
+                and from a score alone: membership (who was in the training set)
 Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
                 inception and alexnet, which make features; own, a user's network

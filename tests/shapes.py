@@ -17,6 +17,7 @@ FLOOR_0 = (
     "copying",
     "emission",
     "effective",
+    "membership",
     "reproducibility",
 )
 

@@ -119,6 +119,10 @@ def test_the_smoke_variant_runs_and_leaves_its_files(name, tmp_path):
     if config.experiment == "train":  # unconditional, with held-out points
         levels = numbers["levels"]
         assert len(levels["memorizes"]) == len(levels["noise"])
+        found, few = levels["membership"], len(levels["noise"])
+        for name in ("loss", "pia", "secmi", "by_complexity"):
+            assert len(found[name]["auc"]) == len(found[name]["interval"]) == few
+            assert all(0 <= auc <= 1 for auc in found[name]["auc"])
         truth = config.data.name == "mixture"
         assert levels["against"] == ("the true score" if truth else "held-out points")
 

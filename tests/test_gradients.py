@@ -29,13 +29,14 @@ from memsep_jax import (
     train,
 )
 from memsep_jax.gap import Estimate
+from memsep_jax.memorization import membership
 from memsep_jax.mixture import Boxes, Mixture
 from memsep_jax.models import alexnet, mlp
 from memsep_jax.train import objectives
 
 ROOMS = (
     process, mixture, empirical, analytic, score, gap, lipschitz, sampling, prune,
-    objectives, roots,
+    objectives, roots, membership,
 )  # fmt: skip
 
 OU = process.ornstein_uhlenbeck()
@@ -410,6 +411,27 @@ FINITE = {
         memorization.nearest_two,
         [(X, DATA), (DATA[0], DATA), (DATA[1], TWINS), (SAME[0], SAME)],
     ),
+    "membership.pia": (
+        each(lambda f, *row: membership.pia(f, OU, *row), SCORES),
+        [(X, T, EARLY), (ZERO, EARLY, EARLY)],
+    ),
+    "membership.secmi": (
+        each(lambda f, x, times: membership.secmi(f, OU, x, times), SCORES),
+        [(X, TIMES[::-1]), (ZERO, TIMES[::-1])],
+    ),
+    "membership.statistics": (
+        each(
+            lambda f, *row: membership.statistics(
+                f, OU, *row, key(), 2, simple=linear, reference=nothing
+            ),
+            SCORES,
+        ),
+        [(X, TIMES[::-1]), (ZERO, TIMES[::-1])],
+    ),
+    "membership.gaussian_auc": (
+        lambda t: [membership.gaussian_auc(4, 3, OU, t, way) for way in (True, False)],
+        NOW,
+    ),
     "prune.importance": (
         lambda sizes: prune.importance(lambda one: one, sizes),
         [(DATA[None],), (0 * DATA[None],)],
@@ -481,6 +503,18 @@ REFUSED = {
     "neighbours.distinct": (neighbours.distinct, DATA, HOST),
     "neighbours.nearest": (lambda a: neighbours.nearest(a, DATA), DATA, HOST),
     "neighbours.searcher": (neighbours.searcher, DATA, HOST),
+    "membership.wiener": (lambda a: membership.wiener(a, OU), DATA, HOST),
+    "membership.curve": (
+        lambda a: membership.curve(linear, OU, a, DATA, TIMES[::-1], key()), DATA, HOST,
+    ),
+    "membership.curve_of": (
+        lambda a: membership.curve_of(TIMES, membership.Statistics(*[a] * 5), 2), DATA,
+        HOST,
+    ),
+    "membership.separation": (
+        lambda a: membership.separation(a, EVEN), EVEN, HOST,
+    ),
+    "membership.check_sets": (lambda a: membership.check_sets(a, DATA), DATA, HOST),
     "memorization.ratio": (lambda a: memorization.ratio(a, DATA), DATA, HOST),
 }  # fmt: skip
 
@@ -494,6 +528,7 @@ LEFT_OUT = {
     **dict.fromkeys((f"score.{name}" for name in score.PREDICTIONS), "in PREDICTIONS"),
     **dict.fromkeys((f"mixture.{name}" for name in mixture.LAWS), "in mixture.LAWS"),
     "process.check_time": "returns nothing",
+    "membership.check_times": "returns nothing",
     "sampling.search_stages": "in sampling.search_noise",
     "sampling.best_noise": "in sampling.search_noise",
     "empirical.labelled": "of integers",

@@ -11,8 +11,9 @@ from memsep_jax import checkpoint, defaults, experiments, sampling
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime.session import Session
-from memsep_jax.experiments.studies import mitigate, networks, store
+from memsep_jax.experiments.studies import mitigate, monitor, networks, store
 from memsep_jax.experiments.studies import training_run as job
+from memsep_jax.memorization import membership
 
 
 def smoke(**changes):
@@ -60,6 +61,7 @@ def test_a_setting_that_cannot_be_is_named(setting, message, tmp_path):
             ("pruned: small_t, neurons", "0.4"),
         ),
         ("model.dropout=0.2", ("model.dropout", "0.2")),
+        ("times.name=beta; times.a=0.5; times.b=0.5", ("times", "beta, 0.5, 0.5")),
     ],
 )
 def test_a_family_is_what_is_done_and_its_value_how_much(setting, found):
@@ -153,6 +155,63 @@ def test_quality_is_compared_with_the_control_of_the_same_seed():
     assert [row["tuned_frechet_rise"] for row in rows] == [1, 1, 2.0, 0.5]
 
 
+def test_the_u_shaped_times_of_the_config_are_few_in_the_middle():
+    """Beta(.5, .5) on the clock of a rectified flow: the arcsine law of u."""
+    config = smoke()
+    config.sweep.points = ({}, mitigate_digits.U_SHAPED)
+    law = build.build(grid.points(config)[-1].config).law
+    t = np.asarray(jax.vmap(law)(jax.random.split(jax.random.key(0), 4_000)))
+    u = t / (1 + t) / 0.98
+    for level in (0.1, 0.5, 0.9):
+        share = 2 / np.pi * np.arcsin(np.sqrt(level))
+        assert abs(np.mean(u < level) - share) < 4 * np.sqrt(share * (1 - share) / 4e3)
+
+
+# Who was in the training set.
+
+
+def test_what_is_given_away_is_the_highest_auc_of_the_loss():
+    values = np.random.default_rng(0).normal(size=(60, 3))
+    values[:30, 1] -= 2
+    curve = membership.curve_of(
+        [0.1, 0.2, 0.3], membership.Statistics(*[values] * 4, None), 30
+    )
+    best = membership.separation(values[:30, 1], values[30:, 1]).auc
+    assert mitigate.given_away(curve) == best > 0.8
+    values[0, 1] = np.inf  # that level says nothing
+    curve = membership.curve_of(
+        [0.1, 0.2, 0.3], membership.Statistics(*[values] * 4, None), 30
+    )
+    assert np.isnan(curve.loss.auc[1]) and np.isnan(curve.loss.interval[1]).all()
+    assert mitigate.given_away(curve) == max(curve.loss.auc[[0, 2]]) < 0.6
+    assert np.isnan(mitigate.given_away(None))
+
+
+def test_membership_is_of_the_first_points_and_the_weights(monkeypatch):
+    """What `membership.curve` finds; nothing where a held-out point was trained on."""
+    monkeypatch.setattr(monitor, "MEMBERS", 6)
+    config = smoke(**{"model.depth": 1})
+    parts, said = build.build(config), []
+    weights = training.init_params(parts, jax.random.key(0))
+    found = monitor.make_membership(config, parts, said.append)(weights)
+    splits = parts.splits
+    truth = membership.curve(
+        training.score_fn(parts, weights), parts.process,
+        np.asarray(splits.train.x[:6]), np.asarray(splits.held_out.x[:6]),
+        monitor.levels(config), build.keys(config.seed).evaluate, monitor.DRAWS,
+    )  # fmt: skip
+    for name in ("loss", "pia", "secmi", "by_complexity"):
+        # Rounding may turn a pair around, of 36.
+        got, want = getattr(found, name).auc, getattr(truth, name).auc
+        np.testing.assert_allclose(got, want, atol=2 / 36 + 1e-9)
+        assert np.median(np.abs(got - want)) == 0
+    twice = splits._replace(held_out=splits.train)
+    given = monitor.members_found(
+        config, parts._replace(splits=twice), weights, said.append
+    )
+    assert given == {} and "6 non-members are members" in said[0] and len(said) == 1
+
+
 # The re-test.
 
 
@@ -215,7 +274,7 @@ def test_what_is_only_pruned_shares_a_network(done):
     assert len(control["steps"]["mean"]) == len(pruned["steps"]["mean"]) > 1
     assert len(dropout["steps"]["mean"]) == 1  # as it was trained
     for row in rows:
-        for name in ("ratio", "emitted", "emitted_more", "found", "again_emitted"):
+        for name in ("ratio", "emitted", "membership", "found", "again_emitted"):
             assert 0 <= row[name]["mean"] <= 1
         assert row["emitted_more"]["mean"] >= 0
 

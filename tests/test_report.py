@@ -277,6 +277,27 @@ def test_the_noise_levels_that_memorize_are_named(tmp_path, undrawn):
     assert "at 2 of 3 noise levels: 0.01, 0.1: there the network memorizes" in text
 
 
+def test_membership_is_drawn_where_it_was_measured(tmp_path, undrawn):
+    """With a level at which a statistic was not finite; an older run has none."""
+    one = {"auc": [0.9, None, 0.5], "interval": [[0.8, 1.0], [None, None], [0.4, 0.6]]}
+    names = "loss", "pia", "secmi", "by_complexity"
+    found = dict.fromkeys(names, one) | {"counts": [40, 40], "note": "with 40 others"}
+    workdir = finished(tmp_path)
+    assert "membership" not in drawn_by(workdir)
+    metrics = record.read_json(workdir / "metrics.json")
+    metrics["levels"]["membership"] = found
+    record.write_json(workdir / "metrics.json", metrics)
+    assert "membership" in drawn_by(workdir)
+    text = read(workdir).text
+    assert "over 40 points of each kind" in text and "with 40 others" in text
+
+
+def drawn_by(workdir):
+    """The figures of a report that is written again."""
+    report.write(workdir, print)
+    return drawn(workdir, "png")
+
+
 def test_a_score_that_was_not_trained_has_no_training_curves(tmp_path, undrawn):
     workdir = finished(tmp_path)
     metrics = record.read_json(workdir / "metrics.json")

@@ -93,7 +93,7 @@ record.Metrics.write = write
 # Training alone, where nothing else is looked at.
 TRAIN_ONLY = """
 from memsep_jax.experiments.studies import training_run
-training_run.detector = lambda *args: {}
+training_run.detector = training_run.members_found = lambda *args: {}
 training_run.evaluate = lambda *args: None
 training_run.finish = lambda session: None
 """

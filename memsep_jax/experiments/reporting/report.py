@@ -28,6 +28,12 @@ SAMPLED = (*ALWAYS, "samples.npz")
 AUDITED = (*ALWAYS, "duplicates.csv")
 HELD_OUT = "held_out.csv"  # not of earlier versions, nor without held-out points
 GRIDS = 3  # grids of samples along training that an unfinished run shows
+STATISTICS = {  # of membership, as a legend names them
+    "loss": "loss",
+    "pia": "PIA",
+    "secmi": "SecMI",
+    "by_complexity": "loss, calibrated by complexity",
+}
 SPACES = {"pixels": "", "features": "feature_"}  # of an audit: prefixes of columns
 REPEATS = 20  # duplicates of a training set that the page lists; the csv has all
 # The directories of an absolute path, and of one in somebody's home.
@@ -277,6 +283,8 @@ def _figures(numbers, pairs_too):
     if levels.get("train"):
         lines = (levels[k] for k in ("noise", "train", "held_out"))
         yield "noise_levels", figures.noise_levels(*lines)
+    if "membership" in levels:
+        yield "membership", figures.curves([_membership(levels)])
     if steps := metrics["model"].get("steps"):  # a closed-form score has none
         yield "ratio", figures.ratio_along(rows, final | {"step": steps})
     if "pruning" in metrics:
@@ -323,6 +331,23 @@ def _pairs(pairs, name, memorized, space=""):
     fields = ("sample", "neighbours", "distances", "nearest")
     arrays = (pairs[f"{name}_{field}"] for field in fields)
     return figures.pairs(index, *arrays, memorized[index], space)
+
+
+def _membership(levels):
+    """The panel of how well training points are told from others, by each statistic."""
+    noise, lines = np.array(levels["noise"], float), []
+    for name, label in STATISTICS.items():
+        # null is where a statistic was not finite: nan again.
+        auc = np.array(levels["membership"][name]["auc"], float)
+        low, high = np.array(levels["membership"][name]["interval"], float).T
+        band = (low, high) if name == "loss" else ()  # all bands would hide each other
+        lines.append(figures.Line(noise, auc, label, *band))
+    chance = np.full(len(noise), 0.5)
+    lines.append(figures.Line(noise, chance, "chance", style=":", color="black"))
+    return figures.Panel(
+        "who was in the training set", lines, "noise level, sigma / alpha", "AUC",
+        yscale="linear",
+    )  # fmt: skip
 
 
 def _along(pruning):

@@ -26,7 +26,13 @@ from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime import points
-from memsep_jax.experiments.studies import networks, results, store, training_run
+from memsep_jax.experiments.studies import (
+    monitor,
+    networks,
+    results,
+    store,
+    training_run,
+)
 from memsep_jax.experiments.studies.pruning import (
     Pruned,
     cost,
@@ -45,7 +51,7 @@ SAMPLING = (
 MORE = 4  # the re-test draws this many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
-    "frechet",
+    "frechet", "membership",
     "untuned_ratio", "tuned_ratio", "removed", "parameters", "flops",
     "emitted_more", "found", "found_null", "again_ratio", "again_emitted", "seeds",
 )  # fmt: skip
@@ -65,6 +71,7 @@ class Programs(NamedTuple):
     watch: Callable  # `pruning.watcher`
     tune: Callable  # `pruning.tuner` of the config without the setting
     find: Callable  # `finder`
+    members: Callable  # `monitor.make_membership`
 
 
 def share(config, parts, session) -> dict:
@@ -113,6 +120,7 @@ def measure(some, session, programs_of, source):
             pruned = done[which]
         row = _row(point.config, pruned)
         row |= cost(parts, params, stays, config.prune.group)
+        row["membership"] = given_away(programs.members(pruned.weights))
         if config.measure.targets:
             with session.phase("re-test"):
                 row |= retest(config, parts, pruned, programs)
@@ -145,7 +153,21 @@ def _programs(config, point, session) -> Programs:
         watcher(one, parts, generate),
         tuner(plain, build.build(plain)),
         finder(one, parts),
+        monitor.make_membership(one, parts, session.say),
     )
+
+
+def given_away(curve) -> float:
+    """The highest AUC of the loss over the noise levels: who was in the training set.
+
+    The level is the best one for an attacker. The highest of several AUCs is above 1/2
+    by chance, too, by about as much in every row: compare it with that of the control.
+
+    Args: curve, of `membership`; None where it was not measured, which gives NaN.
+    """
+    if curve is None or np.isnan(curve.loss.auc).all():
+        return np.nan
+    return float(np.nanmax(curve.loss.auc))
 
 
 def _row(config, pruned: Pruned):
@@ -313,6 +335,8 @@ def family(setting: str) -> tuple[str, str]:
     fields = grid.parse(setting)
     if not fields:
         return "control", ""
+    if all(name.startswith("times.") for name in fields):
+        return "times", ", ".join(fields.values())  # a law and its numbers: one switch
     ratio = fields.pop("prune.ratio", None)
     if ratio is None:
         name = ", ".join(fields)

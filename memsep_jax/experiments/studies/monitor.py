@@ -22,8 +22,11 @@ from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.runtime.session import Interrupted
+from memsep_jax.memorization import membership
 
 LEVELS = 12  # noise levels of the held-out loss
+MEMBERS = 128  # points whose membership is asked for, and as many held-out ones
+DRAWS = 4  # of the noise of each of them, at each noise level
 GRID = 64  # images in a grid of samples
 RATIOS = ("ratio", "raw_ratio")  # of a snapshot, by EMA and by raw weights
 
@@ -337,8 +340,8 @@ def detector(config, parts, weights) -> dict:
     conditional network, whose loss needs the labels, or without held-out points.
     """
     splits, truth_score = parts.splits, None
-    if parts.num_classes or splits.held_out is None or len(splits.held_out.x) < 2:
-        return {}  # one held-out point has no standard error
+    if not _comparable(parts):
+        return {}
     if build.has_truth(config):
         truth_score = mixture.score(build.truth(config), parts.process)
     points = config.run.evaluate_points
@@ -370,6 +373,69 @@ def detector(config, parts, weights) -> dict:
         "memorizes": spectrum.memorizes,
         "against": "held-out points" if truth_score is None else "the true score",
     }
+
+
+def _comparable(parts) -> bool:
+    """Whether the losses of training points can be set against held-out ones."""
+    held_out = parts.splits.held_out
+    # One held-out point has no standard error.
+    return not parts.num_classes and held_out is not None and len(held_out.x) > 1
+
+
+def make_membership(config, parts, say=lambda text: None):
+    """weights -> `membership.Curve` of the network at `levels`, or None.
+
+    None as for `detector`, and where `membership.check_sets` refuses the points, which
+    is said. Every call has the same points and noise, so that differences are those of
+    the networks.
+    """
+    if not _comparable(parts):
+        return lambda weights: None
+    times, splits = levels(config), parts.splits
+    count = min(MEMBERS, len(splits.train.x), len(splits.held_out.x))
+    members, others = (
+        np.asarray(first_points(part, count).x)
+        for part in (splits.train, splits.held_out)
+    )
+    try:
+        membership.check_sets(members, others)
+    except ValueError as error:
+        why = f"membership is not measured: {error}"
+
+        def unknown(weights):
+            say(why)
+
+        return unknown
+    points = np.concatenate([members, others])
+    simple = membership.wiener(points, parts.process)
+    keys = jax.random.split(build.keys(config.seed).evaluate, len(points))
+
+    def one(i, weights, simple, points, keys):
+        score_fn = training.score_fn(parts, weights)
+        return membership.statistics(
+            score_fn, parts.process, points[i], times, keys[i], DRAWS, simple=simple
+        )
+
+    each = record.mapped(one, membership.BATCH)
+
+    def measured(weights):
+        values = each(len(points), weights, simple, points, keys)
+        return membership.curve_of(times, values, count)
+
+    return measured
+
+
+def members_found(config, parts, weights, say) -> dict:
+    """The section of metrics.json about membership; empty where it is not measured."""
+    curve = make_membership(config, parts, say)(weights)
+    if curve is None:
+        return {}
+    numbers = {
+        name: value._asdict()
+        for name, value in curve._asdict().items()
+        if isinstance(value, membership.Separation)
+    }
+    return {"membership": numbers | {"counts": curve.counts, "note": curve.note}}
 
 
 def first_points(points, count: int):

@@ -23,6 +23,7 @@ from memsep_jax.experiments.studies.monitor import (
     Monitor,
     detector,
     last_losses,
+    members_found,
 )
 from memsep_jax.experiments.studies.stepper import Stepper, compiled, status
 from memsep_jax.experiments.studies.store import Store
@@ -50,6 +51,7 @@ def run(config, session):
     }
     with session.phase("train"):
         about["levels"] |= detector(config, parts, weights)
+        about["levels"] |= members_found(config, parts, weights, session.say)
     if config.prune.ratio:
         about["pruning"] = pruning.of_run(config, parts, session, weights, generate)
     evaluate(config, parts, session, generate, weights, about)
