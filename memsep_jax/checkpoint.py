@@ -127,10 +127,11 @@ def restore(directory, step: int, like):
         raise CorruptError(f"{Path(directory) / str(step)}: {error}") from error
 
 
-def restore_newest(directory, like, at_most: int | None = None):
+def restore_newest(directory, like, at_most: int | None = None, aside: bool = True):
     """The newest valid step as (tree, step), or None where nothing was ever saved.
 
-    A damaged step is moved to corrupt-<step> and the one before it is tried.
+    A damaged step is moved to corrupt-<step>, or with aside=False left where it is, for
+    those who only read a run; then the one before it is tried.
 
     Raises: CorruptError naming all that was tried, when every step is damaged: a run
       never starts afresh where another one has lost its steps. ConflictError as
@@ -151,10 +152,10 @@ def restore_newest(directory, like, at_most: int | None = None):
             return _restore(directory / str(step), like), step
         except _DamagedError as error:
             tried.append(f"step {step}: {error}")
-            moved = set_aside(directory, step, "corrupt")
-            logging.warning(
-                "checkpoint %s is damaged (%s): moved to %s", step, error, moved
-            )
+            where = directory / str(step)
+            moved = set_aside(directory, step, "corrupt") if aside else None
+            done = f"moved to {moved}" if aside else "an older one is taken"
+            logging.warning("checkpoint %s is damaged (%s): %s", where, error, done)
     # Steps that an earlier start set aside count too: with these alone, `None` would
     # let a run begin again from step 0 without a word.
     older = sorted(p.name for p in directory.glob("corrupt-*"))

@@ -6,11 +6,14 @@ are programs of their own.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import re
 import runpy
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from memsep_jax.experiments.config import command
 
@@ -22,7 +25,12 @@ HELP = {
     "configs": "lists the configs; --fields lists all fields",
     "sweep": "many runs as one: run|status|aggregate SWEEP.py",
 }
-AUDITED = ("samples", "train", "held_out", "pool")  # fields that `audit` has as flags
+AUDITED = {  # fields that `audit` has as flags
+    "samples": "what was generated: a folder of images, a zip, .npz, .npy or a run",
+    "train": "what the generator was trained on",
+    "held_out": "images of the same kind that it never saw",
+    "pool": "the images that `train` was chosen from",
+}
 
 
 def usage() -> str:
@@ -40,14 +48,22 @@ def spelled(words: list[str]) -> list[str]:
         return words
     name, *rest = words
     if name == "audit":
-        flag = re.compile(rf"--?({'|'.join(AUDITED)})(?==|$)")
-        rest = [flag.sub(r"--config.\1", word) for word in rest]
+        parser = _parser(name)
+        for field, help in AUDITED.items():
+            parser.add_argument(f"--{field}", help=help)
+        args, rest = parser.parse_known_args(rest)
+        given = {field: value for field, value in vars(args).items() if value}
         named = any(re.match(r"--?config(=|$)", word) for word in rest)
-        return rest if named else ["--config=audit", *rest]
+        flags = [f"--config.{field}={value}" for field, value in given.items()]
+        return [*([] if named else ["--config=audit"]), *flags, *rest]
     if name == "report":
         parser = _parser(name)
         parser.add_argument("--run", required=True, help="the workdir of the run")
         args, rest = parser.parse_known_args(rest)
+        if not args.run or not Path(args.run, "config.json").is_file():
+            raise command.UsageError(
+                f"--run={args.run} holds no run: give the workdir of one"
+            )
         return [
             f"--config={Path(args.run, 'config.json')}",
             f"--workdir={args.run}",
@@ -65,9 +81,11 @@ def spelled(words: list[str]) -> list[str]:
 
 
 def _parser(name):
+    more = "Every field: memsep_jax configs --fields." if name == "audit" else None
     return argparse.ArgumentParser(
-        prog=f"memsep_jax {name}", description=HELP[name], allow_abbrev=False
-    )
+        prog=f"memsep_jax {name}", description=HELP[name], epilog=more,
+        allow_abbrev=False,
+    )  # fmt: skip
 
 
 def sample(words: list[str]) -> None:
@@ -87,23 +105,56 @@ def sample(words: list[str]) -> None:
     add("--seed", type=int, help="default: that of the run, and so its own samples")
     args = parser.parse_args(words)
     outdir = args.outdir.expanduser()
-    if outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
-        raise command.UsageError(
-            f"--outdir={outdir} is not empty: give a new folder, as nothing is "
-            "written over"
-        )
+    if not args.run:
+        raise command.UsageError("--run= is empty: give the workdir of a run")
     # Here, and not above: a mistake in the command is told before jax is imported.
     from memsep_jax.experiments import loaded
-    from memsep_jax.experiments.runtime import compiled
+    from memsep_jax.experiments.runtime import compiled, terminal
 
     compiled.keep()
-    run = loaded.load(args.run, args.config)
-    samples = run.sample(
-        None if args.seed is None else loaded.sample_key(args.seed),
-        args.num_samples, args.label, args.guidance, args.steps,
-    )  # fmt: skip
-    loaded.write(outdir, samples)
-    sys.stdout.write(f"{len(samples):,} samples of step {run.step:,}: {outdir}\n")
+    with _claimed(outdir):
+        run = loaded.load(args.run, args.config)
+        console = terminal.Terminal(highlight=False, emoji=False)
+        n, chunk, pieces = args.num_samples, run.config.run.chunk, []
+        with terminal.progress(console, console.print, "samples", n) as update:
+            for first in range(0, max(n, 1), chunk):  # sample refuses n = 0
+                some = min(chunk, n - first)
+                pieces.append(
+                    run.sample(
+                        args.seed, some, args.label, args.guidance, args.steps, first
+                    )
+                )
+                update(first + some)
+        loaded.write(outdir, np.concatenate(pieces))
+    sys.stdout.write(f"{n:,} samples of step {run.step:,}: {outdir}\n")
+
+
+@contextlib.contextmanager
+def _claimed(outdir):
+    """A new or empty folder, which no other command takes meanwhile.
+
+    Raises: command.UsageError: it is neither, or cannot be written.
+    """
+    rule = "give a new folder, as nothing is written over"
+    claim, made = outdir / ".writing", not outdir.exists()
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+        if any(outdir.iterdir()):
+            raise command.UsageError(f"--outdir={outdir} is not empty: {rule}")
+        claim.touch(exist_ok=False)  # fails where another one has just made it
+    except FileExistsError as error:
+        what = "is taken by another command" if outdir.is_dir() else "is a file"
+        raise command.UsageError(f"--outdir={outdir} {what}: {rule}") from error
+    except OSError as error:
+        raise command.UsageError(
+            f"--outdir={outdir} cannot be written ({error.strerror}): give another"
+        ) from error
+    try:
+        yield
+    finally:
+        claim.unlink()
+        if made and not any(outdir.iterdir()):  # nothing came
+            outdir.rmdir()
 
 
 def configs(words: list[str]) -> None:
@@ -120,7 +171,13 @@ def configs(words: list[str]) -> None:
 
         text = page.plain()
     elif args.name:
-        text = _docstring(Path(command.found(args.name))) + "\n"
+        name = args.name.partition(":")[0]
+        text = _docstring(Path(command.found(name))) + "\n"
+        # As it works from any folder.
+        text = re.sub(
+            r"python -m memsep_jax\.main --config=configs/(\w+)\.py",
+            r"memsep_jax train --config=\1", text,
+        )  # fmt: skip
     else:
         files = sorted(command.folder("configs").glob("*.py"))
         width = max(len(path.stem) for path in files)

@@ -57,7 +57,11 @@ def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected argument {argv[1]!r}: flags start with --", 2)
     if _CONFIG.value is None:
-        return _fail("--config=NAME is required, for example --config=digits", 2)
+        return _fail(
+            "--config=NAME is required, for example --config=digits; --help lists all "
+            "commands",
+            2,
+        )
     config, workdir = _CONFIG.value, _workdir()
     try:
         if not _DRY_RUN.value:

@@ -26,21 +26,11 @@ def workdir(tmp_path_factory, compiled_once, all_undrawn):
         (["--config=digits", "--dry_run"], ["--config=digits", "--dry_run"]),
         (["train", "--config=digits"], ["--config=digits"]),
         (
-            ["report", "--run=a", "--debug"],
-            [
-                "--config=a/config.json",
-                "--workdir=a",
-                "--config.experiment=report",
-                "--debug",
-            ],
-        ),
-        (
             ["audit", "--samples=a", "--train", "b", "--config.seed=1"],
             [
                 "--config=audit",
                 "--config.samples=a",
-                "--config.train",
-                "b",
+                "--config.train=b",
                 "--config.seed=1",
             ],
         ),
@@ -50,6 +40,18 @@ def workdir(tmp_path_factory, compiled_once, all_undrawn):
 )
 def test_a_command_stands_for_flags(words, flags):
     assert commands.spelled(words) == flags
+
+
+def test_a_report_is_of_a_run(workdir, tmp_path):
+    assert commands.spelled(["report", f"--run={workdir}", "--debug"]) == [
+        f"--config={workdir}/config.json",
+        f"--workdir={workdir}",
+        "--config.experiment=report",
+        "--debug",
+    ]
+    for place in ("", tmp_path):
+        with pytest.raises(command.UsageError, match="holds no run: give the workdir"):
+            commands.spelled(["report", f"--run={place}"])
 
 
 def test_a_command_that_is_not_known_is_told(monkeypatch, capsys):
@@ -87,7 +89,8 @@ def test_configs_are_listed_with_their_docstrings(capsys):
     assert [line.split()[0] for line in listed[: len(files)]] == [p.stem for p in files]
     assert all(len(line.split()) > 3 for line in listed[: len(files)])
     commands.configs(["digits"])
-    assert "Variants: `full`, `smoke`." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "memsep_jax train --config=digits\n" in told and "Variants: `full`" in told
     with pytest.raises(command.UsageError, match="no such file, did you mean"):
         commands.configs(["digit"])
 
@@ -125,17 +128,30 @@ def test_samples_are_written_as_the_run_draws_them(workdir, tmp_path, capsys):
 
 def test_samples_are_written_over_nothing(workdir, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    for place in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(command.UsageError, match="is not empty: give a new folder"):
+    for place, words in (
+        (tmp_path, "is not empty: give a new folder"),
+        (tmp_path / "mine.txt", "is a file: give a new folder"),
+        (tmp_path / "mine.txt" / "x", "cannot be written"),
+    ):
+        with pytest.raises(command.UsageError, match=words):
             commands.sample([f"--run={workdir}", f"--outdir={place}"])
+    with commands._claimed(tmp_path / "two"):  # as another command that is at work
+        with pytest.raises(command.UsageError, match="is not empty"):
+            commands.sample([f"--run={workdir}", f"--outdir={tmp_path}/two"])
+        (tmp_path / "two" / "x").touch()
+    assert [p.name for p in (tmp_path / "two").iterdir()] == ["x"]
 
 
 def test_what_cannot_be_sampled_is_one_message(workdir, tmp_path, monkeypatch, capsys):
     for words, message in (
         ([f"--run={tmp_path}"], "is no run of one network"),
         ([f"--run={workdir}", "--label=3"], "trained without labels"),
-        ([f"--run={workdir}", "--num_samples=0"], "n=0 samples"),
+        ([f"--run={workdir}", "--num_samples=0"], "n=0 must be one integer"),
         ([f"--run={workdir}", "--guidance=2"], "train with data.labels"),
+        ([f"--run={workdir}", "--guidance=nan"], "guidance=nan must be a finite number"),
+        ([f"--run={workdir}", "--seed=-1"], "key, as a seed,=-1 must be one integer"),
+        ([f"--run={workdir}", "--steps=0"], "steps=0 must be one integer, at least 1"),
+        (["--run="], "--run= is empty"),
     ):
         outdir = tmp_path / "none"
         argv = ["memsep_jax", "sample", *words, f"--outdir={outdir}"]
@@ -143,5 +159,5 @@ def test_what_cannot_be_sampled_is_one_message(workdir, tmp_path, monkeypatch, c
         with pytest.raises(SystemExit, match="2"):
             main.run()
         told = capsys.readouterr().err
-        assert message in told and len(told.splitlines()) == 1
+        assert message in told and len(told.splitlines()) <= 3
         assert not outdir.exists()

@@ -11,7 +11,7 @@ import pytest
 from faults import harness
 
 import memsep_jax
-from memsep_jax import checkpoint, experiments, weights
+from memsep_jax import checkpoint, experiments, train, weights
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config.construct import ConfigError
 
@@ -84,16 +84,87 @@ def test_an_exported_file_is_the_same_run(run, tmp_path):
     path = tmp_path / "net.safetensors"
     run.export(path)
     for same in memsep_jax.load(path), memsep_jax.load(path, run.config):
-        assert same.step == run.step and same.workdir == tmp_path
+        assert same.step == run.step and same.workdir is None
         assert checkpoint.digest(same.params) == checkpoint.digest(run.params)
     np.testing.assert_array_equal(same.sample(n=2), run.sample(n=2))
-    for about, message in (({}, "without their config"), ({"config": "{"}, "no JSON")):
-        weights.write(path, weights.from_params(run.params), about)
-        with pytest.raises(checkpoint.ConflictError, match=message):
-            memsep_jax.load(path)
+    with pytest.raises(checkpoint.ConflictError, match="which has no numbers to draw"):
+        same.report()
+    with pytest.raises(ConfigError, match="name that ends in .safetensors"):
+        run.export(tmp_path / "net.bin")
+
+
+def test_an_exported_file_is_audited_by_its_own_samples(run, tmp_path):
+    run.export(tmp_path / "net.safetensors")
+    settings = {"features": {"name": "none"}, "quality": {"points": 0}}
+    drawn = memsep_jax.load(tmp_path / "net.safetensors").audit(**settings)
+    kept = run.audit(workdir=tmp_path / "audit", **settings)
+    for name in ("ratio", "null", "samples", "median_d1"):
+        mine, its = (r.numbers["memorization"][name] for r in (drawn, kept))
+        assert mine == pytest.approx(its, rel=0.01)  # a grey level here and there
+
+
+@pytest.mark.parametrize("inside", [None, "{", "[1]", "[" * 5_000])
+def test_an_exported_file_without_a_config_is_told(inside, run, tmp_path):
+    path, tensors = tmp_path / "net.safetensors", weights.from_params(run.params)
+    weights.write(path, tensors, {} if inside is None else {"config": inside})
+    words = "no JSON of a config" if inside else "without their config"
+    with pytest.raises(checkpoint.ConflictError, match=words):
+        memsep_jax.load(path)
+
+
+def test_other_weights_are_told(run, tmp_path):
+    path, tensors = tmp_path / "net.safetensors", weights.from_params(run.params)
     weights.write(path, {"a": np.zeros(3)})
     with pytest.raises(weights.WeightsError, match="not the weights of this"):
         memsep_jax.load(path, run.config)
+    weights.write(path, tensors, {"weights": "0" * 64, "step": "9" * 5_000})
+    with pytest.raises(checkpoint.CorruptError, match="damaged; export it again"):
+        memsep_jax.load(path, run.config)
+    weights.write(path, tensors, {"data": "0" * 64})
+    with pytest.raises(checkpoint.ConflictError, match="data of fingerprint 000000"):
+        memsep_jax.load(path, run.config)
+    broken = {name: np.full_like(a, np.nan) for name, a in tensors.items()}
+    weights.write(path, broken)
+    with pytest.raises(train.NonFiniteError, match="weights are not finite"):
+        memsep_jax.load(path, run.config)
+
+
+def test_a_second_call_compiles_nothing(run):
+    run.sample(n=2)
+    begin, advance = next(iter(run.programs.values()))
+    sizes = begin._cache_size(), advance._cache_size()
+    run.sample(jax.random.key(9), n=2), run.sample(4, n=2)
+    assert (begin._cache_size(), advance._cache_size()) == sizes
+    assert len(repr(run)) < 200 and f"step {run.step}" in repr(run)
+
+
+def test_reading_a_run_moves_nothing(run, tmp_path):
+    """All checkpoints are damaged: the snapshots are read, and nothing is renamed."""
+    copied = tmp_path / "run"
+    shutil.copytree(run.workdir, copied)
+    for file in (copied / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = {p.relative_to(copied) for p in copied.rglob("*")}
+    if (copied / "snapshots").exists():
+        assert memsep_jax.load(copied).step
+    else:
+        with pytest.raises(checkpoint.CorruptError, match="no valid checkpoint"):
+            memsep_jax.load(copied)
+    assert {p.relative_to(copied) for p in copied.rglob("*")} == before
+
+
+def test_data_that_changed_are_told(run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run.workdir, copied)
+    known = json.loads((copied / "config.json").read_text())
+    known["data"]["num_examples"] -= 1
+    (copied / "config.json").write_text(json.dumps(known))
+    with pytest.raises(checkpoint.ConflictError, match="config now gives others"):
+        memsep_jax.load(copied)
+    (copied / "config.json").write_text("{")
+    with pytest.raises(checkpoint.ConflictError, match="damaged, no JSON of a config"):
+        memsep_jax.load(copied / "config.json")
 
 
 def test_an_audit_and_a_report(run, tmp_path, undrawn):
@@ -107,10 +178,20 @@ def test_an_audit_and_a_report(run, tmp_path, undrawn):
 def test_wrong_requests_are_told(run):
     with pytest.raises(ValueError, match=r"label=77 .*\[0, "):
         run.sample(label=77)
-    with pytest.raises(ValueError, match="n=0 samples"):
-        run.sample(n=0)
-    with pytest.raises(ConfigError, match=r"sampler\.steps"):
-        run.sample(steps=0)
+    for wrong in (
+        {"n": 0},
+        {"n": 2.5},
+        {"steps": 0},
+        {"steps": "3"},
+        {"label": 2.0},
+        {"label": [1, 2]},
+        {"key": -1},
+        {"key": 2**32},
+        {"guidance": "a"},
+        {"key": jax.random.split(jax.random.key(0), 3)},
+    ):
+        with pytest.raises(ConfigError, match="must be"):
+            run.sample(**wrong)
     run.config.unlock()
     without = run._replace(
         parts=run.parts._replace(

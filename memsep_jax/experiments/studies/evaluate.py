@@ -25,7 +25,9 @@ RANKED = 1e12
 TOGETHER = 256  # images, at most, in a network of features at once
 
 
-def make_generate(config, parts, mesh, score_of, session=None, key=None, labels=None):
+def make_generate(
+    config, parts, mesh, score_of, session=None, key=None, labels=None, made=None
+):
     """(weights, start, stop) -> samples start .. stop, run.chunk of them at once.
 
     Compiled for run.chunk samples, and for a half, a quarter, ... of it where fewer are
@@ -34,14 +36,15 @@ def make_generate(config, parts, mesh, score_of, session=None, key=None, labels=
 
     Args: score_of, (weights, label or None) -> score_fn; session, which is told where
       memory ends, and hears signals; key, of the samples, by default that of the run;
-      labels [k], among which each sample draws one, by default those of the data.
+      labels [k], among which each sample draws one, by default those of the data;
+      made, `programs` that were compiled before.
     Raises: record.OutOfMemoryError; Interrupted.
     """
     key = build.keys(config.seed).sample if key is None else key
     # Labels are drawn from those of training points: of others nothing was learned.
     if labels is None and parts.num_classes:
         labels = jnp.unique(parts.splits.train.label)
-    begin, advance = _programs(config, parts, mesh, score_of, key, labels)
+    begin, advance = made or programs(config, parts, mesh, score_of)
 
     @functools.cache
     def pace(count):  # one for each count, since the rate depends on it
@@ -53,16 +56,17 @@ def make_generate(config, parts, mesh, score_of, session=None, key=None, labels=
         while stop - start <= (half := -(-count // 2)) < count:
             count = half
         count = -(-count // mesh.size) * mesh.size  # each device takes equally many
-        x = begin(weights, start, count)
+        x = begin(weights, start, key, labels, count)
         steps = len(parts.times)  # and the last one to 0
-        x = np.asarray(pace(count)(x, steps, weights, start))[: stop - start]
+        args = weights, start, key, labels
+        x = np.asarray(pace(count)(x, steps, *args))[: stop - start]
         # Images as they would be saved: measured as a person would see them.
         return data.to_uint8(x) if x.ndim == 4 and parts.splits.pixels else x
 
-    made: list = []  # at the first call, which brings the weights
+    fitting: list = []  # at the first call, which brings the weights
 
     def generate(weights, start, stop):
-        if not made:
+        if not fitting:
             label = None if labels is None else labels[0]
             call = jax.jit(lambda weights, x, t: score_of(weights, label)(x, t))
             x = jnp.zeros(parts.splits.train.x.shape[1:])
@@ -70,21 +74,21 @@ def make_generate(config, parts, mesh, score_of, session=None, key=None, labels=
             flops = 2 * training.flops(call.lower(weights, x, parts.times[0]))
             most = record.at_once(flops / mesh.size, config.run.chunk)
             say = session.say if session else lambda text: None
-            made.append(record.halving(samples, say, most, least=mesh.size))
-        return made[0](weights, start, stop)
+            fitting.append(record.halving(samples, say, most, least=mesh.size))
+        return fitting[0](weights, start, stop)
 
     return generate
 
 
-def _programs(config, parts, mesh, score_of, key, labels):
-    """The start of samples, and steps of them, each one program.
+def programs(config, parts, mesh, score_of):
+    """The start of samples, and steps of them, each one program for all keys.
 
-    Returns: begin, (weights, start, count) -> x [count, *e]; advance, (x, weights,
-      start, first, last) -> x after the steps first .. last.
+    Returns: begin, (weights, start, key, labels, count) -> x [count, *e]; advance, (x,
+      weights, start, key, labels, first, last) -> x after the steps first .. last.
     """
     split = parallel.by_batch(mesh)
 
-    def stages(weights, i):
+    def stages(weights, i, key, labels):
         # By its own key: sample i depends on the seed and on i, not on its chunk.
         sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
         label = None
@@ -92,19 +96,19 @@ def _programs(config, parts, mesh, score_of, key, labels):
             label = labels[jax.random.randint(label_key, (), 0, len(labels))]
         return training.stages(config, parts, score_of(weights, label)), sample_key
 
-    @functools.partial(jax.jit, static_argnums=2, out_shardings=split)
-    def begin(weights, start, count):
+    @functools.partial(jax.jit, static_argnums=4, out_shardings=split)
+    def begin(weights, start, key, labels, count):
         def of(i):
-            (start, *_), sample_key = stages(weights, i)
+            (start, *_), sample_key = stages(weights, i, key, labels)
             return start(sample_key)
 
         indices = start + jnp.arange(count)
         return jax.vmap(of)(jax.lax.with_sharding_constraint(indices, split))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=split)
-    def advance(x, weights, start, first, last):
+    def advance(x, weights, start, key, labels, first, last):
         def of(x, i, k):
-            (_, step, _), sample_key = stages(weights, i)
+            (_, step, _), sample_key = stages(weights, i, key, labels)
             return step(x, sample_key, k)
 
         indices = start + jnp.arange(len(x))

@@ -66,18 +66,23 @@ def run(config, session):
     evaluate.tell(session, numbers)
 
 
-def newest(config, parts, workdir):
+def newest(config, parts, workdir, aside: bool = True):
     """The newest valid weights of a run, EMA or raw as the sampler asks, and the step.
 
-    Raises: CorruptError, ConflictError.
+    Args: aside, as of `checkpoint.restore_newest`.
+    Raises: CorruptError where none are valid; ConflictError.
     """
     state = jax.eval_shape(partial(training_run.initial_state, config, parts))
     both = {"params": state.params, "ema": state.ema}  # what a snapshot holds
     # A snapshot may be newer than the last checkpoint, and either may be damaged.
-    newest_of_each = [
-        checkpoint.restore_newest(workdir / name, like)
-        for name, like in zip(KEPT, (state, both), strict=True)
-    ]
-    tree, step = max(filter(None, newest_of_each), key=lambda pair: pair[1])
+    found, damaged = [], None
+    for name, like in zip(KEPT, (state, both), strict=True):
+        try:
+            found.append(checkpoint.restore_newest(workdir / name, like, None, aside))
+        except checkpoint.CorruptError as error:
+            damaged = error
+    if damaged and not any(found):
+        raise damaged
+    tree, step = max(filter(None, found), key=lambda pair: pair[1])
     state = state.replace(**tree) if isinstance(tree, dict) else tree
     return training.sampled_weights(state, config), step
