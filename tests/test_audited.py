@@ -179,6 +179,15 @@ def test_three_grey_images_of_a_function_are_three(undrawn):
         ({"held_out": np.zeros((5, 9, 8), np.uint8)}, "9 x 8 x 1"),
         ({"num_samples": None}, "num_samples=None: samples are a function"),
         ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 2.5}, "num_samples=2.5: .* an integer from 1"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"num_samples": 10**30}, "num_samples=10{30}: .* an integer from 1"),
+        ({"num_samples": 10**12}, "num_samples=10{12}: .* an integer from 1"),
+        ({"num_samples": 10**9}, "run.memory=.*, but 1,000,000,060 images"),
+        (
+            {"num_samples": 10**9, "held_out": DIGITS[200:300].repeat(3, axis=3)},
+            "run.memory=.*, but 1,000,000,160 images",
+        ),
         ({"run": {"memory": 0.1}}, "run.memory=0.1 GiB, but 140 images"),
         ({"features": {"name": "vgg"}}, "vgg.*random_conv"),
         ({"quality": {"points": 3}}, "points=3 must be at least 50 images, or 0"),
@@ -281,6 +290,11 @@ def test_wrong_arguments_get_one_message(arguments, words, tmp_path):
         memsep_jax.audit(**SETS | arguments, workdir=tmp_path / "run")
     assert "--config" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_samples_may_be_one_of_numpy(undrawn):
+    rest = LEAST | {"num_samples": np.int64(80)}
+    assert len(memsep_jax.audit(maker([]), DIGITS[:60], **rest).samples["index"]) == 80
 
 
 def test_numbers_of_numpy_are_numbers(undrawn):

@@ -1,6 +1,7 @@
 """An audit at a prompt: of arrays, of files, or of a generator that is called."""
 
 import contextlib
+import operator
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import audit as study
 from memsep_jax.weights import WeightsError
 
+MOST = 10**9  # samples of a function: their bytes must fit an integer of numpy
 OWN = ("experiment", *study.ROLES)  # fields that are arguments, or no choice here
 
 
@@ -126,8 +128,8 @@ def audit(
         given: dict[str, data.Source | study.Generator] = {}
         sets = dict(samples=samples, train=train, held_out=held_out, pool=pool)
         if callable(samples):
-            given["samples"] = _generator(samples, num_samples)
-            sets["samples"] = f"{num_samples} images of a function"
+            given["samples"] = generator = _generator(samples, num_samples)
+            sets["samples"] = f"{generator.total} images of a function"
         elif num_samples is not None:
             raise ConfigError(
                 f"num_samples={num_samples} is for samples that are a function, and "
@@ -190,12 +192,17 @@ def _config(settings):
 
 
 def _generator(generate, num_samples):
-    if type(num_samples) is not int or num_samples < 1:
+    """The `Generator` of a function.   Raises: ConfigError."""
+    try:
+        total = 0 if isinstance(num_samples, bool) else operator.index(num_samples)
+    except TypeError:
+        total = 0
+    if not 1 <= total <= MOST:
         raise ConfigError(
             f"num_samples={num_samples}: samples are a function, so give the number of "
-            "images that it is asked for, at least 1"
+            "images that it is asked for, an integer from 1 to 10**9"
         )
-    return study.Generator(generate, num_samples)
+    return study.Generator(generate, total)
 
 
 @contextlib.contextmanager

@@ -184,10 +184,14 @@ def read(config, given=None):
         if config[name]
     }
     check_places(config)
-    if drawn := isinstance(generator := origins["samples"], Generator):
-        shape = generator.total, *origins["train"].images.shape[1:]
-        origins["samples"] = Source(np.broadcast_to(np.uint8(0), shape))
+    drawn = isinstance(generator := origins["samples"], Generator)
+    if drawn:  # not coloured, as this would make so many images in memory
+        del origins["samples"]
     origins = coloured(origins)
+    if drawn:
+        shape = generator.total, *origins["train"].images.shape[1:]
+        blank = Source(np.broadcast_to(np.uint8(0), shape))
+        origins = {"samples": blank, **origins}
     sets = Sets(**{name: origin.images for name, origin in origins.items()})
     check_sizes(sets)
     train = data.digests(sets.train)
@@ -619,7 +623,8 @@ def allowed(config, sets) -> tuple[float, str]:
 
 
 def _held(sets):
-    return sum(x.nbytes for x in sets if x is not None)
+    """The bytes of the sets in memory: blank images repeat one byte, strides of 0."""
+    return sum(x.nbytes for x in sets if x is not None and any(x.strides))
 
 
 # What is said.
