@@ -58,6 +58,17 @@ def test_its_text_is_the_verdict_and_names_no_flag(result):
     assert repr(result) == text
 
 
+def test_its_text_has_the_notes_before_what_to_do(undrawn):
+    few = SETS | {"held_out": DIGITS[200:203]}
+    network = {"name": "inception"}  # whose weights are not there
+    result = memsep_jax.audit(**few, **LEAST | {"features": network})
+    text = str(result)
+    notes, _ = text.split("\nWhat to do:\n")
+    assert "\nNotes:\n- nothing is measured on inception features: " in notes
+    assert len(result.numbers["notes"]) == notes.count("\n- ") > 1
+    assert "held-out" in notes.split("\nNotes:\n")[1] and "--" not in text
+
+
 def test_advice_names_fields_of_ours_for_runs_of_ours(result, tmp_path):
     foreign = [line["text"] for line in result.numbers["advice"]]
     assert not [text for text in foreign if "train.stop_gap" in text]
@@ -280,6 +291,14 @@ def test_an_array_passes_the_door_of_its_file(case, tmp_path):
         ({"num_samples": 5}, "num_samples=5 is for samples that are a function"),
         ({"qualty": {"points": 0}}, "qualty.points is not .* 'quality.points'?"),
         ({"quality": {"pints": 0}}, "quality.pints is not .* 'quality.points'?"),
+        ({"resolution": 8}, "^resolution=8 resizes a folder .*, and no set is one"),
+        (
+            {"train_as": {"crop": "center"}},
+            "^train_as.crop=center .* train=array .* no",
+        ),
+        ({"pool_as": {"exif": False}}, "^pool_as.exif=False .* and pool=None is none"),
+        ({"seed": -1}, r"^seed=-1 must be in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, "^seed=4294967296 must be in"),
         ({"experiment": "calibrate"}, "experiment is not a field of an audit"),
         ({"quality": {"points": "many"}}, "quality.points='many' must be an integer"),
         ({"quality": {"points": 0.5}}, "quality.points=0.5 must be an integer"),

@@ -25,7 +25,7 @@ OWN = ("experiment", *study.ROLES)  # fields that are arguments, or no choice he
 
 
 class Audit:
-    """What an audit found; made by `audit`. As text: its verdict, and what to do.
+    """What an audit found; made by `audit`. As text: verdict, notes, what to do.
 
     verdict: "copies", "undertrained", "no sign of copying" or "unknown".
     numbers: all of metrics.json; numbers["verdict"] says it in words.
@@ -53,7 +53,10 @@ class Audit:
 
     def __str__(self):
         known = self.numbers["verdict"]
-        lines = [known["text"], known["small"], "What to do:"]
+        lines = [known["text"], known["small"]]
+        if notes := self.numbers["notes"]:
+            lines += ["Notes:", *(f"- {note}" for note in notes)]
+        lines.append("What to do:")
         lines += [f"- {line['text']}" for line in self.numbers["advice"]]
         return "\n".join(map(_said, lines))
 
