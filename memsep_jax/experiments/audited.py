@@ -10,8 +10,8 @@ import weakref
 from pathlib import Path
 
 from memsep_jax import data, defaults
-from memsep_jax.checkpoint import ConflictError
-from memsep_jax.data import DataError, sources
+from memsep_jax.checkpoint import ConflictError, StorageError
+from memsep_jax.data import DataError, readers, sources
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import fields, schema
 from memsep_jax.experiments.config.construct import ConfigError
@@ -69,27 +69,39 @@ class Audit:
         """Writes the page with all numbers and pictures.
 
         Args: path, of the .html; None is report.html in the workdir.
-        Returns: its path.
+        Returns: its path.   Raises: StorageError.
         """
         report.run(None, self.workdir, say=lambda text: None)
         own = self.workdir / "report.html"
         if path is None:
             return own
         path = Path(path).expanduser()
+        if path.is_dir():
+            raise StorageError(
+                f"could not write {path}: it is a folder; give the path of a file, "
+                f"such as {path / 'report.html'}"
+            )
         record.write_bytes(path, own.read_bytes())
         return path
 
     def save(self, folder) -> Path:
         """Writes the page and all numbers, as the command does, into a new folder.
 
-        Returns: the folder.   Raises: ConflictError: it has something in it.
+        Returns: the folder.
+        Raises: ConflictError: it has something in it.   StorageError: no room for it.
         """
         folder = Path(folder).expanduser()
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not _is_free(folder):
             raise ConflictError(f"{folder} is not empty: give another folder")
         self.report()
         aside = shutil.ignore_patterns("compared", ".*")
-        shutil.copytree(self.workdir, folder, ignore=aside, dirs_exist_ok=True)
+        try:
+            shutil.copytree(self.workdir, folder, ignore=aside, dirs_exist_ok=True)
+        except OSError as error:
+            # copytree goes on after an error, and lists (from, to, why) of all.
+            several = isinstance(error, shutil.Error)
+            why = error.args[0][0][2] if several else error.strerror
+            raise StorageError(f"could not write {folder}: {why}") from error
         return folder
 
 
@@ -124,7 +136,7 @@ def audit(
     Raises:
       ConfigError: settings or sets that do not fit.   DataError: images that cannot be
         read, or a function that returns others than it was asked for.
-      ConflictError: the workdir holds another audit.
+      ConflictError: the workdir holds another audit, another run, or other files.
     """
     with _at_prompt():
         config = _config(settings)
@@ -158,6 +170,7 @@ def audit(
 
 
 def _audit(config, workdir, given, page=True) -> Audit:
+    _check_workdir(workdir)
     held = session.Session(workdir, config, quiet=True)
     # A function may make other samples than before, which `begin` refuses.
     generates = isinstance(given.get("samples"), study.Generator)
@@ -165,6 +178,39 @@ def _audit(config, workdir, given, page=True) -> Audit:
         with held:
             study.run(config, held, given, page)
     return Audit(workdir)
+
+
+def _check_workdir(workdir):
+    """Refuses a folder that is neither free nor an audit's.   Raises: ConflictError."""
+    if readers.is_workdir(workdir):
+        name = record.read_json(workdir / "config.json")["experiment"]
+        if name == "audit":
+            return
+        what = f"experiment={name}"
+        if name == "train":
+            what = f"a training ({what})"
+        raise ConflictError(
+            f"{workdir} holds {what}, not an audit: give another workdir"
+        )
+    # A run that was killed as it began has left run.json alone.
+    if not _is_free(workdir, {"run.json"}):
+        raise ConflictError(
+            f"{workdir} is not empty, and holds no audit: give a new folder as workdir"
+        )
+
+
+def _is_free(folder, but=frozenset()) -> bool:
+    """Whether a folder is not there, or has nothing in it but these and hidden files.
+
+    Raises: StorageError: it cannot be read.
+    """
+    try:
+        if not os.path.isdir(folder):
+            return not os.path.lexists(folder)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise StorageError(f"could not read {folder}: {error.strerror}") from error
+    return all(name.startswith(".") or name in but for name in names)
 
 
 def _config(settings):
