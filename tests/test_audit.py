@@ -12,7 +12,7 @@ from PIL import Image
 from configs import audit as configs
 from memsep_jax import data, defaults, experiments, weights
 from memsep_jax.data import DataError, sources
-from memsep_jax.experiments import record
+from memsep_jax.experiments import loaded, record
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.studies import audit
 
@@ -199,6 +199,21 @@ def test_a_run_is_audited_by_its_workdir(tmp_path):
     np.testing.assert_array_equal(read["samples"], DIGITS[:9])
     np.testing.assert_array_equal(data.from_uint8(read["train"]), splits.train.x)
     np.testing.assert_array_equal(data.from_uint8(read["held_out"]), splits.held_out.x)
+
+
+def test_a_folder_of_drawn_samples_is_read_as_its_images(tmp_path):
+    """As `memsep_jax sample` writes it: with a picture of many samples beside them."""
+    loaded.write(tmp_path / "drawn", DIGITS[:9])
+    assert (tmp_path / "drawn" / "grid.png").exists()
+    read = audit.images_of(str(tmp_path / "drawn"), "samples")
+    np.testing.assert_array_equal(read.images, DIGITS[:9].repeat(3, axis=3))
+    assert read.files[0] == "000000.png" and not read.notes
+    again = sources.again(str(tmp_path / "drawn"), read.files[4:6])
+    np.testing.assert_array_equal(again, read.images[4:6])
+    # A person's own pictures of such names are images like others.
+    (tmp_path / "drawn" / "samples.npz").unlink()
+    with pytest.raises(build.ConfigError, match="grid.png"):
+        audit.images_of(str(tmp_path / "drawn"), "samples")
 
 
 def test_features_of_another_program_are_taken(tmp_path, capsys, undrawn):

@@ -4,6 +4,7 @@ import base64
 import gc
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from PIL import Image
 from test_audit import BAD, DIGITS, settings
 
 import memsep_jax
-from memsep_jax import checkpoint, data, experiments
+from memsep_jax import checkpoint, data, defaults, experiments
 from memsep_jax.data import DataError
 from memsep_jax.experiments import audited, record
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.config.construct import ConfigError
 from memsep_jax.experiments.reporting import report
 
@@ -56,6 +58,17 @@ def test_its_text_is_the_verdict_and_names_no_flag(result):
     assert "honest samples would give 0.0 %" in text and "- Stop earlier" in text
     assert "not looked for: memorization.flips=True" in text and "--" not in text
     assert repr(result) == text
+
+
+def test_its_text_has_the_notes_before_what_to_do(undrawn):
+    few = SETS | {"held_out": DIGITS[200:203]}
+    network = {"name": "inception"}  # whose weights are not there
+    result = memsep_jax.audit(**few, **LEAST | {"features": network})
+    text = str(result)
+    notes, _ = text.split("\nWhat to do:\n")
+    assert "\nNotes:\n- nothing is measured on inception features: " in notes
+    assert len(result.numbers["notes"]) == notes.count("\n- ") > 1
+    assert "held-out" in notes.split("\nNotes:\n")[1] and "--" not in text
 
 
 def test_advice_names_fields_of_ours_for_runs_of_ours(result, tmp_path):
@@ -124,6 +137,52 @@ def test_a_workdir_keeps_an_audit_and_refuses_another(undrawn, tmp_path, monkeyp
     assert "--" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "experiment, words",
+    [
+        ("train", r"run holds a training \(experiment=train\), not an audit: give an"),
+        ("emm", "run holds experiment=emm, not an audit"),
+        (None, "run is not empty, and holds no audit: give a new folder"),
+    ],
+)
+def test_a_folder_of_other_things_is_no_workdir(experiment, words, tmp_path):
+    place = tmp_path / "run"
+    if experiment:
+        config = defaults.smoke(defaults.digits())
+        config.experiment = experiment
+        record.write_json(place / "config.json", build.to_json(config))
+    else:
+        record.write_bytes(place / "thesis.tex", b"mine")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(checkpoint.ConflictError, match=words) as raised:
+        memsep_jax.audit(**SETS, **LEAST, workdir=place)
+    assert "\n" not in str(raised.value)
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_place_that_takes_no_file_is_named(undrawn, result, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(checkpoint.ConflictError, match="file is not empty"):
+        result.save(tmp_path / "file")
+    for write in (result.save, result.report):
+        with pytest.raises(checkpoint.StorageError, match="could not write .*file/x"):
+            write(tmp_path / "file" / "x")
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", tmp_path):
+        with pytest.raises(checkpoint.StorageError, match="it is a folder; give the"):
+            result.report(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def full(*_, **__):  # copytree lists all that it could not copy
+        why = "[Errno 28] No space left on device"
+        raise shutil.Error([("a", "b", why), ("c", "d", why)])
+
+    monkeypatch.setattr(audited.shutil, "copytree", full)
+    words = "could not write .*new: .*No space left on device$"
+    with pytest.raises(checkpoint.StorageError, match=words):
+        result.save(tmp_path / "new")
+
+
 # Samples of a function.
 
 
@@ -179,6 +238,15 @@ def test_three_grey_images_of_a_function_are_three(undrawn):
         ({"held_out": np.zeros((5, 9, 8), np.uint8)}, "9 x 8 x 1"),
         ({"num_samples": None}, "num_samples=None: samples are a function"),
         ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 2.5}, "num_samples=2.5: .* an integer from 1"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"num_samples": 10**30}, "num_samples=10{30}: .* an integer from 1"),
+        ({"num_samples": 10**12}, "num_samples=10{12}: .* an integer from 1"),
+        ({"num_samples": 10**9}, "run.memory=.*, but 1,000,000,060 images"),
+        (
+            {"num_samples": 10**9, "held_out": DIGITS[200:300].repeat(3, axis=3)},
+            "run.memory=.*, but 1,000,000,160 images",
+        ),
         ({"run": {"memory": 0.1}}, "run.memory=0.1 GiB, but 140 images"),
         ({"features": {"name": "vgg"}}, "vgg.*random_conv"),
         ({"quality": {"points": 3}}, "points=3 must be at least 50 images, or 0"),
@@ -198,7 +266,9 @@ def test_a_function_is_called_once_all_else_is_right(arguments, words, tmp_path)
         (lambda n: DIGITS[: n - 1], r"samples\(80\) returned uint8\(79, 8, 8, 1\); it"),
         (lambda n: np.zeros((n, 9, 8, 1), np.uint8), "80 images of 8 x 8 x 1"),
         (lambda n: np.zeros((n, 64), np.uint8), "not images"),
-        (lambda n: None, r"samples\(80\) is object"),
+        (lambda n: None, r"samples\(80\) is None, and no numbers"),
+        (lambda n: "a.png", r"samples\(80\) is str, and no numbers"),
+        (lambda n: [None] * n, r"samples\(80\) is list, and no numbers"),
         (lambda n: data.from_uint8(DIGITS[:n]) / 2 + 0.5, r"samples has floats in \[0"),
         (lambda n: np.full((n, 8, 8), np.nan), r"samples\[0\] has NaN"),
         (lambda n: DIGITS[:60].repeat(2, axis=0)[:n], None),
@@ -258,7 +328,8 @@ def test_an_array_passes_the_door_of_its_file(case, tmp_path):
     "arguments, words",
     [
         ({"samples": [DIGITS[0], DIGITS[0][:4]]}, "samples is list, which numpy makes"),
-        ({"samples": {"a": 1}}, "samples is object"),
+        ({"samples": {"a": 1}}, "samples is dict, and no numbers"),
+        ({"samples": np.array([{}])}, "samples is object; give images as uint8"),
         (
             {"train": Elsewhere()},
             r"train is Elsewhere, .*\(on a device\).* of the host",
@@ -271,6 +342,14 @@ def test_an_array_passes_the_door_of_its_file(case, tmp_path):
         ({"num_samples": 5}, "num_samples=5 is for samples that are a function"),
         ({"qualty": {"points": 0}}, "qualty.points is not .* 'quality.points'?"),
         ({"quality": {"pints": 0}}, "quality.pints is not .* 'quality.points'?"),
+        ({"resolution": 8}, "^resolution=8 resizes a folder .*, and no set is one"),
+        (
+            {"train_as": {"crop": "center"}},
+            "^train_as.crop=center .* train=array .* no",
+        ),
+        ({"pool_as": {"exif": False}}, "^pool_as.exif=False .* and pool=None is none"),
+        ({"seed": -1}, r"^seed=-1 must be in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, "^seed=4294967296 must be in"),
         ({"experiment": "calibrate"}, "experiment is not a field of an audit"),
         ({"quality": {"points": "many"}}, "quality.points='many' must be an integer"),
         ({"quality": {"points": 0.5}}, "quality.points=0.5 must be an integer"),
@@ -281,6 +360,11 @@ def test_wrong_arguments_get_one_message(arguments, words, tmp_path):
         memsep_jax.audit(**SETS | arguments, workdir=tmp_path / "run")
     assert "--config" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_samples_may_be_one_of_numpy(undrawn):
+    rest = LEAST | {"num_samples": np.int64(80)}
+    assert len(memsep_jax.audit(maker([]), DIGITS[:60], **rest).samples["index"]) == 80
 
 
 def test_numbers_of_numpy_are_numbers(undrawn):

@@ -220,12 +220,16 @@ def _is_image(x):
 def of_numpy(x, where):
     """An array, or what another library calls one, as numpy's.   Raises: DataError."""
     try:
-        return np.asarray(x)
+        result = np.asarray(x)
     except Exception as error:  # of numpy, or of the library that x belongs to
         raise DataError(
             f"{where} is {type(x).__name__}, which numpy makes no array of ({error}); "
             "give numbers [n, h, w, c] in the memory of the host"
         ) from error
+    if result is not x and result.dtype.kind not in "biufc":
+        kind = "None" if x is None else type(x).__name__
+        raise DataError(f"{where} is {kind}, and no numbers; give [n, h, w, c]")
+    return result
 
 
 def native(x):
@@ -240,7 +244,7 @@ def check_layout(x, where):
     # images of at most 4 channels, which is far likelier than what they claim to be.
     if h < w == c or h <= 4 < min(w, c):
         raise DataError(
-            f"{where} is {x.shape}, channels first; save x.transpose(0, 2, 3, 1)"
+            f"{where} is {x.shape}, channels first; give x.transpose(0, 2, 3, 1)"
         )
 
 
@@ -260,7 +264,7 @@ def check_range(x, where, lowest, highest, below: float):
     if x.dtype == np.uint8:
         if (low, high) == (0, 1):
             raise DataError(
-                f"{where} has pixels of 0 and 1 only, which are black in uint8; save "
+                f"{where} has pixels of 0 and 1 only, which are black in uint8; give "
                 "255 * x"
             )
         if 0 < high < DARK:
@@ -272,7 +276,7 @@ def check_range(x, where, lowest, highest, below: float):
         (lowest < -1 - ROUNDED) | (highest > 1 + ROUNDED),
         where,
         f"values outside [-1, 1], in [{low:.9g}, {high:.9g}]",
-        "save uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little",
+        "give uint8 pixels 0 .. 255, or x.clip(-1, 1) where they go over a little",
     )
     unit, centred = low > -HALF and below < RARE, low > -FILLED and high < FILLED
     if low < high and (unit or centred):
@@ -281,7 +285,7 @@ def check_range(x, where, lowest, highest, below: float):
             kind, way = "[-0.5, 0.5]", "255 * (x + 0.5)"
         raise DataError(
             f"{where} has floats in [{low:.3g}, {high:.3g}], as images in {kind} have; "
-            "floats must fill [-1, 1], so save uint8 pixels 0 .. 255: "
+            "floats must fill [-1, 1], so give uint8 pixels 0 .. 255: "
             f"({way}).round().clip(0, 255).astype('uint8')"
         )
     return notes
@@ -308,11 +312,11 @@ def form(x, where):
     """
     x = native(x)
     if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
-        raise DataError(f"{where} is {x.dtype}; save images as uint8, or as floats")
+        raise DataError(f"{where} is {x.dtype}; give images as uint8, or as floats")
     if x.ndim == 3 and x.shape[0] in (3, 4) and min(x.shape[1:]) > 4:
         raise DataError(
             f"{where} is {x.shape}: one image, channels first, or {len(x)} grey ones? "
-            "save x.transpose(1, 2, 0) or x[..., None]"
+            "give x.transpose(1, 2, 0) or x[..., None]"
         )
     if x.ndim == 3:
         x = x[None] if _is_image(x) else x[..., None]

@@ -179,6 +179,8 @@ def _folder(path) -> _Tree:
             f"{root} is the workdir of a run, and its pictures are no data: give the "
             "folder of images, or in an audit a run that has samples.npz"
         )
+    if is_sampled(root):
+        root = root / "images"
     names: list[str] = []
     skipped: list[str] = []
     unreadable: list[str] = []
@@ -291,6 +293,15 @@ def is_workdir(path) -> bool:
         return False
     ours = {"experiment", "seed", "run", "memorization"}
     return isinstance(known, dict) and ours <= known.keys()
+
+
+def is_sampled(path) -> bool:
+    """Whether samples of images were written to a folder, as `memsep_jax sample` does.
+
+    Its samples are in images/; grid.png beside them is a picture of many.
+    """
+    files = ("samples.npz", "grid.png", "images")
+    return all(os.path.exists(os.path.join(path, name)) for name in files)
 
 
 def _labels(path, files, tree):

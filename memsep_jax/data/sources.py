@@ -253,6 +253,14 @@ def origin(
     return result._replace(images=result.images[rows], labels=labels, files=files)
 
 
+def is_files(where: str) -> bool:
+    """Whether `origin` reads image files: those of a folder, or of a zip of one."""
+    path = os.path.expanduser(where)
+    path = path if os.path.exists(path) else PART.sub("", path)
+    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
+    return os.path.isdir(path) or path.lower().endswith(".zip")
+
+
 def of_array(x, where: str) -> Source:
     """Images that are in memory already, as an .npy file of them would be read.
 
@@ -278,11 +286,9 @@ def again(where: str, files, **preparation) -> np.ndarray:
 def _whole(where, role, cut, resolution, skip_bad, **preparation):
     """`origin` without [a:b].   Args: cut, whether the caller selects [a:b] later."""
     path = os.path.expanduser(where)
-    suffix = os.path.splitext(path)[1].lower()
-    # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
-    if os.path.isdir(path) or suffix == ".zip":
+    if is_files(where):
         return folder(path, resolution, skip_bad, **preparation)
-    if suffix in (".npz", ".npy"):
+    if os.path.splitext(path)[1].lower() in (".npz", ".npy"):
         return _of_role(path, role)
     if os.path.exists(path):
         raise DataError(

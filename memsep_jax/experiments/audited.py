@@ -1,6 +1,7 @@
 """An audit at a prompt: of arrays, of files, or of a generator that is called."""
 
 import contextlib
+import operator
 import os
 import re
 import shutil
@@ -9,8 +10,8 @@ import weakref
 from pathlib import Path
 
 from memsep_jax import data, defaults
-from memsep_jax.checkpoint import ConflictError
-from memsep_jax.data import DataError, sources
+from memsep_jax.checkpoint import ConflictError, StorageError
+from memsep_jax.data import DataError, readers, sources
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import fields, schema
 from memsep_jax.experiments.config.construct import ConfigError
@@ -19,11 +20,12 @@ from memsep_jax.experiments.runtime import session
 from memsep_jax.experiments.studies import audit as study
 from memsep_jax.weights import WeightsError
 
+MOST = 10**9  # samples of a function: their bytes must fit an integer of numpy
 OWN = ("experiment", *study.ROLES)  # fields that are arguments, or no choice here
 
 
 class Audit:
-    """What an audit found; made by `audit`. As text: its verdict, and what to do.
+    """What an audit found; made by `audit`. As text: verdict, notes, what to do.
 
     verdict: "copies", "undertrained", "no sign of copying" or "unknown".
     numbers: all of metrics.json; numbers["verdict"] says it in words.
@@ -51,7 +53,10 @@ class Audit:
 
     def __str__(self):
         known = self.numbers["verdict"]
-        lines = [known["text"], known["small"], "What to do:"]
+        lines = [known["text"], known["small"]]
+        if notes := self.numbers["notes"]:
+            lines += ["Notes:", *(f"- {note}" for note in notes)]
+        lines.append("What to do:")
         lines += [f"- {line['text']}" for line in self.numbers["advice"]]
         return "\n".join(map(_said, lines))
 
@@ -64,27 +69,39 @@ class Audit:
         """Writes the page with all numbers and pictures.
 
         Args: path, of the .html; None is report.html in the workdir.
-        Returns: its path.
+        Returns: its path.   Raises: StorageError.
         """
         report.run(None, self.workdir, say=lambda text: None)
         own = self.workdir / "report.html"
         if path is None:
             return own
         path = Path(path).expanduser()
+        if path.is_dir():
+            raise StorageError(
+                f"could not write {path}: it is a folder; give the path of a file, "
+                f"such as {path / 'report.html'}"
+            )
         record.write_bytes(path, own.read_bytes())
         return path
 
     def save(self, folder) -> Path:
         """Writes the page and all numbers, as the command does, into a new folder.
 
-        Returns: the folder.   Raises: ConflictError: it has something in it.
+        Returns: the folder.
+        Raises: ConflictError: it has something in it.   StorageError: no room for it.
         """
         folder = Path(folder).expanduser()
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not _is_free(folder):
             raise ConflictError(f"{folder} is not empty: give another folder")
         self.report()
         aside = shutil.ignore_patterns("compared", ".*")
-        shutil.copytree(self.workdir, folder, ignore=aside, dirs_exist_ok=True)
+        try:
+            shutil.copytree(self.workdir, folder, ignore=aside, dirs_exist_ok=True)
+        except OSError as error:
+            # copytree goes on after an error, and lists (from, to, why) of all.
+            several = isinstance(error, shutil.Error)
+            why = error.args[0][0][2] if several else error.strerror
+            raise StorageError(f"could not write {folder}: {why}") from error
         return folder
 
 
@@ -119,15 +136,15 @@ def audit(
     Raises:
       ConfigError: settings or sets that do not fit.   DataError: images that cannot be
         read, or a function that returns others than it was asked for.
-      ConflictError: the workdir holds another audit.
+      ConflictError: the workdir holds another audit, another run, or other files.
     """
     with _at_prompt():
         config = _config(settings)
         given: dict[str, data.Source | study.Generator] = {}
         sets = dict(samples=samples, train=train, held_out=held_out, pool=pool)
         if callable(samples):
-            given["samples"] = _generator(samples, num_samples)
-            sets["samples"] = f"{num_samples} images of a function"
+            given["samples"] = generator = _generator(samples, num_samples)
+            sets["samples"] = f"{generator.total} images of a function"
         elif num_samples is not None:
             raise ConfigError(
                 f"num_samples={num_samples} is for samples that are a function, and "
@@ -153,6 +170,7 @@ def audit(
 
 
 def _audit(config, workdir, given, page=True) -> Audit:
+    _check_workdir(workdir)
     held = session.Session(workdir, config, quiet=True)
     # A function may make other samples than before, which `begin` refuses.
     generates = isinstance(given.get("samples"), study.Generator)
@@ -160,6 +178,39 @@ def _audit(config, workdir, given, page=True) -> Audit:
         with held:
             study.run(config, held, given, page)
     return Audit(workdir)
+
+
+def _check_workdir(workdir):
+    """Refuses a folder that is neither free nor an audit's.   Raises: ConflictError."""
+    if readers.is_workdir(workdir):
+        name = record.read_json(workdir / "config.json")["experiment"]
+        if name == "audit":
+            return
+        what = f"experiment={name}"
+        if name == "train":
+            what = f"a training ({what})"
+        raise ConflictError(
+            f"{workdir} holds {what}, not an audit: give another workdir"
+        )
+    # A run that was killed as it began has left run.json alone.
+    if not _is_free(workdir, {"run.json"}):
+        raise ConflictError(
+            f"{workdir} is not empty, and holds no audit: give a new folder as workdir"
+        )
+
+
+def _is_free(folder, but=frozenset()) -> bool:
+    """Whether a folder is not there, or has nothing in it but these and hidden files.
+
+    Raises: StorageError: it cannot be read.
+    """
+    try:
+        if not os.path.isdir(folder):
+            return not os.path.lexists(folder)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise StorageError(f"could not read {folder}: {error.strerror}") from error
+    return all(name.startswith(".") or name in but for name in names)
 
 
 def _config(settings):
@@ -190,12 +241,17 @@ def _config(settings):
 
 
 def _generator(generate, num_samples):
-    if type(num_samples) is not int or num_samples < 1:
+    """The `Generator` of a function.   Raises: ConfigError."""
+    try:
+        total = 0 if isinstance(num_samples, bool) else operator.index(num_samples)
+    except TypeError:
+        total = 0
+    if not 1 <= total <= MOST:
         raise ConfigError(
             f"num_samples={num_samples}: samples are a function, so give the number of "
-            "images that it is asked for, at least 1"
+            "images that it is asked for, an integer from 1 to 10**9"
         )
-    return study.Generator(generate, num_samples)
+    return study.Generator(generate, total)
 
 
 @contextlib.contextmanager

@@ -356,7 +356,7 @@ def test_h71_channels_first_are_refused_for_training_and_audits(tmp_path):
         read = sources.latents if "latents" in name else sources.npz
         for door in (read, lambda p, read=read: read(p, stream=True), sources.origin):
             with pytest.raises(
-                DataError, match=r"channels first; save x.transpose\(0, 2"
+                DataError, match=r"channels first; give x.transpose\(0, 2"
             ):
                 door(path)
     # Small and odd images are none.

@@ -470,7 +470,7 @@ PREPARATION = group(
 
 AUDIT: dict[str, Field | Group] = {
     "experiment": field("audit", "The study to run: audit or calibrate."),
-    "seed": field(0, "Seed of subsets, of k-means and of random features."),
+    "seed": field(0, "Seed of subsets, of k-means and of random features.", SEED),
     "samples": unset(str, "The samples: a folder, a file, a run or a data set."),
     "train": unset(str, "The images that the generator was trained on."),
     "held_out": unset(str, "Images of the same kind that it never saw."),

@@ -184,10 +184,15 @@ def read(config, given=None):
         if config[name]
     }
     check_places(config)
-    if drawn := isinstance(generator := origins["samples"], Generator):
-        shape = generator.total, *origins["train"].images.shape[1:]
-        origins["samples"] = Source(np.broadcast_to(np.uint8(0), shape))
+    check_prepared(config, given)
+    drawn = isinstance(generator := origins["samples"], Generator)
+    if drawn:  # not coloured, as this would make so many images in memory
+        del origins["samples"]
     origins = coloured(origins)
+    if drawn:
+        shape = generator.total, *origins["train"].images.shape[1:]
+        blank = Source(np.broadcast_to(np.uint8(0), shape))
+        origins = {"samples": blank, **origins}
     sets = Sets(**{name: origin.images for name, origin in origins.items()})
     check_sizes(sets)
     train = data.digests(sets.train)
@@ -275,6 +280,34 @@ def check_places(config):
                 f"--config.{other}={config[other]} is inside of --config.{one}="
                 f"{config[one]}, so its images are in both: move one of them"
             )
+
+
+def check_prepared(config, given):
+    """Refuses to prepare image files of sets that are read from none.
+
+    Raises: build.ConfigError.
+    """
+    files = {
+        name
+        for name in ROLES
+        if config[name] and name not in given and sources.is_files(config[name])
+        and not readers.is_workdir(Path(config[name]).expanduser())
+    }  # fmt: skip
+    kind, wrong = "a folder of images or a zip of one", []
+    if config.resolution is not None and not files:
+        wrong.append(
+            f"--config.resolution={config.resolution} resizes {kind}, and no set is "
+            "one: give all sets in one size, without it"
+        )
+    for name in ROLES.keys() - files:
+        for field, value in config[f"{name}_as"].items():
+            if value != readers.AS_IT_IS._asdict()[field]:
+                wrong.append(
+                    f"--config.{name}_as.{field}={value} prepares {kind}, and "
+                    f"--config.{name}={config[name]} is none: leave it out"
+                )
+    if wrong:
+        raise build.ConfigError("\n".join(sorted(wrong)))
 
 
 def coloured(origins):
@@ -619,7 +652,8 @@ def allowed(config, sets) -> tuple[float, str]:
 
 
 def _held(sets):
-    return sum(x.nbytes for x in sets if x is not None)
+    """The bytes of the sets in memory: blank images repeat one byte, strides of 0."""
+    return sum(x.nbytes for x in sets if x is not None and any(x.strides))
 
 
 # What is said.
