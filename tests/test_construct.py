@@ -1,5 +1,7 @@
 """A name becomes a constructor: one of the tables, or a user's own function."""
 
+import re
+
 import pytest
 
 from memsep_jax import defaults, experiments, sources
@@ -84,6 +86,30 @@ def ring(count):
 def study(config, session, resume_step=None):
     session.begin("")
     (session.workdir / "mine.txt").write_text(config.model.name)
+
+
+def three(**_):
+    return 3
+
+
+def nothing(**_):
+    return None
+
+
+def pair(**_):
+    return np.zeros((5, 2), np.float32), None
+
+
+def lists(**_):
+    return sources.Source([[1.0, 2.0], [3.0, 4.0]])
+
+
+def flat(**_):
+    return process.Process(1.0, 0.5)
+
+
+def alone():
+    return None
 
 
 number = 3
@@ -194,6 +220,42 @@ def test_a_network_of_ones_own_that_cannot_be_called(name, words, mine):
     config.model = {"name": f"{mine}:{name}"}
     with pytest.raises(build.ConfigError, match=words):
         build.build(config)
+
+
+@pytest.mark.parametrize(
+    "group, name, words",
+    [
+        ("data", "three", "makes int: it must return a sources.Source of numpy"),
+        ("data", "nothing", "makes None: it must return a sources.Source"),
+        ("data", "pair", "makes tuple: it must return a sources.Source"),
+        ("data", "lists", "makes Source: it must return .* of numpy arrays: images"),
+        ("process", "three", r"makes int: it must return a process.Process\(alpha"),
+        ("process", "flat", "makes Process: .* of two functions of t"),
+        ("prediction", "nothing", "makes None: it must return a score.Prediction"),
+        ("times", "three", "makes int: it must return a function key -> t"),
+        ("prune_times", "pair", "makes tuple: it must return a function key -> t"),
+        ("optimizer", "three", "makes int: it must return an optax.Gradient"),
+    ],
+)
+def test_what_an_own_function_makes_must_fit_its_group(group, name, words, mine):
+    config = own(mine)
+    config[group].name = f"{mine}:{name}"
+    with pytest.raises(build.ConfigError) as caught:
+        build.build(config)
+    field = rf"(?m)^  {group}\.name='{mine}:{name}' "
+    (line,) = re.findall(f"{field}.*", str(caught.value))
+    assert re.search(field + words, line)
+
+
+@pytest.mark.parametrize("name, takes", [("alone", r"\(\)"), ("linear", r"\(a\)")])
+def test_a_study_of_ones_own_takes_config_and_session(name, takes, mine, tmp_path):
+    (tmp_path / f"{mine}.py").write_text(f"{MINE}\ndef linear(a): pass\n")
+    config = defaults.smoke(defaults.train())
+    config.experiment = f"{mine}:{name}"
+    words = f"experiment='{mine}:{name}' takes {takes}: a study is a function of"
+    with pytest.raises(build.ConfigError, match=words):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_need_a_network_that_takes_them(mine):

@@ -23,6 +23,7 @@ from memsep_jax.experiments.config.construct import (
     arguments,
     call,
     check_given,
+    check_made,
     given_to,
     is_own,
     look_up,
@@ -419,9 +420,15 @@ def _splits(group, read):
 
 def _reader(name, source, read):
     """A reader that also knows a user's own source."""
-    return lambda other, **fields: (
-        source(**fields) if other == name else read(other, **fields)
-    )
+
+    def own_or(other, **fields):
+        if other != name:
+            return read(other, **fields)
+        made = source(**fields)
+        check_made(made, "data", name)
+        return made
+
+    return own_or
 
 
 def _law(group, made_process):

@@ -12,8 +12,10 @@ import re
 import site
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
+from memsep_jax.data import Source
 from memsep_jax.experiments.config import schema
 from memsep_jax.experiments.config.schema import did_you_mean
 from memsep_jax.models import own
@@ -27,6 +29,36 @@ class ConfigError(ValueError):
 
 # Arguments that are no fields: flax's own two, and what the run itself knows.
 NOT_CONFIGURED = {"parent", "name", "process", "num_classes"}
+
+LAW = callable, "a function key -> t, as those of process.TIMES do"
+# By group: whether an object is one of it, AttributeErrors aside; and in words. What
+# networks are is in models.own.
+MADE: dict[str, tuple[Callable, str]] = {
+    "process": (
+        lambda made: callable(made.alpha) and callable(made.sigma),
+        "a process.Process(alpha, sigma) of two functions of t",
+    ),
+    "times": LAW,
+    "prune_times": LAW,
+    "prediction": (
+        lambda made: all(
+            map(callable, (made.skip, made.out, made.scale, made.level, made.weight))
+        ),
+        "a score.Prediction of five functions of t",
+    ),
+    "optimizer": (
+        lambda made: callable(made.init) and callable(made.update),
+        "an optax.GradientTransformation(init, update)",
+    ),
+    "data": (
+        lambda made: (
+            isinstance(made, Source)
+            and made.images is not None
+            and all(map(_is_array, made[:4]))
+        ),
+        "a sources.Source of numpy arrays: images, labels or None, and so on",
+    ),
+}
 
 
 def call(table: dict, group, what: str, **given):
@@ -46,7 +78,29 @@ def call(table: dict, group, what: str, **given):
         given = {name: given[name] for name in given.keys() - fields.keys()}
     check_given(constructor, {*fields, *given}, what, group["name"])
     with naming(what, group):
-        return constructor(**fields, **given)
+        made = constructor(**fields, **given)
+    if is_own(group["name"]) and what in MADE:
+        check_made(made, what, group["name"])
+    return made
+
+
+def _is_array(x):
+    return x is None or (hasattr(x, "dtype") and hasattr(x, "shape"))
+
+
+def check_made(made, what: str, name: str):
+    """Refuses what a user's own function returns in place of an object of its group.
+
+    Raises: ConfigError.
+    """
+    fits, words = MADE[what]
+    try:
+        right = fits(made)
+    except AttributeError:
+        right = False
+    if not right:
+        kind = "None" if made is None else type(made).__name__
+        raise ConfigError(f"{what}.name={name!r} makes {kind}: it must return {words}")
 
 
 def look_up(table, name, what: str):
@@ -55,7 +109,10 @@ def look_up(table, name, what: str):
     Raises: ConfigError with the known names.
     """
     if is_own(name):
-        return _own(name, what)
+        found = _own(name, what)
+        if what == "experiment":
+            _check_study(found, name)
+        return found
     if name not in table:
         raise ConfigError(
             f"{what}={name!r} is not known{did_you_mean(str(name), table)}; "
@@ -110,6 +167,21 @@ def _own(name, what):
             "or a class"
         )
     return own.constructor(known[attribute])
+
+
+def _check_study(found, name):
+    """Refuses what cannot be called as a study is.   Raises: ConfigError."""
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # some functions of C tell nothing
+        return
+    try:
+        signature.bind("config", "session")
+    except TypeError as error:
+        raise ConfigError(
+            f"experiment={name!r} takes {signature}: a study is a function of (config, "
+            "session), and is called with these two"
+        ) from error
 
 
 def _is_installed(origin):
