@@ -148,7 +148,10 @@ def test_what_cannot_be_sampled_is_one_message(workdir, tmp_path, monkeypatch, c
         ([f"--run={workdir}", "--label=3"], "trained without labels"),
         ([f"--run={workdir}", "--num_samples=0"], "n=0 must be one integer"),
         ([f"--run={workdir}", "--guidance=2"], "train with data.labels"),
-        ([f"--run={workdir}", "--guidance=nan"], "guidance=nan must be a finite number"),
+        (
+            [f"--run={workdir}", "--guidance=nan"],
+            "guidance=nan must be a finite number",
+        ),
         ([f"--run={workdir}", "--seed=-1"], "key, as a seed,=-1 must be one integer"),
         ([f"--run={workdir}", "--steps=0"], "steps=0 must be one integer, at least 1"),
         (["--run="], "--run= is empty"),

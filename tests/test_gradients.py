@@ -503,7 +503,6 @@ REFUSED = {
     "neighbours.distinct": (neighbours.distinct, DATA, HOST),
     "neighbours.nearest": (lambda a: neighbours.nearest(a, DATA), DATA, HOST),
     "neighbours.searcher": (neighbours.searcher, DATA, HOST),
-    "membership.wiener": (lambda a: membership.wiener(a, OU), DATA, HOST),
     "membership.curve": (
         lambda a: membership.curve(linear, OU, a, DATA, TIMES[::-1], key()), DATA, HOST,
     ),

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from oracles import FORMULAS, OU, OU_FORMULA, PROCESSES, drawn
 
-from memsep_jax import empirical, memorization, mixture
+from memsep_jax import analytic, empirical, memorization, mixture
 from memsep_jax.memorization import membership
 
 TIMES = np.array([0.05, 0.3, 0.9])
@@ -116,20 +116,6 @@ def test_losses_of_all_scores_are_of_the_same_noise(x64, key):
     alone = membership.statistics(bent, OU, x0, TIMES, key, draws, simple=simple)
     assert alone.by_model is None
     np.testing.assert_array_equal(alone.by_complexity, found.by_complexity)
-
-
-@pytest.mark.parametrize("n, shape", [(40, (3, 2)), (4, (3, 2)), (2, (7,))])
-def test_the_wiener_score_is_that_of_a_dense_normal(n, shape, x64):
-    """Of more points than dimensions, and of fewer, whose covariance is singular."""
-    points = drawn(4, n, *shape) @ np.diag(np.arange(1.0, shape[-1] + 1))
-    flat, x = points.reshape(n, -1), drawn(5, *shape)
-    for t in TIMES:
-        a, v = OU_FORMULA.alpha(t), OU_FORMULA.sigma(t) ** 2
-        covariance = a**2 * np.cov(flat.T, ddof=0) + v * np.eye(flat.shape[1])
-        offset = x.ravel() - a * flat.mean(axis=0)
-        truth = -np.linalg.solve(covariance, offset).reshape(shape)
-        found = membership.wiener(points, OU)(jnp.asarray(x), t)
-        np.testing.assert_allclose(found, truth, rtol=1e-10)
 
 
 # How well two sets are told apart.
@@ -245,7 +231,7 @@ def test_the_curve_is_the_separation_of_the_statistics(x64, key):
     second = fitted_to(1.0)
     found = membership.curve(bent, OU, members, others, TIMES, key, 2, reference=second)
     points = np.concatenate([members, others])
-    simple, keys = membership.wiener(points, OU), jax.random.split(key, 12)
+    simple, keys = analytic.gaussian(points, OU), jax.random.split(key, 12)
 
     @jax.jit
     def one(x, key):

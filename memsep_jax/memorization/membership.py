@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc
 
+from memsep_jax import analytic
 from memsep_jax.checks import check_on_host, is_known
 from memsep_jax.gap import eps_loss
 from memsep_jax.memorization.ratio import wilson
@@ -37,7 +38,7 @@ class Statistics(NamedTuple):
     loss: jax.Array  # [k] the eps-loss, a mean over draws of the noise
     pia: jax.Array  # [k]
     secmi: jax.Array  # [k]
-    by_complexity: jax.Array  # [k] the loss, less that of `wiener`
+    by_complexity: jax.Array  # [k] the loss, less that of `analytic.gaussian`
     by_model: jax.Array | None  # [k] the loss, less that of a second model
 
 
@@ -137,8 +138,12 @@ def statistics(
     The losses of all scores are of the same noise, so that calibration removes much of
     the chance too.
 
-    Args: times [k] > 0, increasing, k >= 2; simple, `wiener`; reference, the score of
-      a second model, which was not trained on the point.
+    Args: times [k] > 0, increasing, k >= 2; simple, `analytic.gaussian` of members and
+      non-members together, which does not know who is which: its loss says how much of
+      the point a linear denoiser does not foresee. With fewer points than dimensions
+      all of them are equally far from their mean by this covariance, and the loss at
+      small times is a constant. reference, the score of a second model, which was not
+      trained on the point.
     Source: Carlini 2023, section 5.2, for the loss; Watson 2022 (arXiv 2111.08440) for
       the difference from a second model; Serra 2020 (arXiv 1909.11480) for the
       difference from what a simple code makes of the point, there a PNG. Of the last
@@ -160,36 +165,6 @@ def statistics(
     calibrated = [loss - other for other in others]
     steps = secmi(score_fn, process, x0, times)
     return Statistics(loss, attacked, steps, calibrated[0], (*calibrated, None)[1])
-
-
-def wiener(points, process: Process) -> ScoreFn:
-    """The score of the Gaussian that has the mean and the covariance of some points.
-
-    Its loss says how complex a point is: how much of it is not foreseen by a linear
-    denoiser, the Wiener filter. Given members and non-members together, it knows
-    nothing of who is which. With fewer points than dimensions all points are equally
-    far from their mean by this covariance, and the loss at small times is a constant.
-
-    Args: points [n, *e].
-    """
-    check_on_host("membership.wiener", points)
-    points = np.asarray(points)
-    flat = points.reshape(len(points), -1).astype(np.float64)
-    mean = flat.mean(axis=0)
-    # A pair of points has rank 1: no d x d matrix, and no inverse of a singular one.
-    _, sizes, axes = np.linalg.svd(flat - mean, full_matrices=False)
-    mean, variances, axes = (
-        a.astype(points.dtype) for a in (mean, sizes**2 / len(flat), axes)
-    )
-
-    def score_fn(mean, variances, axes, x, t):
-        signal, v = process.alpha(t) ** 2 * variances, process.sigma(t) ** 2
-        offset = jnp.ravel(x) - process.alpha(t) * mean
-        kept = axes.T @ (signal / (signal + v) * (axes @ offset))
-        return jnp.reshape((kept - offset) / v, jnp.shape(x))
-
-    # Not a closure: where the axes are large, a program takes them as an argument.
-    return jax.tree_util.Partial(score_fn, mean, variances, axes)
 
 
 # Of two sets.
@@ -225,7 +200,7 @@ def curve(
         raise ValueError(f"draws={draws} of the noise: at least 1")
     times = jnp.asarray(times)
     points = jnp.concatenate([jnp.asarray(members), jnp.asarray(non_members)])
-    simple = wiener(points, process)
+    simple = analytic.gaussian(points, process)
 
     def one(a):
         return statistics(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsep_jax import (
+    analytic,
     checkpoint,
     data,
     gap,
@@ -407,10 +408,10 @@ def make_membership(config, parts, say=lambda text: None):
 
         return unknown
     points = np.concatenate([members, others])
-    simple = membership.wiener(points, parts.process)
+    simple = analytic.gaussian(points, parts.process)
     keys = jax.random.split(build.keys(config.seed).evaluate, len(points))
 
-    def one(i, weights, simple, points, keys):
+    def one(i, weights, points, keys):
         score_fn = training.score_fn(parts, weights)
         return membership.statistics(
             score_fn, parts.process, points[i], times, keys[i], DRAWS, simple=simple
@@ -419,7 +420,7 @@ def make_membership(config, parts, say=lambda text: None):
     each = record.mapped(one, membership.BATCH)
 
     def measured(weights):
-        values = each(len(points), weights, simple, points, keys)
+        values = each(len(points), weights, points, keys)
         return membership.curve_of(times, values, count)
 
     return measured
