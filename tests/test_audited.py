@@ -367,6 +367,26 @@ def test_a_number_of_samples_may_be_one_of_numpy(undrawn):
     assert len(memsep_jax.audit(maker([]), DIGITS[:60], **rest).samples["index"]) == 80
 
 
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("def f(shape): return 3", ":f makes int: it must return a features.Extractor"),
+        ("def f(shape): return None", ":f makes None: it must return"),
+        (
+            "def f(): return 3",
+            r":f: f\(\) takes 0 positional arguments but 1 was given",
+        ),
+    ],
+)
+def test_features_of_ones_own_are_an_extractor(code, words, tmp_path, monkeypatch):
+    name = f"features_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^features.name={name}{words}"):
+        memsep_jax.audit(**SETS, features={"name": f"{name}:f"})
+
+
 def test_numbers_of_numpy_are_numbers(undrawn):
     chosen = {"points": np.int64(60)}
     result = memsep_jax.audit(**SETS, **SMOKE, quality=chosen)

@@ -566,11 +566,20 @@ def space(config, name, sets, label):
     taken = inspect.signature(maker).parameters
     chosen = {field: value for field, value in given.items() if field in taken}
     try:
-        return maker(sets.train.shape[1:], **chosen)
+        made = maker(sets.train.shape[1:], **chosen)
     except weights.WeightsError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not build.is_own(name):
+            raise  # our own extractors have no such errors of a person's making
         raise build.ConfigError(f"--config.features.name={name}: {error}") from error
+    if not isinstance(made, features.Extractor):
+        kind = "None" if made is None else type(made).__name__
+        raise build.ConfigError(
+            f"--config.features.name={name} makes {kind}: it must return a "
+            "features.Extractor"
+        )
+    return made
 
 
 def _compared(config, sets, label, kept):
