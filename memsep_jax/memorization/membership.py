@@ -83,8 +83,8 @@ def pia(
     eps_0 = eps(x0, start) is the noise of X_t, so that nothing is drawn.
 
     Args: start [] > 0, the earliest time, such as the smallest of those measured.
-    Source: Kong 2024 (arXiv 2305.18355); p = 4 and the sum without its root are from
-      the authors' program.
+    Source: Kong 2024 (arXiv 2305.18355), as copies of the authors' program have it:
+      p = 4, and no root of the sum.
     """
     eps_0 = _eps(score_fn, process, process.alpha(start) * x0, start)
     eps_t = _eps(score_fn, process, perturb(process, x0, t, eps_0), t)
@@ -144,10 +144,10 @@ def statistics(
       all of them are equally far from their mean by this covariance, and the loss at
       small times is a constant. reference, the score of a second model, which was not
       trained on the point.
-    Source: Carlini 2023, section 5.2, for the loss; Watson 2022 (arXiv 2111.08440) for
-      the difference from a second model; Serra 2020 (arXiv 1909.11480) for the
-      difference from what a simple code makes of the point, there a PNG. Of the last
-      two only the abstracts were at hand.
+    Source: Carlini 2023 for the loss; Watson 2022 (arXiv 2111.08440) for the difference
+      from a second model; Serra 2020 (arXiv 1909.11480) for the difference from what a
+      simple code makes of the point, there a PNG. Of the last two only the abstracts
+      were at hand.
     """
     times = jnp.asarray(times)
     scores = [score_fn, simple] + ([] if reference is None else [reference])
