@@ -1,11 +1,12 @@
-"""A diffusion transformer copies real photographs: clothes of Fashion-MNIST, 28 x 28.
+"""Does a diffusion transformer copy photographs? Clothes of Fashion-MNIST, 28 x 28.
 
 python -m memsep_jax.main --config=configs/fashion.py:small
 
 The images are those of Debian's package dataset-fashion-mnist, of a folder,
---config.data.path=FOLDER, or of the network. `small` trains on 100 of them, on 2 CPU
-cores, and shows that its samples are copies; with --config.data.num_examples=5000 the
-same network, after as many steps, shows that they are not.
+--config.data.path=FOLDER, or of the network. `small` trains on 100 of them on 2 CPU
+cores. How many steps it needs is not known yet: with patches of 7 pixels, batches of 32
+and twice the learning rate, 41.5 % [34.9, 48.4] of 200 samples are copies of 20 images
+after 3,000 steps, and 3.0 % [1.4, 6.4] are copies of 100 images after 6,000.
 Variants: `full` (DiT-S/2 on 5,000 images, for a GPU; not run yet), `small`, `smoke`
 (digits).
 """
@@ -23,6 +24,7 @@ def small(config):
     """100 images, and the transformer that copies digits."""
     chosen = defaults.digits()
     chosen.data.update(name="fashion_mnist", num_examples=100)
+    chosen.model.patch, chosen.optimizer.lr, chosen.train.batch_size = 7, 2e-3, 32
     return chosen
 
 

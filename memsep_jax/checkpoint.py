@@ -152,10 +152,9 @@ def restore_newest(directory, like, at_most: int | None = None, aside: bool = Tr
             return _restore(directory / str(step), like), step
         except _DamagedError as error:
             tried.append(f"step {step}: {error}")
-            where = directory / str(step)
             moved = set_aside(directory, step, "corrupt") if aside else None
             done = f"moved to {moved}" if aside else "an older one is taken"
-            logging.warning("checkpoint %s is damaged (%s): %s", where, error, done)
+            logging.warning("checkpoint %s is damaged (%s): %s", step, error, done)
     # Steps that an earlier start set aside count too: with these alone, `None` would
     # let a run begin again from step 0 without a word.
     older = sorted(p.name for p in directory.glob("corrupt-*"))

@@ -8,12 +8,11 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import re
 import runpy
 import sys
 from pathlib import Path
-
-import numpy as np
 
 from memsep_jax.experiments.config import command
 
@@ -50,12 +49,14 @@ def spelled(words: list[str]) -> list[str]:
     if name == "audit":
         parser = _parser(name)
         for field, help in AUDITED.items():
-            parser.add_argument(f"--{field}", help=help)
+            flag = functools.partial("--config.{}={}".format, field)
+            parser.add_argument(
+                f"--{field}", help=help, type=flag, dest="flags", action="append",
+                default=[],
+            )  # fmt: skip
         args, rest = parser.parse_known_args(rest)
-        given = {field: value for field, value in vars(args).items() if value}
         named = any(re.match(r"--?config(=|$)", word) for word in rest)
-        flags = [f"--config.{field}={value}" for field, value in given.items()]
-        return [*([] if named else ["--config=audit"]), *flags, *rest]
+        return [*([] if named else ["--config=audit"]), *args.flags, *rest]
     if name == "report":
         parser = _parser(name)
         parser.add_argument("--run", required=True, help="the workdir of the run")
@@ -108,6 +109,8 @@ def sample(words: list[str]) -> None:
     if not args.run:
         raise command.UsageError("--run= is empty: give the workdir of a run")
     # Here, and not above: a mistake in the command is told before jax is imported.
+    import numpy as np
+
     from memsep_jax.experiments import loaded
     from memsep_jax.experiments.runtime import compiled, terminal
 

@@ -75,7 +75,7 @@ def test_every_quality_metric_says_of_what_it_is(copying):
 def test_the_report_is_whole_and_drawn_again_from_its_numbers(copying):
     page = (copying / "report.html").read_text()
     assert "http://" not in page and "https://" not in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "25.0 % [16.8, 35.5]" in page and "Stop earlier" in page
     before = (copying / "pairs.png").read_bytes()
     (copying / "pairs.png").unlink()

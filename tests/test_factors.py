@@ -92,7 +92,7 @@ def test_values_stand_where_they_are_and_lines_are_joined_by_n():
     panel = factors._panel("model.width", rows, 16)
     assert panel.xscale == "log" and panel.ticks is None
     labels = [line.label for line in panel.lines]
-    assert labels == ["n = 16", "null level", "n = 24", None]
+    assert labels == ["n = 16", "null level", "n = 24", "null level"]
     assert panel.lines[0].x == [8.0, 16, 32.0]
     np.testing.assert_array_equal(panel.lines[2].mean, 0.24)
     rows = [row | {"setting": row["setting"] and "model.name=dit"} for row in rows]

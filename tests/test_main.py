@@ -83,7 +83,8 @@ def test_without_a_config_it_says_what_to_give(tmp_path):
     done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "error: --config=NAME is required, for example --config=digits\n"
+        "error: --config=NAME is required, for example --config=digits; --help lists "
+        "all commands\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -332,7 +332,9 @@ def test_the_end_of_a_sweep_is_numbers_and_a_report(tmp_path):
 
     with Session(tmp_path, config) as session:
         session.begin("0" * 64)
-        session.console = SimpleNamespace(print=lambda *a, **k: None, is_terminal=False)
+        session.console = SimpleNamespace(
+            print=lambda *a, **k: None, is_terminal=False, is_jupyter=False
+        )
         results.finish(
             config, session, points.run(config, session, square), draw, unit="nats"
         )

@@ -86,6 +86,23 @@ def emm(sizes, ratios):
     return memorization.effective_memorization(sizes, ratios)
 
 
+def traits(x, labels=None):
+    x = np.array(x)
+    near = neighbours.nearest(x, x, min(2, len(neighbours.distinct(x))))
+    return memorization.traits(x, near, labels)
+
+
+def emission(emitted, n):
+    """The rank correlation of points on a line with their place."""
+    x = np.arange(float(n))[:, None]
+    own = neighbours.nearest(x, x, 2)
+    return memorization.which(emitted, own, {"place": x[:, 0]})["place"].value
+
+
+def constant(a, b):
+    return np.isnan(memorization.rank_correlation(a, b).value)
+
+
 def cube(x, y):
     return (x @ y / len(x) + 1) ** 3
 
@@ -242,6 +259,23 @@ ODD = {
         (lambda *of: memorization.emitted(*of)[2:], ([], [], 1), (0, 0)),
         (lambda *of: memorization.emitted(*of)[2:], ([3] * 9, [1] * 9, 2), (1, 0.5)),
         (memorization.emitted, ([3, 4], [1, 1], 1), ValueError("emitted of n=1")),
+    ],
+    "traits": [
+        (traits, ([[0.0], [4.0]],), ([4, 4], [2, 2], [0, 0])),
+        (traits, ([[0.0], [4.0]], [0, 1]), ([4, 4], [0, 0], [0, 0])),
+        (traits, ([[0.0], [0.0], [3.0]],), ([3, 3, 3], [1, 1, 2], [1, 1, 0])),
+        (traits, ([[0.0]],), ValueError("two columns at least")),
+    ],
+    "rank_correlation": [
+        (memorization.rank_correlation, ([1, 2, 3, 4], [1, 4, 9, 16]), (1, 1, 1)),
+        (constant, ([1, 2, 3, 4], [5] * 4), True),
+        (memorization.rank_correlation, ([1, 2], [1, 2]), ValueError("at least 4")),
+    ],
+    "which": [
+        (emission, ([3, 3, 2], 4), 0.9486833),  # counts 0, 0, 1, 2: with a tie
+        (lambda *of: np.isnan(emission(*of)), ([], 4), True),
+        (lambda *of: np.isnan(emission(*of)), ([0, 1, 2, 3], 4), True),
+        (emission, ([0], 3), ValueError("at least 4")),
     ],
     "rarefaction": [
         (memorization.rarefaction, ([], 1, [0, 1, 9], 1), (0, 0, 0)),
