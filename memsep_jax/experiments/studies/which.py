@@ -123,8 +123,10 @@ def draw(metrics, points):
             lines = [
                 results.line(rows, f"{rule}_{trait}", label)
                 for trait, label in TRAITS.items()
-                if all(f"{rule}_{trait}" in row for row in rows)
+                if _known(rows, f"{rule}_{trait}")
             ]
+            if not lines:  # where nothing is copied, nothing is ranked
+                continue
             panels.append(
                 figures.Panel(
                     f"{title}\n{words}" if title else words, lines,
@@ -132,15 +134,8 @@ def draw(metrics, points):
                     yscale="linear",
                 )
             )  # fmt: skip
-    yield (
-        "which",
-        "Spearman's rank correlation between what a training point is like and how "
-        "often it is emitted. Above 0, such points are copied more than others. Bands: "
-        "95 % intervals over the seeds. The 1/3 rule calls a sample a copy more easily "
-        "where the second nearest point is far, so a sparse point is favoured by the "
-        "rule itself: the panels with one radius for all points are free of that.",
-        figures.curves(panels),
-    )
+    if panels:
+        yield _correlations(panels)
     seen = set()
     for point in points:
         n = int(point["num_examples"]) if "num_examples" in point else 0
@@ -155,6 +150,24 @@ def draw(metrics, points):
             + (f", of n = {n:,}." if n else "."),
             figures.image_rows(rows),
         )
+
+
+def _known(rows, name):
+    """Whether all rows have a number, and some of them a value."""
+    found = [row.get(name) for row in rows]
+    return all(found) and any(one["mean"] is not None for one in found)
+
+
+def _correlations(panels):
+    return (
+        "which",
+        "Spearman's rank correlation between what a training point is like and how "
+        "often it is emitted. Above 0, such points are copied more than others. Bands: "
+        "95 % intervals over the seeds. The 1/3 rule calls a sample a copy more easily "
+        "where the second nearest point is far, so a sparse point is favoured by the "
+        "rule itself: the panels with one radius for all points are free of that.",
+        figures.curves(panels),
+    )
 
 
 STUDY = Study(measure, draw, columns=COLUMNS, what="networks")
