@@ -7,7 +7,7 @@ from configs import mlp_mixture, which_digits
 from memsep_jax import experiments, neighbours
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.studies import which
+from memsep_jax.experiments.studies import compare, which
 
 
 def test_one_radius_does_not_favour_sparse_points():
@@ -54,5 +54,5 @@ def test_a_study_of_two_sizes(tmp_path, undrawn):
     assert {"points_8.png", "which.png"} <= {p.name for p in tmp_path.rglob("*.png")}
     point = record.read_npz(tmp_path / numbers["points"][0])
     n = point["counts"].shape[1]
-    assert point["most"].shape == (min(n, which.SHOWN), 8, 8, 1)
+    assert point["most"].shape == (min(n, compare.EMITTED), 8, 8, 1)
     assert point["counts"][0].sum() == round(point["ratio"].item() * 64)
