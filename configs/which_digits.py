@@ -7,9 +7,9 @@ Merger & Goldt 2026 (arXiv 2606.14390) say that sparse points are memorized, and
 training points are ranked against their sparsity, and their distance to the mean of
 their class in pixels and in features.
 
-`small`, 12 minutes on 2 busy CPU cores: at n = 200, sparse digits are emitted more often
-(rank correlation 0.55 [0.42, 0.67] over 3 seeds) and so are those far from the mean of
-their class (0.51 [0.36, 0.65]). Most of that is the 1/3 rule, which favours isolated
+`small`, 12 minutes on 2 busy CPU cores: at n = 200, sparse digits are emitted more
+often (rank correlation 0.55 [0.42, 0.67] over 3 seeds) and so are those far from the
+mean of their class (0.51 [0.36, 0.65]). Most of that is the 1/3 rule, which favours isolated
 points: by one radius for all points, 0.17 [0.04, 0.30] and 0.21 [0.12, 0.30].
 Prototypical digits are not copied first.
 
