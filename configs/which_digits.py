@@ -9,8 +9,8 @@ their class in pixels and in features.
 
 `small`, 12 minutes on 2 busy CPU cores: at n = 200, sparse digits are emitted more
 often (rank correlation 0.55 [0.42, 0.67] over 3 seeds) and so are those far from the
-mean of their class (0.51 [0.36, 0.65]). Most of that is the 1/3 rule, which favours isolated
-points: by one radius for all points, 0.17 [0.04, 0.30] and 0.21 [0.12, 0.30].
+mean of their class (0.51 [0.36, 0.65]). Most of that is the 1/3 rule, which favours
+isolated points: by one radius for all points, 0.17 [0.04, 0.30] and 0.21 [0.12, 0.30].
 Prototypical digits are not copied first.
 
 Variants: `full` (5 seeds, 5 sizes), `small` (3 seeds, 3 sizes: minutes on 2 CPU cores),
