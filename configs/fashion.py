@@ -6,7 +6,7 @@ The images are those of Debian's package dataset-fashion-mnist, of a folder,
 --config.data.path=FOLDER, or of the network. `small` trains on 100 of them on 2 CPU
 cores. Its number of steps is not calibrated, and the 8,000 it has are too few: of 20
 images, 41.5 % [34.9, 48.4] of 200 samples are copies after 3,000 steps; of 100 images,
-none of 100 samples after 5,000 of 10,000. With --config.times.mean=0.5, which draws more
+none of 100 samples after 5,000 of 10,000. With --config.times.mean=0.5, which has more
 of the noise at which samples settle on an image, 3.0 % [1.4, 6.4] of 200 samples are
 copies of 100 images after 6,000 steps.
 Variants: `full` (DiT-S/2 on 5,000 images, for a GPU; not run yet), `small`, `smoke`
