@@ -35,13 +35,33 @@ class Kid(NamedTuple):
     std: float
 
 
+class Moments(NamedTuple):
+    """All that `frechet` takes from features [n, d], in float64."""
+
+    mean: np.ndarray  # [d]
+    factor: np.ndarray  # [r, d], r = min(n, d); factor' factor is the covariance
+    n: int
+
+
+def moments(a) -> Moments:
+    """The mean and the covariance of a set that `frechet` compares with several others.
+
+    Args: a [n, d] features.
+    Least: n = 2, d = 1.
+    Raises: as `frechet`.
+    """
+    a, _ = _features("moments", a, a, 2, "a covariance needs two")
+    return _moments(a)
+
+
 def frechet(a, b, warn: bool = True) -> float:
     """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
     It is an FID only on Inception features. Name it after its features, its reference
     and both numbers of samples.
 
-    Args: a [n, d], b [m, d] features.   warn: if they are few.
+    Args: a [n, d], b [m, d] features, or the `moments` of them.   warn: if they are
+      few.
     Least: n = m = 2, d = 1.
     Odd: if all points of one set are equal, the squared distance of the means plus the
       trace of the other covariance; a constant feature adds its squared difference
@@ -50,15 +70,23 @@ def frechet(a, b, warn: bool = True) -> float:
       finite.
     Source: Heusel 2017.
     """
-    a, b = _features("frechet", a, b, 2, "a covariance needs two")
-    if warn and min(len(a), len(b)) < SMALL:
+    stand_ins = [
+        np.broadcast_to(x.mean, (x.n, len(x.mean))) if isinstance(x, Moments) else x
+        for x in (a, b)
+    ]
+    points = _features(
+        "frechet", stand_ins[0], stand_ins[1], 2, "a covariance needs two"
+    )
+    if warn and min(map(len, points)) < SMALL:
         logging.warning(
             "frechet distance of %d against %d samples: below %d it is biased upwards",
-            len(a),
-            len(b),
+            *map(len, points),
             SMALL,
         )
-    (mean_a, x), (mean_b, y) = _factor(a), _factor(b)
+    (mean_a, x, _), (mean_b, y, _) = (
+        given if isinstance(given, Moments) else _moments(checked)
+        for given, checked in zip((a, b), points, strict=True)
+    )
     gap = mean_a - mean_b
     # Tr (S_a S_b)^(1/2) is the nuclear norm of X Y', X'X = S_a and Y'Y = S_b. This
     # needs no square root of a matrix that rounding may make complex, and it never
@@ -231,17 +259,17 @@ def _others(k):
     return f"k={k} other points need at least {k + 1}; draw more or lower k"
 
 
-def _factor(a):
-    """The mean [k], and [r, k] with factor' factor = the covariance; r at most k."""
+def _moments(a):
     mean, scale = a.mean(axis=0, dtype=np.float64), np.sqrt(len(a) - 1)
     if len(a) <= a.shape[1]:  # then the points themselves are the smaller factor
-        return mean, (a - mean) / scale
+        return Moments(mean, (a - mean) / scale, len(a))
     covariance = np.zeros((a.shape[1], a.shape[1]))
     for i in _slices(a):
         centred = (a[i] - mean) / scale
         covariance += centred.T @ centred
     values, vectors = np.linalg.eigh(covariance)
-    return mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    factor = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    return Moments(mean, factor, len(a))
 
 
 def _cube(products, x):

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from configs import audit as configs
-from memsep_jax import data, defaults, experiments, weights
+from memsep_jax import data, defaults, experiments, fidelity, weights
 from memsep_jax.data import DataError, sources
 from memsep_jax.experiments import loaded, record
 from memsep_jax.experiments.config import build
-from memsep_jax.experiments.studies import audit
+from memsep_jax.experiments.studies import audit, compare
 
 DIGITS = sources.digits().images
 
@@ -384,6 +384,24 @@ def test_kept_features_change_no_byte_of_an_audit(shared, undrawn, tmp_path):
     read, pieces = shared()
     assert without == made == read
     assert "features random_conv train" not in pieces
+
+
+def test_reference_statistics_are_shared(tmp_path, monkeypatch):
+    """Their mean and covariance are taken once, and the distance is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    of, counts = fidelity.moments, []
+    monkeypatch.setattr(fidelity, "moments", lambda x: counts.append(len(x)) or of(x))
+    rng, config = np.random.default_rng(0), settings()
+    sets = [rng.normal(i, 1, (n, 4)) for i, n in enumerate((30, 80, 90))]
+    for x in sets[1:] * 2:
+        kept = compare._moments(config, x)
+        assert kept.n == len(x)
+        assert fidelity.frechet(sets[0], kept) == fidelity.frechet(sets[0], x)
+    assert counts == [80, 90]
+    config.run.cache = False
+    compare._moments(config, sets[1])
+    compare._moments(config, sets[0][:3])  # fewer points than dimensions
+    assert counts == [80, 90, 80, 3]
 
 
 def test_parts_of_an_audit_are_switched_off(tmp_path, undrawn):

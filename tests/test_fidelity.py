@@ -47,6 +47,21 @@ def test_it_is_the_matrix_square_root_of_the_definition(n):
     truth = gap @ gap + np.trace(s_a + s_b) - 2 * cross
     np.testing.assert_allclose(fidelity.frechet(a, b), truth, rtol=1e-6)
     np.testing.assert_allclose(fidelity.frechet(b, a), truth, rtol=1e-6)
+    of_a, of_b = fidelity.moments(a), fidelity.moments(b)
+    np.testing.assert_allclose(of_a.factor.T @ of_a.factor, s_a, atol=1e-12)
+    assert of_a.n == n and np.array_equal(of_a.mean, a.mean(axis=0))
+    for pair in ((of_a, b), (a, of_b), (of_a, of_b)):
+        assert fidelity.frechet(*pair) == fidelity.frechet(a, b)
+
+
+def test_moments_are_refused_as_features_are():
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    with pytest.raises(fidelity.UndefinedError, match="a covariance needs two"):
+        fidelity.moments(x[:1])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fidelity.moments(np.where(x > 1, np.nan, x))
+    with pytest.raises(ValueError, match=r"not \(9, 4\) and \(9, 3\)"):
+        fidelity.frechet(fidelity.moments(x), x[:, :3])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

@@ -491,6 +491,7 @@ HOST = "runs on the host, on NumPy arrays"
 REFUSED = {
     "analytic.moments": (analytic.moments, DATA, HOST),
     "fidelity.frechet": (lambda a: fidelity.frechet(a, DATA), DATA, HOST),
+    "fidelity.moments": (fidelity.moments, DATA, HOST),
     "fidelity.kid": (lambda a: fidelity.kid(a, DATA), DATA, HOST),
     "fidelity.precision_recall": (
         lambda a: fidelity.precision_recall(DATA, a), DATA, HOST,

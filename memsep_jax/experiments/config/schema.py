@@ -530,7 +530,7 @@ AUDIT: dict[str, Field | Group] = {
             positive("GiB, or None: what the machine has"),
         ),
         images=field(True, "Shows training images in the report."),
-        cache=field(True, "Keeps features of the sets for other audits of them."),
+        cache=field(True, "Keeps features of sets and their moments for other audits."),
     ),
 }  # fmt: skip
 

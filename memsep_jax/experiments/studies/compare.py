@@ -580,9 +580,10 @@ def law(sets, title, see=None) -> dict:
     if not np.isfinite(sets.samples).all():
         return about | {"left_out": "some samples are not finite"}
     samples, train, held_out, _ = sets.map(see or _as_they_are)
+    of_held_out = fidelity.moments(held_out)
 
     def to_held_out(x):
-        return fidelity.frechet(x, held_out, warn=False)
+        return fidelity.frechet(x, of_held_out, warn=False)
 
     # |m1 - m2|^2 = 0 and S1 = 0 leave tr S2 of the Frechet distance.
     page = float(held_out.var(axis=0, ddof=1, dtype=np.float64).sum())
@@ -623,6 +624,20 @@ def _equal(config, *sets):
     return [_some(x, count, config.seed) for x in sets]
 
 
+def _moments(config, x) -> fidelity.Moments:
+    """The moments of features of a reference, which other audits may share."""
+    # Those of fewer points than dimensions are the points, and take no time.
+    if not config.run.cache or len(x) <= x.shape[1]:
+        return fidelity.moments(x)
+
+    def work():
+        found = fidelity.moments(x)
+        return {"mean": found.mean, "factor": found.factor}
+
+    of = {"what": "moments", "of": data.fingerprint(x)}
+    return fidelity.Moments(**cache.kept(of, work, x.shape[1]), n=len(x))
+
+
 def _nearer(config, points, title, left_out):
     """The Frechet distance to training images less that to held-out ones.
 
@@ -636,7 +651,7 @@ def _nearer(config, points, title, left_out):
         samples, *others = _equal(config, *points[:3])
         to_train, to_held_out = (
             [fidelity.frechet(samples[i::FOLDS], x, warn=False) for i in range(FOLDS)]
-            for x in others
+            for x in (_moments(config, x) for x in others)
         )
         interval = mean_interval(np.subtract(to_train, to_held_out))
         return interval._asdict() | {"images": len(samples)}
@@ -654,7 +669,7 @@ def _quality(config, points, title, left_out):
 
     alone = {("Vendi score",): lambda a: [fidelity.vendi(a)]}
     of_two = {
-        (title,): lambda a, b: [fidelity.frechet(a, b, warn=False)],
+        (title,): lambda a, b: [fidelity.frechet(a, _moments(config, b), warn=False)],
         ("KID",): kid,
         ("precision", "recall", "density", "coverage"): fidelity.balls,
     }
