@@ -5,7 +5,9 @@ python -m memsep_jax.main --config=configs/onset_digits.py:small
 Snapshots on a log grid of steps, raw and EMA weights: tau_gen, at which the Frechet
 distance has come down almost to its best, and tau_mem, at which a tenth of the samples
 are copies, against n with the fitted powers (Bonnaire 2025, arXiv 2505.17638: tau_gen
-does not depend on n, tau_mem grows like n).
+does not depend on n, tau_mem grows like n). Between them lie earlier signs: samples
+nearer to their own training set than to another one, members told by their loss, the
+least held-out loss, and where `train.stop_gap=0.1` would have stopped.
 
 Variants: `full` (5 seeds, 6 sizes), `small` (3 seeds, 3 sizes: minutes on 2 CPU cores),
 `smoke`.

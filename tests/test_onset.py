@@ -62,31 +62,70 @@ def test_the_running_median_leaves_what_is_monotone(rise):
     np.testing.assert_array_equal(onset.smoothed(rise[::-1]), rise[::-1])
 
 
-def test_both_times_in_closed_form():
+def along(**curves):
+    """Curves along training in which nothing happens, but for those given."""
+    still = {name: np.zeros(len(STEPS)) for name in onset.USED}
+    losses = {"train_loss": np.ones(len(STEPS)), "held_out_loss": np.ones(len(STEPS))}
+    return still | losses | curves
+
+
+def test_times_in_closed_form():
     """Distance 11 - log2(step), from 11 to 1: a tenth of the way is left at 512.
 
-    R = (log2(step) / 10)^2 passes .1 between 8 and 16: .09 and .16 there.
+    R = (log2(step) / 10)^2 passes .1 between 8 and 16: .09 and .16 there. The held-out
+    loss is least at 32, and 1 - 1 / L = .1 where L = 1 / .9.
     """
-    found = onset.times(
-        STEPS, (np.log2(STEPS) / 10) ** 2, 11 - np.log2(STEPS), level=0.1, tolerance=0.1
+    x = np.log2(STEPS)
+    rise, loss = (x / 10) ** 2, 1 + np.abs(x - 5) / 8
+    curves = along(
+        ratio=rise, nearer=rise, member=x / 10, frechet=11 - x, held_out_loss=loss
     )
+    found = onset.times(STEPS, curves, level=0.1, tolerance=0.1)
+    assert list(found) == list(onset.TIMES)
     assert found["tau_gen"] == pytest.approx(512)
-    assert found["tau_mem"] == pytest.approx(8 * 2 ** (1 / 7))
+    assert found["tau_mem"] == pytest.approx(8 * 2 ** (1 / 7)) == found["tau_near"]
+    assert found["tau_member"] == pytest.approx(2)
+    # The running median of three cuts the tip of the V: 1 + 1/8 at 16, 32 and 64.
+    assert found["tau_held_out"] == 16
+    assert found["tau_stop"] == pytest.approx(1)  # it is there from the start
+    assert onset.at(STEPS, x, 3.0) == pytest.approx(np.log2(3))
+    assert np.isnan(onset.at(STEPS, x, np.nan))
+
+
+def test_a_sign_counts_from_where_it_stays():
+    """Samples of an untrained network may all be nearest to one training point."""
+    x = np.log2(STEPS)
+    nearer = np.where(x < 3, 0.9, x / 10 - 0.4)  # the last time at .1 is 32
+    found = onset.times(STEPS, along(nearer=nearer, ratio=nearer), 0.1, 0.1)
+    assert found["tau_near"] == pytest.approx(32) and found["tau_mem"] == 1
+    fell = onset.times(STEPS, along(nearer=nearer[::-1]), 0.1, 0.1)
+    assert fell["tau_near"] == pytest.approx(128 * 2 ** (1 / 9))  # 0, then .9
+    never = onset.times(STEPS, along(), 0.1, 0.1)
+    assert all(np.isnan(never[t]) for t in ("tau_near", "tau_member", "tau_stop"))
+    falling = onset.times(STEPS, along(held_out_loss=2.0 - x / 10), 0.1, 0.1)
+    assert np.isnan(falling["tau_held_out"])  # the least is the last: it may fall on
+    unknown = onset.times(STEPS, along(nearer=np.nan * x, member=np.nan * x), 0.1, 0.1)
+    assert np.isnan(unknown["tau_near"]) and np.isnan(unknown["tau_member"])
 
 
 def test_one_wild_snapshot_makes_no_time_and_no_best():
     """Good from step 64 on, copies from 512 on, but for one snapshot of each kind."""
     distances = np.where(STEPS < 64, 9.0, 1.0)
     ratios = np.where(STEPS < 512, 0.0, 0.5)
-    calm = onset.times(STEPS, ratios, distances, 0.1, 0.1)
+    calm = onset.times(STEPS, along(ratio=ratios, frechet=distances), 0.1, 0.1)
     assert 32 < calm["tau_gen"] < 64 and 256 < calm["tau_mem"] < 512
     distances[2], distances[8], ratios[3] = 0.5, 0.01, 0.4
-    assert onset.times(STEPS, ratios, distances, 0.1, 0.1) == calm
-    never = onset.times(STEPS, 0 * ratios, 0 * distances + 3, 0.1, 0.1)
+    wild = onset.times(STEPS, along(ratio=ratios, frechet=distances), 0.1, 0.1)
+    assert wild == pytest.approx(calm, nan_ok=True)
+    still = along(ratio=0 * ratios, frechet=0 * distances + 3)
+    never = onset.times(STEPS, still, 0.1, 0.1)
     assert never["tau_gen"] == 1 and np.isnan(never["tau_mem"])
 
 
 # Their law in n.
+
+# Times that a row has, but for those that a test gives.
+UNKNOWN = {f"{weights}_{t}": np.nan for weights in onset.WEIGHTS for t in onset.TIMES}
 
 
 def test_a_power_law_is_its_own_fit():
@@ -120,7 +159,8 @@ def test_a_size_that_a_seed_did_not_reach_is_left_out_for_all():
 
 def test_times_are_gathered_by_setting_weights_and_size():
     rows = [
-        {
+        UNKNOWN
+        | {
             "setting": np.array(name), "num_examples": np.array(n),
             "seed": np.array(seed),
             "ema_tau_mem": factor * n * 2.0**seed, "raw_tau_mem": np.nan,
@@ -131,7 +171,7 @@ def test_times_are_gathered_by_setting_weights_and_size():
         for seed in (0, 1)
     ]  # fmt: skip
     found = onset.onsets(rows)
-    assert len(found) == 2 * 2 * 2
+    assert len(found) == 2 * 2 * len(onset.TIMES)
     wide = next(
         row for row in found
         if row["setting"] != found[0]["setting"]
@@ -153,14 +193,19 @@ def test_times_are_gathered_by_setting_weights_and_size():
 def test_the_line_is_drawn_through_what_it_fits_and_said_in_words(tmp_path):
     """From the numbers on disk, where what is not known is null."""
     rows = [
-        {
+        UNKNOWN
+        | {
             "num_examples": np.array(n), "ema_tau_mem": 2.0 * n, "raw_tau_mem": np.nan,
             "ema_tau_gen": 5.0, "raw_tau_gen": 4.0,
         }
         for n in (10, 40)
     ]  # fmt: skip
     record.write_json(tmp_path / "onset.json", onset.onsets(rows))
-    gen, mem, _, never = record.read_json(tmp_path / "onset.json")
+    known = {
+        (r["weights"], r["time"]): r for r in record.read_json(tmp_path / "onset.json")
+    }
+    gen, mem = known["ema", "tau_gen"], known["ema", "tau_mem"]
+    never = known["raw", "tau_mem"]
     marks, line = onset._against_n(mem, 1)
     np.testing.assert_allclose(marks.mean, [20, 80])
     np.testing.assert_allclose(line.mean, [20, 80])
@@ -201,6 +246,9 @@ def test_every_snapshot_is_looked_at_and_the_last_is_the_network(tmp_path):
     assert row["ema_ratio"][-1] == row["ratio"]
     assert row["ema_frechet"][-1] == row["frechet"] > 0
     assert not np.array_equal(row["ema_frechet"], row["raw_frechet"])
+    assert (row["ema_held_out_loss"] > 0).all() and (row["ema_train_loss"] > 0).all()
+    assert (np.abs(row["ema_member"]) <= 1).all()
+    assert (np.abs(row["ema_nearer"]) <= 2).all()
     # A network that was kept without them is not taken for one that has them.
     (folder,) = (tmp_path / "models").glob("*/snapshots")
     shutil.rmtree(folder / str(checkpoint.steps(folder)[0]))

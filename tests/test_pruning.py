@@ -8,6 +8,7 @@ import pytest
 
 from memsep_jax import (
     checkpoint,
+    data,
     defaults,
     experiments,
     parallel,
@@ -236,6 +237,25 @@ def test_samples_of_the_compact_network_are_those_of_the_masked_one(params, cuts
     masked = {name: values[0] for name, values in found["pruned"].numbers.items()}
     # Images are rounded to 8 bits: a difference of rounding may move one by a level.
     assert watch(prune.compact(params, keep)) == pytest.approx(masked, rel=1e-2)
+
+
+def test_copies_prefer_their_training_set_and_honest_samples_none():
+    """Training points 0 and 10, those of another set 1 and 11; .4 and 11.4 are fresh.
+
+    One fresh point is nearer to either set, so half of them are.
+    """
+    train, held_out = (
+        data.Dataset(np.array(x, np.float32)[:, None], None)
+        for x in ([0, 10], [1, 11, 0.4, 11.4])
+    )
+    splits = data.Splits(train, held_out, "", 2)
+    prefers = pruning.preference(splits)
+    assert prefers(train.x) == 1 and prefers(held_out.x[:2]) == -1
+    assert prefers(held_out.x[2:]) == 0
+    assert prefers(np.array([[5.5], [0.5]], np.float32)) == 0  # as near to both
+    few = splits._replace(held_out=data.Dataset(held_out.x[:1], None))
+    for none in (few, splits._replace(held_out=None)):
+        assert np.isnan(pruning.preference(none)(train.x))
 
 
 def _like(config):

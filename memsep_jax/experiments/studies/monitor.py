@@ -215,22 +215,9 @@ class Monitor:
         self._best = min(map(np.mean, losses), default=np.inf)
 
     @functools.cached_property
-    def seen(self):
-        """The training points whose losses are measured."""
-        return first_points(self.parts.splits.train, self.config.run.evaluate_points)
-
-    @functools.cached_property
-    def held_out(self):
-        """The held-out points whose losses are measured, or None."""
-        points = self.parts.splits.held_out
-        if points is None or not len(points.x):
-            return None
-        points = first_points(points, self.config.run.evaluate_points)
-        if self.parts.num_classes and points.label is None:
-            # The network sees held-out points without a label as "no label".
-            none = jnp.full((len(points.x),), self.parts.num_classes, jnp.int32)
-            return points._replace(label=none)
-        return points
+    def points(self):
+        """`evaluated_points`, read when they are first needed."""
+        return evaluated_points(self.config, self.parts)
 
     @functools.cached_property
     def search(self):
@@ -272,9 +259,10 @@ class Monitor:
 
     def losses(self, params):
         """The eps-loss per noise level, of training and of held-out points."""
-        losses = {"train_losses": self._losses(params, self.seen)}
-        if self.held_out is not None:
-            losses["held_out_losses"] = self._losses(params, self.held_out)
+        seen, held_out = self.points
+        losses = {"train_losses": self._losses(params, seen)}
+        if held_out is not None:
+            losses["held_out_losses"] = self._losses(params, held_out)
         return losses
 
     def snapshot(self, step, weights):
@@ -437,6 +425,22 @@ def members_found(config, parts, weights, say) -> dict:
         if isinstance(value, membership.Separation)
     }
     return {"membership": numbers | {"counts": curve.counts, "note": curve.note}}
+
+
+def evaluated_points(config, parts):
+    """The training points and the held-out points, or None, whose losses are measured.
+
+    A network of labels sees held-out points that have none as "no label".
+    """
+    count, held_out = config.run.evaluate_points, parts.splits.held_out
+    seen = first_points(parts.splits.train, count)
+    if held_out is None or not len(held_out.x):
+        return seen, None
+    held_out = first_points(held_out, count)
+    if parts.num_classes and held_out.label is None:
+        none = jnp.full((len(held_out.x),), parts.num_classes, jnp.int32)
+        held_out = held_out._replace(label=none)
+    return seen, held_out
 
 
 def first_points(points, count: int):

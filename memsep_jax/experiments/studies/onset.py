@@ -5,6 +5,13 @@ which gives two times, in steps (Bonnaire 2025, arXiv 2505.17638): tau_gen, at w
 Frechet distance of samples from held-out points has come down almost to its best, and
 tau_mem, at which copies begin. Between them a network generalizes. In the paper tau_gen
 does not depend on n, and tau_mem grows like n.
+
+Copies are the last sign of memorization. Before them samples may be nearer to their own
+training set than to another one (tau_near), the loss may tell who was in the training
+set (tau_member), the held-out loss may have passed its least value (tau_held_out), and
+`train.stop_gap` would have ended the training (tau_stop). Garnier-Brun 2026 (arXiv
+2603.03469, by its abstract) find a bias towards the training set before the least
+held-out loss: then stopping there is too late.
 """
 
 import itertools
@@ -27,11 +34,27 @@ from memsep_jax.experiments.studies.results import AXES
 from memsep_jax.experiments.studies.study import Study
 
 WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
-TIMES = {"tau_gen": "tau_gen: good samples", "tau_mem": "tau_mem: copies"}
-ALONG = ("ratio", "ratio_low", "ratio_high", "frechet", "precision", "recall")
+TIMES = {
+    "tau_gen": "tau_gen: good samples",
+    "tau_near": "tau_near: nearer to their own training set",
+    "tau_member": "tau_member: members are told by their loss",
+    "tau_held_out": "tau_held_out: the least held-out loss",
+    "tau_stop": "tau_stop: a held-out loss above that of training",
+    "tau_mem": "tau_mem: copies",
+}
+ALONG = ("ratio", "ratio_low", "ratio_high", "nearer", "frechet", "precision", "recall")
+# Curves that the times are read off.
+USED = ("ratio", "nearer", "member", "frechet", "train_loss", "held_out_loss")
+# Signs of memorization along training: 0 by chance, 1 for certain.
+SIGNS = {
+    "ratio": "copies",
+    "nearer": "nearer to their own training set",
+    "member": "members told by their loss",
+}
 COLUMNS = (
     *AXES,
     *(f"{weights}_{which}" for weights in WEIGHTS for which in TIMES),
+    *(f"{weights}_stopped_{sign}" for weights in WEIGHTS for sign in SIGNS),
     "ratio", "null", "frechet", "seeds",
 )  # fmt: skip
 
@@ -112,23 +135,47 @@ def crossing(steps, values, level: float) -> float:
     return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** part)
 
 
-def times(steps, ratios, distances, level: float, tolerance: float) -> dict:
-    """Tau_gen and tau_mem of one network.
+def times(steps, along: dict, level: float, tolerance: float) -> dict:
+    """The times of one network, in the order of TIMES.
 
     tau_gen: no more than the share `tolerance` is left of the way of the Frechet
-    distance from the first snapshot to its best. tau_mem: the ratio of memorized
-    samples reaches `level`. Both use running medians of three, so that no single lucky
-    or unlucky snapshot decides a time or the best. The tolerance is a share of the way,
+    distance from the first snapshot to its best. The tolerance is a share of the way,
     because a share of the best itself would be within the noise of the distance.
+    tau_mem: the ratio of memorized samples reaches `level`. tau_near, tau_member: the
+    sign is at `level` from then on; before a network has learned anything, its samples
+    may all be nearest to one point. tau_held_out: the snapshot of the least held-out
+    loss, nan where that is the last one. tau_stop: the held-out loss is above that of
+    training points by `level` of itself, as train.stop_gap has it.
 
-    Args: steps, ratios, distances [k], along training.
+    All use running medians of three, so that no single lucky or unlucky snapshot
+    decides a time or the best.
+
+    Args: steps [k]; along, "ratio", "nearer", "member", "frechet", "train_loss" and
+      "held_out_loss" [k], along training.
     """
-    quality = -smoothed(distances)
+    its = {name: smoothed(values) for name, values in along.items()}
+    quality = -its["frechet"]
     way = quality.max() - quality[0]
+
+    def stays(values):
+        # The least value from a step on is at the level where all later ones are.
+        return crossing(steps, np.minimum.accumulate(values[::-1])[::-1], level)
+
+    least = int(np.argmin(its["held_out_loss"]))
+    ended = least == len(steps) - 1 or np.isnan(its["held_out_loss"]).any()
     return {
         "tau_gen": crossing(steps, quality, quality.max() - tolerance * way),
-        "tau_mem": crossing(steps, smoothed(ratios), level),
+        "tau_near": stays(its["nearer"]),
+        "tau_member": stays(its["member"]),
+        "tau_held_out": np.nan if ended else float(steps[least]),
+        "tau_stop": stays(1 - its["train_loss"] / its["held_out_loss"]),
+        "tau_mem": crossing(steps, its["ratio"], level),
     }
+
+
+def at(steps, values, tau: float) -> float:
+    """A value [k] along training at a time, linear in log step; nan where tau is."""
+    return float(np.interp(np.log(tau), np.log(steps), values))
 
 
 def fit(sizes, taus) -> Fit:
@@ -203,25 +250,58 @@ def measure(points, session):
         folder = networks.folder(config, session.workdir) / "snapshots"
         _check_kept(folder, steps)
         like = {"params": state.params, "ema": state.ema}
-        watch = pruning.watcher(config, parts, generate)
+        looks = _looks(config, parts, session, generate)
         along: dict[str, list] = {weights: [] for weights in WEIGHTS}
         with session.phase("sample"):
             for step in steps:
                 kept = checkpoint.restore(folder, step, like)
-                along["raw"].append(watch(kept["params"]))
-                along["ema"].append(watch(kept["ema"]))
+                along["raw"].append(looks(kept["params"]))
+                along["ema"].append(looks(kept["ema"]))
         last = along[config.sampler.weights][-1]
         row = {name: last[name] for name in ("ratio", "null", "frechet")}
         row |= {"steps": np.array(steps), "seconds": time.monotonic() - started}
         for weights, its in along.items():
-            curves = {name: np.array([a[name] for a in its]) for name in ALONG}
-            row |= {f"{weights}_{name}": curve for name, curve in curves.items()}
+            curves = {name: np.array([a[name] for a in its]) for name in its[0]}
+            # At the level that tells most at the end: the highest of all levels at each
+            # step would be above chance from the first step on.
+            auc = curves.pop("auc")
+            best = 0 if np.isnan(auc[-1]).all() else np.nanargmax(auc[-1])
+            curves["member"] = 2 * auc[:, best] - 1
+            kept = (*ALONG, "member", "train_loss", "held_out_loss")
+            row |= {f"{weights}_{name}": curves[name] for name in kept}
             taus = times(
-                steps, curves["ratio"], curves["frechet"],
+                steps, {name: curves[name] for name in USED},
                 config.measure.onset_level, config.measure.onset_tolerance,
             )  # fmt: skip
             row |= {f"{weights}_{which}": tau for which, tau in taus.items()}
+            row |= {
+                f"{weights}_stopped_{sign}": at(steps, curves[sign], taus["tau_stop"])
+                for sign in SIGNS
+            }
         yield row
+
+
+def _looks(config, parts, session, generate):
+    """weights -> its numbers: those of `pruning.watcher`, losses, and AUCs [levels].
+
+    The losses are means over the noise levels; the AUCs are of the loss as a sign of
+    membership, nan for networks of labels.
+    """
+    watch = pruning.watcher(config, parts, generate)
+    members = monitor.make_membership(config, parts, session.say)
+    seen, held_out = monitor.evaluated_points(config, parts)
+    losses = monitor.make_losses(config, parts, session.pause)
+
+    def look(weights):
+        curve = members(weights)
+        unknown = np.full(monitor.LEVELS, np.nan)
+        return watch(weights) | {
+            "auc": unknown if curve is None else curve.loss.auc,
+            "train_loss": float(losses(weights, seen).mean()),
+            "held_out_loss": float(losses(weights, held_out).mean()),
+        }
+
+    return look
 
 
 def _check_kept(folder, steps):
@@ -268,6 +348,27 @@ def draw(metrics, points):
             "Bands: 95 % intervals over the seeds.",
             figures.curves(panels),
         )
+    yield (
+        "signs",
+        "Signs of memorization along training, 0 % by chance and 100 % for certain: "
+        "memorized samples; twice the share of samples that are nearer to their own "
+        "training set than to another one, less that of held-out points; 2 AUC - 1 of "
+        "the loss at one noise level, which tells training from held-out points. The "
+        "held-out loss is above its least value by the share that is left of its way "
+        "from the first snapshot, at most by 100 %. "
+        f"{WEIGHTS['ema']}, means and 95 % intervals over the seeds.",
+        figures.curves(
+            [
+                figures.Panel(
+                    ", ".join(filter(None, (setting, f"n = {row['num_examples']:,}"))),
+                    [*_signs(row, "ema")],
+                    "training step", "sign", yscale="linear", percent=True,
+                )
+                for setting, rows in groups.items()
+                for row in rows
+            ]
+        ),
+    )  # fmt: skip
     laws = results.grouped(
         metrics["onset"], lambda row: (row["setting"], row["weights"])
     )
@@ -289,6 +390,19 @@ def draw(metrics, points):
 def _along(row, name):
     label, log = f"n = {row['num_examples']:,}", name.endswith("frechet")
     return figures.line(row["steps"]["mean"], row[name], label, ".-", log=log)
+
+
+def _signs(row, weights):
+    """The signs of memorization of a size along training, and its held-out loss."""
+    steps = row["steps"]["mean"]
+    for sign, label in SIGNS.items():
+        yield figures.line(steps, row[f"{weights}_{sign}"], label, ".-")
+    loss = np.array(row[f"{weights}_held_out_loss"]["mean"], float)
+    way = loss[0] - loss.min()
+    if way > 0:
+        above = np.minimum((loss - loss.min()) / way, 1)
+        label = "held-out loss above its least"
+        yield figures.Line(steps, above, label, style="--", color=figures.GREY)
 
 
 def _against_n(row, i):

@@ -168,14 +168,15 @@ def watcher(config, parts, generate):
     """(weights, first=0, count=num_samples) -> numbers: copies and quality of samples.
 
     Quality compares pixels with those of held-out points, which the network never saw:
-    there, copies are no better than any other sample that looks real.
+    there, copies are no better than any other sample that looks real. `nearer` is
+    `preference`.
 
     Args: generate, as `evaluate.make_generate` gives it.
     """
     mesh = parallel.make_mesh(jax.local_devices())
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
-    null, real = None, None
+    null, real, prefers = None, None, preference(parts.splits)
     if held_out is not None and len(held_out.x) > 3:  # precision has 3 neighbours
         real = np.asarray(held_out.x)
         null, real = search(real), real.reshape(len(real), -1)
@@ -192,6 +193,7 @@ def watcher(config, parts, generate):
             "ratio_high": high,
             "emitted": len(emitted) / parts.splits.num_distinct,
             "null": np.nan if result.null is None else result.null,
+            "nearer": prefers(x),
             "precision": np.nan,
             "recall": np.nan,
             "frechet": np.nan,
@@ -204,6 +206,33 @@ def watcher(config, parts, generate):
         return numbers
 
     return watch
+
+
+def preference(splits):
+    """samples [m, *e] -> how much more often their own training set is the nearer one.
+
+    The share of samples that are nearer to the first k training points than to the
+    first k held-out points, which another network could have been trained on, less that
+    share of the other held-out points, in units of one half: 0 for honest samples, 1
+    where every sample is a copy; nan without as many as two held-out points.
+
+    Source: Garnier-Brun 2026 (arXiv 2603.03469), who compare the overlap with the own
+      training set and with that of a second network; only the abstract was at hand.
+    """
+    held_out = splits.held_out
+    k = 0 if held_out is None else min(len(splits.train.x), len(held_out.x) // 2)
+    if not k:
+        return lambda samples: np.nan
+    sets = (np.asarray(part.x[:k]) for part in (splits.train, held_out))
+    own, other = (neighbours.searcher(x, 1) for x in sets)
+
+    def share(x):
+        gaps = own(x).distances[:, 0] - other(x).distances[:, 0]
+        return ((gaps < 0) + 0.5 * (gaps == 0)).mean()
+
+    # Which of two small sets is the nearer one is chance; honest points have the same.
+    honest = share(np.asarray(held_out.x[k:]))
+    return lambda samples: 2 * (share(samples) - honest)
 
 
 def tuner(config, parts):
