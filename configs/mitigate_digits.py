@@ -17,12 +17,6 @@ Variants: `full`, `smoke`.
 
 from memsep_jax import defaults
 
-# Times early and late in a rectified flow, and few in the middle. It ends at .98, where
-# sigma / alpha is 49: at 1 it is infinite.
-U_SHAPED = {
-    "times.name": "beta", "times.a": 0.5, "times.b": 0.5, "times.t_max": 0.98,
-    "times.clock": "rectified_flow",
-}  # fmt: skip
 POINTS: tuple = (
     {},
     {"optimizer.weight_decay": 1.0},
@@ -33,7 +27,7 @@ POINTS: tuple = (
     {"train.temperature": 4.0},
     {"train.ambient": 0.5},
     {"data.deduplicate": True},
-    U_SHAPED,
+    defaults.U_SHAPED,
     {"model.dropout": 0.2},
     {"prune.ratio": 0.4},
     {"prune.ratio": 0.4, "prune.criterion": "random"},

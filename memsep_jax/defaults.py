@@ -8,6 +8,13 @@ from ml_collections import ConfigDict
 
 from memsep_jax.experiments.config import schema
 
+# Times early and late in a rectified flow, and few in the middle. It ends at .98, where
+# sigma / alpha is 49: at 1 it is infinite.
+U_SHAPED = {
+    "times.name": "beta", "times.a": 0.5, "times.b": 0.5, "times.t_max": 0.98,
+    "times.clock": "rectified_flow",
+}  # fmt: skip
+
 
 def train() -> ConfigDict:
     """The config of a training, and of studies that train: EDM's setting, small."""

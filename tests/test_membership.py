@@ -7,7 +7,12 @@ import pytest
 import scipy.stats
 from oracles import FORMULAS, OU, OU_FORMULA, PROCESSES, drawn
 
-from memsep_jax import analytic, empirical, memorization, mixture
+from configs import membership_digits
+from memsep_jax import analytic, data, empirical, experiments, memorization, mixture
+from memsep_jax.experiments import training
+from memsep_jax.experiments.config import build
+from memsep_jax.experiments.studies import membership as study
+from memsep_jax.experiments.studies import monitor
 from memsep_jax.memorization import membership
 
 TIMES = np.array([0.05, 0.3, 0.9])
@@ -336,3 +341,101 @@ def test_equal_laws_are_not_refused_for_their_ranges():
 def test_numbers_without_meaning_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# The study.
+
+
+def smoke(**changes):
+    config = membership_digits.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def of_score_fns(monkeypatch):
+    """A set of points -> the numbers of the network that is its empirical score."""
+    monkeypatch.setattr(training, "score_fn", lambda parts, weights: weights)
+    config = smoke(**{"data.num_examples": 40, "data.num_held_out": 80})
+    config.run.evaluate_points = 200
+    parts = build.build(config)
+
+    def told(name):
+        x = jnp.asarray(getattr(parts.splits, name).x)
+        score_fn = empirical.score(x, parts.process)
+        return study.told(config, parts, score_fn, score_fn)
+
+    return told
+
+
+def test_the_copy_gives_every_member_away_and_is_no_calibration_of_itself(of_score_fns):
+    found = of_score_fns("train")
+    assert found["best_loss"] == found["best_secmi"] == 1 == found["tpr_loss"]
+    assert found["auc_loss"][0] == 1 > found["auc_loss"][-1]
+    assert found["noise"].shape == found["auc_loss"].shape == (monitor.LEVELS,)
+    np.testing.assert_array_equal(found["auc_by_model"], 0.5)  # ties alone
+
+
+def test_a_score_of_the_other_set_gives_the_others_away(of_score_fns):
+    """The held-out points are its members: the training points have the larger loss."""
+    found = of_score_fns("held_out")
+    assert found["auc_loss"][0] == 0 and found["best_loss"] < 0.6
+
+
+def test_a_statistic_that_is_not_finite_is_unknown_at_its_best(
+    of_score_fns, monkeypatch
+):
+    curve = membership.curve
+
+    def broken(*args, **kwargs):
+        its = curve(*args, **kwargs)
+        return its._replace(pia=its.pia._replace(auc=np.nan * its.pia.auc))
+
+    monkeypatch.setattr(membership, "curve", broken)
+    found = of_score_fns("train")
+    assert np.isnan(found["best_pia"]) and np.isnan(found["noise_pia"])
+    assert found["best_loss"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sweep.num_examples": ()}, r"sweep.num_examples=\(\) has no value"),
+        ({"data.skip": 3}, "data.skip=3: membership skips the points"),
+        ({"data.labels": "true"}, "data.labels=true: a held-out point has a label"),
+        ({"data.num_held_out": 0}, "data.num_held_out=0 and .* give 0 held-out and 16"),
+        ({"sweep.num_examples": (3,)}, "give 16 held-out and 3 training points"),
+    ],
+)
+def test_a_study_without_members_or_others_is_refused(changes, message, tmp_path):
+    with pytest.raises(build.ConfigError, match=message):
+        experiments.run(smoke(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_points_that_are_members_are_named_before_training(
+    tmp_path, monkeypatch
+):
+    grid_check, config = study.twins.check, smoke()
+
+    def common(config):
+        parts = grid_check(config)
+        held_out = np.asarray(parts.splits.held_out.x).copy()
+        held_out[3] = np.asarray(parts.splits.train.x)[5]
+        splits = parts.splits._replace(held_out=data.Dataset(held_out))
+        return parts._replace(splits=splits)
+
+    monkeypatch.setattr(study.twins, "check", common)
+    with pytest.raises(build.ConfigError, match=r"1 non-members are members .*: 5 = 3"):
+        experiments.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_study_of_membership(tmp_path, undrawn):
+    config = smoke(**{"sweep.num_examples": (8, 16)})
+    numbers = experiments.run(config, tmp_path)
+    for row in numbers["table"]:
+        assert 0 <= row["best_loss"]["mean"] <= 1
+        assert len(row["auc_by_model"]["mean"]) == monitor.LEVELS
+    assert {"membership.png", "best.png"} <= {p.name for p in tmp_path.rglob("*.png")}

@@ -33,6 +33,7 @@ STATISTICS = {  # of membership, as a legend names them
     "pia": "PIA",
     "secmi": "SecMI",
     "by_complexity": "loss, calibrated by complexity",
+    "by_model": "loss, calibrated by a second network",
 }
 SPACES = {"pixels": "", "features": "feature_"}  # of an audit: prefixes of columns
 REPEATS = 20  # duplicates of a training set that the page lists; the csv has all
@@ -337,6 +338,8 @@ def _membership(levels):
     """The panel of how well training points are told from others, by each statistic."""
     noise, lines = np.array(levels["noise"], float), []
     for name, label in STATISTICS.items():
+        if name not in levels["membership"]:  # only a study has a second network
+            continue
         # null is where a statistic was not finite: nan again.
         auc = np.array(levels["membership"][name]["auc"], float)
         low, high = np.array(levels["membership"][name]["interval"], float).T

@@ -49,8 +49,8 @@ def check(config) -> build.Parts:
         )
     if config.data.skip:
         raise build.ConfigError(
-            f"data.skip={config.data.skip}: twins skips the points of the other half "
-            "itself; leave it at 0"
+            f"data.skip={config.data.skip}: {config.experiment} skips the points of "
+            "the other half itself; leave it at 0"
         )
     parts = grid.check(config)  # the first halves; the second ones need 2 n points
     for point in grid.points(config):
