@@ -368,7 +368,7 @@ def of_score_fns(monkeypatch):
     return told
 
 
-def test_the_copy_gives_every_member_away_and_is_no_calibration_of_itself(of_score_fns):
+def test_the_copy_gives_every_member_away(of_score_fns):
     found = of_score_fns("train")
     assert found["best_loss"] == found["best_secmi"] == 1 == found["tpr_loss"]
     assert found["auc_loss"][0] == 1 > found["auc_loss"][-1]
@@ -382,9 +382,7 @@ def test_a_score_of_the_other_set_gives_the_others_away(of_score_fns):
     assert found["auc_loss"][0] == 0 and found["best_loss"] < 0.6
 
 
-def test_a_statistic_that_is_not_finite_is_unknown_at_its_best(
-    of_score_fns, monkeypatch
-):
+def test_a_statistic_that_is_not_finite_has_no_best(of_score_fns, monkeypatch):
     curve = membership.curve
 
     def broken(*args, **kwargs):
