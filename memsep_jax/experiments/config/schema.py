@@ -393,6 +393,10 @@ TRAIN: dict[str, Field | Group] = {
         eps=field(0.2, "eps of Theorem 5.1 of Ye 2025.", positive()),
         bands=field(10, "Bands of the noise axis.", at_least(1, "band")),
         swap=field("empirical", "The score that copies: empirical or trained."),
+        patches=field(
+            (3, 5, 7), "Sides of the patches that are tried, odd.",
+            integers("odd integers"),
+        ),
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),
         onset_level=field(
