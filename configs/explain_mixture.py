@@ -20,9 +20,7 @@ def get_config(variant="full"):
     config.model.update(width=256, depth=4)
     config.train.update(steps=10_000, batch_size=128, ema_decay=0.998)
     config.sweep.update(seeds=3, num_examples=(100, 2_000))
-    config.measure.update(
-        times=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0), draws=500
-    )
+    config.measure.update(times=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0), draws=500)
     config.run.update(snapshots=0, save_every=100_000, evaluate_every=100_000)
     return defaults.variant_of(config, variant, smoke=smoke)
 

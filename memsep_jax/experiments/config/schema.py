@@ -395,7 +395,10 @@ TRAIN: dict[str, Field | Group] = {
         swap=field("empirical", "The score that copies: empirical or trained."),
         patches=field(
             (3, 5, 7), "Sides of the patches that are tried, odd.",
-            integers("odd integers"),
+            each(
+                "odd integers, at least 1",
+                lambda side: type(side) is int and side > 0 and side % 2 == 1,
+            ),
         ),
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),

@@ -33,7 +33,7 @@ from memsep_jax import (
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import evaluate, networks, results, training_run
+from memsep_jax.experiments.studies import evaluate, loss_gap, networks, training_run
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.streaming import floats
 
@@ -57,7 +57,6 @@ LOCAL = {
 COLORS = dict(zip(RUNGS, (*figures.COLORS[:4], figures.RED, "black"), strict=True))
 THRESHOLD = 0.05  # of `covariance_local`, the upper end of the published code's
 SHOWN = 8  # samples in a picture
-MARKS = ("o-", "s--", "^:", "D-.", "v-")  # one for each row of the table
 COLUMNS = (
     "num_examples", "setting", "ratio",
     *(f"{rung}_{what}" for what in ("held_out", "path", "cosine", "copies")
@@ -109,9 +108,10 @@ def measure(points, session):
 def measured(config, session) -> dict:
     """Trains a network, and measures which rungs explain its denoiser and samples.
 
-    Returns: the numbers of `explained` and of `alike`; ratio, the share of copies among
-      the network's samples; null, that of held-out points; samples_NAME [8, h, w, c],
-      of images only, the first samples of the network and of each rung.
+    Rungs are sampled measure.draws times, since some cost much more than a network.
+
+    Returns: the numbers of `explained` and of `alike`; samples_NAME [8, h, w, c], of
+      images only, the first samples of the network and of each rung.
     """
     with session.phase("data"):
         parts = build.build(config)
@@ -120,13 +120,14 @@ def measured(config, session) -> dict:
     state = networks.trained(config, parts, session, generate)
     weights = training.sampled_weights(state, config)
     m = config.sampler.num_samples
+    few = min(config.measure.draws, m)
     with session.phase("measure"):
         network = training.score_fn(parts, weights)
         row, rungs = explained(config, parts, network, truth)
     with session.phase("sample"):
         drawn = {"network": generate(weights, 0, m)}
         for name, score_fn in rungs.items():
-            drawn[name] = sampled(config, parts, score_fn, session)((), 0, m)
+            drawn[name] = sampled(config, parts, score_fn, session)((), 0, few)
     with session.phase("neighbours"):
         row |= alike(drawn, parts.splits, config.memorization.threshold)
     if parts.splits.pixels and config.run.images and drawn["network"].ndim == 4:
@@ -254,12 +255,12 @@ def sampled(config, parts, score_fn, session=None):
 
 
 def alike(drawn, splits, threshold) -> dict:
-    """Samples of the same noises, compared with the network's and with the training set.
+    """Samples of the same noises against those of the network and the training set.
 
-    Args: drawn, "network" and rungs -> samples [m, *e].
-    Returns: ratio, RUNG_copies, null: shares of copies, the last one of held-out
-      points; RUNG_cosine, the mean cosine of the angle between a sample and that of the
-      network, about the mean training point.
+    Args: drawn, "network" and rungs -> samples [m, *e]; a rung may have fewer.
+    Returns: ratio, RUNG_copies, null: shares of copies, of the network, of a rung and
+      of held-out points; RUNG_cosine, the mean cosine of the angle between a sample and
+      that of the network, about the mean training point.
     """
     train = np.asarray(splits.train.x)
     search = neighbours.searcher(train)
@@ -272,7 +273,7 @@ def alike(drawn, splits, threshold) -> dict:
     centre = _as_floats(train).mean(axis=0)
     row = {"ratio": copies(own), "null": copies(np.asarray(splits.held_out.x))}
     for name, x in zip(names, others, strict=True):
-        angles = memorization.cosine(_as_floats(own), _as_floats(x), centre)
+        angles = memorization.cosine(_as_floats(own[: len(x)]), _as_floats(x), centre)
         row |= {f"{name}_cosine": angles.mean(), f"{name}_copies": copies(x)}
     return row
 
@@ -287,7 +288,7 @@ def _points(parts):
 
 
 def _ladder(parts, patches, truth=None) -> dict:
-    """rung -> side of the patch, or None -> score_fn; of vectors, no rung has a patch."""
+    """rung -> side of its patch, or None -> score_fn; vectors have no patches."""
     x, made = _points(parts), parts.process
     local = LOCAL if x.ndim == 4 else {}
     return {
@@ -388,6 +389,7 @@ def draw(metrics, points):
 
 def _shells(rows):
     """The panels of the figure `shells`."""
+    marks = loss_gap.MARKS  # one for each row of the table
     known = [rung for rung in ("empirical", "truth") if rung in _rungs(rows[0])]
     panels = {
         f"to the {RUNGS[rung]} denoiser".replace("truth", "true"): (
@@ -402,7 +404,7 @@ def _shells(rows):
     return [
         _panel(title, [
             _line(row, name(place), ", ".join(filter(None, [words, grid.label(row)])),
-                  MARKS[i % len(MARKS)], color)
+                  marks[i % len(marks)], color)
             for i, row in enumerate(rows)
             for (place, words), color in zip(PLACES.items(), figures.COLORS,
                                              strict=False)
