@@ -125,7 +125,7 @@ def test_a_truth_explains_itself_and_vectors_have_no_patches(compiled_once):
         ("measure", {"patches": (4,)}, r"measure.patches=\(4,\) must be odd integers"),
         ("measure", {"patches": (3, 17)}, "patch=17 .* from 1 to 15"),
         ("measure", {"patches": ()}, r"measure.patches=\(\) has no value"),
-        ("measure", {"times": (0.1, 90.0)}, r"measure.times=\[90.0\] .* t_max=80"),
+        ("measure", {"times": (0.1, 90.0)}, r"measure.times=\[90.0\] .*t_max=80"),
         ("data", {"labels": "true"}, "data.labels=none"),
         ("data", {"num_held_out": 0}, "raise it"),
     ],
