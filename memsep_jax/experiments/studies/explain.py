@@ -397,7 +397,7 @@ def _shells(rows):
         )
         for rung in known
     } | {
-        "to the nearest shell": (
+        "to the nearest training point": (
             lambda place: f"{place}_radius", "distance / (sigma sqrt(d))"
         )
     }  # fmt: skip
