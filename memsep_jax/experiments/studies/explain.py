@@ -40,7 +40,7 @@ from memsep_jax.streaming import floats
 PLACES = {
     "held_out": "held-out points",
     "shell": "training points",
-    "path": "the network's own path",
+    "path": "its own path",
 }
 RUNGS = {
     "gaussian": "Gaussian",
@@ -352,7 +352,7 @@ def draw(metrics, points):
         "The squared error of a network's denoiser to the empirical and, where it is "
         "known, the true one, relative to its own square; and the median distance of "
         "the points from the nearest noised training point, in units of the noise's "
-        "length: 1 in the shells of noise that training has seen. A sampler that stays "
+        "length: 1 in the shells of noise that training has seen. A path that stays "
         "at 1 ends at a training point. Bands: 95 % intervals over the seeds.",
         figures.curves(_shells(rows)),
     )
