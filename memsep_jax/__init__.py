@@ -66,8 +66,9 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 once), band_swap, mitigate (prune: what helps, and whether it comes
                 back), emm (how many points a network copies), factors (what drives it),
                 twins (two networks on disjoint halves), onset (when it begins), which
-                (points are copied first), membership (who was trained on); they share
-                networks (trained once for all points), results and overview
+                (points are copied first), membership (who was trained on), explain (a
+                network by the scores between truth and copy); they share networks
+                (trained once for all points), results and overview
   defaults      the presets that a file in configs/ starts from
   commands      train, sample, audit, report, configs and sweep, by these words
   main          the command line

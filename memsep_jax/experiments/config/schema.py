@@ -393,6 +393,13 @@ TRAIN: dict[str, Field | Group] = {
         eps=field(0.2, "eps of Theorem 5.1 of Ye 2025.", positive()),
         bands=field(10, "Bands of the noise axis.", at_least(1, "band")),
         swap=field("empirical", "The score that copies: empirical or trained."),
+        patches=field(
+            (3, 5, 7), "Sides of the patches that are tried, odd.",
+            each(
+                "odd integers, at least 1",
+                lambda side: type(side) is int and side > 0 and side % 2 == 1,
+            ),
+        ),
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),
         onset_level=field(
