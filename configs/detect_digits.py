@@ -1,0 +1,42 @@
+"""Can a score alone tell which of its samples are copies, without the training set?
+
+python -m memsep_jax.main --config=configs/detect_digits.py:small
+
+Networks that copy some of what they draw; the 1/3 rule says which samples are copies.
+From the score at a sample alone: the eigenvalues and the trace of the Hessian of
+log p_t (Jeon 2025), the local dimension (Kamkari 2024, Ross 2025) and, for networks
+with labels, the gap between the scores with and without one (Wen 2024). Ye 2025,
+section 5, finds the empirical score far steeper than the truth: so sharpness must tell.
+
+Variants: `full` (5 seeds, 4 sizes), `small` (3 seeds: minutes on 2 CPU cores), `smoke`.
+"""
+
+from memsep_jax import defaults
+
+LABELLED = {"data.labels": "true", "train.label_drop": 0.1}
+
+
+def get_config(variant="full"):
+    config = defaults.copying()
+    config.experiment = "detect"
+    config.sweep.update(
+        seeds=5, num_examples=(100, 200, 400, 800), points=({}, LABELLED)
+    )
+    config.measure.update(times=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0), detect_at=0.1)
+    config.run.snapshots = 0
+    return defaults.variant_of(config, variant, small=small, smoke=smoke)
+
+
+def small(config):
+    """Fewer seeds and sizes."""
+    config.train.steps = 5_000
+    config.sweep.update(seeds=3, num_examples=(100, 200))
+    return config
+
+
+def smoke(config):
+    """Two networks."""
+    defaults.smoke(config)
+    config.sweep.update(seeds=1, num_examples=(16,))
+    config.measure.update(times=(0.1, 0.5), iters=4)
+    return config
