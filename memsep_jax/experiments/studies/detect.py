@@ -208,7 +208,7 @@ def _told(config, name, values, copied) -> dict:
         # Copies are near: the distance has the sign of a detector that they make small.
         signed = detectors.SIGNS.get(name.removeprefix("fresh_"), -1) * values
         found = detectors.separations(signed, copied)
-        auc = np.stack([found.auc, *found.interval.T])
+        auc = np.stack([found.auc, *np.asarray(found.interval).T])
         if np.isfinite(signed[:, at]).all():
             roc = detectors.roc(signed[:, at], copied, FPR)
     ends = zip(("", "_low", "_high"), auc, strict=True)
