@@ -290,8 +290,6 @@ def log_likelihood(
     slope = _slope(score_fn, process)
 
     def log_prob(x, key=None):
-        if probes and key is None:
-            raise ValueError("log_likelihood with probes draws them: give a key")
         along = directions(x, probes, key)
 
         def both(x, t):
@@ -321,10 +319,13 @@ def directions(x: Point, probes: int = 0, key: Keys | None = None):
 
     Args: probes, the number of random signs (Hutchinson); 0 for the unit vectors, which
       need no key.
+    Raises: ValueError: probes without a key.
     """
     if not probes:
         # Along unit vectors, v'Jv are the diagonal of J: their sum is its trace.
         return jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
+    if key is None:
+        raise ValueError(f"probes={probes} directions are drawn: give a key")
     return jax.random.rademacher(key, (probes, *x.shape), x.dtype)
 
 

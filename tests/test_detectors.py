@@ -298,5 +298,10 @@ def test_what_tells_nothing_of_copies_is_refused(key):
     more = {"unconditional": plain}
     refused("all labels are 3: with one class", labelled, labels=[3] * 6, **more)
     refused("labels of shape .5,.: one for each of 6", labelled, labels=two[:5], **more)
-    with pytest.raises(ValueError, match="6 of 6 samples are copies"):
-        detectors.roc(np.ones(6), np.ones(6, bool), np.ones(1))
+    for ask in (
+        lambda copied: detectors.roc(np.ones(6), copied, np.ones(1)),
+        lambda copied: detectors.separations(np.ones((6, 1)), copied),
+        lambda copied: detectors.check_copies(copied, 6),
+    ):
+        with pytest.raises(ValueError, match="6 of 6 samples are copies"):
+            ask(np.ones(6, bool))

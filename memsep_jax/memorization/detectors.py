@@ -66,9 +66,10 @@ def flattest(
 ) -> Scalar:
     """The smallest eigenvalue of minus the Hessian of log p_t, from above.
 
-    A peak is sharp in its flattest direction too: 1/sigma^2 at a point that stands
-    alone, about 0 along a set of some dimension, and below 0 between two points, where
-    Ye 2025 (section 5) finds the norm of the Jacobian to explode.
+    Minus the largest eigenvalue of the Hessian: how sharp the density is in the
+    direction in which it is least so. That is 1/sigma^2 at a point that stands alone,
+    about 0 along a set of some dimension, and below 0 between two points, where Ye 2025
+    (section 5) finds the norm of the Jacobian to explode.
 
     Args: iters, as `lipschitz.eigenvalues`.
     Source: Jeon 2025 (arXiv 2412.04140): memorized points have the fewest directions in
@@ -199,12 +200,12 @@ def curve(
       times: [k] > 0.   iters, probes: as `evidence`.
       labels: [m] of the samples, for the gaps.   unconditional: the score without one.
     Returns: as `curve_of`.
-    Raises: ValueError: as `check_copies` and `check_labels`; times that are not
-      positive.
+    Raises: ValueError: as `check_copies`; times that are not positive; labels or the
+      unconditional score alone, labels of a score that takes none, or of one class.
     """
     check_on_host("detectors.curve", samples, copied, times)
     copied = check_copies(copied, len(samples))
-    check_labels(score_fn, unconditional, labels, len(samples))
+    _check_labels(score_fn, unconditional, labels, len(samples))
     for t in np.ravel(times):
         check_time(t)
     samples, times = jnp.asarray(samples), jnp.asarray(times)
@@ -238,7 +239,6 @@ def curve_of(values: Evidence, copied) -> dict[str, membership.Separation]:
     Raises: ValueError: as `check_copies`.
     """
     check_on_host("detectors.curve_of", values, copied)
-    copied = check_copies(copied, len(values.trace))
     return {
         name: separations(SIGNS[name] * np.asarray(of, np.float64), copied)
         for name, of in values._asdict().items()
@@ -251,7 +251,9 @@ def separations(values, copied) -> membership.Separation:
 
     Args: copied, bool [m].
     Returns: of arrays [k] or [k, 2]; UNKNOWN where a value is not finite.
+    Raises: ValueError: as `check_copies`.
     """
+    copied = check_copies(copied, len(values))
     each = [
         membership.separation(-column[copied], -column[~copied])
         if np.isfinite(column).all()
@@ -296,7 +298,7 @@ def check_copies(copied, m: int) -> np.ndarray:
     return copied
 
 
-def check_labels(score_fn, unconditional, labels, m: int):
+def _check_labels(score_fn, unconditional, labels, m: int):
     """Refuses gaps between scores that are not given.
 
     Raises: ValueError: labels without a score that takes them, or without the score
