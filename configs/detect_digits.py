@@ -8,7 +8,12 @@ log p_t (Jeon 2025), the local dimension (Kamkari 2024, Ross 2025) and, for netw
 with labels, the gap between the scores with and without one (Wen 2024). Ye 2025,
 section 5, finds the empirical score far steeper than the truth: so sharpness must tell.
 
-Variants: `full` (5 seeds, 4 sizes), `small` (3 seeds: minutes on 2 CPU cores), `smoke`.
+Of 500 samples of one network each, after 5,000 steps, copies are 51 % at n = 100, 14 %
+at 200, and with labels 67 % at 100. `small` has sizes between, as an AUC needs both
+kinds.
+
+Variants: `full` (5 seeds, 3 sizes, twice the steps), `small` (3 seeds, 2 sizes, 500
+samples: minutes on 2 CPU cores), `smoke`.
 """
 
 from memsep_jax import defaults
@@ -19,10 +24,11 @@ LABELLED = {"data.labels": "true", "train.label_drop": 0.1}
 def get_config(variant="full"):
     config = defaults.copying()
     config.experiment = "detect"
-    config.sweep.update(
-        seeds=5, num_examples=(100, 200, 400, 800), points=({}, LABELLED)
-    )
+    config.sweep.update(seeds=5, num_examples=(150, 200, 250), points=({}, LABELLED))
+    # The table has the level that was chosen before any AUC was seen: well below the
+    # distance of two digits, well above the rounding of a pixel.
     config.measure.update(times=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0), detect_at=0.1)
+    config.measure.iters = 20
     config.run.snapshots = 0
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 
@@ -30,7 +36,8 @@ def get_config(variant="full"):
 def small(config):
     """Fewer seeds and sizes."""
     config.train.steps = 5_000
-    config.sweep.update(seeds=3, num_examples=(100, 200))
+    config.sampler.num_samples = 500
+    config.sweep.update(seeds=3, num_examples=(100, 150))
     return config
 
 
@@ -38,5 +45,5 @@ def smoke(config):
     """Two networks."""
     defaults.smoke(config)
     config.sweep.update(seeds=1, num_examples=(16,))
-    config.measure.update(times=(0.1, 0.5), iters=4)
+    config.measure.update(times=(0.1, 0.5), detect_at=0.1, iters=4)
     return config

@@ -300,7 +300,6 @@ def test_what_tells_nothing_of_copies_is_refused(key):
     refused("labels of shape .5,.: one for each of 6", labelled, labels=two[:5], **more)
     for ask in (
         lambda copied: detectors.roc(np.ones(6), copied, np.ones(1)),
-        lambda copied: detectors.separations(np.ones((6, 1)), copied),
         lambda copied: detectors.check_copies(copied, 6),
     ):
         with pytest.raises(ValueError, match="6 of 6 samples are copies"):

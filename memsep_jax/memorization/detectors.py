@@ -109,10 +109,15 @@ def flipd(score_fn: ScoreFn, process: Process, probes: int = 0):
     def of(x0, t, key=None):
         x = process.alpha(t) * x0
         along = sampling.directions(x, probes, key)
-        value, slope = sampling.divergence(lambda x: score_fn(x, t), x, along, probes)
-        return x.size + process.sigma(t) ** 2 * (slope + jnp.sum(value**2))
+        both = sampling.divergence(lambda x: score_fn(x, t), x, along, probes)
+        return _dimension(process, t, *both)
 
     return of
+
+
+def _dimension(process, t, value, slope):
+    """FLIPD, from the score and the trace of its Jacobian."""
+    return value.size + process.sigma(t) ** 2 * (slope + jnp.sum(value**2))
 
 
 def guidance_gap(conditional: ScoreFn, unconditional: ScoreFn):
@@ -162,6 +167,8 @@ def evidence(
     """
     x = process.alpha(t) * x0
     eigen_key, probe_key = jax.random.split(key)
+    along = sampling.directions(x, probes, probe_key)
+    value, slope = sampling.divergence(lambda x: score_fn(x, t), x, along, probes)
     eigenvalues = lipschitz.eigenvalues(score_fn, x, t, eigen_key, iters)
     gaps = None, None
     if unconditional is not None:
@@ -170,8 +177,8 @@ def evidence(
     return Evidence(
         -eigenvalues[0],
         -eigenvalues[-1],
-        trace(score_fn, x, t, probe_key, probes),
-        flipd(score_fn, process, probes)(x0, t, probe_key),
+        -slope,
+        _dimension(process, t, value, slope),
         *gaps,
     )
 
@@ -239,28 +246,12 @@ def curve_of(values: Evidence, copied) -> dict[str, membership.Separation]:
     Raises: ValueError: as `check_copies`.
     """
     check_on_host("detectors.curve_of", values, copied)
+    copied = check_copies(copied, len(values.trace))
     return {
-        name: separations(SIGNS[name] * np.asarray(of, np.float64), copied)
+        name: membership.separations(-SIGNS[name] * np.asarray(of), copied)
         for name, of in values._asdict().items()
         if of is not None
     }
-
-
-def separations(values, copied) -> membership.Separation:
-    """The `Separation` in each column of values [m, k], large where a sample is a copy.
-
-    Args: copied, bool [m].
-    Returns: of arrays [k] or [k, 2]; UNKNOWN where a value is not finite.
-    Raises: ValueError: as `check_copies`.
-    """
-    copied = check_copies(copied, len(values))
-    each = [
-        membership.separation(-column[copied], -column[~copied])
-        if np.isfinite(column).all()
-        else membership.UNKNOWN
-        for column in np.asarray(values, np.float64).T
-    ]
-    return membership.Separation(*map(np.array, zip(*each, strict=True)))
 
 
 def roc(values, copied, fpr: Float[Arr, " f"]) -> Float[Arr, " f"]:

@@ -22,7 +22,7 @@ from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import evaluate, networks, training_run
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.experiments.training import sampled_weights
-from memsep_jax.memorization import detectors
+from memsep_jax.memorization import detectors, membership
 
 DETECTORS = {
     "sharpness": "sharpest direction",
@@ -128,14 +128,13 @@ def measured(config, session) -> dict:
                 fresh = says(*held_out) | {"distance": nearest}
     row = {"ratio": copied.mean(), "sigma": _sigma(config, parts)}
     for name in DETECTORS:
-        found, others = values.get(name), fresh.get(name)
-        row |= _told(config, name, found, copied) | _medians(
-            config, name, found, copied
-        )
-        if others is not None:
-            others = np.concatenate([found[copied], others])
-        first = np.arange(0 if others is None else len(others)) < copied.sum()
-        row |= _told(config, f"fresh_{name}", others, first)
+        found, both, first = values.get(name), None, copied
+        if found is not None and name in fresh:
+            both = np.concatenate([found[copied], fresh[name]])
+            first = np.arange(len(both)) < copied.sum()
+        row |= _told(config, name, found, copied)
+        row |= _told(config, f"fresh_{name}", both, first)
+        row |= _medians(config, name, found, copied)
     return row
 
 
@@ -207,7 +206,7 @@ def _told(config, name, values, copied) -> dict:
     if values is not None:
         # Copies are near: the distance has the sign of a detector that they make small.
         signed = detectors.SIGNS.get(name.removeprefix("fresh_"), -1) * values
-        found = detectors.separations(signed, copied)
+        found = membership.separations(-signed, copied)
         auc = np.stack([found.auc, *np.asarray(found.interval).T])
         if np.isfinite(signed[:, at]).all():
             roc = detectors.roc(signed[:, at], copied, FPR)
