@@ -235,9 +235,7 @@ def curve_of(times, values: Statistics, n: int) -> Curve:
             f"the TPR at {FPR:.0%} FPR is that at 0"
         )
     each = Statistics(*map(of, values))
-    return Curve(
-        np.asarray(times), **each._asdict(), counts=(n, others), note=note
-    )
+    return Curve(np.asarray(times), **each._asdict(), counts=(n, others), note=note)
 
 
 def separation(members, non_members) -> Separation:

@@ -19,7 +19,7 @@ from memsep_jax import data, memorization, neighbours
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, checks, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import evaluate, networks, training_run
+from memsep_jax.experiments.studies import evaluate, networks, results, training_run
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.experiments.training import sampled_weights
 from memsep_jax.memorization import detectors, membership
@@ -233,66 +233,68 @@ def _medians(config, name, values, copied) -> dict:
 
 def draw(metrics, points):
     """(name, caption, figure) of each picture: see `study.Study`."""
+    # Without copies, or with nothing else, no detector has been asked.
     rows = [row for row in metrics["table"] if _known(row, "trace")]
-    if not rows:  # where nothing is copied, or all, nothing is told
-        return
-    titles = [
-        f"{grid.label(row) or 'networks'}\n{row['ratio']['mean']:.0%} copies"
-        for row in rows
-    ]
+    for against, words in AGAINST.items():
+        known = [row for row in rows if _known(row, f"{against}trace")]
+        if not known:
+            continue
+        yield (
+            f"{against}roc",
+            f"ROC curves of detectors of copies that see no training point, against "
+            f"{words}. The oracle is the distance to the nearest training point. "
+            "Bands: 95 % intervals over the seeds.",
+            figures.curves([_roc(row, against, words) for row in known]),
+        )
+        yield (
+            f"{against}noise",
+            f"AUC against {words}, by the noise level at which the score is asked: the "
+            "share of pairs in which the copy has more of what the papers say of "
+            "copies; below 1/2 it has less. Bands: 95 % intervals over the seeds.",
+            figures.curves([_noise(row, against) for row in known]),
+        )
+    if rows:
+        yield (
+            "spectrum",
+            "Eigenvalues of minus the Hessian of log p_t at copies and at other "
+            "samples, in units of 1 / sigma²: the largest (sharpest direction) and the "
+            "smallest (flattest). At a point that stands alone all are 1. Medians over "
+            "the samples. Bands: 95 % intervals over the seeds.",
+            figures.curves(list(map(_spectrum, rows))),
+        )
+
+
+def _roc(row, against, words):
     chance = figures.Line(FPR, FPR, "chance", style=":", color=figures.GREY)
-    yield (
-        "roc",
-        "ROC curves of detectors that see no training point: copies that are found, "
-        "against other samples and against held-out images that are called copies. "
-        "The oracle is the distance to the nearest training point. Bands: 95 % "
-        "intervals over the seeds.",
-        figures.curves([
-            figures.Panel(
-                title, [*_lines(row, f"roc_{against}", FPR, "-"), chance],
-                f"{words} called copies", "copies found", xscale="linear",
-                yscale="linear", percent=True,
-            )
-            for row, title in zip(rows, titles, strict=True)
-            for against, words in AGAINST.items()
-            if _known(row, f"{against}trace")
-        ]),
+    return figures.Panel(
+        _title(row), [*_lines(row, f"roc_{against}", FPR, "-"), chance],
+        f"{words} called copies", "copies found", xscale="linear", yscale="linear",
+        percent=True,
     )  # fmt: skip
-    yield (
-        "noise",
-        "AUC against the noise level at which the score is asked: the share of pairs "
-        "in which the copy has more of what the papers say of copies; below 1/2 it has "
-        "less. Bands: 95 % intervals over the seeds.",
-        figures.curves([
-            figures.Panel(
-                f"{title}, against {words}",
-                _lines(row, f"along_{against}", row["sigma"]["mean"], "o-"),
-                "sigma", "AUC", yscale="linear",
-            )
-            for row, title in zip(rows, titles, strict=True)
-            for against, words in AGAINST.items()
-            if _known(row, f"{against}trace")
-        ]),
-    )  # fmt: skip
-    yield (
-        "spectrum",
-        "Eigenvalues of minus the Hessian of log p_t at copies and at other samples, "
-        "in units of 1 / sigma²: the largest (sharpest direction) and the smallest "
-        "(flattest). Medians over the samples; at a point that stands alone all are 1. "
-        "Bands: 95 % intervals over the seeds.",
-        figures.curves([
-            figures.Panel(
-                title,
-                [
-                    _scaled(row, f"{which}_{name}", style, color, DETECTORS[name])
-                    for name, style in SPECTRUM.items()
-                    for which, color in COPIES.items()
-                ],
-                "sigma", "eigenvalue x sigma²", yscale="linear",
-            )
-            for row, title in zip(rows, titles, strict=True)
-        ]),
-    )  # fmt: skip
+
+
+def _noise(row, against):
+    lines = _lines(row, f"along_{against}", row["sigma"]["mean"], "o-")
+    return figures.Panel(_title(row), lines, "sigma", "AUC", yscale="linear")
+
+
+def _spectrum(row):
+    sigma, lines = np.asarray(row["sigma"]["mean"]), []
+    for name, style in SPECTRUM.items():
+        for which, color in COPIES.items():
+            value = figures.Interval.read(row[f"{which}_{name}"])
+            scaled = figures.Interval(*(a * sigma**2 for a in value))._asdict()
+            words = f"{which}: {DETECTORS[name]}"
+            lines.append(figures.line(sigma, scaled, words, style, color))
+    return figures.Panel(
+        _title(row), lines, "sigma", "eigenvalue x sigma²", yscale="linear"
+    )
+
+
+def _title(row):
+    n = grid.label(row, ("num_examples",))
+    first = ", ".join(filter(None, (n, f"{row['ratio']['mean']:.0%} copies")))
+    return "\n".join(filter(None, (first, results.setting(row))))
 
 
 def _known(row, name):
@@ -308,13 +310,6 @@ def _lines(row, start, x, style):
         )
         if np.isfinite(figures.Interval.read(row[f"{start}{name}"]).mean).any()
     ]
-
-
-def _scaled(row, name, style, color, words):
-    sigma = np.asarray(row["sigma"]["mean"])
-    value = figures.Interval(*(a * sigma**2 for a in figures.Interval.read(row[name])))
-    which = name.partition("_")[0]
-    return figures.line(sigma, value._asdict(), f"{which}: {words}", style, color)
 
 
 STUDY = Study(measure, draw, check, columns=COLUMNS, what="networks")
