@@ -137,6 +137,9 @@ def test_the_gap_of_two_classes_is_the_pull_to_the_other_one(name, x64):
     # J_c - J is -(alpha / v)^2 w (1 - w) times the square of m_0 - m_1.
     product = (a / v) ** 2 * other * (1 - other) * apart**2 * gap
     np.testing.assert_allclose(found.gap_product, product, rtol=1e-10)
+    alone = detectors.guidance_gap, detectors.guidance_product
+    for made, truth in zip(alone, (gap, product), strict=True):
+        np.testing.assert_allclose(made(label, free)(x, T), truth, rtol=1e-10)
 
 
 # Estimators against exact Jacobians.
