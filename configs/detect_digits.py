@@ -44,8 +44,10 @@ def small(config):
 
 
 def smoke(config):
-    """Two networks."""
+    """Two networks; the threshold calls samples copies after hardly any training."""
     defaults.smoke(config)
+    config.memorization.threshold = 0.98
+    config.sampler.num_samples = 32
     config.sweep.update(seeds=1, num_examples=(16,))
     config.measure.update(times=(0.1, 0.5), detect_at=0.1, iters=4)
     return config

@@ -93,6 +93,7 @@ def test_a_row_has_the_auc_of_its_time_and_copies_are_near():
     ("changes", "words"),
     [
         ({"measure.detect_at": 0.3}, "measure.detect_at=0.3 is not one of measure"),
+        ({"sweep.points": ({"measure.detect_at": 9.0},)}, "detect_at=9.0 is not one"),
         ({"train.label_drop": 0.1}, "asks for the score of a label, and data.labels="),
         (LABELLED | {"data.classes": (3,)}, "data.labels=true are of one class"),
         ({"sweep.points": ({"train.label_drop": 0.1},)}, "train.label_drop=0.1 asks"),
@@ -110,20 +111,14 @@ def test_what_tells_nothing_of_copies_is_refused(changes, words, tmp_path):
 
 
 def test_a_network_without_copies_has_no_auc(tmp_path):
-    """The smoke variant: hardly trained."""
-    numbers = experiments.run(smoke(), tmp_path)
+    numbers = experiments.run(smoke(**{"memorization.threshold": 1 / 3}), tmp_path)
     (row,) = numbers["table"]
     assert row["ratio"]["mean"] == 0 and row["trace"]["mean"] is None
     assert not list((tmp_path / "figures").glob("*.png"))
 
 
 def test_a_study_of_networks_with_and_without_labels(tmp_path, undrawn):
-    """A large threshold calls some samples copies with little training."""
-    config = smoke(**{
-        "sweep.points": ({}, LABELLED), "sampler.num_samples": 32,
-        "memorization.threshold": 0.98,
-    })  # fmt: skip
-    numbers = experiments.run(config, tmp_path)
+    numbers = experiments.run(detect_digits.get_config("smoke"), tmp_path)
     plain, labelled = numbers["table"]
     for row in (plain, labelled):
         assert 0 < row["ratio"]["mean"] < 1

@@ -36,7 +36,7 @@ DETECTORS = {
 SPECTRUM = {"sharpness": "o-", "flattest": "s--"}  # the style of either end
 COPIES = {"copies": figures.RED, "others": figures.BLUE}
 # What copies are told from: the other samples, and held-out points.
-AGAINST = {"": "other samples", "fresh_": "held-out images"}
+AGAINST = {"": "other samples", "fresh_": "held-out points"}
 FPR = np.linspace(0, 1, 101)  # of the ROC curves
 COLUMNS = (
     "num_examples", "setting", "ratio",
@@ -49,18 +49,19 @@ def check(config) -> build.Parts:
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
-    group, wrong = config.measure, []
-    if group.detect_at not in group.times:
-        wrong.append(
-            f"measure.detect_at={group.detect_at} is not one of measure.times="
-            f"{tuple(group.times)[:10]}: give one of them, or add it"
-        )
-    for point in grid.points(config) if grid.axes(config) else ():
+    wrong = []
+    for point in grid.points(config):
+        group = point.config.measure
+        if group.detect_at not in group.times:
+            wrong.append(
+                f"measure.detect_at={group.detect_at} is not one of measure.times="
+                f"{tuple(group.times)[:10]}: give one of them, or add it"
+            )
         if point.values["seed"] == 0 and point.config.train.label_drop:
             wrong += _without_classes(point)
     if wrong:
         raise build.ConfigError("\n".join(dict.fromkeys(wrong)))
-    parts = grid.check(config)
+    parts, group = grid.check(config), config.measure
     times = {f"measure.times[{i}]": jnp.float32(t) for i, t in enumerate(group.times)}
     checks.inside(parts.process, config.process.name, times)
     return parts
