@@ -18,7 +18,8 @@ Mathematics (jax only):
                 local as the covariance says
   score         score_fn(x, t), and how a network's answer becomes one
   gap           denoising loss, Fisher divergence, loss gap, its closed forms, detector
-  lipschitz     spectral norm of a Jacobian, probes between points, bounds
+  lipschitz     spectral norm and eigenvalues of a Jacobian, probes between points,
+                bounds
   sampling      time grids, probability-flow ODE, reverse SDE, EDM's sampler,
                 log-likelihood, and the initial noise that comes closest to a point
   fidelity      quality from feature arrays: Frechet distance, precision, recall, KID,
@@ -27,7 +28,8 @@ Mathematics (jax only):
   memorization  what follows from those distances: ratio (copies, null level,
                 intervals), copying (other tests), effective (memorization against n),
                 emission (which points come out), reproducibility (of two models);
-                and from a score alone: membership (who was in the training set)
+                and from a score alone: membership (who was in the training set),
+                detectors (which samples are copies)
 Networks (flax.linen):
   models        MLP, DiT and U-Net, for one example; attention that is the exact score;
                 inception and alexnet, which make features; own, a user's network
@@ -66,9 +68,10 @@ Experiments (the only rooms that read a config): run(config, workdir)
                 once), band_swap, mitigate (prune: what helps, and whether it comes
                 back), emm (how many points a network copies), factors (what drives it),
                 twins (two networks on disjoint halves), onset (when it begins), which
-                (points are copied first), membership (who was trained on), explain (a
-                network by the scores between truth and copy); they share networks
-                (trained once for all points), results and overview
+                (points are copied first), membership (who was trained on), detect
+                (copies, from the score alone), explain (a network by the scores between
+                truth and copy); they share networks (trained once for all points),
+                results and overview
   defaults      the presets that a file in configs/ starts from
   commands      train, sample, audit, report, configs and sweep, by these words
   main          the command line

@@ -290,19 +290,10 @@ def log_likelihood(
     slope = _slope(score_fn, process)
 
     def log_prob(x, key=None):
-        if not probes:
-            # Along unit vectors, v'Jv are the diagonal of J: their sum is its trace.
-            signs = jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
-        elif key is None:
-            raise ValueError("log_likelihood with probes draws them: give a key")
-        else:
-            signs = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+        along = directions(x, probes, key)
 
         def both(x, t):
-            # Linearised once: the probes share all that does not depend on them.
-            value, push = jax.linearize(lambda x: slope(x, t), x)
-            terms = jax.vmap(lambda v: jnp.sum(v * push(v)))(signs)
-            return value, jnp.mean(terms) if probes else jnp.sum(terms)
+            return divergence(lambda x: slope(x, t), x, along, probes)
 
         def body(carry, pair):
             x, gained = carry
@@ -321,6 +312,32 @@ def log_likelihood(
         return gained - (jnp.sum(end**2) / v + x.size * jnp.log(2 * jnp.pi * v)) / 2
 
     return log_prob
+
+
+def directions(x: Point, probes: int = 0, key: Keys | None = None):
+    """Along which `divergence` looks: d unit vectors, or random signs.   [k, *e].
+
+    Args: probes, the number of random signs (Hutchinson); 0 for the unit vectors, which
+      need no key.
+    Raises: ValueError: probes without a key.
+    """
+    if not probes:
+        # Along unit vectors, v'Jv are the diagonal of J: their sum is its trace.
+        return jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
+    if key is None:
+        raise ValueError(f"probes={probes} directions are drawn: give a key")
+    return jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+
+
+def divergence(field, x: Point, along, probes: int = 0) -> tuple[Point, Scalar]:
+    """field(x), and the trace of its Jacobian: exact, or Hutchinson's estimate.
+
+    Args: field, x [*e] -> [*e]; along, the `directions` of as many probes.
+    """
+    # Linearised once: the directions share all that does not depend on them.
+    value, push = jax.linearize(field, x)
+    terms = jax.vmap(lambda v: jnp.sum(v * push(v)))(along)
+    return value, jnp.mean(terms) if probes else jnp.sum(terms)
 
 
 def sampler(

@@ -18,6 +18,7 @@ FLOOR_0 = (
     "emission",
     "effective",
     "membership",
+    "detectors",
     "reproducibility",
 )
 

@@ -92,6 +92,52 @@ def test_the_explosion_is_between_the_points_and_not_at_them(x64, key):
     np.testing.assert_allclose(scaled[1], scaled[0], rtol=0.05)
 
 
+# Eigenvalues.
+
+
+@pytest.mark.parametrize("iters", [3, 6, 9])
+def test_eigenvalues_are_exact_once_there_are_d_of_them(iters, x64, key):
+    """Of the symmetric part; before that they lie between its ends."""
+    matrix = jax.random.normal(key, (6, 6))
+    truth = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    at = jnp.ones((2, 3)), 0.3, jax.random.key(1)
+
+    def field(x, t):
+        return (matrix @ x.reshape(-1)).reshape(2, 3)
+
+    found = np.asarray(jax.jit(lambda: lipschitz.eigenvalues(field, *at, iters))())
+    assert len(found) == min(iters, 6) and np.all(np.diff(found) > 0)
+    if iters < 6:
+        assert truth[0] < found[0] and found[-1] < truth[-1]
+    else:
+        np.testing.assert_allclose(found, truth, rtol=1e-10)
+
+
+@SLOW_32
+def test_few_iterations_find_both_ends_of_a_large_spectrum(bits, key):
+    """100 values with two that stand out, as a copy's neighbours make them."""
+    values = jnp.concatenate(
+        [jnp.array([-40.0]), jnp.linspace(-9, -8, 98), jnp.ones(1)]
+    )
+    turn = jnp.linalg.qr(jax.random.normal(key, (100, 100)))[0]
+
+    def field(x, t):
+        turned = jnp.matmul(turn, x, precision="highest") * values
+        return jnp.matmul(turned, turn, precision="highest")
+
+    x = jnp.zeros(100)
+    found = jax.jit(lambda: lipschitz.eigenvalues(field, x, 0.1, key, 12))()
+    np.testing.assert_allclose(found[jnp.array([0, -1])], [-40, 1], rtol=1e-5)
+
+
+@SLOW_32
+def test_a_multiple_of_the_identity_has_one_eigenvalue(bits, key):
+    """Its Krylov spaces have one dimension."""
+    at = jnp.ones(5), 0.1, key
+    found = jax.jit(lambda: lipschitz.eigenvalues(lambda x, t: -x / t**2, *at, 5))()
+    np.testing.assert_allclose(found, [-100] * 5, rtol=1e-5)
+
+
 # The error estimate.
 
 
@@ -425,6 +471,8 @@ def test_what_has_no_meaning_is_refused(key):
         lipschitz.spectral_norm(lambda x, t: x, jnp.ones(2), 0.1, key, tolerance=0)
     with pytest.raises(ValueError, match="probes=1 must be at least 2"):
         lipschitz.frobenius(lambda x, t: x, jnp.ones(2), 0.1, key, probes=1)
+    with pytest.raises(ValueError, match="iters=0 must be at least 1"):
+        lipschitz.eigenvalues(lambda x, t: x, jnp.ones(2), 0.1, key, iters=0)
     with pytest.raises(ValueError, match="m=0 of n=3"):
         lipschitz.segments(key, jnp.ones((3, 2)), 0)
     pixels = jnp.ones((3, 2), jnp.uint8)

@@ -144,6 +144,19 @@ def test_a_separation_by_counts_of_pairs(x64):
     assert found.tpr_interval == memorization.wilson(count, 30)
 
 
+def test_separations_are_those_of_the_columns():
+    values, members = drawn(5, 30, 3), np.arange(30) % 3 == 0
+    values[4, 2] = np.nan
+    found = membership.separations(values, members)
+    for i in range(2):
+        sought = membership.separation(values[members, i], values[~members, i])
+        assert (
+            found.auc[i] == sought.auc and tuple(found.interval[i]) == sought.interval
+        )
+        assert found.tpr[i] == sought.tpr
+    assert np.isnan(found.auc[2]) and np.isnan(found.tpr_interval[2]).all()
+
+
 def test_sets_that_are_wholly_apart_or_equal():
     apart = membership.separation(np.arange(5.0), 9 + np.arange(8.0))
     assert (apart.auc, apart.tpr) == (1, 1)

@@ -68,15 +68,19 @@ def test_the_prompt_examples_show_what_they_say(monkeypatch, tmp_path):
     assert memorizes == "[ True  True  True]"
     aucs = [[float(a) for a in line.split()] for line in printed[1].splitlines()[:4]]
     assert all(of_early > 0.9 for of_early, *_ in aucs)
+    told = {name: list(map(float, aucs)) for name, *aucs in
+            map(str.split, printed[2].splitlines())}  # fmt: skip
+    assert list(told) == ["sharpness", "flattest", "trace", "flipd"]
+    assert told["flattest"][1] > 0.8 and told["flipd"][1] > 0.8
     ladder = {name: (float(a), float(b)) for name, a, b in
-              map(str.split, printed[2].splitlines())}  # fmt: skip
+              map(str.split, printed[3].splitlines())}  # fmt: skip
     own, others = ladder.pop("copy")
     assert own < 1 and all(own < a < b < others for a, b in ladder.values())
-    assert printed[3].count("False") == 3 and printed[3].count("True") == 5
-    assert printed[3].endswith("(8, 8, 1)\n")
-    copied, authentic, *quality = map(float, printed[4].split())
+    assert printed[4].count("False") == 3 and printed[4].count("True") == 5
+    assert printed[4].endswith("(8, 8, 1)\n")
+    copied, authentic, *quality = map(float, printed[5].split())
     assert copied == 0.5 and authentic < 0.5 and min(quality) > 0
-    assert round(float(printed[5].split()[0]), 1) == 82.8
+    assert round(float(printed[6].split()[0]), 1) == 82.8
 
 
 def test_the_audits_of_the_prompt_show_what_they_say(monkeypatch, tmp_path):

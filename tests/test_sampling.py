@@ -515,6 +515,24 @@ def test_the_likelihood_from_random_probes_is_unbiased(x64):
     assert abs(result.mean() - exact) < 4 * result.std() / np.sqrt(400)
 
 
+def test_a_divergence_is_the_trace_of_the_jacobian(x64, key):
+    """Exact along unit vectors; signs square to 1 on a diagonal, so exact there too."""
+    matrix, x = jax.random.normal(key, (6, 6)), jnp.ones((2, 3))
+
+    def field(matrix):
+        return lambda x: (matrix @ x.reshape(-1) ** 2 / 2).reshape(2, 3)
+
+    unit = sampling.directions(x)
+    value, trace = sampling.divergence(field(matrix), x, unit)
+    np.testing.assert_allclose(value.reshape(-1), matrix.sum(axis=1) / 2)
+    np.testing.assert_allclose(trace, jnp.trace(matrix))
+    signs = sampling.directions(x, 3, key)
+    assert signs.shape == (3, 2, 3) and set(np.unique(signs)) == {-1, 1}
+    diagonal = jnp.diag(jnp.diag(matrix))
+    _, found = sampling.divergence(field(diagonal), x, signs, 3)
+    np.testing.assert_allclose(found, jnp.trace(matrix))
+
+
 def test_probes_need_a_key_and_a_count():
     times = sampling.log_times(0.1, 1.0, 2)
     with pytest.raises(ValueError, match="give a key"):

@@ -4,12 +4,13 @@ A sample is memorized when its nearest training point is closer than a third of 
 distance to the second nearest *distinct* one. The rate of held-out points is the null
 level: what honest samples would score.
 
-`membership` asks of a score, rather than of samples, which points it was fitted to.
+`membership` asks of a score, rather than of samples, which points it was fitted to, and
+`detectors` which samples are copies, without the training set.
 
 Every metric states the least input that it takes, and its value for odd input.
 """
 
-from memsep_jax.memorization import membership
+from memsep_jax.memorization import detectors, membership
 from memsep_jax.memorization.copying import (
     CEILING,
     FLOOR,

@@ -226,12 +226,7 @@ def curve_of(times, values: Statistics, n: int) -> Curve:
         if values is None:
             return None
         check_on_host("membership.curve_of", values)
-        columns = np.asarray(values, np.float64).T
-        each = [
-            separation(c[:n], c[n:]) if np.isfinite(c).all() else UNKNOWN
-            for c in columns
-        ]
-        return Separation(*map(np.array, zip(*each, strict=True)))
+        return separations(values, np.arange(len(values)) < n)
 
     others, note = len(values.loss) - n, None
     if others * FPR < 1:
@@ -239,10 +234,8 @@ def curve_of(times, values: Statistics, n: int) -> Curve:
             f"with {others} non-members no FPR lies between 0 and {1 / others:.2g}: "
             f"the TPR at {FPR:.0%} FPR is that at 0"
         )
-    separations = Statistics(*map(of, values))
-    return Curve(
-        np.asarray(times), **separations._asdict(), counts=(n, others), note=note
-    )
+    each = Statistics(*map(of, values))
+    return Curve(np.asarray(times), **each._asdict(), counts=(n, others), note=note)
 
 
 def separation(members, non_members) -> Separation:
@@ -286,6 +279,19 @@ def separation(members, non_members) -> Separation:
         pairs = min(n, n2)
         interval = wilson(round(auc * pairs), pairs)
     return Separation(auc, interval, found, wilson(round(found * n), n))
+
+
+def separations(values, members):
+    """The `separation` of members in each column, UNKNOWN where one is not finite.
+
+    Args: values [m, k], smaller for members; members, bool [m].
+    Returns: Separation of arrays [k] or [k, 2].
+    """
+    each = [
+        separation(c[members], c[~members]) if np.isfinite(c).all() else UNKNOWN
+        for c in np.asarray(values, np.float64).T
+    ]
+    return Separation(*map(np.array, zip(*each, strict=True)))
 
 
 def gaussian_auc(

@@ -387,7 +387,9 @@ TRAIN: dict[str, Field | Group] = {
         AFTER,
         times=field((1e-3, 1e-2, 0.1, 1.0), "Times of the process.", INCREASING),
         draws=field(2_000, "Draws of X_t.", at_least(1)),
-        iters=field(50, "Power iterations for a spectral norm.", at_least(1)),
+        iters=field(
+            50, "Iterations for a spectral norm or an eigenvalue.", at_least(1),
+        ),
         probes=field(0, "Random directions of a trace; 0 is exact.", at_least(0)),
         likelihood=field(0, "Held-out points of the log-likelihood.", at_least(0)),
         eps=field(0.2, "eps of Theorem 5.1 of Ye 2025.", positive()),
@@ -402,6 +404,9 @@ TRAIN: dict[str, Field | Group] = {
         ),
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),
+        detect_at=field(
+            0.1, "Which of `times` the table of the study `detect` is of.", positive(),
+        ),
         onset_level=field(
             0.1, "Share of copies that marks tau_mem.", inside(": a share of samples"),
         ),

@@ -89,11 +89,7 @@ def programs(config, parts, mesh, score_of):
     split = parallel.by_batch(mesh)
 
     def stages(weights, i, key, labels):
-        # By its own key: sample i depends on the seed and on i, not on its chunk.
-        sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
-        label = None
-        if labels is not None:
-            label = labels[jax.random.randint(label_key, (), 0, len(labels))]
+        sample_key, label = _own(key, labels, i)
         return training.stages(config, parts, score_of(weights, label)), sample_key
 
     @functools.partial(jax.jit, static_argnums=4, out_shardings=split)
@@ -117,6 +113,26 @@ def programs(config, parts, mesh, score_of):
         return jax.lax.fori_loop(first, last, lambda k, x: body(x, indices, k), x)
 
     return begin, advance
+
+
+def drawn_labels(config, parts, count: int):
+    """The labels that samples 0 .. count - 1 of a run are drawn with, [count].
+
+    None of a network without labels.
+    """
+    if not parts.num_classes:
+        return None
+    key, labels = build.keys(config.seed).sample, jnp.unique(parts.splits.train.label)
+    return jax.vmap(lambda i: _own(key, labels, i)[1])(jnp.arange(count))
+
+
+def _own(key, labels, i):
+    """The key of sample i, and the label that it draws, or None."""
+    # By its own key: sample i depends on the seed and on i, not on its chunk.
+    sample_key, label_key = jax.random.split(jax.random.fold_in(key, i))
+    if labels is None:
+        return sample_key, None
+    return sample_key, labels[jax.random.randint(label_key, (), 0, len(labels))]
 
 
 def _on_host(x):
