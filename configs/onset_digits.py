@@ -6,8 +6,9 @@ Snapshots on a log grid of steps, raw and EMA weights: tau_gen, at which the Fre
 distance has come down almost to its best, and tau_mem, at which a tenth of the samples
 are copies, against n with the fitted powers (Bonnaire 2025, arXiv 2505.17638: tau_gen
 does not depend on n, tau_mem grows like n). Between them lie earlier signs: samples
-nearer to their own training set than to another one, members told by their loss, the
-least held-out loss, and where `train.stop_gap=0.1` would have stopped.
+nearer to their own training set than to that of a twin, members told by their loss, the
+least held-out loss, and where `train.stop_gap=0.1` would have stopped. Twins are pairs
+of networks on disjoint sets, so n goes to 700.
 
 Variants: `full` (5 seeds, 6 sizes), `small` (3 seeds, 3 sizes: minutes on 2 CPU cores),
 `smoke`.
@@ -24,7 +25,7 @@ def get_config(variant="full"):
     # A constant rate: a schedule would be a clock of its own.
     config.optimizer.update(schedule="constant")
     config.train.update(steps=60_000, ema_decay=0.995)
-    config.sweep.update(seeds=5, num_examples=(25, 50, 100, 200, 400, 800))
+    config.sweep.update(seeds=5, num_examples=(25, 50, 100, 200, 400, 700))
     config.run.update(snapshots=20, save_every=5_000, evaluate_every=100_000)
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
 

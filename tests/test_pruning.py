@@ -1,5 +1,7 @@
 """One trained network, pruned by every criterion, fine-tuned, and looked at."""
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -239,23 +241,19 @@ def test_samples_of_the_compact_network_are_those_of_the_masked_one(params, cuts
     assert watch(prune.compact(params, keep)) == pytest.approx(masked, rel=1e-2)
 
 
-def test_copies_prefer_their_training_set_and_honest_samples_none():
-    """Training points 0 and 10, those of another set 1 and 11; .4 and 11.4 are fresh.
+def test_copies_are_nearer_to_their_own_training_set():
+    """Of two sets that have no common point, and of one point that is in the middle."""
+    own, twin = (np.array(x, np.float32)[:, None] for x in ([0, 10], [1, 11]))
+    splits = data.Splits(data.Dataset(own, None), None, "", 2)
+    parts = SimpleNamespace(splits=splits)
 
-    One fresh point is nearer to either set, so half of them are.
-    """
-    train, held_out = (
-        data.Dataset(np.array(x, np.float32)[:, None], None)
-        for x in ([0, 10], [1, 11, 0.4, 11.4])
-    )
-    splits = data.Splits(train, held_out, "", 2)
-    prefers = pruning.preference(splits)
-    assert prefers(train.x) == 1 and prefers(held_out.x[:2]) == -1
-    assert prefers(held_out.x[2:]) == 0
-    assert prefers(np.array([[5.5], [0.5]], np.float32)) == 0  # as near to both
-    few = splits._replace(held_out=data.Dataset(held_out.x[:1], None))
-    for none in (few, splits._replace(held_out=None)):
-        assert np.isnan(pruning.preference(none)(train.x))
+    def generate(weights, start, stop):
+        return np.asarray(weights)
+
+    watch = pruning.watcher(small(), parts, generate, twin)
+    middle = np.array([[0.5]], np.float32)
+    assert [float(watch(x)["nearer"]) for x in (own, twin, middle)] == [1, 0, 0.5]
+    assert "nearer" not in pruning.watcher(small(), parts, generate)(own)
 
 
 def _like(config):

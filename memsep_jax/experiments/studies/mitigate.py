@@ -51,7 +51,7 @@ SAMPLING = (
 MORE = 4  # the re-test draws this many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
-    "frechet", "nearer", "membership",
+    "frechet", "membership",
     "untuned_ratio", "tuned_ratio", "removed", "parameters", "flops",
     "emitted_more", "found", "found_null", "again_ratio", "again_emitted", "seeds",
 )  # fmt: skip

@@ -371,20 +371,22 @@ def _comparable(parts) -> bool:
     return not parts.num_classes and held_out is not None and len(held_out.x) > 1
 
 
-def make_membership(config, parts, say=lambda text: None):
+def make_membership(config, parts, say=lambda text: None, others=None):
     """weights -> `membership.Curve` of the network at `levels`, or None.
 
     None as for `detector`, and where `membership.check_sets` refuses the points, which
     is said. Every call has the same points and noise, so that differences are those of
     the networks.
+
+    Args: others, a Dataset of points that are no members; by default the held-out ones.
     """
     if not _comparable(parts):
         return lambda weights: None
-    times, splits = levels(config), parts.splits
-    count = min(MEMBERS, len(splits.train.x), len(splits.held_out.x))
+    times, train = levels(config), parts.splits.train
+    others = parts.splits.held_out if others is None else others
+    count = min(MEMBERS, len(train.x), len(others.x))
     members, others = (
-        np.asarray(first_points(part, count).x)
-        for part in (splits.train, splits.held_out)
+        np.asarray(first_points(part, count).x) for part in (train, others)
     )
     try:
         membership.check_sets(members, others)

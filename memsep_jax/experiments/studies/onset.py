@@ -7,11 +7,16 @@ tau_mem, at which copies begin. Between them a network generalizes. In the paper
 does not depend on n, and tau_mem grows like n.
 
 Copies are the last sign of memorization. Before them samples may be nearer to their own
-training set than to another one (tau_near), the loss may tell who was in the training
-set (tau_member), the held-out loss may have passed its least value (tau_held_out), and
-`train.stop_gap` would have ended the training (tau_stop). Garnier-Brun 2026 (arXiv
-2603.03469, by its abstract) find a bias towards the training set before the least
-held-out loss: then stopping there is too late.
+training set than to that of a twin (tau_near), the loss may tell the training set from
+the twin's (tau_member), the held-out loss may have passed its least value
+(tau_held_out), and `train.stop_gap` would have ended the training (tau_stop).
+Garnier-Brun 2026 (arXiv 2603.03469, by its abstract) find a bias towards the training
+set before the least held-out loss: then stopping there is too late.
+
+All numbers are means of two twins, which start from the same weights and have disjoint
+training sets (`twins`). Which set is the nearer one, or has the smaller losses, depends
+on the sets too; in the mean of twins this cancels, and before training both signs are
+at chance.
 """
 
 import itertools
@@ -21,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memsep_jax import checkpoint
-from memsep_jax.experiments.config import build, grid
+from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import (
     monitor,
@@ -29,6 +34,7 @@ from memsep_jax.experiments.studies import (
     pruning,
     results,
     training_run,
+    twins,
 )
 from memsep_jax.experiments.studies.results import AXES
 from memsep_jax.experiments.studies.study import Study
@@ -42,9 +48,9 @@ TIMES = {
     "tau_stop": "tau_stop: a held-out loss above that of training",
     "tau_mem": "tau_mem: copies",
 }
-ALONG = ("ratio", "ratio_low", "ratio_high", "nearer", "frechet", "precision", "recall")
 # Curves that the times are read off.
 USED = ("ratio", "nearer", "member", "frechet", "train_loss", "held_out_loss")
+ALONG = (*USED, "precision", "recall")
 # Signs of memorization along training: 0 by chance, 1 for certain.
 SIGNS = {
     "ratio": "copies",
@@ -75,11 +81,6 @@ def check(config) -> build.Parts:
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
     wrong = []
-    if not config.sweep.num_examples:
-        wrong.append(
-            "sweep.num_examples=() has no value: give the sizes, such as "
-            "--config.sweep.num_examples='(50, 100, 200)'"
-        )
     if config.run.snapshots < 2:
         wrong.append(
             f"run.snapshots={config.run.snapshots} must be at least 2: a time is found "
@@ -93,7 +94,7 @@ def check(config) -> build.Parts:
     ]
     if wrong:
         raise build.ConfigError("\n".join(wrong))
-    parts = grid.check(config)
+    parts = twins.check(config)
     held_out = parts.splits.held_out
     # As many as `pruning.watcher` takes to measure quality.
     if held_out is None or len(held_out.x) < 4:
@@ -236,39 +237,40 @@ def onsets(rows) -> list[dict]:
 
 
 def measure(points, session):
-    """Trains networks, and measures the raw and EMA weights of every snapshot.
+    """Trains twins, and measures the raw and EMA weights of every snapshot.
 
     Yields: for each point its numbers, and curves over the steps, [k].
     """
     for point in points:
         started, config = time.monotonic(), point.config
+        pair = twins.halves(config)
         with session.phase("data"):
-            parts = build.build(config)
-        generate = training_run.network_samples(config, parts, session)
-        state = networks.trained(config, parts, session, generate)
-        steps = sorted(monitor.snapshot_steps(config, len(parts.splits.train.x)))
-        folder = networks.folder(config, session.workdir) / "snapshots"
-        _check_kept(folder, steps)
-        like = {"params": state.params, "ema": state.ema}
-        looks = _looks(config, parts, session, generate)
-        along: dict[str, list] = {weights: [] for weights in WEIGHTS}
-        with session.phase("sample"):
-            for step in steps:
-                kept = checkpoint.restore(folder, step, like)
-                along["raw"].append(looks(kept["params"]))
-                along["ema"].append(looks(kept["ema"]))
-        last = along[config.sampler.weights][-1]
-        row = {name: last[name] for name in ("ratio", "null", "frechet")}
+            built = [build.build(half) for half in pair]
+        # One program for both; its noises depend on the seed alone, so they are equal.
+        generate = training_run.network_samples(config, built[0], session)
+        steps = sorted(monitor.snapshot_steps(config, len(built[0].splits.train.x)))
+        both = [
+            _along(half, own, other, steps, generate, session)
+            for half, own, other in zip(pair, built, built[::-1], strict=True)
+        ]
+        mean = {
+            weights: {
+                name: np.mean([of[weights][name] for of in both], axis=0)
+                for name in both[0][weights]
+            }
+            for weights in WEIGHTS
+        }
+        last = mean[config.sampler.weights]
+        row = {name: last[name][-1] for name in ("ratio", "null", "frechet")}
         row |= {"steps": np.array(steps), "seconds": time.monotonic() - started}
-        for weights, its in along.items():
-            curves = {name: np.array([a[name] for a in its]) for name in its[0]}
+        for weights, curves in mean.items():
             # At the level that tells most at the end: the highest of all levels at each
             # step would be above chance from the first step on.
-            auc = curves.pop("auc")
+            auc = curves["auc"]
             best = 0 if np.isnan(auc[-1]).all() else np.nanargmax(auc[-1])
             curves["member"] = 2 * auc[:, best] - 1
-            kept = (*ALONG, "member", "train_loss", "held_out_loss")
-            row |= {f"{weights}_{name}": curves[name] for name in kept}
+            curves["nearer"] = 2 * curves["nearer"] - 1
+            row |= {f"{weights}_{name}": curves[name] for name in ALONG}
             taus = times(
                 steps, {name: curves[name] for name in USED},
                 config.measure.onset_level, config.measure.onset_tolerance,
@@ -281,15 +283,23 @@ def measure(points, session):
         yield row
 
 
-def _looks(config, parts, session, generate):
-    """weights -> its numbers: those of `pruning.watcher`, losses, and AUCs [levels].
+def _along(config, parts, twin, steps, generate, session) -> dict:
+    """Trains a network: weights -> its numbers at every snapshot, [k, ...].
 
-    The losses are means over the noise levels; the AUCs are of the loss as a sign of
-    membership, nan for networks of labels.
+    Those of `pruning.watcher`, losses, means over the noise levels, and AUCs
+    [k, levels] of the loss as a sign of membership, nan for networks of labels.
+
+    Args: twin, the parts of its twin.
     """
-    watch = pruning.watcher(config, parts, generate)
-    members = monitor.make_membership(config, parts, session.say)
-    seen, held_out = monitor.evaluated_points(config, parts)
+    state = networks.trained(config, parts, session, generate)
+    folder = networks.folder(config, session.workdir) / "snapshots"
+    _check_kept(folder, steps)
+    like = {"params": state.params, "ema": state.ema}
+    others, (seen, held_out) = (
+        twin.splits.train, monitor.evaluated_points(config, parts)
+    )  # fmt: skip
+    watch = pruning.watcher(config, parts, generate, others.x)
+    members = monitor.make_membership(config, parts, session.say, others)
     losses = monitor.make_losses(config, parts, session.pause)
 
     def look(weights):
@@ -301,7 +311,16 @@ def _looks(config, parts, session, generate):
             "held_out_loss": float(losses(weights, held_out).mean()),
         }
 
-    return look
+    looks: dict[str, list] = {weights: [] for weights in WEIGHTS}
+    with session.phase("sample"):
+        for step in steps:
+            kept = checkpoint.restore(folder, step, like)
+            looks["raw"].append(look(kept["params"]))
+            looks["ema"].append(look(kept["ema"]))
+    return {
+        weights: {name: np.array([one[name] for one in its]) for name in its[0]}
+        for weights, its in looks.items()
+    }
 
 
 def _check_kept(folder, steps):
@@ -336,7 +355,7 @@ def draw(metrics, points):
         panels = [
             figures.Panel(
                 title,
-                [_along(row, f"{weights}_{name}") for row in groups[setting]],
+                [_curve(row, f"{weights}_{name}") for row in groups[setting]],
                 "training step", what, yscale="linear" if percent else "log",
                 percent=percent,
             )
@@ -351,11 +370,11 @@ def draw(metrics, points):
     yield (
         "signs",
         "Signs of memorization along training, 0 % by chance and 100 % for certain: "
-        "memorized samples; twice the share of samples that are nearer to their own "
-        "training set than to another one, less that of held-out points; 2 AUC - 1 of "
-        "the loss at one noise level, which tells training from held-out points. The "
-        "held-out loss is above its least value by the share that is left of its way "
-        "from the first snapshot, at most by 100 %. "
+        "memorized samples; 2 s - 1 of the share s of samples that are nearer to their "
+        "own training set than to the twin's; 2 AUC - 1 of the loss at one noise "
+        "level, which tells the training set from the twin's. The held-out loss is "
+        "above its least value by the share that is left of its way from the first "
+        "snapshot, at most by 100 %. "
         f"{WEIGHTS['ema']}, means and 95 % intervals over the seeds.",
         figures.curves(
             [
@@ -387,7 +406,7 @@ def draw(metrics, points):
     )
 
 
-def _along(row, name):
+def _curve(row, name):
     label, log = f"n = {row['num_examples']:,}", name.endswith("frechet")
     return figures.line(row["steps"]["mean"], row[name], label, ".-", log=log)
 
@@ -433,5 +452,5 @@ STUDY = Study(
     check,
     conclude=lambda config, rows, parts, session: {"onset": onsets(rows)},
     columns=COLUMNS,
-    what="networks",
+    what="pairs of twins",
 )

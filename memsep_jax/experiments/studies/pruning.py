@@ -164,19 +164,21 @@ def cost(parts, params, stays=None, group: str = "heads") -> dict:
     return {"parameters": training.count(small), "flops": training.flops(lowered)}
 
 
-def watcher(config, parts, generate):
+def watcher(config, parts, generate, twin=None):
     """(weights, first=0, count=num_samples) -> numbers: copies and quality of samples.
 
     Quality compares pixels with those of held-out points, which the network never saw:
-    there, copies are no better than any other sample that looks real. `nearer` is
-    `preference`.
+    there, copies are no better than any other sample that looks real.
 
-    Args: generate, as `evaluate.make_generate` gives it.
+    Args: generate, as `evaluate.make_generate` gives it; twin, the training points
+      [n, *e] of another network: `nearer` is then the share of samples that are nearer
+      to their own training set than to these, ties one half.
     """
     mesh = parallel.make_mesh(jax.local_devices())
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
+    other = None if twin is None else neighbours.searcher(np.asarray(twin), 1)
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
-    null, real, prefers = None, None, preference(parts.splits)
+    null, real = None, None
     if held_out is not None and len(held_out.x) > 3:  # precision has 3 neighbours
         real = np.asarray(held_out.x)
         null, real = search(real), real.reshape(len(real), -1)
@@ -193,11 +195,13 @@ def watcher(config, parts, generate):
             "ratio_high": high,
             "emitted": len(emitted) / parts.splits.num_distinct,
             "null": np.nan if result.null is None else result.null,
-            "nearer": prefers(x),
             "precision": np.nan,
             "recall": np.nan,
             "frechet": np.nan,
         }
+        if other is not None:
+            gaps = result.neighbours.distances[:, 0] - other(x).distances[:, 0]
+            numbers["nearer"] = ((gaps < 0) + 0.5 * (gaps == 0)).mean()
         x = np.asarray(x, np.float64).reshape(len(x), -1)
         if real is not None and np.isfinite(x).all() and len(x) > 3:
             precision, recall = fidelity.precision_recall(x, real)
@@ -206,33 +210,6 @@ def watcher(config, parts, generate):
         return numbers
 
     return watch
-
-
-def preference(splits):
-    """samples [m, *e] -> how much more often their own training set is the nearer one.
-
-    The share of samples that are nearer to the first k training points than to the
-    first k held-out points, which another network could have been trained on, less that
-    share of the other held-out points, in units of one half: 0 for honest samples, 1
-    where every sample is a copy; nan without as many as two held-out points.
-
-    Source: Garnier-Brun 2026 (arXiv 2603.03469), who compare the overlap with the own
-      training set and with that of a second network; only the abstract was at hand.
-    """
-    held_out = splits.held_out
-    k = 0 if held_out is None else min(len(splits.train.x), len(held_out.x) // 2)
-    if not k:
-        return lambda samples: np.nan
-    sets = (np.asarray(part.x[:k]) for part in (splits.train, held_out))
-    own, other = (neighbours.searcher(x, 1) for x in sets)
-
-    def share(x):
-        gaps = own(x).distances[:, 0] - other(x).distances[:, 0]
-        return ((gaps < 0) + 0.5 * (gaps == 0)).mean()
-
-    # Which of two small sets is the nearer one is chance; honest points have the same.
-    honest = share(np.asarray(held_out.x[k:]))
-    return lambda samples: 2 * (share(samples) - honest)
 
 
 def tuner(config, parts):
