@@ -151,7 +151,7 @@ def test_a_study_of_two_sizes(file, tmp_path, undrawn):
             assert row[f"{rung}_held_out"]["mean"] <= 1
             assert -1 <= row[f"{rung}_cosine"]["mean"] <= 1
         assert "null" in numbers["columns"] and f"{rung}_path" in numbers["columns"]
-    drawn = {p.name for p in tmp_path.rglob("*.png")}
+    drawn = {p.name for p in (tmp_path / "figures").glob("*.png")}
     own = {"patches.png", "samples_8.png", "samples_16.png"} if images else set()
     assert drawn == {"explained.png", "shells.png"} | own
     point = record.read_npz(tmp_path / numbers["points"][0])
