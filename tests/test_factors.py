@@ -61,7 +61,7 @@ def test_the_base_stands_in_every_factor_at_its_own_value():
 
 
 def test_each_factor_has_a_table_and_a_picture(tmp_path, monkeypatch, undrawn):
-    def measured(config, session):
+    def measured(config, session, members):
         ratio = 1 / (1 + config.data.num_examples / config.model.width)
         ratio += 0.01 * config.seed
         names = ("raw", "ema", "highest", "emitted", "frechet")

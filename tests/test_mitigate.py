@@ -158,7 +158,7 @@ def test_quality_is_compared_with_the_control_of_the_same_seed():
 def test_the_u_shaped_times_of_the_config_are_few_in_the_middle():
     """Beta(.5, .5) on the clock of a rectified flow: the arcsine law of u."""
     config = smoke()
-    config.sweep.points = ({}, mitigate_digits.U_SHAPED)
+    config.sweep.points = ({}, defaults.U_SHAPED)
     law = build.build(grid.points(config)[-1].config).law
     t = np.asarray(jax.vmap(law)(jax.random.split(jax.random.key(0), 4_000)))
     u = t / (1 + t) / 0.98
@@ -177,14 +177,14 @@ def test_what_is_given_away_is_the_highest_auc_of_the_loss():
         [0.1, 0.2, 0.3], membership.Statistics(*[values] * 4, None), 30
     )
     best = membership.separation(values[:30, 1], values[30:, 1]).auc
-    assert mitigate.given_away(curve) == best > 0.8
+    assert monitor.given_away(curve) == best > 0.8
     values[0, 1] = np.inf  # that level says nothing
     curve = membership.curve_of(
         [0.1, 0.2, 0.3], membership.Statistics(*[values] * 4, None), 30
     )
     assert np.isnan(curve.loss.auc[1]) and np.isnan(curve.loss.interval[1]).all()
-    assert mitigate.given_away(curve) == max(curve.loss.auc[[0, 2]]) < 0.6
-    assert np.isnan(mitigate.given_away(None))
+    assert monitor.given_away(curve) == max(curve.loss.auc[[0, 2]]) < 0.6
+    assert np.isnan(monitor.given_away(None))
 
 
 def test_membership_is_of_the_first_points_and_the_weights(monkeypatch):
@@ -210,6 +210,35 @@ def test_membership_is_of_the_first_points_and_the_weights(monkeypatch):
         config, parts._replace(splits=twice), weights, said.append
     )
     assert given == {} and "6 non-members are members" in said[0] and len(said) == 1
+
+
+def test_membership_of_a_label_is_of_the_guided_score():
+    config = smoke(
+        **{
+            "data.labels": "true", "train.label_drop": 0.1, "model.depth": 1,
+            "sampler.guidance": 2.0,
+        }
+    )  # fmt: skip
+    parts = build.build(config)
+    splits, weights = parts.splits, training.init_params(parts, jax.random.key(0))
+    # Untrained networks answer 0 to every label.
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(weights)))
+    leaves, tree = jax.tree.flatten(weights)
+    moved = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys)]  # noqa: B905
+    weights = jax.tree.unflatten(tree, moved)
+    x0, label = splits.held_out.x[0], splits.held_out.label[0]
+    own = training.sampled_score(config, parts, weights, label)
+    found = monitor.make_membership(config, parts)(weights)
+    assert np.isfinite(found.loss.auc).all()
+    config.sampler.guidance = None
+    plain = monitor.make_membership(config, parts)(weights)
+    assert not np.array_equal(found.secmi.auc, plain.secmi.auc)
+    assert not np.allclose(
+        own(x0, 0.3), training.score_fn(parts, weights, label)(x0, 0.3)
+    )
+    unlabelled = splits._replace(held_out=splits.held_out._replace(label=None))
+    given = parts._replace(splits=unlabelled)
+    assert monitor.make_membership(config, given)(weights) is None
 
 
 # The re-test.

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from memsep_jax.experiments.config import grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import networks, results
-from memsep_jax.experiments.studies.emm import COLUMNS
+from memsep_jax.experiments.studies import emm, networks, results
 from memsep_jax.experiments.studies.study import Study
+
+COLUMNS = (*emm.COLUMNS[:-1], "membership", *emm.COLUMNS[-1:])
 
 
 class Value(NamedTuple):
@@ -129,6 +130,10 @@ def _conclude(config, rows, parts, session):
     return {"base": base_values(config), "groups": groups(table)}
 
 
-STUDY = Study(
-    networks.measure, draw, conclude=_conclude, columns=COLUMNS, what="networks"
-)
+def measure(points, session):
+    """Yields the numbers of `networks.measured`, with `membership`, for each point."""
+    for point in points:
+        yield networks.measured(point.config, session, members=True)
+
+
+STUDY = Study(measure, draw, conclude=_conclude, columns=COLUMNS, what="networks")

@@ -120,7 +120,7 @@ def measure(some, session, programs_of, source):
             pruned = done[which]
         row = _row(point.config, pruned)
         row |= cost(parts, params, stays, config.prune.group)
-        row["membership"] = given_away(programs.members(pruned.weights))
+        row["membership"] = monitor.given_away(programs.members(pruned.weights))
         if config.measure.targets:
             with session.phase("re-test"):
                 row |= retest(config, parts, pruned, programs)
@@ -155,19 +155,6 @@ def _programs(config, point, session) -> Programs:
         finder(one, parts),
         monitor.make_membership(one, parts, session.say),
     )
-
-
-def given_away(curve) -> float:
-    """The highest AUC of the loss over the noise levels: who was in the training set.
-
-    The level is the best one for an attacker. The highest of several AUCs is above 1/2
-    by chance, too, by about as much in every row: compare it with that of the control.
-
-    Args: curve, of `membership`; None where it was not measured, which gives NaN.
-    """
-    if curve is None or np.isnan(curve.loss.auc).all():
-        return np.nan
-    return float(np.nanmax(curve.loss.auc))
 
 
 def _row(config, pruned: Pruned):

@@ -372,22 +372,29 @@ def _comparable(parts) -> bool:
 
 
 def make_membership(config, parts, say=lambda text: None, others=None):
-    """weights -> `membership.Curve` of the network at `levels`, or None.
+    """weights -> `membership.Curve` of the score that is sampled, or None.
 
-    None as for `detector`, and where `membership.check_sets` refuses the points, which
-    is said. Every call has the same points and noise, so that differences are those of
-    the networks.
+    At `levels`, of each point with its own label. None where there are fewer than two
+    other points, or they lack the labels that the network takes, and where
+    `membership.check_sets` refuses the points, which is said. Every call has the same
+    points and noise, so that differences are those of the networks.
 
     Args: others, a Dataset of points that are no members; by default the held-out ones.
     """
-    if not _comparable(parts):
-        return lambda weights: None
     times, train = levels(config), parts.splits.train
     others = parts.splits.held_out if others is None else others
+    if (
+        others is None
+        or len(others.x) < 2
+        or (parts.num_classes and others.label is None)
+    ):
+        return lambda weights: None
     count = min(MEMBERS, len(train.x), len(others.x))
-    members, others = (
-        np.asarray(first_points(part, count).x) for part in (train, others)
-    )
+    members, others = (first_points(part, count) for part in (train, others))
+    labels = None
+    if parts.num_classes:
+        labels = jnp.concatenate([members.label, others.label])
+    members, others = np.asarray(members.x), np.asarray(others.x)
     try:
         membership.check_sets(members, others)
     except ValueError as error:
@@ -401,8 +408,9 @@ def make_membership(config, parts, say=lambda text: None, others=None):
     simple = analytic.gaussian(points, parts.process)
     keys = jax.random.split(build.keys(config.seed).evaluate, len(points))
 
-    def one(i, weights, points, keys):
-        score_fn = training.score_fn(parts, weights)
+    def one(i, weights, points, labels, keys):
+        label = None if labels is None else labels[i]
+        score_fn = training.sampled_score(config, parts, weights, label)
         return membership.statistics(
             score_fn, parts.process, points[i], times, keys[i], DRAWS, simple=simple
         )
@@ -410,10 +418,23 @@ def make_membership(config, parts, say=lambda text: None, others=None):
     each = record.mapped(one, membership.BATCH)
 
     def measured(weights):
-        values = each(len(points), weights, points, keys)
+        values = each(len(points), weights, points, labels, keys)
         return membership.curve_of(times, values, count)
 
     return measured
+
+
+def given_away(curve) -> float:
+    """The highest AUC of the loss over the noise levels: who was in the training set.
+
+    The level is the best one for an attacker. The highest of several AUCs is above 1/2
+    by chance, too, by about as much in every row: compare it with that of the control.
+
+    Args: curve, of `membership`; None where it was not measured, which gives NaN.
+    """
+    if curve is None or np.isnan(curve.loss.auc).all():
+        return np.nan
+    return float(np.nanmax(curve.loss.auc))
 
 
 def members_found(config, parts, weights, say) -> dict:

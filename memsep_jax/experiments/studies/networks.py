@@ -93,12 +93,14 @@ def measure(points, session):
         yield measured(point.config, session)
 
 
-def measured(config, session) -> dict:
+def measured(config, session, members: bool = False) -> dict:
     """Trains a network, and measures what it copies and how good its samples are.
 
+    Args: members, whether to ask who was in the training set.
     Returns: the numbers of `pruning.watcher` for the weights of sampler.weights; `raw`,
       `ema`: the ratio of either; `highest`: the largest along training, of either, as
-      Gu 2023 keeps it (the more snapshots, the higher).
+      Gu 2023 keeps it (the more snapshots, the higher); with members, `membership`,
+      by `monitor.given_away`.
     """
     with session.phase("data"):
         parts = build.build(config)
@@ -107,12 +109,18 @@ def measured(config, session) -> dict:
     with session.phase("sample"):
         watch = pruning.watcher(config, parts, generate)
         both = {"raw": watch(state.params), "ema": watch(state.ema)}
+    row = both[config.sampler.weights]
+    if members:
+        told = monitor.make_membership(config, parts, session.say)
+        weights = training.sampled_weights(state, config)
+        with session.phase("membership"):
+            row["membership"] = monitor.given_away(told(weights))
     ratios = {which: numbers["ratio"] for which, numbers in both.items()}
     where = folder(config, session.workdir)
     rows = record.read_metrics(where / "metrics.jsonl")
     along = [row[which] for row in rows for which in monitor.RATIOS if which in row]
     return (
-        both[config.sampler.weights]
+        row
         | ratios
         | {
             "highest": np.max([*ratios.values(), *along]),
