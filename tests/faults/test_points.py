@@ -47,7 +47,7 @@ def nets(monkeypatch):
     nets = SimpleNamespace(asked=[], fails=lambda config: None)
     monkeypatch.setattr(figures, "encode", lambda figure, kind: kind.encode())
 
-    def measured(config, session):
+    def measured(config, session, members=False):
         nets.asked.append((config.optimizer.lr, config.data.num_examples, config.seed))
         if (error := nets.fails(config)) is not None:
             raise error
