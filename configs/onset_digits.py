@@ -41,7 +41,7 @@ def small(config):
 
 
 def smoke(config):
-    """One network, two snapshots."""
+    """One pair of twins, two snapshots."""
     defaults.smoke(config)
     config.sweep.update(seeds=1, num_examples=(16,))
     return config

@@ -4,6 +4,7 @@ A flow is a whole trajectory for one point; jit(vmap(flow)) compiles it for a ba
 `stages` are the same trajectory cut into its steps.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -293,7 +294,7 @@ def log_likelihood(
         along = directions(x, probes, key)
 
         def both(x, t):
-            return divergence(lambda x: slope(x, t), x, along, probes)
+            return divergence(lambda x: slope(x, t), x, along)
 
         def body(carry, pair):
             x, gained = carry
@@ -315,7 +316,7 @@ def log_likelihood(
 
 
 def directions(x: Point, probes: int = 0, key: Keys | None = None):
-    """Along which `divergence` looks: d unit vectors, or random signs.   [k, *e].
+    """Along which `divergence` looks: d unit vectors, or scaled random signs.  [k, *e].
 
     Args: probes, the number of random signs (Hutchinson); 0 for the unit vectors, which
       need no key.
@@ -326,18 +327,18 @@ def directions(x: Point, probes: int = 0, key: Keys | None = None):
         return jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
     if key is None:
         raise ValueError(f"probes={probes} directions are drawn: give a key")
-    return jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+    # So long that the sum over them is the mean over random signs.
+    return jax.random.rademacher(key, (probes, *x.shape), x.dtype) / math.sqrt(probes)
 
 
-def divergence(field, x: Point, along, probes: int = 0) -> tuple[Point, Scalar]:
+def divergence(field, x: Point, along) -> tuple[Point, Scalar]:
     """field(x), and the trace of its Jacobian: exact, or Hutchinson's estimate.
 
-    Args: field, x [*e] -> [*e]; along, the `directions` of as many probes.
+    Args: field, x [*e] -> [*e]; along, the `directions`.
     """
     # Linearised once: the directions share all that does not depend on them.
     value, push = jax.linearize(field, x)
-    terms = jax.vmap(lambda v: jnp.sum(v * push(v)))(along)
-    return value, jnp.mean(terms) if probes else jnp.sum(terms)
+    return value, jnp.sum(jax.vmap(lambda v: jnp.sum(v * push(v)))(along))
 
 
 def sampler(

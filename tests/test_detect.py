@@ -94,9 +94,9 @@ def test_a_row_has_the_auc_of_its_time_and_copies_are_near():
     [
         ({"measure.detect_at": 0.3}, "measure.detect_at=0.3 is not one of measure"),
         ({"sweep.points": ({"measure.detect_at": 9.0},)}, "detect_at=9.0 is not one"),
-        ({"train.label_drop": 0.1}, "asks for the score of a label, and data.labels="),
+        ({"train.label_drop": 0.1}, "labels, but data.labels=none: give data.labels="),
         (LABELLED | {"data.classes": (3,)}, "data.labels=true are of one class"),
-        ({"sweep.points": ({"train.label_drop": 0.1},)}, "train.label_drop=0.1 asks"),
+        ({"sweep.points": ({"train.label_drop": 0.1},)}, "label_drop=0.1 trains"),
         (
             {"process.name": "rectified_flow", "sampler.t_max": 0.9,
              "times.clock": "variance_exploding", "measure.times": (0.1, 1.5)},

@@ -1,13 +1,14 @@
 """Mitigations on one frontier: settings, shared networks, matched comparisons."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import mitigate_digits
-from memsep_jax import checkpoint, defaults, experiments, sampling
+from memsep_jax import analytic, checkpoint, defaults, experiments, sampling
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.runtime.session import Session
@@ -226,16 +227,26 @@ def test_membership_of_a_label_is_of_the_guided_score():
     leaves, tree = jax.tree.flatten(weights)
     moved = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys)]  # noqa: B905
     weights = jax.tree.unflatten(tree, moved)
-    x0, label = splits.held_out.x[0], splits.held_out.label[0]
-    own = training.sampled_score(config, parts, weights, label)
-    found = monitor.make_membership(config, parts)(weights)
-    assert np.isfinite(found.loss.auc).all()
-    config.sampler.guidance = None
-    plain = monitor.make_membership(config, parts)(weights)
-    assert not np.array_equal(found.secmi.auc, plain.secmi.auc)
-    assert not np.allclose(
-        own(x0, 0.3), training.score_fn(parts, weights, label)(x0, 0.3)
+    found, count = monitor.make_statistics(config, parts, most=4)
+    kept = np.isin(splits.held_out.label, splits.train.label)
+    x = np.concatenate([splits.train.x[:count], splits.held_out.x[kept][:count]])
+    label = np.concatenate(
+        [splits.train.label[:count], splits.held_out.label[kept][:count]]
     )
+    keys = jax.random.split(build.keys(config.seed).evaluate, 2 * count)
+    truth = [
+        membership.statistics(
+            training.sampled_score(config, parts, weights, jnp.int32(label[i])),
+            parts.process, x[i], monitor.levels(config), keys[i], monitor.DRAWS,
+            simple=analytic.gaussian(x, parts.process),
+        ).loss
+        for i in range(2 * count)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found(weights).loss, np.stack(truth), rtol=1e-4)
+    # Another label, and no guidance, are other losses.
+    config.sampler.guidance = None
+    plain = monitor.make_statistics(config, parts, most=4)[0](weights)
+    assert not np.allclose(plain.loss, np.stack(truth), rtol=2e-3)
     unlabelled = splits._replace(held_out=splits.held_out._replace(label=None))
     given = parts._replace(splits=unlabelled)
     assert monitor.make_membership(config, given)(weights) is None

@@ -90,7 +90,7 @@ def trace(
     Source: Jeon 2025 (arXiv 2412.04140).
     """
     along = sampling.directions(x, probes, key)
-    return -sampling.divergence(lambda x: score_fn(x, t), x, along, probes)[1]
+    return -sampling.divergence(lambda x: score_fn(x, t), x, along)[1]
 
 
 def flipd(score_fn: ScoreFn, process: Process, probes: int = 0):
@@ -109,7 +109,7 @@ def flipd(score_fn: ScoreFn, process: Process, probes: int = 0):
     def of(x0, t, key=None):
         x = process.alpha(t) * x0
         along = sampling.directions(x, probes, key)
-        both = sampling.divergence(lambda x: score_fn(x, t), x, along, probes)
+        both = sampling.divergence(lambda x: score_fn(x, t), x, along)
         return _dimension(process, t, *both)
 
     return of
@@ -168,7 +168,7 @@ def evidence(
     x = process.alpha(t) * x0
     eigen_key, probe_key = jax.random.split(key)
     along = sampling.directions(x, probes, probe_key)
-    value, slope = sampling.divergence(lambda x: score_fn(x, t), x, along, probes)
+    value, slope = sampling.divergence(lambda x: score_fn(x, t), x, along)
     eigenvalues = lipschitz.eigenvalues(score_fn, x, t, eigen_key, iters)
     gaps = None, None
     if unconditional is not None:

@@ -267,9 +267,10 @@ def override(config, values: dict[str, Any]) -> None:
     schema.leave_over(config, values)
 
 
-def check(config) -> build.Parts:
+def check(config, also=lambda config, parts: None) -> build.Parts:
     """Builds the points of the first seed, before anything is compiled or written.
 
+    Args: also, (config, parts) -> None, what else is checked of each of them.
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
     if not axes(config):
@@ -281,8 +282,9 @@ def check(config) -> build.Parts:
     # The seeds of a point differ in their draws alone, so one of them is checked.
     first, *others = (p for p in points(config) if p.values["seed"] == 0)
     parts = build.build(first.config)
+    also(first.config, parts)
     for point in others:
-        build.build(point.config)
+        also(point.config, build.build(point.config))
     return parts
 
 

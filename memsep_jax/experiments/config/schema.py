@@ -60,7 +60,7 @@ COUNTS = integers("integers, at least 1")
 LENGTH = Rule("at least 1, and below 2**31", lambda value: 1 <= value <= MOST_STEPS)
 INCREASING = Rule(
     "positive and increasing",
-    lambda value: all(t > 0 for t in value) and list(value) == sorted(value),
+    lambda value: all(t > 0 for t in value) and list(value) == sorted(set(value)),
 )
 # Empty, or a process.
 CLOCK = Rule(
@@ -405,10 +405,11 @@ TRAIN: dict[str, Field | Group] = {
         targets=field(0, "Training points that are searched for.", at_least(0)),
         search=field(100, "Steps of the search for each.", at_least(1)),
         detect_at=field(
-            0.1, "Which of `times` the table of the study `detect` is of.", positive(),
+            0.1, "Of `times`, the one of the table of the study `detect`.", positive(),
         ),
         onset_level=field(
-            0.1, "Share of copies that marks tau_mem.", inside(": a share of samples"),
+            0.1, "Share of copies, or other sign, that marks its time.",
+            inside(": a share of samples"),
         ),
         onset_tolerance=field(
             0.05, "Share of the way to the best distance that is left at tau_gen.",

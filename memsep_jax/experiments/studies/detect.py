@@ -19,7 +19,13 @@ from memsep_jax import data, memorization, neighbours
 from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, checks, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import evaluate, networks, results, training_run
+from memsep_jax.experiments.studies import (
+    evaluate,
+    monitor,
+    networks,
+    results,
+    training_run,
+)
 from memsep_jax.experiments.studies.study import Study
 from memsep_jax.experiments.training import sampled_weights
 from memsep_jax.memorization import detectors, membership
@@ -49,39 +55,37 @@ def check(config) -> build.Parts:
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
-    wrong = []
-    for point in grid.points(config):
-        group = point.config.measure
-        if group.detect_at not in group.times:
-            wrong.append(
-                f"measure.detect_at={group.detect_at} is not one of measure.times="
-                f"{tuple(group.times)[:10]}: give one of them, or add it"
-            )
-        if point.values["seed"] == 0 and point.config.train.label_drop:
-            wrong += _without_classes(point)
+    return grid.check(config, _check)
+
+
+def _check(config, parts):
+    group, wrong = config.measure, []
+    if group.detect_at not in group.times:
+        wrong.append(
+            f"measure.detect_at={group.detect_at} is not one of measure.times="
+            f"{tuple(group.times)[:10]}: give one of them, or add it"
+        )
+    if config.train.label_drop:
+        wrong += _without_classes(config, parts.splits.train.label)
     if wrong:
-        raise build.ConfigError("\n".join(dict.fromkeys(wrong)))
-    parts, group = grid.check(config), config.measure
+        raise build.ConfigError("\n".join(wrong))
     times = {f"measure.times[{i}]": jnp.float32(t) for i, t in enumerate(group.times)}
     checks.inside(parts.process, config.process.name, times)
-    return parts
 
 
-def _without_classes(point):
+def _without_classes(config, label):
     """A line where the gap of scores with and without a label has no meaning."""
-    known = point.config.data
-    given = f"train.label_drop={point.config.train.label_drop}"
-    label = build.splits(point.config).train.label
+    known, given = config.data, f"train.label_drop={config.train.label_drop}"
     if label is None:
         yield (
-            f"{given} asks for the score of a label, and data.labels={known.labels}: "
-            "give data.labels=true, or leave out train.label_drop"
+            f"{given} trains a score with and without labels, but data.labels="
+            f"{known.labels}: give data.labels=true, or leave out train.label_drop"
         )
     elif len(np.unique(label)) < 2:
         yield (
             f"{given}, but the training points of data.labels={known.labels} are of "
-            "one class: the scores with and without a label are one; give two classes "
-            "at least, or leave out train.label_drop"
+            "one class: the scores with and without a label are the same; give two "
+            "classes at least, or leave out train.label_drop"
         )
 
 
@@ -149,7 +153,12 @@ def _held_out(parts, most: int):
         return None
     if parts.num_classes and held_out.label is None:
         return None
-    return jax.tree.map(lambda a: np.asarray(a[:most]), held_out)
+    held_out = monitor.first_points(held_out, most)
+    if parts.num_classes:
+        # A label without a training point is one that the network knows nothing of.
+        kept = np.isin(held_out.label, np.asarray(parts.splits.train.label))
+        held_out = jax.tree.map(lambda a: a[kept], held_out)
+    return jax.tree.map(np.asarray, held_out)
 
 
 def _sigma(config, parts):

@@ -67,36 +67,43 @@ COLUMNS = (
 
 def check(config) -> build.Parts:
     """The parts of the first point.   Raises: ConfigError."""
-    parts, own = grid.check(config), grid.points(config)[0].config
-    if own.data.labels != "none":
+    return grid.check(config, _check)
+
+
+def _check(config, parts):
+    if parts.num_classes:
         raise build.ConfigError(
-            f"data.labels={own.data.labels}: the rungs are scores of all training "
+            f"data.labels={config.data.labels}: the rungs are scores of all training "
             "points, not of those of a label: data.labels=none"
         )
     if parts.splits.held_out is None or not len(parts.splits.held_out.x):
         raise build.ConfigError(
-            f"data.num_held_out={own.data.num_held_out}: networks are compared with "
+            f"data.num_held_out={config.data.num_held_out}: networks are compared with "
             "the rungs at noised held-out points; raise it"
         )
-    low, high = own.sampler.t_min, own.sampler.t_max
-    outside = [t for t in own.measure.times if not low <= t <= high]
-    if outside or not own.measure.times:
+    group, low, high = config.measure, config.sampler.t_min, config.sampler.t_max
+    outside = [t for t in group.times if not low <= t <= high]
+    if outside or not group.times:
         raise build.ConfigError(
             f"measure.times={outside[:10]} must be times that a sample passes, from "
             f"sampler.t_min={low} to sampler.t_max={high}, and at least one"
         )
+    if group.draws < 2:
+        raise build.ConfigError(
+            f"measure.draws={group.draws}: patches are chosen at one half of the "
+            "points and compared at the other; give at least 2"
+        )
     if parts.splits.train.x.ndim == 4:
-        if not own.measure.patches:
+        if not group.patches:
             raise build.ConfigError(
                 "measure.patches=() has no value: give the sides of the patches that "
                 "are tried, such as --config.measure.patches='(3, 5, 7)'"
             )
         try:
-            for side in own.measure.patches:
+            for side in group.patches:
                 analytic.local(_points(parts), parts.process, side)
         except ValueError as error:
             raise build.ConfigError(f"measure.patches: {error}") from error
-    return parts
 
 
 def measure(points, session):
@@ -138,14 +145,14 @@ def measured(config, session) -> dict:
 def explained(config, parts, network, truth=None) -> tuple[dict, dict]:
     """How far the denoiser of a network is from that of each rung.
 
-    With squares, the sum of |D_network - D_rung|^2 over measure.draws points, and the
-    mean of D_network over the same points:
+    With squares, the sum of |D_network - D_rung|^2 over every second one of
+    measure.draws points, and the mean of D_network over the same points:
 
       error = squares / sum |D_network|^2
       r2    = 1 - squares / sum |D_network - mean|^2
 
     The patch of a local rung is, at each time, the one of measure.patches with the
-    least error at held-out points; the other places take the same.
+    least error at the other half of the held-out points; all places take the same.
 
     Args: network, its score_fn(x, t); truth, the known law, or None.
     Returns:
@@ -165,15 +172,17 @@ def explained(config, parts, network, truth=None) -> tuple[dict, dict]:
     }
     for place, radius in zip(PLACES, _radii(parts, x, times).T, strict=True):
         row[f"{place}_radius"] = radius
-    rungs = {}
+    rungs, held_out = {}, [*PLACES].index("held_out")
     for name, forms in _ladder(parts, config.measure.patches, truth).items():
         # One form after another, since each holds as much as all points.
-        squares = np.stack([
-            squared(own, _denoised(form, parts.process, x, times))
-            for form in forms.values()
-        ])  # fmt: skip
-        best = squares[:, :, 0].argmin(axis=0)  # [k]
-        error, r2, together = agreement(own, squares[best, np.arange(len(times))])
+        chosen, compared = [], []
+        for form in forms.values():
+            other = _denoised(form, parts.process, x, times)
+            chosen.append(squared(own[:, :, ::2], other[:, :, ::2]))
+            compared.append(squared(own[:, :, 1::2], other[:, :, 1::2]))
+        best = np.stack(chosen)[:, :, held_out].argmin(axis=0)  # [k]
+        squares = np.stack(compared)[best, np.arange(len(times))]
+        error, r2, together = agreement(own[:, :, 1::2], squares)
         for i, place in enumerate(PLACES):
             row |= {
                 f"{name}_{place}_error": error[:, i],
@@ -336,9 +345,10 @@ def draw(metrics, points):
     yield (
         "explained",
         "The share of a network's denoiser that a rung leaves unexplained, 1 - r², at "
-        "each noise level. Left, at noised held-out points, where the patches of the "
-        "local rungs are chosen; middle, at noised training points; right, along the "
-        "network's own probability flow. Bands: 95 % intervals over the seeds.",
+        "each noise level. Left, at noised held-out points, at others of which the "
+        "patches of the local rungs are chosen; middle, at noised training points; "
+        "right, along the network's own probability flow. Bands: 95 % intervals over "
+        "the seeds.",
         figures.curves([
             _panel(_title(row, words), [
                 _unexplained(row, f"{rung}_{place}_r2", RUNGS[rung], COLORS[rung])
@@ -376,7 +386,7 @@ def draw(metrics, points):
         names = [name for name in ("network", *RUNGS) if f"samples_{name}" in point]
         if not names or n in seen:
             continue
-        seen.add(n)
+        seen.add(n)  # of the first setting and seed
         yield (
             f"samples_{n}" if n else "samples",
             "Samples of one network and of each rung; those of a column have the same "

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from memsep_jax import data, memorization
+from memsep_jax import data, memorization, process
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build
 from memsep_jax.experiments.reporting import figures
@@ -42,26 +42,30 @@ def check(config) -> build.Parts:
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
-    parts = twins.check(config)
+    return twins.check(config, _check)
+
+
+def _check(config, parts):
     if parts.num_classes:
         raise build.ConfigError(
             f"data.labels={config.data.labels}: a held-out point has a label that the "
-            "network never saw with it, which tells too; give data.labels=none"
+            "network never saw with it, which gives it away as well; give "
+            "data.labels=none"
         )
     train = np.asarray(parts.splits.train.x)
     held_out = parts.splits.held_out
     others = train[:0] if held_out is None else np.asarray(held_out.x)
-    if min(len(others), len(train)) < FEW:
+    if min(len(train), len(others), config.run.evaluate_points) < FEW:
         raise build.ConfigError(
-            f"data.num_held_out={config.data.num_held_out} and data.num_examples="
-            f"{config.data.num_examples} give {len(others)} held-out and {len(train)} "
-            f"training points: each must be at least {FEW}"
+            f"{len(train)} training and {len(others)} held-out points, of which "
+            f"run.evaluate_points={config.run.evaluate_points} are asked for: each "
+            f"must be at least {FEW}; raise data.num_examples, data.num_held_out or "
+            "run.evaluate_points"
         )
     try:
         membership.check_sets(train, others)
     except ValueError as error:
         raise build.ConfigError(f"membership cannot be told: {error}") from error
-    return parts
 
 
 def measure(points, session):
@@ -83,9 +87,10 @@ def measure(points, session):
             own, twin = (training.sampled_weights(s, config) for s in states)
             drawn = generate(own, 0, point.config.sampler.num_samples)
             x = np.asarray(first.splits.train.x)
-            row = {"ratio": memorization.ratio(data.like(x, drawn), x).value}
+            threshold = point.config.memorization.threshold
+            found = memorization.ratio(data.like(x, drawn), x, None, threshold)
         with session.phase("membership"):
-            row |= told(point.config, first, own, twin)
+            row = {"ratio": found.value} | told(point.config, first, own, twin)
         yield row | {"seconds": time.monotonic() - started}
 
 
@@ -97,23 +102,17 @@ def told(config, parts, weights, reference) -> dict:
       `at_1_NAME` [k], the AUC and the TPR at 1 % FPR; `best_NAME`, `tpr_NAME` and
       `noise_NAME` at the level that is best for the other half of the points.
     """
-    count = config.run.evaluate_points
-    members, others = (
-        np.asarray(monitor.first_points(part, count).x)
-        for part in (parts.splits.train, parts.splits.held_out)
+    told_of, count = monitor.make_statistics(
+        config, parts, most=config.run.evaluate_points
     )
-    times, key = monitor.levels(config), build.keys(config.seed).evaluate
-    score_fns = [training.score_fn(parts, some) for some in (weights, reference)]
-    halves = [
-        membership.curve(
-            score_fns[0], parts.process, members[i::2], others[i::2], times,
-            jax.random.fold_in(key, i), monitor.DRAWS, reference=score_fns[1],
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    noise = np.asarray(jax.vmap(parts.process.sigma)(times))
-    noise = noise / np.asarray(jax.vmap(parts.process.alpha)(times))
-    row = {"noise": noise}
+    values, times = told_of(weights, reference), monitor.levels(config)
+    halves = []
+    for first in (0, 1):  # every second member, and every second of the others
+        rows = np.r_[first:count:2, count + first : len(values.loss) : 2]
+        some = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], values)
+        halves.append(membership.curve_of(times, some, len(range(first, count, 2))))
+    noise = np.asarray(process.noise_to_signal(parts.process, times))
+    row: dict = {"noise": noise}
     for name in STATISTICS:
         auc, tpr = (
             np.stack([getattr(half, name)._asdict()[of] for half in halves])

@@ -371,57 +371,84 @@ def _comparable(parts) -> bool:
     return not parts.num_classes and held_out is not None and len(held_out.x) > 1
 
 
-def make_membership(config, parts, say=lambda text: None, others=None):
-    """weights -> `membership.Curve` of the score that is sampled, or None.
+def make_membership(config, parts, say=lambda text: None, others=None, swapped=False):
+    """weights -> `membership.Curve` of the score that is sampled, at `levels`, or None.
 
-    At `levels`, of each point with its own label. None where there are fewer than two
-    other points, or they lack the labels that the network takes, and where
-    `membership.check_sets` refuses the points, which is said. Every call has the same
-    points and noise, so that differences are those of the networks.
+    Args and None: as in `make_statistics`.
+    """
+    statistics, count = make_statistics(config, parts, say, others, swapped=swapped)
+
+    def measured(weights):
+        values = statistics(weights)
+        if values is None:
+            return None
+        return membership.curve_of(levels(config), values, count)
+
+    return measured
+
+
+def make_statistics(
+    config, parts, say=lambda text: None, others=None, most=None, swapped=False
+):
+    """(weights, reference=None) -> `membership.Statistics`, [n + n2, levels], or None.
+
+    Of the score that is sampled, at members first, each with its own label. Every call
+    has the same points and noise, so that differences are those of the networks. None
+    where there are fewer than two other points, or none with a label that the network
+    takes, and where `membership.check_sets` refuses the points, which is said.
 
     Args: others, a Dataset of points that are no members; by default the held-out ones.
+      most, points of each set; by default MEMBERS. swapped, for the twin of a network,
+      whose members are the others here: a point then has the same noise for both.
+      reference, the weights of a second network.
+    Returns: the function, and the number of members.
     """
     times, train = levels(config), parts.splits.train
     others = parts.splits.held_out if others is None else others
-    if (
-        others is None
-        or len(others.x) < 2
-        or (parts.num_classes and others.label is None)
-    ):
-        return lambda weights: None
-    count = min(MEMBERS, len(train.x), len(others.x))
-    members, others = (first_points(part, count) for part in (train, others))
+    unknown = parts.num_classes and others is not None and others.label is None
+    if others is None or unknown:
+        return lambda *weights: None, 0
+    most = MEMBERS if most is None else most
+    train, others = first_points(train, most), first_points(others, most)
+    if parts.num_classes:
+        # A label without a training point is one that the network knows nothing of.
+        kept = np.isin(others.label, np.asarray(parts.splits.train.label))
+        others = jax.tree.map(lambda a: a[kept], others)
+    count = min(len(train.x), len(others.x))
+    if count < 2:
+        return lambda *weights: None, count
+    train, others = first_points(train, count), first_points(others, count)
     labels = None
     if parts.num_classes:
-        labels = jnp.concatenate([members.label, others.label])
-    members, others = np.asarray(members.x), np.asarray(others.x)
+        labels = jnp.concatenate([train.label, others.label])
+    points = np.concatenate([train.x, others.x])
     try:
-        membership.check_sets(members, others)
+        membership.check_sets(points[:count], points[count:])
     except ValueError as error:
         why = f"membership is not measured: {error}"
-
-        def unknown(weights):
-            say(why)
-
-        return unknown
-    points = np.concatenate([members, others])
+        return lambda *weights: say(why), count
     simple = analytic.gaussian(points, parts.process)
     keys = jax.random.split(build.keys(config.seed).evaluate, len(points))
+    if swapped:
+        keys = jnp.concatenate([keys[count:], keys[:count]])
 
-    def one(i, weights, points, labels, keys):
+    def one(i, weights, reference, points, labels, keys):
         label = None if labels is None else labels[i]
-        score_fn = training.sampled_score(config, parts, weights, label)
-        return membership.statistics(
-            score_fn, parts.process, points[i], times, keys[i], DRAWS, simple=simple
+        score_fn, second = (
+            None if w is None else training.sampled_score(config, parts, w, label)
+            for w in (weights, reference)
         )
+        return membership.statistics(
+            score_fn, parts.process, points[i], times, keys[i], DRAWS,
+            simple=simple, reference=second,
+        )  # fmt: skip
 
     each = record.mapped(one, membership.BATCH)
 
-    def measured(weights):
-        values = each(len(points), weights, points, labels, keys)
-        return membership.curve_of(times, values, count)
+    def measured(weights, reference=None):
+        return each(len(points), weights, reference, points, labels, keys)
 
-    return measured
+    return measured, count
 
 
 def given_away(curve) -> float:

@@ -80,6 +80,10 @@ def check(config) -> build.Parts:
 
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
+    return twins.check(config, _check)
+
+
+def _check(config, parts):
     wrong = []
     if config.run.snapshots < 2:
         wrong.append(
@@ -92,17 +96,21 @@ def check(config) -> build.Parts:
         for field in ("stop_gap", "plateau")
         if config.train[field] is not None
     ]
-    if wrong:
-        raise build.ConfigError("\n".join(wrong))
-    parts = twins.check(config)
     held_out = parts.splits.held_out
     # As many as `pruning.watcher` takes to measure quality.
     if held_out is None or len(held_out.x) < 4:
-        raise build.ConfigError(
+        wrong.append(
             f"data.num_held_out={config.data.num_held_out}: quality is a distance from "
             "held-out points, at least 4; raise it"
         )
-    return parts
+    elif parts.num_classes and held_out.label is None:
+        wrong.append(
+            f"data.labels={config.data.labels}: held-out points have no labels, and "
+            "their loss is compared with that of training points; give true or random "
+            "labels, or none"
+        )
+    if wrong:
+        raise build.ConfigError("\n".join(wrong))
 
 
 # Times from measurements along training.
@@ -145,11 +153,12 @@ def times(steps, along: dict, level: float, tolerance: float) -> dict:
     tau_mem: the ratio of memorized samples reaches `level`. tau_near, tau_member: the
     sign is at `level` from then on; before a network has learned anything, its samples
     may all be nearest to one point. tau_held_out: the snapshot of the least held-out
-    loss, nan where that is the last one. tau_stop: the held-out loss is above that of
-    training points by `level` of itself, as train.stop_gap has it.
+    loss, nan where that is the last one. tau_stop: the held-out loss first is above
+    that of training points by `level` of itself, as train.stop_gap has it.
 
     All use running medians of three, so that no single lucky or unlucky snapshot
-    decides a time or the best.
+    decides a time or the best. These make a tie of the least losses, of which the least
+    by itself counts.
 
     Args: steps [k]; along, "ratio", "nearer", "member", "frechet", "train_loss" and
       "held_out_loss" [k], along training.
@@ -162,14 +171,19 @@ def times(steps, along: dict, level: float, tolerance: float) -> dict:
         # The least value from a step on is at the level where all later ones are.
         return crossing(steps, np.minimum.accumulate(values[::-1])[::-1], level)
 
-    least = int(np.argmin(its["held_out_loss"]))
-    ended = least == len(steps) - 1 or np.isnan(its["held_out_loss"]).any()
+    losses = np.asarray(along["held_out_loss"], float)
+    ties = np.flatnonzero(its["held_out_loss"] == its["held_out_loss"].min())
+    # No snapshot is the least where one is nan.
+    least = ties[losses[ties].argmin()] if len(ties) else len(steps) - 1
+    ended = least == len(steps) - 1
     return {
         "tau_gen": crossing(steps, quality, quality.max() - tolerance * way),
         "tau_near": stays(its["nearer"]),
         "tau_member": stays(its["member"]),
         "tau_held_out": np.nan if ended else float(steps[least]),
-        "tau_stop": stays(1 - its["train_loss"] / its["held_out_loss"]),
+        "tau_stop": crossing(
+            steps, 1 - its["train_loss"] / its["held_out_loss"], level
+        ),
         "tau_mem": crossing(steps, its["ratio"], level),
     }
 
@@ -287,7 +301,7 @@ def _along(config, parts, twin, steps, generate, session) -> dict:
     """Trains a network: weights -> its numbers at every snapshot, [k, ...].
 
     Those of `pruning.watcher`, losses, means over the noise levels, and AUCs
-    [k, levels] of the loss as a sign of membership, nan for networks of labels.
+    [k, levels] of the loss as a sign of membership.
 
     Args: twin, the parts of its twin.
     """
@@ -299,7 +313,9 @@ def _along(config, parts, twin, steps, generate, session) -> dict:
         twin.splits.train, monitor.evaluated_points(config, parts)
     )  # fmt: skip
     watch = pruning.watcher(config, parts, generate, others.x)
-    members = monitor.make_membership(config, parts, session.say, others)
+    members = monitor.make_membership(
+        config, parts, session.say, others, swapped=config.data.skip > 0
+    )
     losses = monitor.make_losses(config, parts, session.pause)
 
     def look(weights):
@@ -372,9 +388,9 @@ def draw(metrics, points):
         "Signs of memorization along training, 0 % by chance and 100 % for certain: "
         "memorized samples; 2 s - 1 of the share s of samples that are nearer to their "
         "own training set than to the twin's; 2 AUC - 1 of the loss at one noise "
-        "level, which tells the training set from the twin's. The held-out loss is "
-        "above its least value by the share that is left of its way from the first "
-        "snapshot, at most by 100 %. "
+        "level, which tells the training set from the twin's. Dashed: the held-out "
+        "loss, scaled so that its least value is 0 % and that of the first snapshot "
+        "100 %, which is not exceeded. "
         f"{WEIGHTS['ema']}, means and 95 % intervals over the seeds.",
         figures.curves(
             [
@@ -398,7 +414,8 @@ def draw(metrics, points):
         panels.append(figures.Panel(title, lines, "training points n", "training step"))
     yield (
         "onset",
-        "The times at which samples become good and at which they become copies, "
+        "The times at which samples become good, at which the signs of memorization "
+        "appear, and at which samples become copies, "
         "against the number of training points: geometric means over the seeds with "
         "95 % intervals; no mark where a seed does not get there. Dashed: the line "
         "through the logarithms. " + " ".join(words),

@@ -37,9 +37,10 @@ def halves(config) -> tuple:
     return config, second
 
 
-def check(config) -> build.Parts:
+def check(config, also=lambda config, parts: None) -> build.Parts:
     """Builds both halves of every size, before anything is compiled or written.
 
+    Args: also, as in `grid.check`, of the first halves.
     Returns: the parts of the first point.   Raises: build.ConfigError.
     """
     if not config.sweep.num_examples:
@@ -52,11 +53,12 @@ def check(config) -> build.Parts:
             f"data.skip={config.data.skip}: {config.experiment} skips the points of "
             "the other half itself; leave it at 0"
         )
-    parts = grid.check(config)  # the first halves; the second ones need 2 n points
-    for point in grid.points(config):
-        if point.values["seed"] == 0:
-            build.build(halves(point.config)[1])
-    return parts
+
+    def both(config, parts):
+        also(config, parts)
+        build.build(halves(config)[1])  # which needs 2 n points
+
+    return grid.check(config, both)
 
 
 def measure(points, session):
