@@ -4,6 +4,7 @@ Nothing here computes a result: the numbers were read from the disk.
 """
 
 import io
+import textwrap
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -387,6 +388,7 @@ class Panel(NamedTuple):
     xscale: str = "log"
     yscale: str = "log"
     percent: bool = False  # y is a share
+    unit: bool = False  # y is from 0 to 1, whatever its bands are
     ticks: list[str] | None = None  # names of x = 0, 1, ..., where it is no number
 
 
@@ -404,7 +406,8 @@ def curves(panels):
     shared = len(panels) > 1 and max(labels, key=len) == set().union(*labels) != set()
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_lines(axes, panel)
-        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set(title=_wrapped(panel.title, 66 if columns == 1 else 38))
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.set(xscale=panel.xscale, yscale=panel.yscale)
         _set_x(axes, panel)
         _set_y(axes, panel)
@@ -432,6 +435,11 @@ def _entries(*many):
     return entries
 
 
+def _wrapped(title, width):
+    """A title whose lines fit above a panel: a setting may name many fields."""
+    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+
+
 def _draw_lines(axes, panel):
     for i, line in enumerate(panel.lines):
         color = line.color or COLORS[i % len(COLORS)]
@@ -457,7 +465,8 @@ def _set_x(axes, panel):
     # Values that people choose have few digits. The labels of others, such as computed
     # times of a collapse, would run into those; and so would more than about eight.
     named = [x for x in places if np.isclose(x, [float(f"{x:.3g}"), np.rint(x)]).any()]
-    if 1 < len(named) <= 8 and panel.xscale != "linear":
+    few = 1 < len(named) <= 8 and 2 * len(named) >= len(places)
+    if few and panel.xscale != "linear":
         axes.xaxis.set_major_locator(FixedLocator(named))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -476,8 +485,9 @@ def _set_y(axes, panel):
         axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten say enough
     elif panel.yscale == "log":
         _plain_log(axes, "y", "{x:g}")
-    if panel.percent:
+    if panel.percent or panel.unit:
         axes.set_ylim(-0.03, 1.03)
+    if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 

@@ -349,7 +349,7 @@ def _membership(levels):
     lines.append(figures.Line(noise, chance, "chance", style=":", color="black"))
     return figures.Panel(
         "who was in the training set", lines, "noise level, sigma / alpha", "AUC",
-        yscale="linear",
+        yscale="linear", unit=True,
     )  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def _roc(row, against, words):
 
 def _noise(row, against):
     lines = _lines(row, f"along_{against}", row["sigma"]["mean"], "o-")
-    return figures.Panel(_title(row), lines, "sigma", "AUC", yscale="linear")
+    return figures.Panel(_title(row), lines, "sigma", "AUC", yscale="linear", unit=True)
 
 
 def _spectrum(row):

@@ -150,7 +150,7 @@ def draw(metrics, points):
             panels.append(
                 figures.Panel(
                     f"{title}\n{words}" if title else words, lines,
-                    "noise level, sigma / alpha", "AUC", yscale="linear",
+                    "noise level, sigma / alpha", "AUC", yscale="linear", unit=True,
                 )
             )  # fmt: skip
         lines = [
@@ -161,7 +161,7 @@ def draw(metrics, points):
         over.append(
             figures.Panel(
                 title or "", lines, "training points n", "AUC, share of samples",
-                yscale="linear",
+                yscale="linear", unit=True,
             )
         )  # fmt: skip
     yield (
