@@ -29,14 +29,14 @@ from memsep_jax import (
     train,
 )
 from memsep_jax.gap import Estimate
-from memsep_jax.memorization import membership
+from memsep_jax.memorization import detectors, membership
 from memsep_jax.mixture import Boxes, Mixture
 from memsep_jax.models import alexnet, mlp
 from memsep_jax.train import objectives
 
 ROOMS = (
     process, mixture, empirical, analytic, score, gap, lipschitz, sampling, prune,
-    objectives, roots, membership,
+    objectives, roots, membership, detectors,
 )  # fmt: skip
 
 OU = process.ornstein_uhlenbeck()
@@ -332,6 +332,7 @@ FINITE = {
             "jacobian_norm": partial(lipschitz.jacobian_norm, iters=5, symmetric=True),
             "exact_norm": lambda f, x, t, key: lipschitz.exact_norm(f, x, t),
             "frobenius": partial(lipschitz.frobenius, probes=4),
+            "eigenvalues": partial(lipschitz.eigenvalues, iters=3),
         }.items()
     },
     "lipschitz.local": (
@@ -401,6 +402,15 @@ FINITE = {
         ),
         ALONG,
     ),
+    "sampling.divergence": (
+        each(
+            lambda f, x, t: sampling.divergence(
+                lambda x: f(x, t), x, sampling.directions(x, 2, key())
+            ),
+            (*SCORES, near_twins),
+        ),
+        AT,
+    ),
     "sampling.sampler": (
         lambda times: sampling.sampler(linear, OU, times, (2,))(key()),
         [(TIMES,)],
@@ -432,6 +442,25 @@ FINITE = {
         lambda t: [membership.gaussian_auc(4, 3, OU, t, way) for way in (True, False)],
         NOW,
     ),
+    **{
+        f"detectors.{name}": (
+            each(lambda f, *row, of=of: of(f, *row), (*SCORES, near_twins)),
+            [*AT, (DATA[1], T)],
+        )
+        for name, of in {
+            "sharpness": lambda f, x, t: detectors.sharpness(f, x, t, key(), 3),
+            "flattest": lambda f, x, t: detectors.flattest(f, x, t, key(), 3),
+            "trace": detectors.trace,
+            "flipd": lambda f, x, t: detectors.flipd(f, OU)(x, t),
+            "guidance_gap": lambda f, x, t: detectors.guidance_gap(f, nothing)(x, t),
+            "guidance_product": lambda f, x, t: detectors.guidance_product(f, nothing)(
+                x, t
+            ),
+            "evidence": lambda f, x, t: detectors.evidence(
+                f, OU, x, t, key(), 3, unconditional=nothing
+            ),
+        }.items()
+    },
     "prune.importance": (
         lambda sizes: prune.importance(lambda one: one, sizes),
         [(DATA[None],), (0 * DATA[None],)],
@@ -514,6 +543,18 @@ REFUSED = {
     "membership.separation": (
         lambda a: membership.separation(a, EVEN), EVEN, HOST,
     ),
+    "membership.separations": (
+        lambda a: membership.separations(a, EVEN > -1), DATA, HOST,
+    ),
+    "detectors.curve": (
+        lambda a: detectors.curve(linear, OU, a, EVEN > -1, TIMES, key()), DATA, HOST,
+    ),
+    "detectors.curve_of": (
+        lambda a: detectors.curve_of(detectors.Evidence(*[a] * 6), EVEN > -1), DATA,
+        HOST,
+    ),
+    "detectors.roc": (lambda a: detectors.roc(a, EVEN > -1, EVEN), EVEN, HOST),
+    "detectors.check_copies": (lambda a: detectors.check_copies(a, 4), EVEN, HOST),
     "membership.check_sets": (lambda a: membership.check_sets(a, DATA), DATA, HOST),
     "memorization.ratio": (lambda a: memorization.ratio(a, DATA), DATA, HOST),
 }  # fmt: skip
@@ -531,6 +572,7 @@ LEFT_OUT = {
     "membership.check_times": "returns nothing",
     "sampling.search_stages": "in sampling.search_noise",
     "sampling.best_noise": "in sampling.search_noise",
+    "sampling.directions": "draws signs",
     "empirical.labelled": "of integers",
     "gap.spectrum_draws": "draws integers",
     **dict.fromkeys(

@@ -245,7 +245,7 @@ def curve_of(values: Evidence, copied) -> dict[str, membership.Separation]:
     Returns: Separations of arrays [k] or [k, 2]; without detectors that are None.
     Raises: ValueError: as `check_copies`.
     """
-    check_on_host("detectors.curve_of", values, copied)
+    check_on_host("detectors.curve_of", *values, copied)
     copied = check_copies(copied, len(values.trace))
     return {
         name: membership.separations(-SIGNS[name] * np.asarray(of), copied)
@@ -260,6 +260,7 @@ def roc(values, copied, fpr: Float[Arr, " f"]) -> Float[Arr, " f"]:
     Args: values [m], large where a sample is a copy; copied, bool [m]; fpr, in [0, 1].
     Raises: ValueError: as `check_copies`.
     """
+    check_on_host("detectors.roc", values, copied)
     from sklearn import metrics  # takes over a second, and few runs need it
 
     copied = check_copies(copied, len(values))
@@ -275,6 +276,7 @@ def check_copies(copied, m: int) -> np.ndarray:
 
     Raises: ValueError: another length; fewer than two copies, or than two others.
     """
+    check_on_host("detectors.check_copies", copied)
     copied = np.asarray(copied)
     if copied.shape != (m,) or copied.dtype != bool:
         raise ValueError(

@@ -287,6 +287,7 @@ def separations(values, members):
     Args: values [m, k], smaller for members; members, bool [m].
     Returns: Separation of arrays [k] or [k, 2].
     """
+    check_on_host("membership.separations", values, members)
     each = [
         separation(c[members], c[~members]) if np.isfinite(c).all() else UNKNOWN
         for c in np.asarray(values, np.float64).T

@@ -114,21 +114,18 @@ def told(config, parts, weights, reference) -> dict:
     noise = np.asarray(process.noise_to_signal(parts.process, times))
     row: dict = {"noise": noise}
     for name in STATISTICS:
-        auc, tpr = (
-            np.stack([getattr(half, name)._asdict()[of] for half in halves])
-            for of in ("auc", "tpr")
-        )
+        found = [half._asdict()[name] for half in halves]
+        auc, tpr = np.stack([f.auc for f in found]), np.stack([f.tpr for f in found])
         row |= {f"auc_{name}": auc.mean(axis=0), f"at_1_{name}": tpr.mean(axis=0)}
-        if np.isnan(auc).any():
-            found = dict.fromkeys(("best", "tpr", "noise"), np.nan)
-        else:
+        best = dict.fromkeys(("best", "tpr", "noise"), np.nan)
+        if not np.isnan(auc).any():
             level = auc.argmax(axis=1)[::-1]  # of one half, for the other
-            found = {
+            best = {
                 "best": auc[[0, 1], level].mean(),
                 "tpr": tpr[[0, 1], level].mean(),
                 "noise": np.exp(np.log(noise[level]).mean()),
             }
-        row |= {f"{of}_{name}": value for of, value in found.items()}
+        row |= {f"{of}_{name}": value for of, value in best.items()}
     return row
 
 
