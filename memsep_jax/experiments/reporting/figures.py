@@ -419,9 +419,11 @@ def curves(panels):
         # Those of the richest panel first, in its order.
         order = sorted(range(len(panels)), key=lambda i: -len(labels[i]))
         entries = _entries(*(grid.flat[i] for i in order))
+        # An inch holds about 14 letters of this size; a handle takes as much as six.
+        fit = int(14 * size[0] / (6 + max(map(len, entries))))
         figure.legend(
-            entries.values(), entries.keys(), loc="outside lower center", ncols=4,
-            fontsize=8,
+            entries.values(), entries.keys(), loc="outside lower center",
+            ncols=min(max(fit, 1), 4), fontsize=8,
         )  # fmt: skip
     return figure
 
