@@ -10,6 +10,10 @@ nearer to their own training set than to that of a twin, members told by their l
 least held-out loss, and where `train.stop_gap=0.1` would have stopped. Twins are pairs
 of networks on disjoint sets, so n goes to 700.
 
+`small`, 35 minutes on 2 cores beside a test suite: samples of the raw weights lean
+towards their own training set from step 31, 37 and 52 on (n = 20, 40, 80), the held-out
+loss is least at 169, 211 and 211, and copies begin at 474, 884 and 1,700.
+
 Variants: `full` (5 seeds, 6 sizes), `small` (3 seeds, 3 sizes: minutes on 2 CPU cores),
 `smoke`.
 """
