@@ -8,10 +8,10 @@ network at each noise level, at held-out points and along the network's own samp
 2509.09672), and sampled from the same initial noise. With the truth known:
 configs/explain_mixture.py.
 
-`small`, 7 minutes on 2 busy CPU cores: at n = 50, where 84 % of the samples are copies,
-the empirical score explains r² = 0.95 [0.93, 0.96] of the denoiser on the network's
-path, and at n = 400, with 0.5 % copies, 0.77 [0.75, 0.78]. There the score that is
-local by the covariance explains most of it at held-out points (0.89 [0.88, 0.91]), and
+`small`, 4 minutes on 2 CPU cores: at n = 50, where 84 % of the samples are copies, the
+empirical score explains r² = 0.95 [0.93, 0.97] of the denoiser on the network's path,
+and at n = 400, with 0.5 % copies, 0.75 [0.70, 0.80]. There the score that is local by
+the covariance explains most of it at held-out points (0.89 [0.88, 0.90]), and
 its samples are nearest to the network's (cosine 0.82 [0.81, 0.83]) without a copy.
 
 Variants: `full` (5 seeds, 4 sizes), `small` (3 seeds, 2 sizes: minutes on 2 CPU cores),
