@@ -7,6 +7,9 @@ One factor at a time around a base that copies about half of what it draws: the 
 training (length, batch at a fixed ratio of rate and batch, rate, decay, optimizer, EMA)
 and the labels. U-Nets: configs/factors_cifar.py; transformers: configs/factors_dit.py.
 
+`guidance`, 4 minutes on 2 CPU cores: 41 % [35, 47] copies without a label, 65 % [57,
+73] of a label, and no more that 3 seeds could tell with twice or four times its weight.
+
 Variants: `full` (5 seeds), `small` (2 seeds, two values of each factor: 2 CPU cores),
 `guidance` (one conditional network per seed, sampled with four weights of guidance),
 `smoke`.
