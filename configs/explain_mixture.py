@@ -7,7 +7,7 @@ to the true and to the empirical denoiser, in the shells of noise around its tra
 points and along its own sampling. Vectors have no patches, so the rungs that need
 images are left out.
 
-14 minutes on 2 CPU cores: at n = 100 (92 % copies) the empirical score explains r² =
+13 minutes on 2 CPU cores: at n = 100 (92 % copies) the empirical score explains r² =
 0.99 of the denoiser on the network's path, the truth 0.97; at n = 2,000 (0.2 % copies)
 0.96 [0.95, 0.97], and the truth 1.00.
 
