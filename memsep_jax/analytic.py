@@ -39,6 +39,7 @@ from memsep_jax.streaming import (
 # query needs of them stays in the cache, and patches for a product of matrices.
 PIXELS = 32_768
 PATCHES = 8_192
+FEW = 4  # contenders among patches, whose logits are small and rounded less
 BLOCK = 96  # numbers, or a few more, that a mask leaves out together: a row of an image
 
 Patch = int | Sequence[tuple[float, int]]
@@ -415,7 +416,7 @@ def _among(data, process, cut, side, chunk, log_weights, x, t):
         prior = jnp.repeat(prior, a * b)
 
         def of_one(query):
-            return chunk_sums(points, prior, query, *scale, points[:, centre])
+            return chunk_sums(points, prior, query, *scale, points[:, centre], FEW)
 
         # Row by row: all queries at once would be [a b, m a b] logits.
         return jax.lax.map(jax.vmap(of_one), queries)

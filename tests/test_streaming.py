@@ -81,3 +81,20 @@ def test_pixels_are_floats_as_the_data_room_has_them():
 def test_what_has_no_sums_is_refused(check, message):
     with pytest.raises(ValueError, match=message):
         check()
+
+
+@pytest.mark.parametrize("m", [1, 40, 1_023, 1_024, 1_279, 2_000])
+@pytest.mark.parametrize("law", ["normal", "ties", "left out"])
+def test_the_likeliest_are_those_of_a_sort(m, law):
+    """Also with ties, and where the last row of lanes is not full."""
+    rng = np.random.default_rng(m)
+    logits = rng.normal(size=(5, m)).astype(np.float32)
+    if law == "ties":
+        logits = np.round(2 * logits)
+    if law == "left out":
+        logits[:, rng.random(m) < 0.99] = streaming.NEVER
+    count = min(16, m)
+    places = jax.jit(jax.vmap(lambda row: streaming._likeliest(row, count)))(logits)
+    found = np.take_along_axis(logits, np.asarray(places), axis=1)
+    np.testing.assert_array_equal(found, -np.sort(-logits, axis=1)[:, :count])
+    assert all(len(set(row)) == count for row in np.asarray(places).tolist())
