@@ -268,7 +268,8 @@ def test_what_a_search_reproduces_is_found(reach, found, null):
         return np.where(kept[:, None, None, None], targets, first[None])
 
     row = mitigate.search(config, parts, None, find)
-    assert row == {"found": found, "found_null": null}
+    counts = {"found_of": 4, "found_null_of": 4}
+    assert row == {"found": found, "found_null": null} | counts
 
 
 # The whole, at a small size.

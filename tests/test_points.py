@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections.config_flags import tuple_parser
 
-from memsep_jax import defaults
+from memsep_jax import defaults, memorization
 from memsep_jax.checkpoint import ConflictError
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, grid
@@ -300,6 +300,33 @@ def test_the_interval_is_students():
     np.testing.assert_allclose(2 - found.low, 4.302653 / np.sqrt(3), rtol=1e-6)
     alone = results.mean_interval(np.array([1.0]))
     assert alone.mean == 1 and np.isnan(alone.low)  # one seed knows no error
+
+
+def test_the_interval_of_a_share_is_at_least_wilsons():
+    """Also where all seeds agree, and it ends at 0 and 1; a wider one stays."""
+    cases = [(0.035, 0.035, 0.035), (0.0, 0.0, 0.0), (1.0, 1.0, 0.98)]
+    found = results.mean_interval(np.array(cases).T, trials=3 * 200)
+    for i, count in enumerate((21, 0, 596)):
+        low, high = memorization.wilson(count, 600)
+        assert found.low[i] <= low and found.high[i] >= high
+    assert (found.low[0], found.high[0]) == memorization.wilson(21, 600)
+    assert found.low[1] == 0 and found.high[2] == 1
+    apart = np.array([0.2, 0.5, 0.8])
+    assert results.mean_interval(apart, trials=600).low == max(
+        results.mean_interval(apart).low, 0
+    )
+
+
+def test_a_row_says_of_how_many_samples_a_share_is():
+    """null_of may be 0, where nothing is known; a share of nan stays unknown."""
+    counts = {"ratio_of": np.array(200), "null_of": np.array(0)}
+    rows = [
+        {"seed": np.array(s), "ratio": np.array(0.0), "null": np.array(np.nan)} | counts
+        for s in (0, 1)
+    ]
+    (row,) = results.over_seeds(rows)
+    assert row["ratio"]["high"] == memorization.wilson(0, 400)[1]
+    assert np.isnan(row["null"]["high"]) and set(row) == {"seeds", "ratio", "null"}
 
 
 def test_seeds_become_means_of_numbers_and_of_curves():

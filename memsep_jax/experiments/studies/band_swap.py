@@ -153,7 +153,7 @@ def _compared(samples, splits, threshold, bands):
         "distance": nearest / nearest[nowhere],
     }
     sizes = [len(bands.pairs[name]) for name in CURVES]
-    row = {"null": null}
+    row = {"null": null, "null_of": len(splits.held_out.x) if splits.held_out else 0}
     for what, values in numbers.items():
         values = np.where(finite, values, np.nan)
         parts = np.split(values, np.cumsum(sizes)[:-1])
@@ -161,6 +161,9 @@ def _compared(samples, splits, threshold, bands):
             f"{name}_{what}": part for name, part in zip(CURVES, parts, strict=True)
         }
         row |= {f"truth_{what}": values[nowhere], f"copying_{what}": values[everywhere]}
+        if what != "distance":
+            ends = (*CURVES, "truth", "copying")
+            row |= {f"{name}_{what}_of": samples.shape[1] for name in ends}
     del row["truth_distance"], row["copying_overlap"]  # 1, both
     return row | {
         "half_below": _half(bands.edges, row["below_ratio"]),

@@ -131,7 +131,11 @@ def measured(config, session) -> dict:
             if (held_out := _held_out(parts, len(drawn))) is not None:
                 nearest = _repeated(config, search(held_out.x))
                 fresh = says(*held_out) | {"distance": nearest}
-    row = {"ratio": copied.mean(), "sigma": _sigma(config, parts)}
+    row = {
+        "ratio": copied.mean(),
+        "ratio_of": len(copied),
+        "sigma": _sigma(config, parts),
+    }
     for name in DETECTORS:
         found, both, first = values.get(name), None, copied
         if found is not None and name in fresh:

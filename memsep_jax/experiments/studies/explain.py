@@ -280,10 +280,13 @@ def alike(drawn, splits, threshold) -> dict:
     own, *others = (data.like(train, x) for x in drawn.values())
     _, *names = drawn
     centre = _as_floats(train).mean(axis=0)
-    row = {"ratio": copies(own), "null": copies(np.asarray(splits.held_out.x))}
+    held_out = np.asarray(splits.held_out.x)
+    row = {"ratio": copies(own), "ratio_of": len(own)}
+    row |= {"null": copies(held_out), "null_of": len(held_out)}
     for name, x in zip(names, others, strict=True):
         angles = memorization.cosine(_as_floats(own[: len(x)]), _as_floats(x), centre)
         row |= {f"{name}_cosine": angles.mean(), f"{name}_copies": copies(x)}
+        row[f"{name}_copies_of"] = len(x)
     return row
 
 

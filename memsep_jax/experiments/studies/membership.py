@@ -90,7 +90,8 @@ def measure(points, session):
             threshold = point.config.memorization.threshold
             found = memorization.ratio(data.like(x, drawn), x, None, threshold)
         with session.phase("membership"):
-            row = {"ratio": found.value} | told(point.config, first, own, twin)
+            row = {"ratio": found.value, "ratio_of": len(drawn)}
+            row |= told(point.config, first, own, twin)
         yield row | {"seconds": time.monotonic() - started}
 
 

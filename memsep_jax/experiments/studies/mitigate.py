@@ -161,7 +161,7 @@ def _row(config, pruned: Pruned):
     """The numbers of the final network, and those on the way."""
     last = -1 if config.prune.ratio else 0  # an unpruned network is as it was trained
     row = {name: values[last] for name, values in pruned.numbers.items()}
-    for name in ("ratio", "emitted", "frechet", "precision", "recall"):
+    for name in ("ratio", "ratio_of", "emitted", "frechet", "precision", "recall"):
         row[f"untuned_{name}"] = pruned.numbers[name][0]
         row[f"tuned_{name}"] = pruned.numbers[name][-1]
         row[f"along_{name}"] = pruned.numbers[name]
@@ -237,7 +237,8 @@ def retest(config, parts, pruned: Pruned, programs: Programs) -> dict:
     # As many steps as pruned networks get; removed units stay removed.
     again = cut(config, weights, pruned.keep, programs.watch, programs.tune)
     return row | {
-        f"again_{name}": again.numbers[name][-1] for name in ("ratio", "emitted")
+        f"again_{name}": again.numbers[name][-1]
+        for name in ("ratio", "ratio_of", "emitted")
     }
 
 
@@ -310,7 +311,9 @@ def search(config, parts, weights, find) -> dict:
     null = hits[len(first) :]
     return {
         "found": hits[: len(first)].mean(),
+        "found_of": len(first),
         "found_null": null.mean() if len(null) else np.nan,
+        "found_null_of": len(null),
     }
 
 

@@ -116,12 +116,14 @@ def measured(config, session, members: bool = False) -> dict:
         with session.phase("membership"):
             row["membership"] = monitor.given_away(told(weights))
     ratios = {which: numbers["ratio"] for which, numbers in both.items()}
+    counts = {f"{which}_of": numbers["ratio_of"] for which, numbers in both.items()}
     where = folder(config, session.workdir)
     rows = record.read_metrics(where / "metrics.jsonl")
     along = [row[which] for row in rows for which in monitor.RATIOS if which in row]
     return (
         row
         | ratios
+        | counts
         | {
             "highest": np.max([*ratios.values(), *along]),
             "steps": int(state.step),

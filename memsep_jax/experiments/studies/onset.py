@@ -275,7 +275,8 @@ def measure(points, session):
             for weights in WEIGHTS
         }
         last = mean[config.sampler.weights]
-        row = {name: last[name][-1] for name in ("ratio", "null", "frechet")}
+        names = ("ratio", "ratio_of", "null", "null_of", "frechet")
+        row = {name: last[name][-1] for name in names}
         row |= {"steps": np.array(steps), "seconds": time.monotonic() - started}
         for weights, curves in mean.items():
             # At the level that tells most at the end: the highest of all levels at each

@@ -14,6 +14,11 @@ from memsep_jax.experiments.runtime import runs
 from memsep_jax.experiments.studies import results
 
 MEASURE = "memorization.ratio"  # what the picture shows, where runs have it
+# Shares, and the number of points that each is a share of.
+SHARES = {
+    "memorization.ratio": "memorization.samples",
+    "memorization.null": "memorization.held_out",
+}
 
 
 def numbers(workdir: Path, point: Point) -> dict:
@@ -58,7 +63,9 @@ def aggregate(workdir: Path, points: list[Point], measure=None) -> Table:
     columns |= {name: [row.get(name, "") for row in known] for name in names}
     record.write_csv(workdir / "points.csv", columns)
     rows = [
-        {k: v for k, v in point.values.items() if k in (*axes, "seed")} | row
+        {k: v for k, v in point.values.items() if k in (*axes, "seed")}
+        | row
+        | {share + results.OF: row[of] for share, of in SHARES.items() if of in row}
         for point, row in zip(points, known, strict=True)
         if row
     ]

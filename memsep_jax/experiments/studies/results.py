@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from memsep_jax import memorization
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import grid
 from memsep_jax.experiments.reporting import figures, report, tables
@@ -20,6 +21,7 @@ AXES = tuple(sorted(grid.AXES, key=lambda axis: axis != "setting"))
 OTHER = tuple(axis for axis in grid.AXES if axis != "num_examples")
 # Numbers of one point alone, which no mean over seeds describes.
 OWN = ("memorized", "ratio_low", "ratio_high", "seconds")
+OF = "_of"  # ratio_of: of how many trials ratio is a share
 
 
 def grouped(rows: list[dict], key: Callable[[dict], Any]) -> dict[Any, list[dict]]:
@@ -144,6 +146,8 @@ def over_seeds(
 ) -> list[dict]:
     """The seeds of each point as one row: for every number its mean and 95 % interval.
 
+    A row that holds the share `ratio` says by `ratio_of` of how many samples.
+
     Args: every, the points that should have a row: where all seeds of one failed, the
       row holds its values and 0 seeds; axes, what tells a point apart from others
       of its seed.
@@ -157,33 +161,49 @@ def over_seeds(
     for values, group in groups.items():
         merged = dict(values) | {"seeds": len(group)}
         for name in group[0] if group else ():
-            if name in axes or name == "seed":
+            if name in axes or name == "seed" or name.endswith(OF):
                 continue
             shapes = {np.shape(row[name]) for row in group}
             # Curves have a mean at each place; samples and the like have none.
             if len(shapes) == 1 and len(min(shapes)) < 2 and name not in OWN:
                 each = np.stack([row[name] for row in group])
-                merged[name] = mean_interval(each)._asdict()
+                trials = sum(int(row.get(name + OF, 0)) for row in group)
+                merged[name] = mean_interval(each, trials=trials)._asdict()
         table.append(merged)
     return table
 
 
-def mean_interval(values, level=0.95) -> Interval:
+def mean_interval(values, level=0.95, trials: int = 0) -> Interval:
     """Mean over the first axis, standard deviation, and Student's interval of the mean.
 
-    Args: values [s, ...].   Returns: Interval of arrays [...]; nan but for the mean
+    A few seeds can agree by chance. The interval of a share is therefore at least
+    Wilson's of all trials together, and it ends at 0 and 1.
+
+    Args: values [s, ...]; trials, of how many in all they are shares, 0 for others.
+    Returns: Interval of arrays [...]; nan but for the mean
       where s is 1.
     """
     values = np.asarray(values, np.float64)
     mean = values.mean(axis=0)
-    half = std = np.full(values.shape[1:], np.nan)  # one seed shows no spread
+    low = high = std = np.full(values.shape[1:], np.nan)  # one seed shows no spread
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         error = std / np.sqrt(len(values))
         from scipy import stats  # takes over a second to import
 
         half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
-    return Interval(mean, std, mean - half, mean + half)
+        low, high = mean - half, mean + half
+        if trials:
+            floor = np.vectorize(lambda share: _wilson(share, trials, level))(mean)
+            low = np.clip(np.minimum(low, floor[0]), 0, None)
+            high = np.clip(np.maximum(high, floor[1]), None, 1)
+    return Interval(mean, std, low, high)
+
+
+def _wilson(share, trials, level):
+    if np.isnan(share):
+        return np.nan, np.nan
+    return memorization.wilson(round(share * trials), trials, level)
 
 
 def line(rows: list[dict], name: str, label=None, style="o-", color=None):

@@ -97,18 +97,21 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
     """
     pairs = memorization.reproducibility(a, b, threshold)
     centre = (a.mean(axis=0) + b.mean(axis=0)) / 2
+    fresh = first.splits.held_out
+    held_out = None if fresh is None else np.asarray(fresh.x)
     row = {
         "share": pairs.share,
         "share_low": pairs.interval[0],
         "share_high": pairs.interval[1],
+        "share_of": len(a),
         "share_null": pairs.null,
+        "share_null_of": len(a),
         "cosine": pairs.cosine.mean(),
         "cosine_null": pairs.cosine_null.mean(),
         "null": np.nan,
+        "null_of": 0 if held_out is None else len(held_out),
         "frechet": np.nan,
     }
-    fresh = first.splits.held_out
-    held_out = None if fresh is None else np.asarray(fresh.x)
     for name, x, parts in (("first", a, first), ("second", b, second)):
         own = np.asarray(parts.splits.train.x)
         result = memorization.ratio(x, own, held_out, threshold)
@@ -117,6 +120,7 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
             f"ratio_{name}": result.value,
             f"ratio_{name}_low": result.interval[0],
             f"ratio_{name}_high": result.interval[1],
+            f"ratio_{name}_of": len(x),
             f"own_{name}": memorization.cosine(x, near, centre).mean(),
         }
         if result.null is not None:
@@ -124,10 +128,14 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
     if held_out is not None and len(held_out) > 3:
         both, real = (c.reshape(len(c), -1) for c in (np.concatenate([a, b]), held_out))
         row["frechet"] = fidelity.frechet(both, real, warn=False)
-    return row | {
-        what: (row[f"{what}_first"] + row[f"{what}_second"]) / 2
-        for what in ("ratio", "own")
-    }
+    return (
+        row
+        | {
+            what: (row[f"{what}_first"] + row[f"{what}_second"]) / 2
+            for what in ("ratio", "own")
+        }
+        | {"ratio_of": len(a) + len(b)}
+    )
 
 
 def draw(metrics, points):

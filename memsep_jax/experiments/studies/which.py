@@ -67,6 +67,7 @@ def measured(config, session) -> dict:
         counts.append(np.bincount(near.indices[copied, 0], minlength=len(x)))
     row |= {
         "ratio": copies["ratio"].mean(),
+        "ratio_of": len(drawn),
         "emitted": (counts[0] > 0).sum() / parts.splits.num_distinct,
         "counts": np.stack(counts),
     }
