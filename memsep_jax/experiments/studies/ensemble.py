@@ -19,6 +19,8 @@ from memsep_jax.experiments.reporting import figures
 from memsep_jax.experiments.studies import results
 from memsep_jax.experiments.studies.study import Study
 
+NATS = 1.0  # a log-likelihood that half of the steps move farther than this is none
+
 
 class Members(NamedTuple):
     """What differs between the networks of an ensemble, stacked."""
@@ -140,17 +142,23 @@ def _curves(rows, points, others, axis, label):
     ]  # fmt: skip
     caption = "Share of memorized samples against " + label
     if "log_likelihood" in rows[0]:
-        panels.append(
+        panels += [
             figures.Panel(
                 "held-out points", list(_lost(points, others, axis)),
                 ylabel="log-likelihood below the truth's, nats", **scale,
-            )
-        )  # fmt: skip
+            ),
+            figures.Panel(
+                "held-out points", list(lines("diverged")), yscale="linear",
+                ylabel="without a likelihood", percent=True, **scale,
+            ),
+        ]  # fmt: skip
         caption += (
-            ". Right, how far the log-likelihood of held-out points under the model, "
-            "by its probability-flow ODE, lies below that under the truth: medians "
-            "over points and seeds, with the range of the seeds as a band; less than "
-            "0.01 is shown as 0.01"
+            ". In the middle, how far the log-likelihood of held-out points under the "
+            "model, by its probability-flow ODE, lies below that under the truth: "
+            "medians over points and seeds, with the range of the seeds as a band; "
+            "less than 0.01 is shown as 0.01. Points whose flow diverges have no "
+            f"likelihood (half as many steps change it by more than {NATS:g} nat) and "
+            "are left out; right, their share"
         )
     return "curves", caption + ".", figures.curves(panels)
 
@@ -174,9 +182,10 @@ def _lost(points, others, axis):
         nats: dict = {}
         for point in some:
             lost = point["truth_log_likelihood"] - point["log_likelihood"]
-            nats.setdefault(point[axis].item(), []).append(max(lost.item(), 0.01))
+            # nan, of a network whose flow diverges everywhere, stays nan.
+            nats.setdefault(point[axis].item(), []).append(np.maximum(lost, 0.01))
         middle, low, high = (
-            [f(values) for values in nats.values()] for f in (np.median, min, max)
+            [f(values) for values in nats.values()] for f in (np.median, np.min, np.max)
         )
         yield figures.Line(list(nats), middle, label, low, high)
 
@@ -312,35 +321,54 @@ def _samples(config, parts, weights, configs):
 
 
 def _likelihoods(config, parts, weights, built, configs):
-    """Log-likelihood of held-out points under each network, and under the truth."""
+    """Log-likelihood of held-out points under each network, and under the truth.
+
+    Returns: for each network `diverged`, the share of points that have none: their flow
+      leaves the data, and half as many steps give another value, by more than NATS;
+      `log_likelihood` and `truth_log_likelihood`, medians over the other points.
+    """
     m = config.measure.likelihood
     held_out = jnp.stack([jnp.asarray(p.splits.held_out.x[:m]) for p in built])
     probes = config.measure.probes
+    grids = parts.times, jnp.append(parts.times[:-1:2], parts.times[-1])
 
     def under(params, x, key):
-        log_prob = sampling.log_likelihood(
-            training.score_fn(parts, params), parts.process, parts.times, probes
-        )
-        keys = jax.random.split(key, len(x))
-        return jax.vmap(log_prob)(x, keys)
+        score_fn, keys = training.score_fn(parts, params), jax.random.split(key, len(x))
+        return [
+            jax.vmap(sampling.log_likelihood(score_fn, parts.process, times, probes))(
+                x, keys
+            )
+            for times in grids
+        ]
 
     keys = jnp.stack([build.keys(c.seed).evaluate for c in configs])
-    values = np.asarray(jax.jit(jax.vmap(under))(weights, held_out, keys))
-    rows = []
-    for value, x, own in zip(values, held_out, configs, strict=True):
-        truth = mixture.diffuse(build.truth(own), parts.process, parts.times[-1])
-        known = jax.jit(jax.vmap(functools.partial(mixture.log_prob, truth)))(x)
-        value, known = value.astype(np.float64), np.asarray(known, np.float64)
-        rows.append(
-            {
-                # The median, because the flow of an overfitted network throws some
-                # points far away, and these few decide the mean.
-                "log_likelihood": np.median(value),
-                "log_likelihood_mean": value.mean(),
-                "truth_log_likelihood": np.median(known),
-            }
-        )
-    return rows
+    fine, coarse = jax.jit(jax.vmap(under))(weights, held_out, keys)
+    return [
+        _resolved(np.asarray(a), np.asarray(b), _known(own, parts, x))
+        for a, b, x, own in zip(fine, coarse, held_out, configs, strict=True)
+    ]
+
+
+def _known(config, parts, x):
+    """The log-likelihood of points [m, d] under the truth, at the last time."""
+    truth = mixture.diffuse(build.truth(config), parts.process, parts.times[-1])
+    return np.asarray(jax.vmap(functools.partial(mixture.log_prob, truth))(x))
+
+
+def _resolved(fine, coarse, known) -> dict:
+    """The numbers of `_likelihoods`, from [m] by all steps, by half, and of the truth.
+
+    A change of variables counts only along a flow that its steps follow. That of an
+    overfitted network throws held-out points away so fast that none do.
+    """
+    good = np.isfinite(fine) & np.isclose(fine, coarse, rtol=0, atol=NATS)
+    median = np.median if good.any() else lambda _: np.nan
+    return {
+        "log_likelihood": median(fine[good].astype(np.float64)),
+        "truth_log_likelihood": median(known[good].astype(np.float64)),
+        "diverged": 1 - good.mean(),
+        "diverged_of": len(good),
+    }
 
 
 STUDY = Study(measure, draw, check, alike=grid.shape, what="networks")
