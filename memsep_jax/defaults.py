@@ -25,7 +25,7 @@ def audit() -> ConfigDict:
     """The config of an audit: samples of any generator, nothing is trained.
 
     samples, train, held_out and pool are each a folder of images or a zip of one, an
-    .npz or .npy file, the workdir of a run, or the name of a data set: see
+    .npz, .npy or idx file, the workdir of a run, or the name of a data set: see
     `sources.origin`.
     """
     return schema.defaults(schema.AUDIT)

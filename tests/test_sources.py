@@ -235,6 +235,28 @@ def test_idx_reads_the_bytes_of_its_description(tmp_path):
     assert got.test_images is None and got.notes == ()
 
 
+@pytest.mark.parametrize("dot, end", [("-", ""), (".", ".gz")])
+def test_idx_is_an_origin_of_images(dot, end, tmp_path):
+    """A folder gives its test split as held-out images, and a file its own to all."""
+    images, _, test_images, _ = write_idx(tmp_path / "set", pool(), end, dot)
+    for where, role, x, labels in [
+        (tmp_path / "set", "train", pool().images, pool().labels),
+        (tmp_path / "set", "held_out", pool().test_images, pool().test_labels),
+        (images, "train", pool().images, pool().labels),
+        (test_images, "samples", pool().test_images, pool().test_labels),
+        (test_images, "held_out", pool().test_images, pool().test_labels),
+    ]:
+        assert not sources.is_files(str(where))
+        got = sources.origin(str(where), role)
+        np.testing.assert_array_equal(got.images, x)
+        np.testing.assert_array_equal(got.labels, labels)
+    first = sources.origin(f"{images}[0:1]").images
+    np.testing.assert_array_equal(first, pool().images[:1])
+    images.unlink()
+    with pytest.raises(data.DataError, match="a folder needs all four files"):
+        sources.origin(str(tmp_path / "set"))
+
+
 @pytest.mark.parametrize("end", ["", ".gz"])
 @pytest.mark.parametrize("dot", ["-", "."])
 def test_idx_finds_the_four_usual_names(end, dot, tmp_path):

@@ -243,6 +243,17 @@ def idx(path) -> Source:
     return pools._replace(notes=notes + check_source(pools, path))
 
 
+def is_idx(path: str) -> bool:
+    """Whether `idx` reads it: a folder with one of its usual files, or such a file."""
+    if os.path.isdir(path):
+        return any(_idx_file(path, name) for name in IDX)
+    if not os.path.isfile(path):
+        return False
+    # By the name, as another file may begin with the same bytes.
+    name = os.path.basename(path).removesuffix(".gz").replace(".idx", "-idx")
+    return name.endswith("-idx3-ubyte")
+
+
 def _idx_file(folder, name):
     """The path of the idx file of a usual name, or None."""
     names = (name, name.replace("-idx", ".idx"))

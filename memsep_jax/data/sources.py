@@ -18,6 +18,7 @@ from memsep_jax.data.archives import (
     fashion_folder,
     fashion_mnist,
     idx,
+    is_idx,
     latents,
     npz,
     read_arrays,
@@ -228,8 +229,9 @@ def origin(
 
     Args:
       where: a folder of images, or a zip of one; an .npz or .npy of uint8, or of floats
-        in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; the name of a source, or
-        of a set of TensorFlow Datasets. [a:b] at its end selects those images.
+        in [-1, 1], [n, h, w, c], [n, h, w] or one [h, w, 3]; what `idx` reads, a file
+        by the end idx3-ubyte of its name; the name of a source, or of a set of
+        TensorFlow Datasets. [a:b] at its end selects those images.
       role: "samples", "train" or "held_out": chooses the array of an .npz (ROLES, its
         only one, or all that np.savez numbered) and the split of a set.
       resolution, skip_bad, crop, exif, alpha: of a folder or a zip, as in `folder`.
@@ -258,7 +260,7 @@ def is_files(where: str) -> bool:
     path = os.path.expanduser(where)
     path = path if os.path.exists(path) else PART.sub("", path)
     # os.path.isdir, since Path.is_dir raises where a text is too long to be a path.
-    return os.path.isdir(path) or path.lower().endswith(".zip")
+    return (os.path.isdir(path) and not is_idx(path)) or path.lower().endswith(".zip")
 
 
 def of_array(x, where: str) -> Source:
@@ -290,22 +292,26 @@ def _whole(where, role, cut, resolution, skip_bad, **preparation):
         return folder(path, resolution, skip_bad, **preparation)
     if os.path.splitext(path)[1].lower() in (".npz", ".npy"):
         return _of_role(path, role)
-    if os.path.exists(path):
+    if os.path.exists(path) and not is_idx(path):
         raise DataError(
             f"{where} is a file of a kind that is not read: give a folder of images, a "
-            "zip of one, an .npz or an .npy"
+            "zip of one, an .npz, an .npy or an ...-idx3-ubyte"
         )
     try:
-        pools = SOURCES[where]() if where in _bare() else tfds(where)
+        if os.path.exists(path):
+            pools = idx(path)
+        else:
+            pools = SOURCES[where]() if where in _bare() else tfds(where)
     except DataError:
         raise
     except ValueError as error:
         raise DataError(
-            f"{where}: no such folder of images, no .zip, .npz or .npy file, and no "
+            f"{where}: no such folder of images, no .zip, .npz, .npy or idx file, no "
             f"data set of that name ({error})"
         ) from error
     x, label = pools[2:4] if role == "held_out" else pools[:2]
-    if x is None and cut:  # [a:b] of the training set, which a person held out by hand
+    # [a:b] of the training set, or one file: a person chose these to be held out.
+    if x is None and (cut or os.path.isfile(path)):
         x, label = pools[:2]
     if x is None:
         raise DataError(f"{where} has no test split: give images that were held out")
