@@ -23,6 +23,8 @@ def values(field, *some, **others):
     return tuple({field: value, **others} for value in some)
 
 
+# Coupled, in the units of the paper, whose own go up to 0.1.
+DECAYS = (1e-4, 1e-3, 1e-2, 0.064, 0.1)
 POINTS = (
     {},
     *values("data.resolution", 4, 6),
@@ -34,8 +36,7 @@ POINTS = (
     *values("train.steps", 1_250, 2_500, 10_000),
     *({"train.batch_size": 16 * k, "optimizer.lr": 2.5e-4 * k} for k in (1, 2, 8)),
     *values("optimizer.lr", 2.5e-4, 5e-4, 2e-3),
-    # Adam: coupled decay, as in the paper.
-    *values("optimizer.weight_decay", 1e-4, 1e-3, 1e-2, optimizer_name="adam"),
+    *values("optimizer.weight_decay", *DECAYS, optimizer_name="adam"),
     {"optimizer.name": "sgd", "optimizer.lr": 0.1},
     {"optimizer.name": "adam"},
     *values("train.ema_decay", 0.0, 0.9, 0.99, 0.9995),
@@ -49,7 +50,7 @@ FEW = (
     *values("model.width", 128, 512),
     {"model.dropout": 0.1},
     {"train.steps": 2_500},
-    {"optimizer.weight_decay": 1e-3, "optimizer.name": "adam"},
+    {"optimizer.weight_decay": 0.064, "optimizer.name": "adam"},
     *values("data.labels", "true", "unique"),
 )
 
@@ -62,13 +63,21 @@ def get_config(variant="full"):
     config.sweep.update(seeds=5, points=POINTS)
     config.run.snapshots = 0
     return defaults.variant_of(
-        config, variant, small=small, guidance=guidance, smoke=smoke
+        config, variant, small=small, decay=decay, guidance=guidance, smoke=smoke
     )
 
 
 def small(config):
     """The factors that move the ratio most, fewer seeds."""
     config.sweep.update(seeds=2, points=FEW)
+    return config
+
+
+def decay(config):
+    """Coupled decay alone, over the range of the paper."""
+    config.optimizer.name = "adam"
+    points = {}, *values("optimizer.weight_decay", *DECAYS)
+    config.sweep.update(seeds=3, points=points)
     return config
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs import gmm_width_decay
 from memsep_jax import defaults, experiments
-from memsep_jax.experiments import record
+from memsep_jax.experiments import record, training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.studies import ensemble
 
@@ -52,6 +52,20 @@ def test_decay_shrinks_the_weights_and_seeds_part_them(ensemble_of):
     light, other, heavy, _ = np.sqrt(sum(squares))[:4]
     assert heavy < 0.9 * light
     assert light != other
+
+
+def test_the_members_decay_as_a_single_run_does():
+    """A step of SGD with decay 8 beside one without: lr 8 / 4 of the weights less."""
+    config = smoke(weight_decay=(0.0, 8.0))
+    config.optimizer.update(name="sgd", momentum=0.0, lr=0.1)
+    config.optimizer.update(schedule="constant", warmup=0)
+    config.train.steps = 1
+    state, _ = learned(grid.points(config))
+    start = training.init_params(build.build(config), build.keys(0).init)
+    for both, w in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True
+    ):
+        np.testing.assert_allclose(both[1], both[0] - 0.2 * w, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
