@@ -23,7 +23,8 @@ def values(field, *some, **others):
     return tuple({field: value, **others} for value in some)
 
 
-# Coupled, in the units of the paper, whose own go up to 0.1.
+# Coupled, beside the loss summed over the 64 pixels: the units of the paper, whose
+# decays go from 1e-5 to 0.1.
 DECAYS = (1e-4, 1e-3, 1e-2, 0.064, 0.1)
 POINTS = (
     {},
