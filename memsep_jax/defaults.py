@@ -92,7 +92,9 @@ def cifar() -> ConfigDict:
 def unet() -> ConfigDict:
     """`train` for the base of Gu 2023: a DDPM++ U-Net on n images of CIFAR-10."""
     # Numbers of its code: 35 million parameters, 40,000 epochs for every n, no
-    # augmentation, subsets with equally many images of each class.
+    # augmentation, subsets with equally many images of each class. Its commands go
+    # through the images in one order, that of a seed: train.order="fixed". Ours draw a
+    # new order every epoch.
     config = train()
     config.data.update(name="cifar10", num_examples=1_000, balanced=True)
     config.times.update(

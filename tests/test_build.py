@@ -179,6 +179,55 @@ def test_a_cosine_ends_with_the_last_epoch():
     np.testing.assert_allclose(rates, truth, atol=1e-6)
 
 
+def decayed(x64, steps=4, **fields):
+    """w0, w after some steps of a config's optimizer with decay 0.7, and its noises.
+
+    The network is F = w, of 64 values, and its loss the mean of (w - eps)^2.
+    """
+    config = defaults.smoke(defaults.copying())
+    config.optimizer.update(lr=0.1, weight_decay=0.7, clip=None, **fields)
+    tx, made, key = build.build(config).tx, process.rectified_flow(), jax.random.key(1)
+    w0, x0 = jnp.linspace(-1.0, 2.0, 64).reshape(8, 8, 1), jnp.zeros((2, 8, 8, 1))
+
+    def loss(w, x0, key):
+        eps = jax.random.normal(key, x0.shape)
+        network, prediction = (lambda x, level: w), score.noise(made)
+        return train.prediction_loss(network, prediction, made, x0, 0.5, eps)
+
+    step, state = jax.jit(train.make_train_step(loss, tx, 0.9)), train.init(w0, tx)
+    for _ in range(steps):
+        state, _ = step(state, x0, key)
+    noises = [
+        [jax.random.normal(k, (8, 8, 1)) for k in train.example_keys(key, i, 2)]
+        for i in range(steps)
+    ]
+    return np.asarray(w0), np.asarray(state.params), np.asarray(noises).mean(axis=1)
+
+
+@pytest.mark.parametrize(
+    "name, coupled, decoupled", [("adam", 0.7, 0), ("adamw", 0, 0.7)]
+)
+def test_coupled_decay_stands_beside_the_summed_error(name, coupled, decoupled, x64):
+    """Adam, by hand, of sum (w - eps)^2 + 0.7 / 2 |w|^2; its eps is 64 times 1e-8."""
+    w, found, noises = decayed(x64, name=name)
+    m = v = 0.0
+    for i, eps in enumerate(noises, 1):
+        full = 2 * (w - eps) + coupled * w
+        m, v = 0.9 * m + 0.1 * full, 0.999 * v + 0.001 * full**2
+        adam = (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.999**i)) + 64e-8)
+        w = w - 0.1 * (adam + decoupled * w)
+    np.testing.assert_allclose(found, w, rtol=1e-9)
+
+
+def test_the_rate_of_sgd_is_of_the_mean_and_its_decay_of_the_sum(x64):
+    w, found, noises = decayed(x64, name="sgd", momentum=0.8)
+    m = 0.0
+    for eps in noises:
+        m = 0.8 * m + 2 * (w - eps) + 0.7 * w
+        w = w - 0.1 / 64 * m
+    np.testing.assert_allclose(found, w, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

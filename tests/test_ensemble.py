@@ -54,6 +54,20 @@ def test_decay_shrinks_the_weights_and_seeds_part_them(ensemble_of):
     assert light != other
 
 
+def test_the_members_decay_as_a_single_run_does():
+    """A step of SGD with decay 8 beside one without: lr 8 / 4 of the weights less."""
+    config = smoke(weight_decay=(0.0, 8.0))
+    config.optimizer.update(name="sgd", momentum=0.0, lr=0.1)
+    config.optimizer.update(schedule="constant", warmup=0)
+    config.train.steps = 1
+    state, _ = learned(grid.points(config))
+    start = training.init_params(build.build(config), build.keys(0).init)
+    for both, w in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True
+    ):
+        np.testing.assert_allclose(both[1], both[0] - 0.2 * w, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
     config = smoke(width=(4, 8), weight_decay=(0.0, 0.1), seeds=2)

@@ -224,6 +224,21 @@ def test_fine_tuning_moves_what_is_kept_and_nothing_else(params, cuts):
         assert np.any(np.asarray(tuned) != np.asarray(before))
 
 
+def test_fine_tuning_decays_as_training_does(parts, params):
+    """A step of SGD with decay 8 beside one without: lr 8 / d of the weights less."""
+    first = []
+    for decay in (0.0, 8.0):
+        config = small(**{"optimizer.weight_decay": decay, "prune.lr": 0.1})
+        config.optimizer.update(name="sgd", momentum=0.0)
+        config.prune.update(steps=1, looks=1)
+        tune = pruning.tuner(config, parts)
+        first += [state.params for _, state in tune(params, None)]
+    share = 0.1 * 8.0 / np.prod(parts.splits.train.x.shape[1:])
+    truth = jax.tree.map(lambda a, w: a - share * w, first[0], params)
+    chex.assert_trees_all_close(first[1], truth, rtol=1e-5, atol=1e-6)
+    assert share > 1e-3
+
+
 def test_the_control_is_looked_at_as_often(parts, params, cuts):
     _, found, watch = cuts
     for row in found.values():

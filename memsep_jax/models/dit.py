@@ -93,6 +93,11 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Patches -> tokens -> depth blocks -> patches.
 
+    Its layers are those of the release of DiT, but some start wider. Queries, keys and
+    values are drawn as three matrices, sqrt(2) wider than the release's one of all
+    three (Xavier: by the sides of the matrix). The two layers of the time start with a
+    deviation of 1 / sqrt(inputs), 1/16 and 1 / sqrt(width), where the release has 0.02.
+
     Args:
       patch: side of a patch; divides height and width of the image.
       num_heads: divides width.

@@ -11,6 +11,7 @@ from memsep_jax.train.objectives import (
     smoothed,
 )
 from memsep_jax.train.optimizers import (
+    COUPLED,
     OPTIMIZERS,
     SCHEDULES,
     WINDOW,

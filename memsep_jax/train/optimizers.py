@@ -139,19 +139,26 @@ def adamw(rate, weight_decay, b1: float = 0.9, b2: float = 0.999):
 
 @_optimizer
 def adam(rate, weight_decay, b1: float = 0.9, b2: float = 0.999):
-    """Adam with coupled L2: the decay is part of the gradient (as in Gu 2023)."""
+    """Adam with coupled L2: weight_decay times the weights is added to the gradient.
+
+    It stands beside the loss as that is passed. Gu 2023 (EDM's code) sum over the d
+    values of an image, where `prediction_loss` is the mean: the same L2 beside it is
+    theirs over d, adam(2e-4, weight_decay=1e-3 / 3_072) for 32 x 32 x 3 pixels. A
+    config takes theirs.
+    """
     coupled = optax.add_decayed_weights(weight_decay)
     return optax.chain(coupled, optax.adam(rate, b1, b2))
 
 
 @_optimizer
 def sgd(rate, weight_decay, momentum: float = 0.9):
-    """Stochastic gradient descent with momentum and coupled L2."""
+    """Stochastic gradient descent with momentum and coupled L2, as that of `adam`."""
     coupled = optax.add_decayed_weights(weight_decay)
     return optax.chain(coupled, optax.sgd(rate, momentum))
 
 
 OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd}
+COUPLED = {"adam", "sgd"}  # their decay is part of the gradient
 
 
 def _check(settings, averages):

@@ -6,6 +6,7 @@ name becomes an object in construct.
 
 import contextlib
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,8 +37,8 @@ from memsep_jax.models import MODELS, own
 __all__ = [
     "MODELS", "ORDERS", "ConfigError", "Keys", "Parts", "build", "call", "check",
     "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "is_own",
-    "keys", "lengths", "look_up", "sampling_options", "splits", "to_json", "truth",
-    "watched",
+    "keys", "lengths", "look_up", "optimizer", "sampling_options", "splits", "to_json",
+    "truth", "watched",
 ]  # fmt: skip
 
 
@@ -121,8 +122,9 @@ def build(config, read=sources.source) -> Parts:
     attempt(checks.lengths, config.train, config.optimizer)
     in_epochs = any(config.train[field] is not None for field in EPOCHS)
     # Epochs become steps once n is known: until then, no end and no warm-up.
-    length = (schema.MOST_STEPS, 0) if in_epochs else lengths(config)
-    tx = attempt(_optimizer, config, *length)
+    steps, warmup = (schema.MOST_STEPS, 0) if in_epochs else lengths(config)
+    # Its arguments are checked now; it is made once the shape of an example is known.
+    tx = attempt(optimizer, config, (), steps, warmup=warmup)
     times = _sampler(attempt, config, made_process, law)
     attempt(checks.batch, config, jax.device_count())
 
@@ -136,12 +138,12 @@ def build(config, read=sources.source) -> Parts:
             # What is wrong in the config comes first: it may be why reading failed.
             if not attempt.wrong:
                 raise
-    steps, num_classes = config.train.steps, _num_classes(splits)
-    if splits is not None and in_epochs and not attempt.wrong:
-        steps, warmup = lengths(config, len(splits.train.x))
-        tx = attempt(_optimizer, config, steps, warmup)
+    num_classes = _num_classes(splits)
     # Without points, their shape alone: the network is still checked against it.
     shape = splits.train.x.shape[1:] if splits else _shape(config.data)
+    if splits is not None and not attempt.wrong:
+        steps, warmup = lengths(config, len(splits.train.x))
+        tx = attempt(optimizer, config, shape, steps, warmup=warmup)
     model = attempt(_model, config.model, num_classes, shape)
     if model is not None and shape is not None:
         attempt(_check_shape, config.model, model, shape, num_classes)
@@ -216,6 +218,21 @@ def lengths(config, n: int = 0) -> tuple[int, int]:
     if config.train.warmup_epochs is not None:
         warmup = round(config.train.warmup_epochs * epoch)
     return steps, warmup
+
+
+def optimizer(config, shape, steps: int, **changed):
+    """The optimizer of a config, of the mean loss over the values of an example.
+
+    Coupled decay in a config is that of Gu 2023, whose loss is the sum over the values:
+    beside the mean, the same L2 is smaller by their number.
+
+    Args: shape, of an example; changed, fields of config.optimizer with other values.
+    Raises: ValueError.
+    """
+    group = dict(config.optimizer.items()) | changed
+    if group["name"] in train.COUPLED:
+        group["weight_decay"] = group.get("weight_decay", 0.0) / math.prod(shape)
+    return call(train.OPTIMIZERS, group, "optimizer", steps=steps)
 
 
 def ema_decay(config):
@@ -451,11 +468,6 @@ def _shape(group):
         return None
     with contextlib.suppress(ValueError, TypeError):
         return _splits(rest, sources.source).train.x.shape[1:]
-
-
-def _optimizer(config, steps, warmup):
-    group = dict(config.optimizer.items()) | {"warmup": warmup}
-    return call(train.OPTIMIZERS, group, "optimizer", steps=steps)
 
 
 def _notes(config, splits, steps):

@@ -218,7 +218,12 @@ TRAIN: dict[str, Field | Group] = {
         TRAINING,
         name=choice("adamw", "memsep_jax.train:OPTIMIZERS", "The optimizer."),
         lr=field(1e-3, "Learning rate.", of=OPTIMIZERS),
-        weight_decay=field(0.0, "Weight decay.", of=OPTIMIZERS),
+        weight_decay=field(
+            0.0,
+            "Weight decay; of adam and sgd, L2 beside the loss summed over the values "
+            "of an example, as in Gu 2023.",
+            of=OPTIMIZERS,
+        ),
         b1=unset(float, "Decay of the mean gradient.", of=("adamw", "adam")),
         b2=unset(float, "Decay of the mean squared gradient.", of=("adamw", "adam")),
         momentum=unset(float, "Momentum.", of=("sgd",)),

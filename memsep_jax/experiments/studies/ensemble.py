@@ -200,15 +200,8 @@ def learn(configs, built):
     loss = training.loss(parts, config)
 
     def tx(member):
-        group = config.optimizer.copy_and_resolve_references()
-        group.weight_decay = None
-        return build.call(
-            train.OPTIMIZERS,
-            group,
-            "optimizer",
-            steps=parts.steps,
-            weight_decay=member.weight_decay,
-        )
+        shape, decay = parts.splits.train.x.shape[1:], member.weight_decay
+        return build.optimizer(config, shape, parts.steps, weight_decay=decay)
 
     def batch(member, key):
         # With replacement, so that n may differ between the networks.

@@ -219,11 +219,10 @@ def tuner(config, parts):
 
     The ordinary step, with the ordinary batches and EMA, at the constant rate prune.lr.
     """
-    group = config.optimizer.copy_and_resolve_references()
-    group.update(lr=config.prune.lr, schedule="constant", warmup=0)
-    tx = build.call(
-        train.OPTIMIZERS, group, "optimizer", steps=max(1, config.prune.steps)
-    )
+    tx = build.optimizer(
+        config, parts.splits.train.x.shape[1:], max(1, config.prune.steps),
+        lr=config.prune.lr, schedule="constant", warmup=0,
+    )  # fmt: skip
     mesh, wanted = parallel.make_mesh(jax.local_devices()), evaluations(config)
     step_fn = jax.jit(
         training.make_steps(config, parts._replace(tx=tx), mesh), donate_argnums=0
