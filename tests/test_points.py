@@ -263,6 +263,27 @@ def test_a_point_that_somebody_has_is_said_to_be_running(tmp_path):
     record.write_json(tmp_path / "config.json", build.to_json(config))
     title = points.status(tmp_path).title
     assert title == "factors: 4 done, 0 failed, 1 missing, 1 running"
+    # 10 minutes for 4 of 6 points.
+    record.write_json(tmp_path / "run.json", {"seconds": {"data": 100, "train": 500}})
+    assert points.status(tmp_path).title == f"{title}, about 5 minutes left"
+
+
+@pytest.mark.parametrize(
+    "seconds, done, others, workers, text",
+    [
+        (600.0, 4, 2, 1, ", about 5 minutes left"),
+        (600.0, 4, 2, 2, ", about 2 minutes left"),
+        (600.0, 4, 2, 0, ", about 5 minutes left"),
+        (36_000.0, 4, 2, 1, ", about 5 hours left"),
+        (600.0, 4, 0, 1, ""),
+        (600.0, 0, 4, 1, ""),
+        (0, 4, 2, 1, ""),
+    ],
+)
+def test_the_time_left_is_that_of_points_like_those_done(
+    seconds, done, others, workers, text
+):
+    assert points.left(seconds, done, others, workers) == text
 
 
 def test_a_second_process_joins_a_sweep_and_leads_after_the_first(

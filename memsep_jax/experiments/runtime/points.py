@@ -327,8 +327,24 @@ def status(workdir) -> Table | None:
     counts = Counter(known for _, known, _ in rows)
     words = ("done", "failed", "missing", *(["running"] if counts["running"] else []))
     title = ", ".join(f"{counts[word]} {word}" for word in words)
+    if config.experiment != "emm":
+        spent = (record.read_json(Path(workdir) / "run.json") or {}).get("seconds", {})
+        title += left(sum(spent.values()), counts["done"], len(paths) - counts["done"])
     columns = ("point", "", "why")[: 3 if counts["failed"] else 2]
     return table(f"{config.experiment}: {title}", columns, rows)
+
+
+def left(seconds: float, done: int, others: int, workers: int = 1) -> str:
+    """When other points will be done, if they take as long as those that are.
+
+    Args: seconds that all points took so far, without pauses.
+    Returns: ", about 12 minutes left"; nothing where none is done, or none left.
+    """
+    if not (seconds and done and others):
+        return ""
+    minutes = seconds / done * others / max(1, workers) / 60
+    about = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+    return f", about {about} left"
 
 
 def _name(path):

@@ -114,11 +114,17 @@ def clear(workdir: Path, every: list[Point], retry: bool) -> None:
 def status(workdir: Path, every: list[Point]) -> Table:
     """A table of all points for a person: their states, seconds and errors."""
     states = [state(workdir, point) for point in every]
-    rows = []
+    rows, spent = [], 0.0
     for point, what in zip(every, states, strict=True):
         known = record.read_json(place(workdir, point) / "run.json") or {}
         seconds = sum(known.get("seconds", {}).values())
+        spent += seconds if what == "done" else 0
         reason = record.read_json(points.why(_path(workdir, point))) or {}
         about = reason.get("error", "").partition("\n")[0][:LONG]
         rows.append((point.name, what, f"{seconds:.0f}" if seconds else "", about))
-    return points.table(counted(states), ("point", "", "seconds", "why"), rows)
+    counts = Counter(states)
+    done = counts["done"]
+    title = counted(states) + points.left(
+        spent, done, len(every) - done, counts["running"]
+    )
+    return points.table(title, ("point", "", "seconds", "why"), rows)
