@@ -250,6 +250,14 @@ def test_the_rate_of_sgd_is_of_the_mean_and_its_decay_of_the_sum(x64):
         ({"train.ema_ramp": 0.05}, "train.ema_ramp=0.05 bounds train.ema_half_life"),
         ({"data.mix": 0.5}, "mix=0.5 of what"),
         (
+            {"measure.features": "alexnet"},
+            "measure.features=alexnet, measure.weights=None: alexnet sees images",
+        ),
+        (
+            {"measure.features": "random_conv", "measure.weights": "alexnet.npz"},
+            "measure.weights=alexnet.npz are of alexnet or inception",
+        ),
+        (
             {"data.skip": 190},
             "data.num_examples=16 after data.skip=190, but",
         ),
@@ -606,6 +614,7 @@ def test_every_violation_is_in_one_list():
         ("data.name", "digit", "data.name='digit' is not known, did you mean 'digits'"),
         ("data.labels", "true", "labels"),
         ("seed", -1, "seed=-1"),
+        ("measure.features", "lpips", "measure.features=lpips must be one of pixels"),
         ("optimizer.lr", float("nan"), "optimizer.lr=nan"),
     ],
 )

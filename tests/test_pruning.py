@@ -13,6 +13,8 @@ from memsep_jax import (
     data,
     defaults,
     experiments,
+    features,
+    fidelity,
     parallel,
     process,
     prune,
@@ -269,6 +271,24 @@ def test_copies_are_nearer_to_their_own_training_set():
     middle = np.array([[0.5]], np.float32)
     assert [float(watch(x)["nearer"]) for x in (own, twin, middle)] == [1, 0, 0.5]
     assert "nearer" not in pruning.watcher(small(), parts, generate)(own)
+
+
+def test_quality_is_measured_on_features_with_pixels_beside_them(parts):
+    """On the features of the extractor itself; pixels give what they gave alone."""
+    held_out = np.asarray(parts.splits.held_out.x)
+    x = np.random.default_rng(0).permutation(held_out)[:20] * 0.5
+
+    def numbers(**fields):
+        return pruning.watcher(small(**fields), parts, lambda *_: x)({})
+
+    plain = numbers()
+    found = numbers(**{"measure.features": "random_conv"})
+    see = features.random_conv(held_out.shape[1:]).apply
+    drawn = data.like(parts.splits.train.x, x)
+    truth = fidelity.frechet(see(drawn), see(held_out), warn=False)
+    assert found["frechet"] == pytest.approx(truth, rel=1e-6)
+    assert found["pixel_frechet"] == plain["frechet"] != found["frechet"]
+    assert "pixel_frechet" not in plain and plain["ratio"] == found["ratio"]
 
 
 def _like(config):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memsep_jax import data, process, sampling, score, train
+from memsep_jax import data, features, process, sampling, score, train
 from memsep_jax.data import sources
 from memsep_jax.experiments.config import checks, schema
 from memsep_jax.experiments.config.checks import EPOCHS, sampling_options
@@ -36,9 +36,9 @@ from memsep_jax.models import MODELS, own
 
 __all__ = [
     "MODELS", "ORDERS", "ConfigError", "Keys", "Parts", "build", "call", "check",
-    "check_kinds", "did_you_mean", "differences", "ema_decay", "has_truth", "is_own",
-    "keys", "lengths", "look_up", "optimizer", "sampling_options", "splits", "to_json",
-    "truth", "watched",
+    "check_kinds", "did_you_mean", "differences", "ema_decay", "extractor", "has_truth",
+    "is_own", "keys", "lengths", "look_up", "optimizer", "sampling_options", "splits",
+    "to_json", "truth", "watched",
 ]  # fmt: skip
 
 
@@ -147,6 +147,8 @@ def build(config, read=sources.source) -> Parts:
     model = attempt(_model, config.model, num_classes, shape)
     if model is not None and shape is not None:
         attempt(_check_shape, config.model, model, shape, num_classes)
+    if shape is not None and not attempt.wrong:
+        attempt(extractor, config, shape)
     attempt(checks.mitigations, config, splits, num_classes)
     if splits is not None:
         attempt(checks.guidance, config, num_classes)
@@ -233,6 +235,27 @@ def optimizer(config, shape, steps: int, **changed):
     if group["name"] in train.COUPLED:
         group["weight_decay"] = group.get("weight_decay", 0.0) / math.prod(shape)
     return call(train.OPTIMIZERS, group, "optimizer", steps=steps)
+
+
+def extractor(config, shape) -> features.Extractor | None:
+    """Features of images [h, w, c], as measure.features says; None: pixels alone.
+
+    Raises: ValueError: points that are no images, or no such weights.
+    """
+    name, path = config.measure.features, config.measure.weights
+    takes = {"path": path} if name in ("alexnet", "inception") else {}
+    if path is not None and not takes:
+        raise ConfigError(
+            f"measure.weights={path} are of alexnet or inception, and measure.features="
+            f"{name} has none: leave it out, or choose one of them"
+        )
+    if name == "pixels":
+        return None
+    try:
+        return features.FEATURES[name](shape, **takes)
+    except ValueError as error:
+        by = f", measure.weights={path}" if takes else ""
+        raise ConfigError(f"measure.features={name}{by}: {error}") from error
 
 
 def ema_decay(config):

@@ -74,6 +74,8 @@ CLOCK = Rule(
 FOLDER, MIXTURE = ("folder",), ("mixture",)
 VARIANCE_PRESERVING = ("variance_preserving",)
 LOG_NORMAL, BETA = ("log_normal",), ("beta",)
+# Those of few enough dimensions for a covariance that need no labels.
+QUALITY = ("pixels", "random_conv", "alexnet", "inception")
 DIT, UNET, NETWORKS = ("dit",), ("unet",), ("dit", "mlp", "unet")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 
@@ -392,6 +394,13 @@ TRAIN: dict[str, Field | Group] = {
         AFTER,
         times=field((1e-3, 1e-2, 0.1, 1.0), "Times of the process.", INCREASING),
         draws=field(2_000, "Draws of X_t.", at_least(1)),
+        features=field(
+            "pixels",
+            "What the quality of samples is measured on: pixels, or the features "
+            "random_conv, alexnet or inception.",
+            Rule("one of " + ", ".join(QUALITY), lambda name: name in QUALITY),
+        ),
+        weights=unset(str, "File of the weights of alexnet or inception."),
         iters=field(
             50, "Iterations for a spectral norm or an eigenvalue.", at_least(1),
         ),

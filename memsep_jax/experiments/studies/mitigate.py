@@ -51,7 +51,7 @@ SAMPLING = (
 MORE = 4  # the re-test draws this many times the samples
 COLUMNS = (
     "setting", "ratio", "null", "emitted", "frechet_rise", "precision", "recall",
-    "frechet", "membership",
+    "frechet", "pixel_frechet", "membership",
     "untuned_ratio", "tuned_ratio", "removed", "parameters", "flops",
     "emitted_more", "found", "found_null", "again_ratio", "again_emitted", "seeds",
 )  # fmt: skip
@@ -137,7 +137,7 @@ def conclude(config, rows, parts, session) -> dict:
     complete = results.whole(
         config, rows, lambda values: family(str(values.get("setting", "")))[0]
     )
-    return {"matched": matched(complete)}
+    return {"matched": matched(complete), "quality": config.measure.features}
 
 
 def _programs(config, point, session) -> Programs:
@@ -410,13 +410,13 @@ def matched(rows) -> list[dict]:
 
 def draw(metrics, points):
     """(name, caption, figure) of each picture: see `study.Study`."""
-    table = metrics["table"]
+    table, space = metrics["table"], metrics.get("quality", "pixels")
     tracks = _tracks(table)
     null = table[0]["null"]["mean"]
     yield (
         "frontier",
         "Memorized samples against the Frechet distance of the samples from held-out "
-        "points (on pixels), above that of the control of the same seed: means over "
+        f"points (on {space}), above that of the control of the same seed: means over "
         "seeds with 95 % intervals. Down and to the left is better. Pruned networks "
         "after fine-tuning; numbers are values of the setting. Dashed: the null level."
         + _words(metrics["matched"]),

@@ -366,7 +366,7 @@ def draw(metrics, points):
         ("ratio", "memorized samples", True, "Memorized samples"),
         (
             "frechet", "Frechet distance", False,
-            "Frechet distance of samples from held-out points, on pixels,",
+            "Frechet distance of samples from held-out points",
         ),
     ):  # fmt: skip
         panels = [

@@ -167,8 +167,9 @@ def cost(parts, params, stays=None, group: str = "heads") -> dict:
 def watcher(config, parts, generate, twin=None):
     """(weights, first=0, count=num_samples) -> numbers: copies and quality of samples.
 
-    Quality compares pixels with those of held-out points, which the network never saw:
-    there, copies are no better than any other sample that looks real.
+    Quality compares samples with held-out points, which the network never saw: there,
+    copies are no better than any other sample that looks real. It is measured on the
+    pixels, or on measure.features, with the distance on pixels beside it.
 
     Args: generate, as `evaluate.make_generate` gives it; twin, the training points
       [n, *e] of another network: `nearer` is then the share of samples that are nearer
@@ -178,10 +179,14 @@ def watcher(config, parts, generate, twin=None):
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
     other = None if twin is None else neighbours.searcher(np.asarray(twin), 1)
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
-    null, real = None, None
+    spaces = {"": _pixels}
+    if (space := build.extractor(config, parts.splits.train.x.shape[1:])) is not None:
+        spaces = {"": space.apply, "pixel_": _pixels}
+    null, real = None, {}
     if held_out is not None and len(held_out.x) > 3:  # precision has 3 neighbours
-        real = np.asarray(held_out.x)
-        null, real = search(real), real.reshape(len(real), -1)
+        points = np.asarray(held_out.x)
+        null, real = search(points), {name: see(points) for name, see in spaces.items()}
+    laws = {name: fidelity.moments(x) for name, x in real.items()}
 
     def watch(weights, first=0, count=config.sampler.num_samples):
         weights = jax.device_put(weights, parallel.replicated(mesh))
@@ -196,22 +201,29 @@ def watcher(config, parts, generate, twin=None):
             "ratio_of": len(x),
             "emitted": len(emitted) / parts.splits.num_distinct,
             "null": np.nan if result.null is None else result.null,
-            "null_of": 0 if real is None else len(real),
+            "null_of": 0 if null is None else len(points),
             "precision": np.nan,
             "recall": np.nan,
-            "frechet": np.nan,
+            **{f"{name}frechet": np.nan for name in spaces},
         }
         if other is not None:
             gaps = result.neighbours.distances[:, 0] - other(x).distances[:, 0]
             numbers["nearer"] = ((gaps < 0) + 0.5 * (gaps == 0)).mean()
-        x = np.asarray(x, np.float64).reshape(len(x), -1)
-        if real is not None and np.isfinite(x).all() and len(x) > 3:
-            precision, recall = fidelity.precision_recall(x, real)
+        x = np.asarray(x)
+        if real and np.isfinite(x).all() and len(x) > 3:
+            seen = {name: see(x) for name, see in spaces.items()}
+            precision, recall = fidelity.precision_recall(seen[""], real[""])
             numbers |= {"precision": precision, "recall": recall}
-            numbers |= {"frechet": fidelity.frechet(x, real, warn=False)}
+            for name, law in laws.items():
+                distance = fidelity.frechet(seen[name], law, warn=False)
+                numbers[f"{name}frechet"] = distance
         return numbers
 
     return watch
+
+
+def _pixels(x):
+    return np.asarray(x, np.float64).reshape(len(x), -1)
 
 
 def tuner(config, parts):
