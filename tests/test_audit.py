@@ -437,7 +437,7 @@ def test_swapped_sets_change_the_sign_and_keep_p(seed):
     assert swapped["p"] == found["p"] > 1 / 1_000
 
 
-def test_the_difference_is_that_of_the_distances_but_for_higher_orders():
+def test_the_difference_is_that_of_the_distances_to_first_order():
     rng = np.random.default_rng(0)
     samples, train, held_out = rng.normal(size=(3, 2_000, 4))
     held_out = 1.3 * held_out + 0.1
