@@ -641,13 +641,14 @@ def _moments(config, x) -> fidelity.Moments:
 
 
 def _nearer(config, points, title, left_out):
-    """The `nearness` of samples to training images, at equal numbers."""
+    """The `nearness` of all samples to as many training images as held-out ones."""
     if points.held_out is None or not config.quality.points:
         return None
 
     def nearness_of():
-        some = _equal(config, *points[:3])
-        return nearness(*some, config.seed) | {"images": len(some[0])}
+        (samples,) = _equal(config, points.samples)
+        others = _equal(config, points.train, points.held_out)
+        return nearness(samples, *others, config.seed) | {"images": len(others[0])}
 
     name = f"{title} to train less that to held-out"
     return attempt(left_out, [name], "held_out", nearness_of)
