@@ -22,8 +22,8 @@ Mathematics (jax only):
                 bounds
   sampling      time grids, probability-flow ODE, reverse SDE, EDM's sampler,
                 log-likelihood, and the initial noise that comes closest to a point
-  fidelity      quality from feature arrays: Frechet distance, precision, recall, KID,
-                density, coverage, Vendi score
+  fidelity      quality from feature arrays: Frechet distance and the influence of a
+                point on it, precision, recall, KID, density, coverage, Vendi score
   neighbours    the nearest distinct training points, exactly
   memorization  what follows from those distances: ratio (copies, null level,
                 intervals), copying (other tests), effective (memorization against n),

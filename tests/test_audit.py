@@ -404,6 +404,72 @@ def test_reference_statistics_are_shared(tmp_path, monkeypatch):
     assert counts == [80, 90, 80, 3]
 
 
+# Whether the samples are nearer to the training images as a whole.
+
+
+def heavy(seed, n=60, d=16):
+    """Samples, training and held-out points of one law without a third moment."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(3, n, d)) / np.sqrt(rng.chisquare(3, (3, n, 1)) / 3)
+
+
+def test_honest_samples_are_called_nearer_or_farther_by_chance():
+    """2.5 % of them each, by 4 standard errors of 400."""
+    found = [compare.nearness(*heavy(seed), seed) for seed in range(400)]
+    called = np.array([np.sign(x["value"]) * (x["p"] < audit.CHANCE) for x in found])
+    most = 0.025 + 4 * np.sqrt(0.025 * 0.975 / 400)
+    for side in (-1, 1):
+        assert 0 < (called == side).mean() < most
+
+
+def test_noisy_copies_are_nearer_to_the_training_images():
+    fresh, train, held_out = heavy(0)
+    found = compare.nearness(train + 0.1 * fresh, train, held_out, 0)
+    assert found["value"] < 0 and found["p"] == 1 / 1_000  # the least that p may be
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swapped_sets_change_the_sign_and_keep_p(seed):
+    samples, train, held_out = heavy(seed)
+    found = compare.nearness(samples, train, held_out, 0)
+    swapped = compare.nearness(samples, held_out, train, 0)
+    assert swapped["value"] == pytest.approx(-found["value"])
+    assert swapped["p"] == found["p"] > 1 / 1_000
+
+
+def test_the_difference_is_that_of_the_distances_to_first_order():
+    rng = np.random.default_rng(0)
+    samples, train, held_out = rng.normal(size=(3, 2_000, 4))
+    held_out = 1.3 * held_out + 0.1
+    exact = fidelity.frechet(samples, train) - fidelity.frechet(samples, held_out)
+    found = compare.nearness(samples, train, held_out, 0)
+    assert found["value"] == pytest.approx(exact, rel=0.1) and found["p"] == 1 / 1_000
+
+
+@pytest.mark.parametrize(
+    "value, p, words",
+    [
+        (-0.25, 0.049, "nearer to the training images than to held-out ones"),
+        (0.25, 0.049, "nearer to held-out images than to training ones"),
+        (-0.25, 0.05, "as near to the training images as to held-out ones"),
+    ],
+)
+def test_only_what_is_no_chance_is_called_nearer(value, p, words):
+    found = {"value": value, "p": p, "permutations": 999, "images": 60}
+    said = audit.nearer({"title": "FD (x)", "nearer": found})
+    assert f"the samples are {words}" in said
+    assert f"is {value:.3g} to first order (p = {p:.3g} by 999 permutations" in said
+
+
+def test_the_report_says_to_which_images_samples_are_nearer(copying):
+    metrics = record.read_json(copying / "metrics.json")
+    found = metrics["features"]["nearer"]
+    assert found["images"] == 60 and found["permutations"] == 999
+    assert metrics["nearer"] == audit.nearer(metrics["features"])
+    page = " ".join((copying / "report.html").read_text().split())
+    assert metrics["nearer"] in page
+
+
 def test_parts_of_an_audit_are_switched_off(tmp_path, undrawn):
     config = settings()
     config.quality.points, config.features.name = 0, "none"

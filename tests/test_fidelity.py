@@ -75,6 +75,45 @@ def test_a_set_is_at_distance_zero_from_itself(n, d, offset):
             assert 0 <= fidelity.frechet(a, b) < 1e-9 * (1 + offset)
 
 
+# The influence of a point on the Frechet distance.
+
+
+@pytest.mark.parametrize("m", [2, 9])
+def test_influence_on_a_line_is_the_derivative(m):
+    """(m_a - m_b)^2 + (s_a - s_b)^2 by the weight of a point, which moves m_b, s_b."""
+    rng = np.random.default_rng(m)
+    a, b = rng.normal(size=(7, 1)), 1 + 2 * rng.normal(size=(m, 1))
+    z, ratio = b[:, 0] - b.mean(), a.std(ddof=1) / b.std(ddof=1)
+    truth = (1 - ratio) * (z**2 - (z**2).mean()) - 2 * (a.mean() - b.mean()) * z
+    np.testing.assert_allclose(fidelity.influence(a, b), truth, rtol=1e-12, atol=1e-14)
+
+
+def test_halves_differ_by_their_influence_to_third_order():
+    rng = np.random.default_rng(0)
+    a, b, move = rng.normal(size=(30, 3)), *rng.normal(size=(2, 30, 3))
+    errors = []
+    for size in (0.1, 0.05, 0.025):
+        # Each point 1,000 times, as the divisor n - 1 of a covariance knows n.
+        halves = [np.tile(b + s * move, (1_000, 1)) for s in (size, -size)]
+        far = [fidelity.frechet(a, half) for half in halves]
+        values = fidelity.influence(a, np.concatenate(halves))
+        linear = np.subtract(*values.reshape(2, -1).mean(axis=1))
+        errors.append(far[0] - far[1] - linear)
+    # An eighth, but for terms of fifth order and 1 / 30,000.
+    np.testing.assert_allclose(np.divide(errors[1:], errors[:-1]), 1 / 8, rtol=0.1)
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_influence_sees_no_rotation_into_more_dimensions(n):
+    """There the points are the factor of their covariance, and not its eigenvectors."""
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(n, 8)), 1 + rng.standard_t(4, size=(20, 8))
+    basis = np.linalg.qr(rng.normal(size=(60, 8)))[0]
+    few, many = fidelity.influence(a, b), fidelity.influence(a @ basis.T, b @ basis.T)
+    np.testing.assert_allclose(few, many, atol=1e-6 * np.abs(few).max())
+    assert abs(few.mean()) < 1e-12
+
+
 # Precision and recall, density and coverage.
 
 
@@ -306,6 +345,7 @@ def test_vendi_is_the_entropy_of_the_kernel_of_its_definition(n, d, monkeypatch)
 
 METRICS = {
     "frechet": lambda a, b: fidelity.frechet(a, b, warn=False),
+    "influence": fidelity.influence,
     "precision_recall": fidelity.precision_recall,
     "density_coverage": fidelity.density_coverage,
     "kid": lambda a, b: fidelity.kid(a, b, subsets=2, size=50),

@@ -195,6 +195,15 @@ def test_sets_of_large_points_are_smaller(monkeypatch):
     assert len(compare.equal(compare.Sets(x, x, x), seed=0).samples) == 70
 
 
+def test_fifths_of_honest_samples_confirm_no_excess():
+    """2.5 % of honest sets at most, by 4 standard errors of 400; heavy tails."""
+    found = 0
+    for seed in range(400):
+        sets = np.random.default_rng(seed).standard_t(3, (3, 60, 8))
+        found += compare.law(compare.Sets(*sets), "FD")["interval"][0] > 0
+    assert 0 < found / 400 < 0.025 + 4 * np.sqrt(0.025 * 0.975 / 400)
+
+
 def test_an_excess_that_the_fifths_do_not_confirm_is_no_verdict():
     row = {
         "title": "FD (pixels)", "n": 50, "samples": 8.0, "train": 1.0, "page": 10.0,

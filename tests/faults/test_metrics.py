@@ -135,6 +135,12 @@ ODD = {
         (frechet, (LINE, 2 * LINE), 25 + 7.5),  # of means 5, 10; variances 7.5, 30
         (frechet, (ZERO_ROW, ZERO_ROW), 0),
     ],
+    "influence": [
+        (fidelity.influence, (ONE, G), UndefinedError("needs two")),
+        (fidelity.influence, (G, SAME), np.zeros(len(SAME))),
+        (fidelity.influence, (LINE, LINE), np.zeros(len(LINE))),
+        (fidelity.influence, (TWICE, TWICE[::-1]), np.zeros(len(TWICE))),
+    ],
     "precision_recall": [
         (fidelity.precision_recall, (G[:3], G), UndefinedError("k=3 other points")),
         (fidelity.precision_recall, (SAME, SAME), (1, 1)),

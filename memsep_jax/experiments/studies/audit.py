@@ -22,7 +22,6 @@ from memsep_jax.data import DataError, Source, arrays, readers, sources
 from memsep_jax.experiments import record
 from memsep_jax.experiments.config import build, schema
 from memsep_jax.experiments.reporting import report, tables, verdict
-from memsep_jax.experiments.reporting.figures import Interval
 from memsep_jax.experiments.studies.compare import Sets, measure, share
 from memsep_jax.fidelity import SMALL
 
@@ -38,6 +37,7 @@ ROLES = {
 # of CIFAR-10 differ by at most .27; its images differ from themselves by .39 (at gamma
 # 2.2) to .56 ([0, 1] stored as [-1, 1]).
 APART = 0.3
+CHANCE = 0.05  # p from which a difference may be chance
 FALSE = 0.01  # share of honest samples that a set without held-out images may flag
 # Other ways to prepare images are tried on parts of the sets, for time and memory.
 TRIED = 1_000  # samples, and held-out images, that are tried in other ways, at most
@@ -672,16 +672,17 @@ def nearer(in_features) -> str:
     """Says to which images the samples are nearer as a whole."""
     if in_features is None or in_features["nearer"] is None:
         return ""
-    mean, _, low, high = Interval.read(in_features["nearer"])
-    side = "as near to the training images as to held-out ones"
-    if high < 0:
+    found = in_features["nearer"]
+    side = "as near to the training images as to held-out ones, but for chance"
+    if found["p"] < CHANCE:
         side = "nearer to the training images than to held-out ones"
-    elif low > 0:
-        side = "nearer to held-out images than to training ones"
+        if found["value"] > 0:
+            side = "nearer to held-out images than to training ones"
     return (
         f"As a whole the samples are {side}: {in_features['title']} to training images "
-        f"less that to held-out ones is {mean:.3g} [{low:.3g}, {high:.3g}], by "
-        "fifths of the samples."
+        f"less that to held-out ones is {found['value']:.3g} to first order "
+        f"(p = {found['p']:.3g} by {found['permutations']:,} permutations of these "
+        "images)."
     )
 
 
