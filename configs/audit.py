@@ -3,10 +3,11 @@
 python -m memsep_jax.main --config=configs/audit.py --config.samples=DIR_OR_NPZ
     --config.train=DIR_OR_NPZ --config.held_out=DIR_OR_NPZ
 
-Each is a folder of images or a zip of one, an .npz or .npy of them, the workdir of a
-run, or the name of a data set. Held-out images are of the same kind, and were not
-trained on: without them nobody knows what honest samples would score. The verdict, the
-worst pairs and what to do are in report.html. Give images as the training saw them:
+Each is a folder of images or a zip of one, an .npz, .npy or idx file of them, the
+workdir of a run, or the name of a data set. Held-out images are of the same kind, and
+were not trained on: without them nobody knows what honest samples would score. The
+verdict, the worst pairs and what to do are in report.html. Give images as the training
+saw them:
 --config.train_as.crop=center, .exif=False, .alpha=drop (and samples_as, held_out_as).
 Variants: `full`, and `smoke` (digits, a quarter of which are training images, in
 seconds).

@@ -13,7 +13,8 @@ Variants: `full`, `tenth`, `small` (8 x 8, a narrow network, 2 CPU cores), `smok
 
 from memsep_jax import defaults
 
-# Coupled, and in the units of the paper's code: beside the loss summed over the pixels.
+# Coupled, and in the units of the paper's code: beside the loss summed over the
+# 3,072 values of an image.
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 2e-2, 5e-2, 8e-2, 1e-1)
 EMAS = (0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0)
 EDM = {

@@ -101,9 +101,10 @@ def influence(a, b):
 
     It is the influence function of the distance: |z - m_b|^2 - (z - m_b)' A (z - m_b)
     - 2 (m_a - m_b)'(z - m_b) at a point z of b, less its mean over b, where
-    A S_b A = S_a: the optimal map from b's Gaussian to a's. Of two sets of equal
-    numbers that make up b, the one is nearer to a than the other by the difference of
-    the means of its values, but for terms of third order in how the two differ.
+    A S_b A = S_a: the optimal map from b's Gaussian to a's. If b is made up of two sets
+    of equal numbers, the distance of the first to a less that of the second is the mean
+    of its values less that of the second's, but for terms of third order in how the two
+    differ, and of order 1 / m, as a covariance is divided by m - 1.
 
     Args: a [n, d], b [m, d] features.
     Returns: [m] in float64, of mean 0.

@@ -614,7 +614,11 @@ def test_every_violation_is_in_one_list():
         ("data.name", "digit", "data.name='digit' is not known, did you mean 'digits'"),
         ("data.labels", "true", "labels"),
         ("seed", -1, "seed=-1"),
-        ("measure.features", "lpips", "measure.features=lpips must be one of pixels"),
+        (
+            "measure.features",
+            "lpips",
+            "measure.features=lpips must be one of random_conv",
+        ),
         ("optimizer.lr", float("nan"), "optimizer.lr=nan"),
     ],
 )

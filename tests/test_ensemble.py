@@ -77,7 +77,8 @@ def test_the_experiment_leaves_a_row_for_every_network(tmp_path):
     for row in metrics["table"]:
         assert row["seeds"] == 2 and row["steps"]["mean"] == 4
         assert 0 <= row["ratio"]["mean"] <= 1
-        assert 0 <= row["diverged"]["mean"] <= 1
+        assert row["unresolved"]["mean"] == 0
+        assert np.isfinite(row["log_likelihood"]["mean"])
     point = record.read_npz(tmp_path / metrics["points"][0])
     assert point["samples"].shape == (8, 4) and np.isfinite(point["samples"]).all()
     assert point["ratio"] == point["memorized"].mean()
@@ -111,21 +112,23 @@ def test_a_value_that_has_no_meaning_is_refused_wherever_it_stands(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_points_whose_flow_diverges_have_no_likelihood():
+def test_points_whose_flow_is_not_resolved_have_no_likelihood():
     """One moves with the steps, one is infinite, one is nan; the median is of two."""
     fine = np.array([-3.0, -1e17, -np.inf, np.nan, -5.0], np.float32)
     coarse = np.array([-3.1, -2e17, -np.inf, np.nan, -5.0], np.float32)
     found = ensemble._resolved(fine, coarse, np.arange(5.0))
     assert found == {
         "log_likelihood": -4.0, "truth_log_likelihood": 2.0,
-        "diverged": pytest.approx(3 / 5), "diverged_of": 5,
+        "unresolved": pytest.approx(3 / 5), "unresolved_of": 5,
     }  # fmt: skip
     found = ensemble._resolved(fine[1:4], coarse[1:4], np.arange(3.0))
-    assert found["diverged"] == 1 and np.isnan(found["log_likelihood"])
+    assert found["unresolved"] == 1 and np.isnan(found["log_likelihood"])
+    few = np.where(np.arange(20) < 1, 0.0, 5.0)  # one of 20 is resolved
+    assert np.isnan(ensemble._resolved(few, 0 * few, few)["log_likelihood"])
 
 
-@pytest.mark.parametrize("who, diverged", [("truth", 0.0), ("empirical", 1.0)])
-def test_the_flow_of_the_truth_has_a_likelihood(who, diverged, monkeypatch):
+@pytest.mark.parametrize("who, unresolved", [("truth", 0.0), ("empirical", 1.0)])
+def test_the_flow_of_the_truth_has_a_likelihood(who, unresolved, monkeypatch):
     """That of the empirical score, which is a sum of Dirac laws, has none."""
     config = gmm_width_decay.get_config("small")
     config.data.update(num_examples=8, num_held_out=20)
@@ -136,7 +139,7 @@ def test_the_flow_of_the_truth_has_a_likelihood(who, diverged, monkeypatch):
     monkeypatch.setattr(training, "score_fn", lambda *_: score_fn)
     weights = {"w": np.zeros((1, 1))}
     (row,) = ensemble._likelihoods(config, parts, weights, [parts], [config])
-    assert row["diverged"] == diverged
+    assert row["unresolved"] == unresolved
     if who == "truth":
         gap = row["log_likelihood"] - row["truth_log_likelihood"]
         assert abs(gap) < 0.1

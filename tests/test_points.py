@@ -198,15 +198,20 @@ def test_a_study_that_was_done_with_strings_goes_on_with_dicts(tmp_path):
         run(other, tmp_path, None)
 
 
-def test_points_in_the_folder_of_an_earlier_version_are_kept(tmp_path):
+LATER = ("measure", "features"), ("measure", "weights")  # fields of this version
+EARLIER = ("data", "alpha"), ("data", "crop"), ("data", "exif")  # of the one before
+
+
+@pytest.mark.parametrize("unknown", [LATER, (*LATER, *EARLIER)])
+def test_points_in_the_folder_of_an_earlier_version_are_kept(unknown, tmp_path):
     config = small_grid(width=(4,))
     run(config, tmp_path, lambda some: [{"y": 1.0}] * len(some))
     (folder,) = (tmp_path / "points").iterdir()
     known = build.to_json(config)
     for group in ("sweep", "emm", "run"):
         del known[group]
-    for field in ("alpha", "crop", "exif"):  # came later
-        del known["data"][field]
+    for group, field in unknown:
+        del known[group][field]
     text = json.dumps(known, sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder.rename(folder.with_name(tag))
@@ -275,6 +280,7 @@ def test_a_point_that_somebody_has_is_said_to_be_running(tmp_path):
         (600.0, 4, 2, 2, ", about 2 minutes left"),
         (600.0, 4, 2, 0, ", about 5 minutes left"),
         (36_000.0, 4, 2, 1, ", about 5 hours left"),
+        (6.0, 4, 2, 1, ", about 1 minute left"),
         (600.0, 4, 0, 1, ""),
         (600.0, 0, 4, 1, ""),
         (0, 4, 2, 1, ""),
@@ -348,6 +354,19 @@ def test_a_row_says_of_how_many_samples_a_share_is():
     (row,) = results.over_seeds(rows)
     assert row["ratio"]["high"] == memorization.wilson(0, 400)[1]
     assert np.isnan(row["null"]["high"]) and set(row) == {"seeds", "ratio", "null"}
+
+
+def test_a_curve_of_shares_is_of_as_many_samples_at_each_place():
+    rows = [
+        {"seed": np.array(s), "along_ratio": np.array([0.0, 0.5, 1.0]),
+         "along_ratio_of": np.array(200)}
+        for s in (0, 1, 2)
+    ]  # fmt: skip
+    (row,) = results.over_seeds(rows)
+    for i, count in enumerate((0, 300, 600)):
+        low, high = memorization.wilson(count, 600)
+        assert row["along_ratio"]["low"][i] == low
+        assert row["along_ratio"]["high"][i] == high
 
 
 def test_seeds_become_means_of_numbers_and_of_curves():

@@ -244,9 +244,9 @@ def idx(path) -> Source:
 
 
 def is_idx(path: str) -> bool:
-    """Whether `idx` reads it: a folder with one of its usual files, or such a file."""
+    """Whether `idx` reads it: a folder with images of a usual name, or such a file."""
     if os.path.isdir(path):
-        return any(_idx_file(path, name) for name in IDX)
+        return any(_idx_file(path, name) for name in IDX[::2])
     if not os.path.isfile(path):
         return False
     # By the name, as another file may begin with the same bytes.

@@ -5,6 +5,7 @@ name becomes an object in construct.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import sys
@@ -243,16 +244,17 @@ def extractor(config, shape) -> features.Extractor | None:
     Raises: ValueError: points that are no images, or no such weights.
     """
     name, path = config.measure.features, config.measure.weights
-    takes = {"path": path} if name in ("alexnet", "inception") else {}
+    make = features.FEATURES[name or "pixels"]
+    takes = {"path": path} if "path" in inspect.signature(make).parameters else {}
     if path is not None and not takes:
         raise ConfigError(
             f"measure.weights={path} are of alexnet or inception, and measure.features="
-            f"{name} has none: leave it out, or choose one of them"
+            f"{name} takes none: leave it out, or choose one of them"
         )
-    if name == "pixels":
+    if name is None:
         return None
     try:
-        return features.FEATURES[name](shape, **takes)
+        return make(shape, **takes)
     except ValueError as error:
         by = f", measure.weights={path}" if takes else ""
         raise ConfigError(f"measure.features={name}{by}: {error}") from error

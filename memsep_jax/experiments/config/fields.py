@@ -28,6 +28,7 @@ ROLES = {
 # Marks, for the rules that end training early by measurements along the way.
 STOPS = "stops"  # such a rule
 NEWER = "newer"  # folders that an earlier version named know nothing of it: see `tags`
+NEWEST = "newest"  # the same of the version after that
 WATCHED = "watched"  # decides what the rule sees, and so counts as training under one
 
 KINDS: dict[type, tuple[tuple, str]] = {  # type -> what a field of it takes, in words

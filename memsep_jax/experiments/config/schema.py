@@ -22,6 +22,7 @@ from memsep_jax.experiments.config.fields import (
     GROWS,
     KINDS,
     NEWER,
+    NEWEST,
     POINTS,
     RESULT,
     RUN,
@@ -74,8 +75,8 @@ CLOCK = Rule(
 FOLDER, MIXTURE = ("folder",), ("mixture",)
 VARIANCE_PRESERVING = ("variance_preserving",)
 LOG_NORMAL, BETA = ("log_normal",), ("beta",)
-# Those of few enough dimensions for a covariance that need no labels.
-QUALITY = ("pixels", "random_conv", "alexnet", "inception")
+# Features of few enough dimensions for a covariance that need no labels.
+QUALITY = ("random_conv", "alexnet", "inception")
 DIT, UNET, NETWORKS = ("dit",), ("unet",), ("dit", "mlp", "unet")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 
@@ -394,13 +395,16 @@ TRAIN: dict[str, Field | Group] = {
         AFTER,
         times=field((1e-3, 1e-2, 0.1, 1.0), "Times of the process.", INCREASING),
         draws=field(2_000, "Draws of X_t.", at_least(1)),
-        features=field(
-            "pixels",
-            "What the quality of samples is measured on: pixels, or the features "
-            "random_conv, alexnet or inception.",
+        features=unset(
+            str,
+            "What the quality of samples is measured on, in sweeps (not twins) and "
+            "along pruning: random_conv, alexnet or inception; unset: pixels.",
             Rule("one of " + ", ".join(QUALITY), lambda name: name in QUALITY),
+            mark=NEWEST,
         ),
-        weights=unset(str, "File of the weights of alexnet or inception."),
+        weights=unset(
+            str, "File of the weights of alexnet or inception.", mark=NEWEST,
+        ),
         iters=field(
             50, "Iterations for a spectral norm or an eigenvalue.", at_least(1),
         ),
@@ -752,21 +756,25 @@ def broken_rules(config, *only: str) -> list[str]:
 def tags(known: dict) -> list[str]:
     """Names for a folder that belongs to the plain values of some groups.
 
-    The first is today's. The second, where there is one, is that of a version without
-    the fields marked NEWER; such a folder holds the same results.
+    The first is today's. The others, where there are any, are those of versions without
+    the fields marked NEWEST, and NEWER; such a folder holds the same results.
     """
-    newer = [name.partition(".") for name in marked(NEWER)]
-    former = {
-        group: {
-            field: value
-            for field, value in fields.items()
-            if (group, ".", field) not in newer or value is not None
+
+    def without(*marks):
+        newer = [name.partition(".") for mark in marks for name in marked(mark)]
+        return {
+            group: {
+                field: value
+                for field, value in fields.items()
+                if (group, ".", field) not in newer or value is not None
+            }
+            if isinstance(fields, dict)
+            else fields
+            for group, fields in known.items()
         }
-        if isinstance(fields, dict)
-        else fields
-        for group, fields in known.items()
-    }
-    texts = (json.dumps(some, sort_keys=True) for some in (known, former))
+
+    versions = known, without(NEWEST), without(NEWEST, NEWER)
+    texts = (json.dumps(some, sort_keys=True) for some in versions)
     made = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts]
     return list(dict.fromkeys(made))
 

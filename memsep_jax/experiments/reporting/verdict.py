@@ -236,9 +236,9 @@ def _undertrained(metrics) -> list[str]:
     """The reasons to call the samples far from all data; empty where there are none.
 
     Either most of them are farther from the training set than nearly all held-out
-    points are (by a 95 % interval), or the whole set is far by its Frechet distance,
-    by more than the fifths of the samples differ. The second sees pages that all look
-    like the mean, which is near to everything.
+    points are (by a 95 % interval), or the whole set is far by its Frechet distance, by
+    more than fifths of the samples and training points differ. The second sees pages
+    that all look like the mean, which is near to everything.
     """
     beyond, reasons = metrics["memorization"].get("far"), []
     of = point(metrics, of_training=False)

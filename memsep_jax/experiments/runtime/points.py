@@ -337,13 +337,16 @@ def status(workdir) -> Table | None:
 def left(seconds: float, done: int, others: int, workers: int = 1) -> str:
     """When other points will be done, if they take as long as those that are.
 
-    Args: seconds that all points took so far, without pauses.
+    Args: seconds that the points took so far, without pauses; how many are done, how
+      many others there are, and how many processes work on these.
     Returns: ", about 12 minutes left"; nothing where none is done, or none left.
     """
     if not (seconds and done and others):
         return ""
-    minutes = seconds / done * others / max(1, workers) / 60
-    about = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+    minutes = max(1, round(seconds / done * others / max(1, workers) / 60))
+    about = f"{minutes} minute" + "s" * (minutes > 1)
+    if minutes >= 120:
+        about = f"{minutes / 60:.0f} hours"
     return f", about {about} left"
 
 

@@ -151,8 +151,8 @@ def check(config):
     """Refuses fields that are wrong for any images.   Raises: build.ConfigError."""
     build.check_kinds(config)
     wrong = [
-        f"--config.{name}=... is required: a folder of images or a zip of one, an .npz "
-        "or .npy, the workdir of a run, or the name of a data set"
+        f"--config.{name}=... is required: a folder of images or a zip of one, an "
+        ".npz, .npy or idx file, the workdir of a run, or the name of a data set"
         for name in ("samples", "train")
         if not config[name]
     ]
@@ -673,7 +673,7 @@ def nearer(in_features) -> str:
     if in_features is None or in_features["nearer"] is None:
         return ""
     found = in_features["nearer"]
-    side = "as near to the training images as to held-out ones, but for chance"
+    side = "not told to be nearer to the training images, or to held-out ones"
     if found["p"] < CHANCE:
         side = "nearer to the training images than to held-out ones"
         if found["value"] > 0:

@@ -641,14 +641,18 @@ def _moments(config, x) -> fidelity.Moments:
 
 
 def _nearer(config, points, title, left_out):
-    """The `nearness` of all samples to as many training images as held-out ones."""
+    """The `nearness` of quality.points samples to training and held-out images.
+
+    Of the last two as many each.
+    """
     if points.held_out is None or not config.quality.points:
         return None
 
     def nearness_of():
         (samples,) = _equal(config, points.samples)
         others = _equal(config, points.train, points.held_out)
-        return nearness(samples, *others, config.seed) | {"images": len(others[0])}
+        counts = {"samples": len(samples), "images": len(others[0])}
+        return nearness(samples, *others, config.seed) | counts
 
     name = f"{title} to train less that to held-out"
     return attempt(left_out, [name], "held_out", nearness_of)

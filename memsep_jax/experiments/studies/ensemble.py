@@ -20,6 +20,7 @@ from memsep_jax.experiments.studies import results
 from memsep_jax.experiments.studies.study import Study
 
 NATS = 1.0  # a log-likelihood that half of the steps move farther than this is none
+LEAST = 0.1  # share of points with one, below which their median says nothing
 
 
 class Members(NamedTuple):
@@ -148,7 +149,7 @@ def _curves(rows, points, others, axis, label):
                 ylabel="log-likelihood below the truth's, nats", **scale,
             ),
             figures.Panel(
-                "held-out points", list(lines("diverged")), yscale="linear",
+                "held-out points", list(lines("unresolved")), yscale="linear",
                 ylabel="without a likelihood", percent=True, **scale,
             ),
         ]  # fmt: skip
@@ -156,9 +157,10 @@ def _curves(rows, points, others, axis, label):
             ". In the middle, how far the log-likelihood of held-out points under the "
             "model, by its probability-flow ODE, lies below that under the truth: "
             "medians over points and seeds, with the range of the seeds as a band; "
-            "less than 0.01 is shown as 0.01. Points whose flow diverges have no "
-            f"likelihood (half as many steps change it by more than {NATS:g} nat) and "
-            "are left out; right, their share"
+            "less than 0.01 is shown as 0.01. Points whose flow the steps do not "
+            f"resolve (half as many change the value by over {NATS:g} nat) have no "
+            "likelihood and are left out; right, their share. No median is shown where "
+            f"fewer than {100 * LEAST:g} % have one"
         )
     return "curves", caption + ".", figures.curves(panels)
 
@@ -182,7 +184,7 @@ def _lost(points, others, axis):
         nats: dict = {}
         for point in some:
             lost = point["truth_log_likelihood"] - point["log_likelihood"]
-            # nan, of a network whose flow diverges everywhere, stays nan.
+            # nan, of a network without likelihoods, stays nan.
             nats.setdefault(point[axis].item(), []).append(np.maximum(lost, 0.01))
         middle, low, high = (
             [f(values) for values in nats.values()] for f in (np.median, np.min, np.max)
@@ -316,9 +318,9 @@ def _samples(config, parts, weights, configs):
 def _likelihoods(config, parts, weights, built, configs):
     """Log-likelihood of held-out points under each network, and under the truth.
 
-    Returns: for each network `diverged`, the share of points that have none: their flow
-      leaves the data, and half as many steps give another value, by more than NATS;
-      `log_likelihood` and `truth_log_likelihood`, medians over the other points.
+    Returns: for each network `unresolved`, the share of points that have none: half as
+      many steps of the flow give another value, by more than NATS; `log_likelihood` and
+      `truth_log_likelihood`, medians over the other points, where LEAST have one.
     """
     m = config.measure.likelihood
     held_out = jnp.stack([jnp.asarray(p.splits.held_out.x[:m]) for p in built])
@@ -351,16 +353,16 @@ def _known(config, parts, x):
 def _resolved(fine, coarse, known) -> dict:
     """The numbers of `_likelihoods`, from [m] by all steps, by half, and of the truth.
 
-    A change of variables counts only along a flow that its steps follow. That of an
-    overfitted network throws held-out points away so fast that none do.
+    A change of variables counts only along a flow that its steps resolve. Between few
+    training points the score of a network that copies is too steep for any.
     """
     good = np.isfinite(fine) & np.isclose(fine, coarse, rtol=0, atol=NATS)
-    median = np.median if good.any() else lambda _: np.nan
+    median = np.median if good.mean() >= LEAST else lambda _: np.nan
     return {
         "log_likelihood": median(fine[good].astype(np.float64)),
         "truth_log_likelihood": median(known[good].astype(np.float64)),
-        "diverged": 1 - good.mean(),
-        "diverged_of": len(good),
+        "unresolved": 1 - good.mean(),
+        "unresolved_of": len(good),
     }
 
 

@@ -137,7 +137,10 @@ def conclude(config, rows, parts, session) -> dict:
     complete = results.whole(
         config, rows, lambda values: family(str(values.get("setting", "")))[0]
     )
-    return {"matched": matched(complete), "quality": config.measure.features}
+    return {
+        "matched": matched(complete),
+        "quality": config.measure.features or "pixels",
+    }
 
 
 def _programs(config, point, session) -> Programs:
@@ -161,10 +164,11 @@ def _row(config, pruned: Pruned):
     """The numbers of the final network, and those on the way."""
     last = -1 if config.prune.ratio else 0  # an unpruned network is as it was trained
     row = {name: values[last] for name, values in pruned.numbers.items()}
-    for name in ("ratio", "ratio_of", "emitted", "frechet", "precision", "recall"):
+    for name in ("ratio", "emitted", "frechet", "precision", "recall"):
         row[f"untuned_{name}"] = pruned.numbers[name][0]
         row[f"tuned_{name}"] = pruned.numbers[name][-1]
         row[f"along_{name}"] = pruned.numbers[name]
+    row |= {f"{at}_ratio_of": row["ratio_of"] for at in ("untuned", "tuned", "along")}
     removed = int((~pruned.keep).sum())
     return row | {"steps": pruned.steps, "removed": removed, "keep": pruned.keep}
 
@@ -411,6 +415,7 @@ def matched(rows) -> list[dict]:
 def draw(metrics, points):
     """(name, caption, figure) of each picture: see `study.Study`."""
     table, space = metrics["table"], metrics.get("quality", "pixels")
+    space += "" if space == "pixels" else " features"
     tracks = _tracks(table)
     null = table[0]["null"]["mean"]
     yield (

@@ -277,6 +277,7 @@ def measure(points, session):
         last = mean[config.sampler.weights]
         names = ("ratio", "ratio_of", "null", "null_of", "frechet")
         row = {name: last[name][-1] for name in names}
+        row |= {name: 2 * row[name] for name in ("ratio_of", "null_of")}  # both twins
         row |= {"steps": np.array(steps), "seconds": time.monotonic() - started}
         for weights, curves in mean.items():
             # At the level that tells most at the end: the highest of all levels at each

@@ -211,12 +211,16 @@ def watcher(config, parts, generate, twin=None):
             numbers["nearer"] = ((gaps < 0) + 0.5 * (gaps == 0)).mean()
         x = np.asarray(x)
         if real and np.isfinite(x).all() and len(x) > 3:
-            seen = {name: see(x) for name, see in spaces.items()}
-            precision, recall = fidelity.precision_recall(seen[""], real[""])
-            numbers |= {"precision": precision, "recall": recall}
-            for name, law in laws.items():
-                distance = fidelity.frechet(seen[name], law, warn=False)
+            for name, see in spaces.items():
+                try:
+                    seen = see(x)
+                except ValueError:
+                    continue  # samples of a network that diverged are no images
+                distance = fidelity.frechet(seen, laws[name], warn=False)
                 numbers[f"{name}frechet"] = distance
+                if not name:
+                    precision, recall = fidelity.precision_recall(seen, real[name])
+                    numbers |= {"precision": precision, "recall": recall}
         return numbers
 
     return watch
@@ -309,7 +313,7 @@ def of_run(config, parts, session, params, generate) -> dict:
     Returns: for both, arrays over the steps of fine-tuning, and what they cost. Kept in
       the workdir, so that a run that goes on does not do it again.
     """
-    groups = ("sampler", "memorization", "prune", "prune_times")
+    groups = ("sampler", "memorization", "prune", "prune_times", "measure")
     folder = place(config, parts, session, params, groups)
     watch, tune = watcher(config, parts, generate), tuner(config, parts)
     group = config.prune.group
