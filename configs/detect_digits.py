@@ -8,7 +8,7 @@ log p_t (Jeon 2025), the local dimension (Kamkari 2024, Ross 2025) and, for netw
 with labels, the gap between the scores with and without one (Wen 2024). Ye 2025,
 section 5, finds the empirical score far steeper than the truth: so sharpness must tell.
 
-`small`, 30 minutes on 2 cores beside a test suite, 3 seeds: 54 % copies at n = 100 and
+`small`, 9 minutes on 2 idle CPU cores, 3 seeds: 54 % copies at n = 100 and
 28 % at 150 (with labels 65 and 34 %). At sigma = 0.1 the flattest direction tells
 copies from other samples as well as the distance to the training set does (AUC 0.97 to
 0.99, and 0.94 to 0.98); the sharpest direction does not (0.42 to 0.46), since it is
