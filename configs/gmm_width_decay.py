@@ -5,9 +5,8 @@ python -m memsep_jax.main --config=configs/gmm_width_decay.py:small
 With n = 10,000 wider is better, up to the truth's likelihood, and only decay 10 hurts;
 with n = 64 the widest network makes 84 % copies, and 100 steps do not resolve the flow
 of 99.7 % of held-out points, so that they have no likelihood; decay 1 prevents both.
-Variants:
-`full` (width) and `full_decay` (weight decay), for a GPU; `small` and `small_decay`
-(5.5 and 15 minutes on 2 busy CPU cores); `smoke`.
+Variants: `full` (width) and `full_decay` (weight decay), for a GPU; `small` and
+`small_decay` (5.5 and 15 minutes on 2 busy CPU cores); `smoke`.
 """
 
 from memsep_jax import defaults
