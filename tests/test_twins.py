@@ -52,21 +52,29 @@ def fake(points, held_out=None):
     )
 
 
+PIXELS = {"": lambda x: x.reshape(len(x), -1).astype(float)}
+
+
 def test_twins_that_copy_are_like_their_own_points_not_each_other():
     rng = np.random.default_rng(0)
     a, b, new = rng.normal(size=(3, 40, 20)).astype(np.float32)
     held_out = rng.normal(size=(30, 20)).astype(np.float32)
-    copies = twins.compare(a, b, fake(a, held_out), fake(b, held_out), 1 / 3)
+    copies = twins.compare(a, b, fake(a, held_out), fake(b, held_out), 1 / 3, PIXELS)
     assert copies["ratio"] == 1 and copies["own"] == pytest.approx(1)
     assert copies["share"] == 0 and abs(copies["cosine"]) < 0.2
     assert copies["null"] == 0
     # Those that generalize: the same new samples, and no copies.
-    agree = twins.compare(new, new, fake(a, new), fake(b, new), 1 / 3)
+    agree = twins.compare(new, new, fake(a, new), fake(b, new), 1 / 3, PIXELS)
     assert agree["share"] == 1 and agree["cosine"] == pytest.approx(1)
     assert agree["ratio"] == 0 and agree["own"] < 0.8
     assert agree["frechet"] < 0.5 < copies["frechet"]
+    # Each space has its own distance, which is a squared length.
+    spaces = PIXELS | {"half_": lambda x: PIXELS[""](x) / 2}
+    both = twins.compare(a, b, fake(a, held_out), fake(b, held_out), 1 / 3, spaces)
+    assert both["half_frechet"] == pytest.approx(copies["frechet"] / 4)
+    assert both["frechet"] == copies["frechet"]
     # The ratio is the mean of both twins; without held-out points no null level.
-    half = twins.compare(a, new, fake(a), fake(b), 1 / 3)
+    half = twins.compare(a, new, fake(a), fake(b), 1 / 3, PIXELS)
     assert (half["ratio_first"], half["ratio_second"], half["ratio"]) == (1, 0, 0.5)
     assert np.isnan(half["null"]) and np.isnan(half["frechet"])
 

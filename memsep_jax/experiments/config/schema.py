@@ -397,8 +397,8 @@ TRAIN: dict[str, Field | Group] = {
         draws=field(2_000, "Draws of X_t.", at_least(1)),
         features=unset(
             str,
-            "What the quality of samples is measured on, in sweeps (not twins) and "
-            "along pruning: random_conv, alexnet or inception; unset: pixels.",
+            "What the quality of samples is measured on, in sweeps and along pruning: "
+            "random_conv, alexnet or inception; unset: pixels.",
             Rule("one of " + ", ".join(QUALITY), lambda name: name in QUALITY),
             mark=NEWEST,
         ),

@@ -179,13 +179,12 @@ def watcher(config, parts, generate, twin=None):
     search = neighbours.searcher(np.asarray(parts.splits.train.x))
     other = None if twin is None else neighbours.searcher(np.asarray(twin), 1)
     threshold, held_out = config.memorization.threshold, parts.splits.held_out
-    spaces = {"": _pixels}
-    if (space := build.extractor(config, parts.splits.train.x.shape[1:])) is not None:
-        spaces = {"": space.apply, "pixel_": _pixels}
+    seen_by = spaces(config, parts.splits.train.x.shape[1:])
     null, real = None, {}
     if held_out is not None and len(held_out.x) > 3:  # precision has 3 neighbours
         points = np.asarray(held_out.x)
-        null, real = search(points), {name: see(points) for name, see in spaces.items()}
+        null = search(points)
+        real = {name: see(points) for name, see in seen_by.items()}
     laws = {name: fidelity.moments(x) for name, x in real.items()}
 
     def watch(weights, first=0, count=config.sampler.num_samples):
@@ -204,14 +203,14 @@ def watcher(config, parts, generate, twin=None):
             "null_of": 0 if null is None else len(points),
             "precision": np.nan,
             "recall": np.nan,
-            **{f"{name}frechet": np.nan for name in spaces},
+            **{f"{name}frechet": np.nan for name in seen_by},
         }
         if other is not None:
             gaps = result.neighbours.distances[:, 0] - other(x).distances[:, 0]
             numbers["nearer"] = ((gaps < 0) + 0.5 * (gaps == 0)).mean()
         x = np.asarray(x)
         if real and np.isfinite(x).all() and len(x) > 3:
-            for name, see in spaces.items():
+            for name, see in seen_by.items():
                 try:
                     seen = see(x)
                 except ValueError:
@@ -224,6 +223,15 @@ def watcher(config, parts, generate, twin=None):
         return numbers
 
     return watch
+
+
+def spaces(config, shape) -> dict:
+    """What quality is measured on, by the prefix of its numbers: points -> [m, k].
+
+    Args: shape, of an example.   Returns: measure.features, and the pixels; the pixels.
+    """
+    space = build.extractor(config, shape)
+    return {"": _pixels} if space is None else {"": space.apply, "pixel_": _pixels}
 
 
 def _pixels(x):

@@ -17,7 +17,7 @@ from memsep_jax import data, fidelity, memorization
 from memsep_jax.experiments import training
 from memsep_jax.experiments.config import build, grid
 from memsep_jax.experiments.reporting import figures
-from memsep_jax.experiments.studies import networks, results, training_run
+from memsep_jax.experiments.studies import networks, pruning, results, training_run
 from memsep_jax.experiments.studies.results import AXES
 from memsep_jax.experiments.studies.study import Study
 
@@ -82,18 +82,22 @@ def measure(points, session):
                 drawn = generate(weights, 0, config.sampler.num_samples)
             samples.append(data.like(parts.splits.train.x, drawn))
         with session.phase("neighbours"):
-            row = compare(*samples, *built, point.config.memorization.threshold)
+            row = compare(
+                *samples, *built, point.config.memorization.threshold,
+                pruning.spaces(point.config, samples[0].shape[1:]),
+            )  # fmt: skip
         yield row | {"seconds": time.monotonic() - started}
 
 
-def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
+def compare(a, b, first: build.Parts, second: build.Parts, threshold, spaces) -> dict:
     """Compares samples [m, *e] of the same noises with each other and with their data.
 
+    Args: spaces, as `pruning.spaces` gives them.
     Returns: share, cosine and their null levels as in `memorization.reproducibility`;
       ratio, the share of memorized samples of both; own, the mean cosine between a
       sample and the nearest point of its own training set, about the same centre; null
       and frechet against the held-out points, which both twins share: the share that a
-      search takes for copies, and the distance of all samples from them, on pixels.
+      search takes for copies, and the distance of all samples from them.
     """
     pairs = memorization.reproducibility(a, b, threshold)
     centre = (a.mean(axis=0) + b.mean(axis=0)) / 2
@@ -110,7 +114,7 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
         "cosine_null": pairs.cosine_null.mean(),
         "null": np.nan,
         "null_of": 0 if held_out is None else len(held_out),
-        "frechet": np.nan,
+        **{f"{name}frechet": np.nan for name in spaces},
     }
     for name, x, parts in (("first", a, first), ("second", b, second)):
         own = np.asarray(parts.splits.train.x)
@@ -126,8 +130,9 @@ def compare(a, b, first: build.Parts, second: build.Parts, threshold) -> dict:
         if result.null is not None:
             row["null"] = result.null  # of the second twin
     if held_out is not None and len(held_out) > 3:
-        both, real = (c.reshape(len(c), -1) for c in (np.concatenate([a, b]), held_out))
-        row["frechet"] = fidelity.frechet(both, real, warn=False)
+        for name, see in spaces.items():
+            both, real = see(np.concatenate([a, b])), see(held_out)
+            row[f"{name}frechet"] = fidelity.frechet(both, real, warn=False)
     return (
         row
         | {
