@@ -8,8 +8,12 @@ file:
 python -m memsep_jax.main --config=configs/dit_cifar.py \
     --config.data.name=npz --config.data.path=cifar10.npz
 
-For a GPU: --dry_run counts 4.7e17 FLOPs. The ratio to expect is not measured yet; the
-paper has 73.8 % for its own DiT. Variants: `full`, `smoke`.
+`full` is for a GPU: --dry_run counts 4.7e17 FLOPs. The ratio to expect is not measured
+yet; the paper has 73.8 % for its own DiT. `small` learns 50 images at 32 x 32 in 48
+minutes on one CPU core: 97.5 % [96.3, 98.3] of its samples are copies, where held-out
+images would give 0.0 %.
+
+Variants: `full`, `small`, `smoke`.
 """
 
 from memsep_jax import defaults
