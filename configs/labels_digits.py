@@ -22,10 +22,7 @@ def get_config(variant="full"):
     config.sweep.update(
         seeds=5,
         num_examples=(100, 200),
-        points=(
-            *({"data.num_labels": c, "data.labels": "random"} for c in COUNTS),
-            *({"data.labels": name} for name in ("none", "true", "unique")),
-        ),
+        points=defaults.labellings(*COUNTS),
     )
     config.run.snapshots = 0
     return defaults.variant_of(config, variant, small=small, smoke=smoke)
@@ -40,6 +37,6 @@ def small(config):
 def smoke(config):
     """Few labels."""
     defaults.smoke(config)
-    few = ({"data.num_labels": 2, "data.labels": "random"}, {"data.labels": "unique"})
-    config.sweep.update(seeds=2, num_examples=(), points=few)
+    few = defaults.labellings(2)
+    config.sweep.update(seeds=2, num_examples=(), points=(few[0], few[-1]))
     return config

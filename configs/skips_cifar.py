@@ -13,23 +13,10 @@ Variants: `full`, `tenth`, `small` (8 x 8, six skips, 2 CPU cores), `smoke`.
 from memsep_jax import defaults
 
 
-def flags(count, kept):
-    return {"model.skips": tuple(int(i in kept) for i in range(count))}
-
-
-def points(levels, depth):
-    """The base, one kept, those of a resolution kept, none."""
-    each = depth + 1
-    count = levels * each
-    one = (flags(count, {i}) for i in range(count))
-    three = (flags(count, set(range(k * each, (k + 1) * each))) for k in range(levels))
-    return {}, *one, *three, flags(count, set())
-
-
 def get_config(variant="full"):
     config = defaults.unet()
     config.experiment = "factors"
-    config.sweep.update(seeds=1, points=points(3, 2))
+    config.sweep.update(seeds=1, points=({}, *defaults.skips(3, 2)))
     config.run.snapshot_epochs = 0
     return defaults.variant_of(config, variant, tenth=tenth, small=small, smoke=smoke)
 
@@ -43,12 +30,12 @@ def tenth(config):
 def small(config):
     """8 x 8 pixels, a narrow network of two resolutions."""
     defaults.small_unet(config)
-    config.sweep.points = points(2, 1)
+    config.sweep.points = ({}, *defaults.skips(2, 1))
     return config
 
 
 def smoke(config):
     """A few steps of a tiny network."""
     defaults.smoke_unet(config)
-    config.sweep.points = ({}, flags(4, {0}))
+    config.sweep.points = ({}, *defaults.skips(2, 1)[:1])
     return config

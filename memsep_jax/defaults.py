@@ -141,6 +141,25 @@ def small_unet(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def unet_of_clothes() -> ConfigDict:
+    """`unet` for Fashion-MNIST: 28 x 28, attention at 14 x 14."""
+    config = unet()
+    config.data.name = "fashion_mnist"
+    config.model.attention = (14,)
+    return config
+
+
+def small_unet_of_clothes(config: ConfigDict) -> ConfigDict:
+    """`small_unet` at 14 x 14: 189,000 parameters and 20 images, for 2 CPU cores."""
+    small_unet(config)
+    config.data.update(resolution=14, num_held_out=1_000)
+    config.model.update(width=16, attention=(7,))
+    config.train.update(epochs=4_000.0, warmup_epochs=50.0)
+    config.sweep.seeds = 3
+    config.sampler.num_samples = 200
+    return config
+
+
 def smoke_unet(config: ConfigDict) -> ConfigDict:
     """`smoke` of `unet`: a tiny network on digits."""
     smoke(config)
@@ -169,6 +188,25 @@ def prunings(criteria, ratios) -> tuple:
         {"prune.criterion": criterion, "prune.ratio": ratio}
         for criterion in criteria
         for ratio in ratios
+    )
+
+
+def labellings(*counts) -> tuple:
+    """The points of a sweep: as many random labels, then none, true and unique ones."""
+    return (
+        *({"data.num_labels": count, "data.labels": "random"} for count in counts),
+        *({"data.labels": name} for name in ("none", "true", "unique")),
+    )
+
+
+def skips(levels, depth) -> tuple:
+    """The points of a sweep: one skip kept, all of one resolution, none."""
+    each = depth + 1
+    one = ({i} for i in range(levels * each))
+    some = (set(range(k * each, (k + 1) * each)) for k in range(levels))
+    return tuple(
+        {"model.skips": tuple(int(i in kept) for i in range(levels * each))}
+        for kept in (*one, *some, set())
     )
 
 
