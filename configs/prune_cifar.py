@@ -15,7 +15,8 @@ With a network that is trained already:
 python -m memsep_jax.main --config=configs/prune_cifar.py \
     --config.prune.source=runs/dit_cifar
 
-Variants: `full`, `smoke`.
+Variants: `full`, `small` (the 50 images of dit_cifar:small, where 2 or 4 of 8 heads go:
+2 CPU cores, not run yet), `smoke`.
 """
 
 from memsep_jax import defaults, prune
@@ -26,7 +27,20 @@ def get_config(variant="full"):
     config.experiment = "prune"
     config.prune.update(steps=5_000, draws=10_000)
     config.sweep.update(seeds=5, points=defaults.prunings(prune.CRITERIA, (0.2,)))
-    return defaults.variant_of(config, variant, smoke=smoke)
+    return defaults.variant_of(config, variant, small=small, smoke=smoke)
+
+
+def small(config):
+    """50 images at 32 x 32, 8 heads, 3 seeds."""
+    chosen = defaults.small_cifar()
+    chosen.experiment = "prune"
+    chosen.prune.update(steps=1_000, looks=3)
+    chosen.sampler.num_samples = 300
+    criteria = ("small_t", "random", "uniform_t", "highest_first")
+    points = defaults.prunings(criteria, (0.25, 0.5))
+    chosen.sweep.update(seeds=3, points=points, together=len(points))
+    chosen.run.snapshots = 0
+    return chosen
 
 
 def smoke(config):
